@@ -1,0 +1,41 @@
+# Two commands set up and use rlsys: `make quickstart` and `make test`. The rest is for those who work on it.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+
+.PHONY: quickstart test check unit soak bench gpu-check clean
+
+quickstart: $(READY)
+	$(BIN)/rlsys train configs/quickstart.yaml --replace
+
+test: $(READY) check
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(READY)
+	$(BIN)/python -m pytest tests/unit
+
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
+
+bench: $(READY)
+	$(BIN)/python benchmarks/sampler.py
+
+# Wheels only and no dependency resolution: the list is complete, and no compiler is needed.
+$(READY): requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "rlsys needs Python 3.11: $(PYTHON) is not on PATH (set PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --retries 2 -r requirements/torch-cpu.txt
+	$(PIP) -r requirements/cpu.txt
+	$(PIP) --no-build-isolation --editable .
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
