@@ -1,0 +1,375 @@
+"""A job's YAML, closed: unknown keys are refused with the nearest right name. pydantic, because text enters here.
+
+Each section is frozen and is handed as it is to the part it configures. Units stand in the names: ``_s`` seconds,
+``_gb`` GiB, ``_tokens``. A key is added with its default, its reason, and a line in the frozen list of
+tests/unit/test_config.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlsys.errors import ConfigError
+from rlsys.types import AdamParams, SamplingParams
+
+Precision = Literal["float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunSection(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    dir: str = "runs"  # the run directory is dir/name
+    seed: int = Field(0, ge=0)
+    stage_timeout_s: float = Field(600.0, gt=0)  # one stage of one step; more than this without an answer stops the run
+    start_timeout_s: float = Field(900.0, gt=0)  # start-up of engines, and the making of a base model
+
+
+class ClusterSection(Section):
+    address: str | None = None  # None: RAY_ADDRESS if set, else a cluster started on this machine for this job
+    num_cpus: int | None = Field(None, ge=1)  # of a cluster started here; None: all cores
+    object_store_gb: float = Field(0.5, gt=0)  # of a cluster started here
+
+
+class SupervisedSection(Section):
+    """Makes a base from nothing: all weights, cross_entropy over every token, until forced worked steps are right."""
+
+    problems: int = Field(20_000, ge=1)  # examples, cycled
+    worked_share: float = Field(0.5, ge=0, le=1)  # of answers that show their steps; the rest answer at once
+    batch_size: int = Field(64, ge=1)
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon for 2-D weights that are no embedding, adamw for the rest
+    learning_rate: float = Field(4e-3, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    grad_clip_norm: float = Field(1.0, ge=0)
+    warmup_steps: int = Field(50, ge=0)
+    first_check_step: int = Field(400, ge=1)
+    check_every_steps: int = Field(50, ge=1)
+    gate_accuracy: float = Field(0.6, ge=0, le=1)  # greedy, with the worked steps forced, on gate_problems
+    gate_problems: int = Field(60, ge=1)
+    decay_steps: int = Field(250, ge=1)  # linear to 4 % once the gate is passed, then the stage ends
+    max_steps: int = Field(1550, ge=1)  # the gate not passed by then stops the run
+
+
+class MakeSection(Section):
+    """Dimensions of a Qwen3-architecture model made from nothing."""
+
+    vocab_size: int = Field(320, ge=128)
+    hidden_size: int = Field(96, ge=8)
+    num_layers: int = Field(3, ge=1)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int = Field(2, ge=1)
+    head_dim: int = Field(32, ge=32, multiple_of=32)  # what vLLM's CPU attention takes
+    intermediate_size: int = Field(288, ge=8)
+    rope_theta: float = Field(10_000.0, gt=0)
+    tie_embeddings: bool = True
+    supervised: SupervisedSection = SupervisedSection()
+
+
+class ModelSection(Section):
+    path: str | None = None  # a Hugging Face folder or hub name; exactly one of path and make
+    make: MakeSection | None = None
+    dtype: Precision = "float32"  # of the frozen base, in learner and sampler alike; the adapter is fp32 in the learner
+    max_length: int = Field(128, ge=8)  # tokens of prompt + completion
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.path is None) == (self.make is None):
+            raise ValueError(
+                "give exactly one of model.path (an existing model) and model.make (one made from nothing)"
+            )
+        return self
+
+
+class TaskSection(Section):
+    name: Literal["arithmetic"] = "arithmetic"
+    train_problems: int = Field(4096, ge=1)
+    eval_problems: int = Field(200, ge=1)
+    min_operations: int = Field(3, ge=1)  # of train and eval problems
+    max_operations: int = Field(4, ge=1)
+    supervised_min_operations: int = Field(1, ge=1)
+    supervised_max_operations: int = Field(4, ge=1)
+    max_value: int = Field(20, ge=2)  # every running value lies in 0..max_value
+    eval_seed: int = 99  # fixed, so that runs with other seeds are compared on the same problems
+
+
+class LoraSection(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = False
+
+
+class LearnerSection(Section):
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_cpus: float = Field(1, gt=0)
+    num_gpus: float = Field(0, ge=0)
+    threads: int = Field(1, ge=1)  # torch intra-op threads
+    token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch of its own
+    logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits that exist at once
+
+
+class SamplerSection(Section):
+    num_workers: int = Field(1, ge=1)
+    num_cpus: float = Field(1, gt=0)  # of each
+    num_gpus: float = Field(0, ge=0)
+    threads: int = Field(1, ge=1)
+    max_num_seqs: int = Field(256, ge=1)
+    max_num_batched_tokens: int = Field(4096, ge=1)
+    max_lora_rank: int = Field(16, ge=1)
+    max_live_adapters: int = Field(3, ge=2)  # 2 double-buffer one run's versions, 1 for the start-up probe
+    kv_cache_gb: float = Field(1.0, gt=0)  # CPU
+    gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
+    enforce_eager: bool = False  # CPU engines are always eager
+
+
+class RewardSection(Section):
+    workers: int = Field(2, ge=1)  # processes, each killable
+    timeout_s: float = Field(3.0, gt=0)  # of one grade
+    max_failed_share: float = Field(0.5, ge=0, le=1)  # timeouts and exceptions above this share of a batch stop the run
+    function: str | None = None  # "package.module:function" of (completion, answer) -> float; None: the task's own
+
+
+class AdvantageSection(Section):
+    baseline: Literal["mean", "leave_one_out"] = "mean"  # leave_one_out: RLOO, arXiv:2402.14740
+    normalise: Literal["none", "std"] = "none"  # std: GRPO, arXiv:2402.03300
+    drop_agreeing: bool = True  # groups whose rewards agree; ignored while kl_coef > 0
+    kl_coef: float = Field(0.0, ge=0)
+    kl_discount: float = Field(0.0, ge=0, lt=1)  # of the future sum of the KL term; 0: none
+
+
+class SamplingSection(Section):
+    max_tokens: int = Field(48, ge=1)
+    temperature: float = Field(1.0, gt=0)  # the learner's p is computed at the same temperature
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(-1, ge=-1)
+    stop: list[str] | None = None
+
+    @model_validator(mode="after")
+    def _not_truncated(self) -> SamplingSection:
+        if self.top_p != 1.0 or self.top_k != -1:
+            raise ValueError(
+                "top_p and top_k cut the distribution, so the ratio p/q would be the mass kept and not 1 on policy; "
+                "for training leave top_p: 1.0 and top_k: -1 (temperature is followed by the learner)"
+            )
+        return self
+
+    def params(self, seed: int | None = None) -> SamplingParams:
+        return SamplingParams(self.max_tokens, self.temperature, self.top_p, self.top_k, seed, self.stop)
+
+
+class LossSection(Section):
+    name: Literal["importance_sampling", "ppo", "cispo", "dro"] = "importance_sampling"
+    params: dict[str, float] = Field(default_factory=dict)
+
+
+class OptimSection(Section):
+    learning_rate: float = Field(2e-3, ge=0)
+    warmup_steps: int = Field(3, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-12, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    grad_clip_norm: float = Field(1.0, ge=0)
+
+    def at(self, step: int) -> AdamParams:
+        """AdamW for step 0, 1, ...: linear warm-up over `warmup_steps`, then constant."""
+        factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        return AdamParams(
+            self.learning_rate * factor, self.beta1, self.beta2, self.eps, self.weight_decay, self.grad_clip_norm
+        )
+
+
+class RlSection(Section):
+    steps: int = Field(25, ge=0)
+    problems_per_step: int = Field(32, ge=1)
+    samples_per_problem: int = Field(8, ge=2)
+    sampling: SamplingSection = SamplingSection()
+    loss: LossSection = LossSection()
+    advantages: AdvantageSection = AdvantageSection()
+    optim: OptimSection = OptimSection()
+
+
+class EvalSection(Section):
+    every_steps: int = Field(5, ge=0)  # 0: only before the first and after the last step
+    max_tokens: int = Field(48, ge=1)
+
+
+class CheckSection(Section):
+    """Bounds (nats, mean over tokens) beyond which the run stops; None: 1e-3 in float32, 5e-2 in bfloat16."""
+
+    max_mean_logprob_diff: float | None = Field(None, gt=0)  # |p - q| of on-policy tokens, every step
+    max_canary_diff: float | None = Field(None, gt=0)  # |sampler - learner| of the canary, every sync
+
+
+class TrackingSection(Section):
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when logged in, else offline
+    project: str = "rlsys"
+    tags: list[str] = Field(default_factory=list)
+    rollouts_per_step: int = Field(4, ge=0)  # rows of the rollouts table
+    log_adapter: bool = False  # as a wandb artifact, at the end
+
+
+class JobConfig(Section):
+    """One job: sections of the same names."""
+
+    run: RunSection
+    cluster: ClusterSection = ClusterSection()
+    model: ModelSection
+    task: TaskSection = TaskSection()
+    lora: LoraSection = LoraSection()
+    learner: LearnerSection = LearnerSection()
+    sampler: SamplerSection = SamplerSection()
+    rewards: RewardSection = RewardSection()
+    rl: RlSection = RlSection()
+    eval: EvalSection = EvalSection()
+    checks: CheckSection = CheckSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> JobConfig:
+        if self.lora.rank > self.sampler.max_lora_rank:
+            raise ValueError(
+                f"lora.rank {self.lora.rank} is above sampler.max_lora_rank {self.sampler.max_lora_rank}; "
+                f"set sampler.max_lora_rank={self.lora.rank}"
+            )
+        longest = max(self.rl.sampling.max_tokens, self.eval.max_tokens)
+        if longest >= self.model.max_length:
+            raise ValueError(
+                f"model.max_length {self.model.max_length} leaves no room for a prompt before {longest} sampled tokens "
+                "(rl.sampling.max_tokens, eval.max_tokens)"
+            )
+        if self.task.min_operations > self.task.max_operations:
+            raise ValueError("task.min_operations is above task.max_operations")
+        if not (self.lora.train_attn or self.lora.train_mlp or self.lora.train_unembed):
+            raise ValueError("lora trains nothing: set at least one of train_attn, train_mlp, train_unembed to true")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    @property
+    def sampler_device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.sampler.num_gpus > 0 else "cpu"
+
+    @property
+    def max_mean_logprob_diff(self) -> float:
+        return self.checks.max_mean_logprob_diff or _PRECISION_BOUND[self.model.dtype]
+
+    @property
+    def max_canary_diff(self) -> float:
+        return self.checks.max_canary_diff or _PRECISION_BOUND[self.model.dtype]
+
+
+# Clean engines measured a mean |difference| of 2e-3 to 6e-3 in bfloat16, broken ones 0.27 and more (docs/numerics.md);
+# float32 lies orders of magnitude below. The bounds keep a wide margin on both sides.
+_PRECISION_BOUND = {"float32": 1e-3, "bfloat16": 5e-2}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """The job that a YAML file and ``section.key=value`` overrides describe.
+
+    Raises:
+        ConfigError: no such file, no YAML, an unknown key (with the nearest right one), or a value out of its range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_config(text, overrides, source=str(path))
+
+
+def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config") -> JobConfig:
+    """As ``load_config``, from text."""
+    tree = _yaml(text, source)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: found {type(tree).__name__} at the top; wanted sections such as 'run:'")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return JobConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(f"{source}: {_explain(detail)}" for detail in error.errors())) from None
+
+
+def dump_config(config: JobConfig) -> str:
+    """The resolved job as YAML, defaults included: what a run directory keeps."""
+    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def keys(section: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a job may set."""
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is None:
+            yield prefix + name
+        else:
+            yield from keys(inner, f"{prefix}{name}.")
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: is not valid YAML: {error}") from error
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: wanted section.key=value, such as rl.steps=10")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        inner = tree.get(section)
+        if inner is None:
+            inner = tree[section] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+        tree = inner
+    tree[name] = _yaml(value, f"override {override!r}")
+
+
+def _explain(detail: Mapping[str, Any]) -> str:
+    """One line: which key, what was found, what would be right."""
+    where = [str(part) for part in detail["loc"]]
+    dotted = ".".join(where)
+    if detail["type"] == "extra_forbidden":
+        return f"{dotted} is no key of {'.'.join(where[:-1]) or 'a job'!r}; {_nearest(where)}"
+    if detail["type"] == "missing":
+        return f"{dotted} is required"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error" or isinstance(detail["input"], dict):
+        return f"{dotted}: {message}" if dotted else message
+    return f"{dotted}: found {detail['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _nearest(where: Sequence[str]) -> str:
+    section: type[BaseModel] = JobConfig
+    for part in where[:-1]:
+        section = _section_of(section.model_fields[part].annotation) or section
+    siblings = list(section.model_fields)
+    close = difflib.get_close_matches(where[-1], siblings, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}? It takes {', '.join(siblings)}"
+    elsewhere = [key for key in keys() if key.rpartition(".")[2] == where[-1]]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}? {'.'.join(where[:-1]) or 'A job'} takes {', '.join(siblings)}"
+    return f"it takes {', '.join(siblings)}"
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    candidates = getattr(annotation, "__args__", (annotation,))
+    return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

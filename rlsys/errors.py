@@ -1,0 +1,90 @@
+"""Every error that rlsys raises on purpose, in one tree.
+
+    RlsysError
+    ├── ConfigError (ValueError)           a job's YAML or an override is wrong
+    │   └── RunExistsError                 the run directory already holds a run
+    ├── DatumError (ValueError)            a datum is wrong: which datum, which key, found, wanted
+    │   └── MissingInputError (KeyError)   the loss requires an input that the datum lacks
+    ├── LossError (ValueError)             unknown loss, or unknown or impossible loss_fn_config
+    ├── SamplingError (ValueError)         a sampling request that cannot be served as asked
+    ├── GradientError (ArithmeticError)    no gradient, or one that is not finite; weights are untouched
+    ├── WeightSyncError (RuntimeError)     a sampler does not hold the weights that it should
+    ├── MismatchError (RuntimeError)       learner and sampler disagree on log-probabilities
+    ├── GradingError (RuntimeError)        too many graders failed for the rewards to mean anything
+    ├── QualityError (RuntimeError)        a stage ended below the quality that the next one needs
+    ├── StalledError (TimeoutError)        work remains and nothing moved within the limit
+    ├── ClusterError (RuntimeError)        the cluster cannot be reached or lacks what the job asks for
+    ├── ActorFailedError (RuntimeError)    an actor died, or raised something that is not in this tree
+    └── CheckpointError (ValueError)       a file of weights is damaged, foreign or misplaced
+
+To add one: derive from RlsysError and the builtin that a caller would expect, take one message, and draw it above.
+One message and no other state keeps every error picklable, so that it survives the way out of an actor.
+"""
+
+from __future__ import annotations
+
+
+class RlsysError(Exception):
+    """The root: catch it to catch all that rlsys raises on purpose."""
+
+
+class ConfigError(RlsysError, ValueError):
+    """A job's configuration is wrong."""
+
+
+class RunExistsError(ConfigError):
+    """The run directory already holds a run."""
+
+
+class DatumError(RlsysError, ValueError):
+    """A datum is wrong in itself or for the loss it was submitted to."""
+
+
+class MissingInputError(DatumError, KeyError):
+    """A datum lacks an input that the loss requires."""
+
+    __str__ = Exception.__str__  # KeyError would show the repr of the message
+
+
+class LossError(RlsysError, ValueError):
+    """No such loss, or its loss_fn_config is not one that it takes."""
+
+
+class SamplingError(RlsysError, ValueError):
+    """A sampling request cannot be served as asked."""
+
+
+class GradientError(RlsysError, ArithmeticError):
+    """optim_step has no gradient, or one that is not finite; the weights are as before."""
+
+
+class WeightSyncError(RlsysError, RuntimeError):
+    """A sampler could not prove that it serves the weights it was sent."""
+
+
+class MismatchError(RlsysError, RuntimeError):
+    """Learner and sampler give the same tokens too different log-probabilities."""
+
+
+class GradingError(RlsysError, RuntimeError):
+    """So many graders failed that training on their zeros would be wrong."""
+
+
+class QualityError(RlsysError, RuntimeError):
+    """A stage ended below the quality that the next stage needs."""
+
+
+class StalledError(RlsysError, TimeoutError):
+    """Work remains and nothing moved within the limit."""
+
+
+class ClusterError(RlsysError, RuntimeError):
+    """The Ray cluster cannot be reached, or lacks what the job asks for."""
+
+
+class ActorFailedError(RlsysError, RuntimeError):
+    """An actor died, or raised an error from outside this tree."""
+
+
+class CheckpointError(RlsysError, ValueError):
+    """A file of weights is damaged, foreign or misplaced."""

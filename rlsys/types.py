@@ -1,0 +1,342 @@
+"""The public nouns, named after the Tinker vocabulary. numpy only.
+
+Shapes are ``(N,)`` with N = ``model_input.length``; log-probabilities are nats (natural log). Position i of
+``model_input`` predicts ``target_tokens[i]``: targets come already shifted. What is checked here is what one object
+can know by itself; what depends on the loss or the model is checked on submission (``rlsys.datums.collate``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from rlsys.errors import DatumError, SamplingError
+
+if TYPE_CHECKING:
+    import torch
+
+Array = npt.NDArray[Any]
+DType = Literal["float32", "int64"]
+StopReason = Literal["stop", "length"]
+
+INTEGER_INPUTS = frozenset({"target_tokens"})
+MAX_TOKEN_ID = 2**31 - 1  # batches travel as int32
+
+
+def to_array(value: Any) -> Array:
+    """A numpy array of a list, numpy array, torch tensor or TensorData, sharing memory where it can."""
+    if isinstance(value, TensorData):
+        return value.to_numpy()
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float().numpy() if value.dtype.is_floating_point else value.numpy()
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise DatumError(f"found a ragged or non-numeric value of type {type(value).__name__}: {error}") from error
+
+
+class TensorData:
+    """A small dense tensor with a dtype of the wire: ``float32`` or ``int64``.
+
+    Behaves like the sequence it holds: ``len``, iteration, slicing, ``numpy.asarray``.
+    ``TensorData(data=[1.0, 2.0], dtype="float32", shape=[2])`` takes the flat values in C order, as Tinker does.
+    """
+
+    __slots__ = ("_array",)
+
+    def __init__(self, data: Any, dtype: DType | None = None, shape: Sequence[int] | None = None) -> None:
+        array = to_array(data)
+        if dtype is None:
+            dtype = "int64" if array.dtype.kind in "iub" else "float32"
+        if dtype not in ("float32", "int64"):
+            raise DatumError(f"TensorData: dtype {dtype!r} is not known; wanted 'float32' or 'int64'")
+        if array.dtype.kind not in "iubf":
+            raise DatumError(f"TensorData: found values of numpy dtype {array.dtype}; wanted numbers")
+        if dtype == "int64" and array.dtype.kind == "f" and not (np.isfinite(array) & (array == np.trunc(array))).all():
+            raise DatumError("TensorData: found fractional or infinite values for dtype 'int64'; wanted whole numbers")
+        array = array.astype(dtype, copy=False)
+        if shape is not None:
+            if int(np.prod(shape)) != array.size:
+                raise DatumError(f"TensorData: found {array.size} values for shape {list(shape)}")
+            array = array.reshape(tuple(shape))
+        self._array = array
+
+    @classmethod
+    def from_numpy(cls, array: Array) -> TensorData:
+        return cls(array)
+
+    @classmethod
+    def from_torch(cls, tensor: torch.Tensor) -> TensorData:
+        return cls(tensor)
+
+    @property
+    def data(self) -> list[float] | list[int]:
+        """The values, flat, in C order."""
+        values: list[Any] = self._array.reshape(-1).tolist()
+        return values
+
+    @property
+    def dtype(self) -> str:
+        return str(self._array.dtype)
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self._array.shape)
+
+    def to_numpy(self) -> Array:
+        return self._array
+
+    def to_torch(self) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.array(self._array))  # a copy: torch must not write into a shared buffer
+
+    def tolist(self) -> list[Any]:
+        values: list[Any] = self._array.tolist()
+        return values
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        array = self._array if dtype is None else self._array.astype(dtype, copy=False)
+        return np.array(array) if copy else array
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._array.tolist())
+
+    def __getitem__(self, index: Any) -> Any:
+        part = self._array[index]
+        return part.item() if np.ndim(part) == 0 else TensorData(part)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, TensorData):
+            return NotImplemented
+        return self.dtype == other.dtype and np.array_equal(self._array, other._array)
+
+    __hash__ = None  # type: ignore[assignment]  # mutable contents: unhashable, like numpy arrays
+
+    def __repr__(self) -> str:
+        return f"TensorData({self._array!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTextChunk:
+    """A run of token ids."""
+
+    tokens: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+class ModelInput:
+    """The token ids that a model reads, in order."""
+
+    __slots__ = ("_tokens",)
+
+    def __init__(self, chunks: Sequence[EncodedTextChunk]) -> None:
+        runs = [_token_ids(chunk.tokens) for chunk in chunks]
+        self._tokens = np.concatenate(runs) if runs else np.zeros(0, np.int64)
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int] | Array) -> ModelInput:
+        return cls([EncodedTextChunk(tokens)])  # type: ignore[arg-type]  # any sequence of ints serves
+
+    @classmethod
+    def empty(cls) -> ModelInput:
+        return cls([])
+
+    @property
+    def chunks(self) -> list[EncodedTextChunk]:
+        return [EncodedTextChunk(self.to_ints())]
+
+    @property
+    def length(self) -> int:
+        return len(self._tokens)
+
+    def to_ints(self) -> list[int]:
+        tokens: list[int] = self._tokens.tolist()
+        return tokens
+
+    def to_numpy(self) -> Array:
+        return self._tokens
+
+    def append(self, chunk: EncodedTextChunk) -> ModelInput:
+        return ModelInput([EncodedTextChunk(self.to_ints()), chunk])
+
+    def append_int(self, token: int) -> ModelInput:
+        return self.append(EncodedTextChunk([token]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ModelInput):
+            return NotImplemented
+        return np.array_equal(self._tokens, other._tokens)
+
+    __hash__ = None  # type: ignore[assignment]  # compared by contents, so unhashable
+
+    def __repr__(self) -> str:
+        return f"ModelInput({self.to_ints()})"
+
+
+def _token_ids(tokens: Any) -> Array:
+    array = to_array(tokens)
+    if array.ndim != 1:
+        raise DatumError(f"model_input: found shape {array.shape}; wanted one dimension of token ids")
+    if array.size and array.dtype.kind not in "iu":
+        raise DatumError(f"model_input: found dtype {array.dtype}; wanted integer token ids")
+    array = array.astype(np.int64)
+    if array.size and (array.min() < 0 or array.max() > MAX_TOKEN_ID):
+        raise DatumError(f"model_input: found ids from {array.min()} to {array.max()}; wanted 0 to {MAX_TOKEN_ID}")
+    return array
+
+
+@dataclass(frozen=True, slots=True)
+class Datum:
+    """One sequence with everything that its loss needs; no batch-level state.
+
+    ``loss_fn_inputs`` maps names to lists, numpy arrays, torch tensors or TensorData; each is ``(N,)``, except that
+    ``advantages`` may be a scalar or length 1 (counts for the whole sequence). The containers are kept as given, so
+    that results can come back in the container of ``target_tokens``.
+
+    Raises:
+        DatumError: a value that is not numeric or not finite, has a wrong dtype, or whose length is not N.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model_input, ModelInput):
+            raise DatumError(
+                f"Datum: model_input is a {type(self.model_input).__name__}; wanted ModelInput.from_ints(token_ids)"
+            )
+        if self.model_input.length == 0:
+            raise DatumError("Datum: model_input is empty; wanted at least one token")
+        for key, value in self.loss_fn_inputs.items():
+            _check_input(key, to_array(value), self.model_input.length)
+
+
+def _check_input(key: str, array: Array, length: int) -> None:
+    where = f"Datum: loss_fn_inputs[{key!r}]"
+    if array.dtype.kind not in "iubf":
+        raise DatumError(f"{where}: found dtype {array.dtype}; wanted numbers")
+    if key in INTEGER_INPUTS and array.dtype.kind not in "iu":
+        raise DatumError(f"{where}: found dtype {array.dtype}; wanted integer token ids")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        at = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise DatumError(f"{where}: found {array.reshape(-1)[at]} at position {at}; wanted finite values")
+    if key == "advantages" and array.size == 1 and array.ndim <= 1:
+        return
+    if key == "weights" and array.ndim == 1 and len(array) == length + 1:
+        return  # one weight per token of prompt and completion, as MinT's example passes; the first is dropped
+    if array.ndim != 1 or len(array) != length:
+        raise DatumError(f"{where}: found shape {array.shape}; wanted ({length},), one value per model_input token")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to draw completions.
+
+    ``stop``: strings or token ids that end a completion; None means the model's end-of-sequence ids, [] means never.
+    ``seed``: completion i of a request draws with seed + i.
+
+    Raises:
+        SamplingError: a value outside its range.
+    """
+
+    max_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1  # -1: all tokens
+    seed: int | None = None
+    stop: str | Sequence[str] | Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        _require(
+            _is_whole(self.max_tokens) and self.max_tokens >= 1,
+            "max_tokens",
+            self.max_tokens,
+            "a whole number, at least 1",
+        )
+        _require(0.0 <= self.temperature < float("inf"), "temperature", self.temperature, "a number >= 0 (0 is greedy)")
+        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number in (0, 1]")
+        top_k_ok = _is_whole(self.top_k) and (self.top_k == -1 or self.top_k >= 1)
+        _require(top_k_ok, "top_k", self.top_k, "-1 (all) or a whole number, at least 1")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral)
+
+
+def _require(ok: bool, name: str, found: object, wanted: str) -> None:
+    if not ok:
+        raise SamplingError(f"SamplingParams.{name}: found {found!r}; wanted {wanted}")
+
+
+@dataclass(frozen=True, slots=True)
+class AdamParams:
+    """One AdamW step. Names and defaults of the Tinker contract; weight decay is decoupled (arXiv:1711.05101).
+
+    ``grad_clip_norm``: bound on the global L2 norm of the summed gradient, 0 for none.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"AdamParams.{name}: found {value!r}; wanted a finite number >= 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"AdamParams.{name}: found {value!r}; wanted a number in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBackwardOutput:
+    """``loss`` equals ``metrics["loss:sum"]``; ``loss_fn_outputs[i]["logprobs"]`` is ``(N,)`` in nats."""
+
+    loss: float
+    metrics: Mapping[str, float]
+    loss_fn_outputs: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimStepResponse:
+    """``metrics`` has ``grad_norm``, the global L2 norm before clipping."""
+
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledSequence:
+    """One completion, a sampled stop token included; ``logprobs`` are of the distribution drawn from."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResponse:
+    """The completions of one prompt."""
+
+    sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None

@@ -1,0 +1,106 @@
+"""The job's configuration: closed, with the way out in every refusal."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from rlsys.config import JobConfig, dump_config, keys, load_config, parse_config
+from rlsys.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = "run: {name: a}\nmodel: {make: {}}\n"
+
+# The interface: a key is added or removed here in the same change, with a line in CHANGELOG.md.
+FROZEN_KEYS = (Path(__file__).parent / "config_keys.txt").read_text().split()
+
+
+def test_the_keys_of_a_job_are_the_frozen_list() -> None:
+    assert sorted(keys()) == sorted(FROZEN_KEYS)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    assert load_config(path).run.name
+
+
+def test_what_is_dumped_loads_to_the_same_job() -> None:
+    config = parse_config(SMALL, ["rl.steps=3", "rl.loss.params={clip_ratio: 0.1}", "rl.loss.name=ppo"])
+    assert parse_config(dump_config(config)) == config
+
+
+def test_overrides_beat_the_file_and_make_missing_sections() -> None:
+    config = parse_config(SMALL, ["run.seed=7", "rl.optim.learning_rate=1e-3", "rl.sampling.stop=[a, b]"])
+    assert (config.run.seed, config.rl.optim.learning_rate, config.rl.sampling.stop) == (7, 1e-3, ["a", "b"])
+
+
+def test_the_learning_rate_warms_up_linearly_and_stays() -> None:
+    optim = parse_config(SMALL, ["rl.optim.learning_rate=0.3", "rl.optim.warmup_steps=3"]).rl.optim
+    assert [round(optim.at(step).learning_rate, 12) for step in range(5)] == [0.1, 0.2, 0.3, 0.3, 0.3]
+
+
+WRONG = [
+    # overrides, what the message must name: the key, and what would be right
+    (["rl.stepz=3"], ["rl.stepz", "did you mean 'steps'"]),
+    (["rl.optim.lr=1e-3"], ["rl.optim.lr", "learning_rate"]),
+    (["learner.learning_rate=1"], ["learner.learning_rate", "did you mean model.make.supervised.learning_rate"]),
+    (["samplr.num_workers=2"], ["samplr", "did you mean 'sampler'"]),
+    (["rl.steps=-1"], ["rl.steps", "-1", "greater than or equal to 0"]),
+    (["rl.steps=many"], ["rl.steps", "'many'", "integer"]),
+    (["rl.samples_per_problem=1"], ["rl.samples_per_problem", "greater than or equal to 2"]),
+    (["rl.sampling.top_p=0.9"], ["rl.sampling", "top_p: 1.0"]),
+    (["rl.sampling.top_k=20"], ["rl.sampling", "top_k: -1"]),
+    (["rl.sampling.temperature=0"], ["rl.sampling.temperature", "greater than 0"]),
+    (["rl.loss.name=grpo"], ["rl.loss.name", "importance_sampling", "'grpo'"]),
+    (["lora.rank=64"], ["lora.rank 64", "sampler.max_lora_rank=64"]),
+    (["lora.train_attn=false", "lora.train_mlp=false"], ["lora trains nothing", "train_unembed"]),
+    (["rl.sampling.max_tokens=128"], ["model.max_length 128", "max_tokens"]),
+    (["model.path=some/model"], ["exactly one of model.path", "model.make"]),
+    (["model.dtype=float16"], ["model.dtype", "float32", "bfloat16"]),
+    (["task.min_operations=9"], ["task.min_operations", "task.max_operations"]),
+    (["run.name=a/b"], ["run.name", "pattern"]),
+    (["run=3"], ["run", "dictionary", "3"]),
+    (["rl.steps"], ["'rl.steps'", "section.key=value"]),
+    (["run.name.x=1"], ["run.name.x=1", "name is a value"]),
+    (["rl.steps=[1"], ["rl.steps=[1", "YAML"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), WRONG, ids=lambda value: value[0] if isinstance(value, list) else None)
+def test_a_wrong_config_is_refused_with_its_key_and_the_way_out(overrides: list[str], named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(SMALL, overrides, source="job.yaml")
+    message = str(caught.value)
+    assert all(part in message for part in named), message
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(SMALL, ["rl.stepz=3", "rl.steps=-1"])
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(("text", "named"), [("run: [", "YAML"), ("- a\n", "list"), ("", "NoneType")])
+def test_a_file_that_is_no_job_is_refused(text: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        parse_config(text)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
+        load_config(tmp_path / "nothing.yaml")
+
+
+def test_bounds_follow_the_precision_unless_given() -> None:
+    assert parse_config(SMALL).max_canary_diff == 1e-3
+    assert parse_config(SMALL, ["model.dtype=bfloat16"]).max_canary_diff == 5e-2
+    assert math.isclose(parse_config(SMALL, ["checks.max_canary_diff=0.2"]).max_canary_diff, 0.2)
+
+
+def test_a_job_cannot_be_changed_once_read() -> None:
+    config = parse_config(SMALL)
+    assert isinstance(config, JobConfig)
+    with pytest.raises(ValueError, match="frozen"):
+        config.rl.steps = 3  # type: ignore[misc]  # that it is refused is the claim
