@@ -1,0 +1,202 @@
+"""Training sequences as columns.
+
+``collate`` turns a user's datums into one batch and is the door at which they are checked against loss and model;
+``shift`` turns rollouts and advantages into the same batch. All rows are aligned to the T-1 predictions of
+``prompt + sample``:
+
+    prompt = a b, sample = x y   ->   tokens     a b x
+                                      targets    b x y
+                                      weights    0 1 1
+                                      logprobs   0 q q
+                                      advantages 0 A A
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlsys.errors import DatumError, MissingInputError
+from rlsys.rollouts import Rollouts, join_offsets, offsets_of
+from rlsys.types import Array, Datum, to_array
+
+if TYPE_CHECKING:
+    from rlsys.losses import Loss
+
+ALIASES = {"behavior_logprobs": "logprobs"}  # MinT's name
+MAX_LOGPROB = 1e-3  # of a sampled token: above 0 only by rounding, and 0.0 where a position is only filled in
+
+
+@dataclass(frozen=True, slots=True)
+class DatumBatch:
+    """D datums, T positions end to end. ``columns`` holds what the loss reads: weights, logprobs, advantages."""
+
+    tokens: Array  # (T,) int32, what the model reads
+    targets: Array  # (T,) int32, what it should say at each position
+    offsets: Array  # (D + 1,) int64, datum d is [offsets[d]:offsets[d + 1]]
+    columns: Mapping[str, Array]  # each (T,) float32; "weights" is always there
+
+    def __post_init__(self) -> None:
+        assert len(self.tokens) == len(self.targets) == self.offsets[-1]
+        assert all(len(column) == len(self.tokens) for column in self.columns.values())
+
+    @property
+    def num_datums(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> Array:
+        """(D,) positions per datum."""
+        return np.diff(self.offsets)
+
+
+def collate(data: Sequence[Datum], loss: Loss, *, vocab_size: int, max_length: int) -> DatumBatch:
+    """The user's datums as one batch, checked against loss and model before anything is applied.
+
+    Raises:
+        MissingInputError: a datum lacks an input that the loss requires.
+        DatumError: anything else that is wrong, with the datum's index, the key, what was found and what was wanted.
+    """
+    if len(data) == 0:
+        raise DatumError("data: found no datums; wanted at least one")
+    inputs = [_inputs(f"datum {d}", datum, loss, max_length) for d, datum in enumerate(data)]
+    offsets = offsets_of([datum.model_input.length for datum in data])
+    tokens = np.concatenate([datum.model_input.to_numpy() for datum in data])
+    targets = np.concatenate([arrays["target_tokens"] for arrays in inputs])
+    for key, ids in (("model_input", tokens), ("loss_fn_inputs['target_tokens']", targets)):
+        wanted = f"ids from 0 to {vocab_size - 1}, the model's vocabulary"
+        _refuse_where((ids < 0) | (ids >= vocab_size), ids, offsets, key, wanted)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf and is refused below
+        columns = {
+            key: np.concatenate([arrays[key] for arrays in inputs]).astype(np.float32)
+            for key in sorted(loss.required | {"weights"})
+        }
+    for key, column in columns.items():
+        _refuse_where(~np.isfinite(column), column, offsets, f"loss_fn_inputs[{key!r}]", "values finite in float32")
+    if "logprobs" in columns:
+        logprobs = columns["logprobs"]
+        wanted = "log-probabilities (nats), which are at most 0"
+        positive = (logprobs > MAX_LOGPROB) & (columns["weights"] != 0)
+        _refuse_where(positive, logprobs, offsets, "loss_fn_inputs['logprobs']", wanted)
+    return DatumBatch(tokens.astype(np.int32), targets.astype(np.int32), offsets, columns)
+
+
+def _inputs(where: str, datum: Datum, loss: Loss, max_length: int) -> dict[str, Array]:
+    """target_tokens, weights and what the loss requires, each (N,)."""
+    if not isinstance(datum, Datum):
+        raise DatumError(f"{where}: found a {type(datum).__name__}; wanted a Datum")
+    N = datum.model_input.length
+    if max_length < N:
+        raise DatumError(f"{where}: model_input: found {N} tokens; wanted at most {max_length}, the model's max_length")
+    values = _named(where, datum.loss_fn_inputs, loss)
+    arrays = {key: to_array(value) for key, value in values.items() if key != "mask"}
+    arrays.setdefault("weights", np.ones(N, np.float32))
+    if arrays["weights"].shape == (N + 1,):
+        arrays["weights"] = arrays["weights"][1:]  # the first token of a sequence is nobody's target
+    if "advantages" in arrays and arrays["advantages"].shape in ((), (1,)):
+        arrays["advantages"] = np.broadcast_to(arrays["advantages"], N)
+    for key, array in arrays.items():  # again: the containers are the user's, who may have changed them
+        if array.shape != (N,):
+            raise DatumError(f"{where}: loss_fn_inputs[{key!r}]: found shape {array.shape}; wanted ({N},)")
+    return arrays
+
+
+def _named(where: str, inputs: Mapping[str, object], loss: Loss) -> dict[str, object]:
+    """The inputs under their right names; none missing, none unknown."""
+    values = dict(inputs)
+    required = loss.required | {"target_tokens"}
+    for alias, name in ALIASES.items():
+        if name in required and alias in values:
+            if name in values:
+                raise DatumError(f"{where}: loss_fn_inputs: found both {name!r} and {alias!r}; wanted one of the two")
+            values[name] = values.pop(alias)
+    for key in sorted(required - values.keys()):
+        raise MissingInputError(
+            f"{where}: loss_fn_inputs[{key!r}] is missing; found {sorted(map(str, inputs))}; "
+            f"wanted {sorted(required)} for {loss.name!r}"
+        )
+    allowed = required | {"weights", "mask"}
+    for key in sorted(values.keys() - allowed, key=str):
+        raise DatumError(
+            f"{where}: loss_fn_inputs[{key!r}] is no input of {loss.name!r}; "
+            f"wanted only {sorted(allowed)}{_nearest(str(key), allowed)}"
+        )
+    return values
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _refuse_where(bad_T: Array, values_T: Array, offsets: Array, key: str, wanted: str) -> None:
+    if bad_T.any():
+        t = int(bad_T.argmax())
+        d = int(np.searchsorted(offsets, t, side="right")) - 1
+        raise DatumError(f"datum {d}: {key}: found {values_T[t]!s} at position {t - offsets[d]}; wanted {wanted}")
+
+
+def shift(rollouts: Rollouts, advantages_T: Array, keep_R: Array | None = None) -> DatumBatch:
+    """One datum per kept completion, as in the picture above; ``advantages_T`` has one value per completion token.
+
+    A completion without tokens has nothing to learn from and makes no datum.
+    """
+    lengths_R = rollouts.lengths
+    kept = np.flatnonzero(lengths_R > 0 if keep_R is None else (lengths_R > 0) & keep_R)
+    completion_lengths, starts = lengths_R[kept], rollouts.offsets[:-1][kept]
+    prompt_lengths = np.diff(rollouts.prompt_offsets)[rollouts.group[kept]]
+    if (prompt_lengths == 0).any():
+        r = int(kept[prompt_lengths == 0][0])
+        raise DatumError(f"rollouts: the prompt of completion {r} is empty; wanted at least one token to predict from")
+    from_prompt = _spans(rollouts.prompt_offsets[:-1][rollouts.group[kept]], prompt_lengths)
+    from_completion = _spans(starts, completion_lengths)
+
+    whole = offsets_of(prompt_lengths + completion_lengths)  # prompt + sample, end to end
+    tokens = np.empty(whole[-1], np.int32)
+    tokens[_spans(whole[:-1], prompt_lengths)] = rollouts.prompt_tokens[from_prompt]
+    tokens[_spans(whole[:-1] + prompt_lengths, completion_lengths)] = rollouts.tokens[from_completion]
+
+    offsets = whole - np.arange(len(whole))  # one prediction fewer than tokens
+    sampled = _spans(offsets[:-1] + prompt_lengths - 1, completion_lengths)
+    columns = {key: np.zeros(offsets[-1], np.float32) for key in ("weights", "logprobs", "advantages")}
+    columns["weights"][sampled] = 1.0
+    columns["logprobs"][sampled] = rollouts.logprobs[from_completion]
+    columns["advantages"][sampled] = advantages_T[from_completion]
+    return DatumBatch(
+        tokens=tokens[_spans(whole[:-1], np.diff(offsets))],
+        targets=tokens[_spans(whole[:-1] + 1, np.diff(offsets))],
+        offsets=offsets,
+        columns=columns,
+    )
+
+
+def concatenate(batches: Sequence[DatumBatch]) -> DatumBatch:
+    """Several batches with the same columns as one."""
+    assert len(batches) > 0
+    assert all(batch.columns.keys() == batches[0].columns.keys() for batch in batches)
+    return DatumBatch(
+        tokens=np.concatenate([batch.tokens for batch in batches]),
+        targets=np.concatenate([batch.targets for batch in batches]),
+        offsets=join_offsets([batch.offsets for batch in batches]),
+        columns={key: np.concatenate([batch.columns[key] for batch in batches]) for key in batches[0].columns},
+    )
+
+
+def take(batch: DatumBatch, indices: Array | Sequence[int]) -> DatumBatch:
+    """The datums at ``indices`` (numbers, in that order, or a mask)."""
+    picked = np.arange(batch.num_datums)[indices]
+    lengths = batch.lengths[picked]
+    at = _spans(batch.offsets[:-1][picked], lengths)
+    columns = {key: column[at] for key, column in batch.columns.items()}
+    return DatumBatch(batch.tokens[at], batch.targets[at], offsets_of(lengths), columns)
+
+
+def _spans(starts: Array, lengths: Array) -> Array:
+    """Ranges end to end: starts 5 0, lengths 2 3 -> 5 6 0 1 2."""
+    offsets = offsets_of(lengths)
+    indices: Array = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return indices

@@ -1,0 +1,250 @@
+"""Losses: one equation, one function, one source each; a loss is the plain sum of its values over all positions.
+
+Per token: p = log-probability of the target under the learner, q = under the sampler, A = advantage, r = exp(p - q),
+w = weight. A function here gives the value without w; ``Loss.__call__`` alone applies w and the mask. "Tinker" is its
+documentation page "Loss Functions", "MinT" the page of the same name of the Mind Lab Toolkit.
+
+Where a ratio overflows at a position that counts, value and gradient are left infinite: a finite guard would train on
+a wrong gradient, while ``optim_step`` refuses one that is not finite. Sampled tokens do not get there by themselves
+(in float32 it takes p - q > 88), broken log-probabilities do.
+
+To add a loss: write its function, give it a line in ``_LOSSES``, and a golden test.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlsys.errors import LossError, MissingInputError
+from rlsys.types import Array
+
+Config = Mapping[str, float]
+
+
+def cross_entropy(p_T: Tensor) -> Tensor:
+    """-p.  Shannon 1948; Tinker, MinT."""
+    return -p_T
+
+
+def importance_sampling(p_T: Tensor, q_T: Tensor, adv_T: Tensor) -> Tensor:
+    """-r A, whose gradient is REINFORCE's on policy.  Kahn and Marshall 1953; Williams 1992; Tinker, MinT."""
+    return -(p_T - q_T).exp() * adv_T
+
+
+def ppo(p_T: Tensor, q_T: Tensor, adv_T: Tensor, *, low: float, high: float) -> Tensor:
+    """-min(r A, clip(r, low, high) A).  Schulman et al. 2017, arXiv:1707.06347, equation 7; Tinker, MinT.
+
+    The minimum is min(r, high) A for A > 0 and max(r, low) A for A < 0. Clamped before exp and not after, so that a
+    clipped token whose r overflows has the gradient 0 and not 0 * inf.
+    """
+    x_T = p_T - q_T
+    return -torch.where(adv_T > 0, x_T.clamp(max=_log(high)), x_T.clamp(min=_log(low))).exp() * adv_T
+
+
+def cispo(
+    p_T: Tensor, q_T: Tensor, adv_T: Tensor, *, low: float, high: float, sharpness: float | None = None
+) -> Tensor:
+    """-sg(clip(r, low, high)) p A.  MiniMax-M1 2025, arXiv:2506.13585; Tinker, MinT.
+
+    With a sharpness (MinT's ``beta``) the clip is soft; see `soft_clip`.
+    """
+    x_T = (p_T - q_T).detach()
+    weight_T = x_T.exp().clamp(low, high) if sharpness is None else soft_clip(x_T, low, high, sharpness)
+    return -weight_T * adv_T * p_T
+
+
+def soft_clip(x_T: Tensor, low: float, high: float, beta: float) -> Tensor:
+    """exp(a + s(x - a) - s(x - b)), a = ln low, b = ln high, s(z) = ln(1 + e^(beta z)) / beta.
+
+    Ours: MinT names a soft clip and its sharpness, without a formula. Since s(z) = max(z, 0) + ln(1 + e^(-beta |z|))
+    / beta, the exponent is the hard clip of x and a correction of at most ln 2 / beta, which stays exact for large x
+    and for low = 0, where the formula is exp(x - s(x - b)).
+    """
+    a, b = _log(low), _log(high)
+    above_low_T = (-beta * (x_T - a).abs()).exp().log1p()
+    above_high_T = (-beta * (x_T - b).abs()).exp().log1p()
+    return (x_T.clamp(a, b) + (above_low_T - above_high_T) / beta).exp()
+
+
+def dro(p_T: Tensor, q_T: Tensor, adv_T: Tensor, *, beta: float) -> Tensor:
+    """-(p A - beta/2 (p - q)^2).  Richemond et al. 2024, arXiv:2405.19107, without its value function; Tinker, MinT.
+
+    A zero advantage does not silence the quadratic term: prompt positions need w = 0.
+    """
+    return -(p_T * adv_T - 0.5 * beta * (p_T - q_T) ** 2)
+
+
+def _log(bound: float) -> float:
+    return math.log(bound) if bound > 0 else -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A loss with its parameters; made by `resolve`. ``required``: the inputs it needs besides target_tokens."""
+
+    name: str
+    required: frozenset[str]
+    params: Config = field(default_factory=dict)
+
+    def __call__(self, logp_T: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+        """(T,) weighted values, whose sum is the loss; exactly 0, gradient included, where the weight is 0."""
+        _require_columns(self, columns)
+        inputs = [logp_T] + [columns[key] for key in _RATIO_INPUTS if key in self.required]
+        weights_T = columns.get("weights")
+        counts_T = torch.ones_like(logp_T, dtype=torch.bool) if weights_T is None else weights_T != 0
+        if _LOSSES[self.name].silent_at_zero_advantage:
+            counts_T = counts_T & (columns["advantages"] != 0)
+        # Masked on the way in: after exp, autograd would still multiply by the infinity that the mask hides.
+        values_T = _LOSSES[self.name].equation(*(torch.where(counts_T, x, 0.0) for x in inputs), **self.params)
+        return values_T if weights_T is None else torch.where(counts_T, weights_T, 0.0) * values_T
+
+
+def resolve(name: str, config: Config | None = None) -> Loss:
+    """The loss of that name with its ``loss_fn_config``.
+
+    Raises:
+        LossError: no such loss, or a config that it does not take.
+    """
+    if name not in _LOSSES:
+        raise LossError(f"loss_fn: found {name!r}; wanted one of {', '.join(_LOSSES)}{_nearest(str(name), _LOSSES)}")
+    spec = _LOSSES[name]
+    config = dict(config or {})
+    for key, value in config.items():
+        where = f"loss_fn_config[{key!r}] of {name!r}"
+        if key not in spec.keys:
+            takes = f"it takes {', '.join(spec.keys)}" if spec.keys else "it takes no parameters"
+            raise LossError(f"{where} is no parameter of this loss; {takes}{_nearest(str(key), spec.keys)}")
+        if not _is_number(value):
+            raise LossError(f"{where}: found {value!r}; wanted a finite number")
+    return Loss(name, spec.required, spec.parse({key: float(value) for key, value in config.items()}))
+
+
+def _nearest(name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _no_params(config: Config) -> Config:
+    return {}
+
+
+def _clip_bounds(config: Config) -> Config:
+    low, high = config.get("clip_low_threshold", 0.8), config.get("clip_high_threshold", 1.2)
+    if not 0.0 <= low <= 1.0 <= high:
+        raise LossError(
+            f"loss_fn_config: found clip_low_threshold {low:g} and clip_high_threshold {high:g}; wanted 0 <= low <= 1 "
+            "<= high: they bound the ratio itself, which is 1 on policy (0.8 and 1.2, not 0.2)"
+        )
+    return {"low": low, "high": high}
+
+
+def _ppo_params(config: Config) -> Config:
+    if "clip_ratio" not in config:
+        return _clip_bounds(config)
+    if len(config) > 1:
+        both = ", ".join(sorted(config))
+        raise LossError(f"loss_fn_config of 'ppo': found {both}; wanted either clip_ratio or the two thresholds")
+    ratio = config["clip_ratio"]
+    if not 0.0 <= ratio <= 0.5:
+        raise LossError(f"loss_fn_config['clip_ratio'] of 'ppo': found {ratio:g}; wanted a number in [0, 0.5]")
+    return {"low": 1.0 - ratio, "high": 1.0 + ratio}
+
+
+def _cispo_params(config: Config) -> Config:
+    bounds = _clip_bounds(config)
+    if "beta" not in config:
+        return bounds
+    if config["beta"] <= 0:
+        found = f"{config['beta']:g}"
+        raise LossError(
+            f"loss_fn_config['beta'] of 'cispo': found {found}; wanted a number > 0, or no beta for the hard clip"
+        )
+    return {**bounds, "sharpness": config["beta"]}
+
+
+def _dro_params(config: Config) -> Config:
+    beta = config.get("beta", 0.05)  # the published example's value; no document states a default
+    if beta < 0:
+        raise LossError(f"loss_fn_config['beta'] of 'dro': found {beta:g}; wanted a number >= 0")
+    return {"beta": beta}
+
+
+@dataclass(frozen=True, slots=True)
+class _Spec:
+    equation: Callable[..., Tensor]
+    required: frozenset[str]
+    parse: Callable[[Config], Config]
+    keys: tuple[str, ...] = ()
+    silent_at_zero_advantage: bool = False  # the value is a multiple of A, so a token with A = 0 is as good as masked
+
+
+_RATIO_INPUTS = ("logprobs", "advantages")  # in the order in which the equations take them
+_RL = frozenset(_RATIO_INPUTS)
+_CLIP = ("clip_low_threshold", "clip_high_threshold")
+_LOSSES = {
+    "cross_entropy": _Spec(cross_entropy, frozenset({"weights"}), _no_params),
+    "importance_sampling": _Spec(importance_sampling, _RL, _no_params, silent_at_zero_advantage=True),
+    "ppo": _Spec(ppo, _RL, _ppo_params, (*_CLIP, "clip_ratio"), silent_at_zero_advantage=True),
+    "cispo": _Spec(cispo, _RL, _cispo_params, (*_CLIP, "beta"), silent_at_zero_advantage=True),
+    "dro": _Spec(dro, _RL, _dro_params, ("beta",)),
+}
+
+
+def metrics(loss: Loss, logp_T: Array, columns: Mapping[str, Array]) -> dict[str, float]:
+    """Figures of a whole batch under ``name:reduction``, over the positions that count (w != 0), in float64.
+
+    k1 = q - p and k3 = r - 1 - (p - q) both estimate KL(q || p).  Schulman 2020, joschu.net/blog/kl-approx.html.
+    """
+    _require_columns(loss, columns)
+    counts_T = np.asarray(columns["weights"]) != 0 if "weights" in columns else np.ones(len(logp_T), bool)
+    p_T, *rest = (np.asarray(x, np.float64)[counts_T] for x in (logp_T, *(columns[key] for key in loss.required)))
+    inputs = dict(zip(loss.required, rest, strict=True))
+    if "logprobs" not in inputs:
+        weights_T = inputs["weights"]
+        return {"nll:mean": _mean(-(p_T * weights_T).sum(), np.abs(weights_T).sum())}
+    x_T = p_T - inputs["logprobs"]
+    with np.errstate(over="ignore"):  # an overflow is reported as inf, which is what it is
+        r_T = np.exp(x_T)
+        k3_T = np.expm1(x_T) - x_T
+    n = len(x_T)
+    return {
+        "ratio:mean": _mean(r_T.sum(), n),
+        "ratio:max": float(r_T.max(initial=0.0)),
+        "clip_fraction:mean": _mean(_clipped(loss, r_T, inputs["advantages"]).sum(), n),
+        "kl_k1:mean": _mean(-x_T.sum(), n),
+        "kl_k3:mean": _mean(k3_T.sum(), n),
+        "logprob_diff:mean": _mean(np.abs(x_T).sum(), n),
+        "logprob_diff:max": float(np.abs(x_T).max(initial=0.0)),
+    }
+
+
+def _clipped(loss: Loss, r_T: Array, adv_T: Array) -> Array:
+    """(T,) bool: ppo, the clipped branch is strictly the smaller; cispo, the ratio lies outside the bounds."""
+    if "low" not in loss.params:
+        return np.zeros(len(r_T), bool)
+    below_T, above_T = r_T < loss.params["low"], r_T > loss.params["high"]
+    if loss.name == "ppo":
+        return (below_T & (adv_T < 0)) | (above_T & (adv_T > 0))
+    return below_T | above_T
+
+
+def _mean(total: float, count: float) -> float:
+    return float(total / count) if count else 0.0
+
+
+def _require_columns(loss: Loss, columns: Mapping[str, object]) -> None:
+    missing = sorted(loss.required - columns.keys())
+    if missing:
+        raise MissingInputError(f"loss {loss.name!r}: found columns {sorted(columns)}; wanted {missing} too")

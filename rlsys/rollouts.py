@@ -1,0 +1,88 @@
+"""Columnar rollouts: what samplers produce, graders and the advantage actor consume.
+
+Flat arrays and offsets, so that Ray ships a batch without copies or per-token objects. Axes: P groups (one prompt
+each), R completions (all groups' end to end, a group's are adjacent), T completion tokens end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlsys.types import Array
+
+STOP, LENGTH = 0, 1  # values of Rollouts.stop_reasons
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """R completions of P prompts; log-probabilities (nats) under the distribution that drew them."""
+
+    problems: Array  # (P,) int64, which problem of the problem set
+    prompt_tokens: Array  # int32, the P prompts end to end
+    prompt_offsets: Array  # (P + 1,) int64
+    group: Array  # (R,) int32, row of `problems`; ascending
+    tokens: Array  # (T,) int32, the R completions end to end
+    logprobs: Array  # (T,) float32
+    versions: Array  # (T,) int32, the adapter version that produced each token
+    offsets: Array  # (R + 1,) int64, completion r is [offsets[r]:offsets[r + 1]]
+    stop_reasons: Array  # (R,) int8, STOP or LENGTH
+
+    def __post_init__(self) -> None:
+        P, R, T = len(self.problems), len(self.group), len(self.tokens)
+        assert len(self.prompt_offsets) == P + 1 and len(self.offsets) == R + 1
+        assert self.prompt_offsets[-1] == len(self.prompt_tokens) and self.offsets[-1] == T
+        assert len(self.logprobs) == len(self.versions) == T and len(self.stop_reasons) == R
+
+    @property
+    def lengths(self) -> Array:
+        """(R,) completion lengths in tokens."""
+        return np.diff(self.offsets)
+
+    def counts(self) -> dict[str, float]:
+        """Sums, so that several samplers' add up."""
+        return {
+            "completions": float(len(self.group)),
+            "tokens": float(len(self.tokens)),
+            "truncated": float(np.count_nonzero(self.stop_reasons == LENGTH)),
+        }
+
+    def completion(self, r: int) -> Array:
+        """The tokens of completion r, a view."""
+        return self.tokens[self.offsets[r] : self.offsets[r + 1]]
+
+    def prompt(self, p: int) -> Array:
+        """The tokens of prompt p, a view."""
+        return self.prompt_tokens[self.prompt_offsets[p] : self.prompt_offsets[p + 1]]
+
+
+def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
+    """Several samplers' rollouts as one; groups stay whole because each part holds whole groups."""
+    if len(parts) == 1:
+        return parts[0]
+    first_group = np.cumsum([0] + [len(part.problems) for part in parts[:-1]])
+    return Rollouts(
+        problems=np.concatenate([part.problems for part in parts]),
+        prompt_tokens=np.concatenate([part.prompt_tokens for part in parts]),
+        prompt_offsets=join_offsets([part.prompt_offsets for part in parts]),
+        group=np.concatenate([part.group + start for part, start in zip(parts, first_group, strict=True)]).astype(
+            np.int32
+        ),
+        tokens=np.concatenate([part.tokens for part in parts]),
+        logprobs=np.concatenate([part.logprobs for part in parts]),
+        versions=np.concatenate([part.versions for part in parts]),
+        offsets=join_offsets([part.offsets for part in parts]),
+        stop_reasons=np.concatenate([part.stop_reasons for part in parts]),
+    )
+
+
+def offsets_of(lengths: Array | Sequence[int]) -> Array:
+    """(n,) lengths -> (n + 1,) int64 offsets."""
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+def join_offsets(parts: Sequence[Array]) -> Array:
+    """Offsets of several columns laid end to end."""
+    return offsets_of(np.concatenate([np.diff(part) for part in parts]))
