@@ -1,0 +1,109 @@
+"""Problems as columns, and the order in which a run meets them.
+
+Axes: N problems of a set, P of a batch. A batch is an array of ids: nothing but ids has to be remembered to resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rlsys.errors import ConfigError
+from rlsys.rollouts import offsets_of
+from rlsys.types import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What the model is asked and what a grader compares with."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemSet:
+    """N problems; the prompts' tokens lie end to end."""
+
+    prompts: tuple[str, ...]
+    answers: tuple[str, ...]
+    prompt_tokens: Array  # int32
+    prompt_offsets: Array  # (N + 1,) int64
+
+    def __post_init__(self) -> None:
+        assert len(self.prompts) == len(self.answers) == len(self.prompt_offsets) - 1
+        assert self.prompt_offsets[-1] == len(self.prompt_tokens)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, ids: Array | Sequence[int]) -> tuple[Array, Array]:
+        """(P,) ids -> the P prompts' tokens end to end (int32) and their (P + 1,) offsets.
+
+        offsets 0 2 5 9, ids 2 0   ->   starts 5 0, lengths 4 2, out 0 4 6, gather 5 6 7 8 0 1
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < len(self)), f"ids outside 0..{len(self) - 1}"
+        starts = self.prompt_offsets[ids]
+        lengths = self.prompt_offsets[ids + 1] - starts
+        offsets = offsets_of(lengths)
+        gather = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+        return self.prompt_tokens[gather], offsets
+
+
+def encode(problems: Sequence[Problem], encode_fn: Callable[[str], Sequence[int]]) -> ProblemSet:
+    """Problems with their prompts' tokens.
+
+    Raises:
+        ConfigError: there are no problems, or a prompt has no token.
+    """
+    if not problems:
+        raise ConfigError("task: found no problems; wanted at least 1")
+    rows = [np.asarray(encode_fn(problem.prompt), dtype=np.int32) for problem in problems]
+    lengths = [len(row) for row in rows]
+    if 0 in lengths:
+        at = lengths.index(0)
+        raise ConfigError(f"task: problem {at}: prompt {problems[at].prompt!r} has no token; wanted at least 1")
+    return ProblemSet(
+        prompts=tuple(problem.prompt for problem in problems),
+        answers=tuple(problem.answer for problem in problems),
+        prompt_tokens=np.concatenate(rows),
+        prompt_offsets=offsets_of(lengths),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Epochs:
+    """Batches of problem ids for ever: each epoch is a fresh permutation, laid end to end and cut every `batch` ids.
+
+    No batch is short: one that reaches the end of an epoch goes on into the next. Any step can be asked for alone.
+    """
+
+    num_problems: int
+    batch: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_problems < 1 or self.batch < 1:
+            raise ConfigError(
+                f"found {self.num_problems} problems in batches of {self.batch}; wanted at least 1 of each"
+            )
+
+    def __iter__(self) -> Iterator[Array]:
+        step = 0
+        while True:
+            yield self.batch_at(step)
+            step += 1
+
+    def batch_at(self, step: int) -> Array:
+        """The (P,) int64 ids of step 0, 1, ..."""
+        first, end = step * self.batch, (step + 1) * self.batch
+        epochs = range(first // self.num_problems, (end - 1) // self.num_problems + 1)
+        ids = np.concatenate([self._permutation(epoch) for epoch in epochs])
+        start = first - epochs.start * self.num_problems
+        return ids[start : start + self.batch]
+
+    def _permutation(self, epoch: int) -> Array:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_problems).astype(np.int64)

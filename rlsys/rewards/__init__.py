@@ -1,0 +1,1 @@
+"""Verifiers of answers, and the pool of processes in which they run and can be killed."""

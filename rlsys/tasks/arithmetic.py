@@ -1,0 +1,135 @@
+"""Word problems of adding and taking away, made from nothing.
+
+    Tom has 12 books, buys 4 more, loses 7, gives away 3. How many books does Tom have?
+    12+4=16             worked answer
+    16-7=9
+    9-3=6
+    \\boxed{6}          direct answer: this line alone
+
+A hash of the prompt decides which part a problem belongs to (eval, gate, train, supervised), so the four are disjoint
+for every seed and size, and stay so when another run, or a resumed one, draws more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from rlsys.config import TaskSection
+from rlsys.errors import ConfigError
+from rlsys.problems import Problem
+from rlsys.rewards.extraction import extract, plain_number
+
+NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
+ITEMS = ("books", "apples", "coins", "pens")
+GAINS = ("buys {} more", "finds {} more")
+LOSSES = ("loses {}", "gives away {}")
+MAX_OPERAND = 9
+
+Part = Literal["eval", "gate", "train", "supervised"]
+# Tenths of all prompts. Supervised is largest because it draws most; eval and gate need few.
+_PARTS: tuple[Part, ...] = ("eval", "gate", "train", "train", "train") + ("supervised",) * 5
+
+
+class _Story(NamedTuple):
+    prompt: str
+    steps: str  # a line per operation
+    answer: int
+
+
+class Arithmetic:
+    """Start 1..max_value, operands 1..9, every running value in 0..max_value."""
+
+    def __init__(self, section: TaskSection, seed: int) -> None:
+        for low, high in (
+            ("min_operations", "max_operations"),
+            ("supervised_min_operations", "supervised_max_operations"),
+        ):
+            if getattr(section, low) > getattr(section, high):
+                raise ConfigError(
+                    f"task.{low}: found {getattr(section, low)}; wanted at most task.{high} = {getattr(section, high)}"
+                )
+        self._section = section
+        self._splits = {
+            "train": self._distinct("train", section.train_problems, seed, "train_problems"),
+            "eval": self._distinct("eval", section.eval_problems, section.eval_seed, "eval_problems"),
+        }
+
+    def problems(self, split: Literal["train", "eval"]) -> Sequence[Problem]:
+        """Distinct problems; those of eval depend on `eval_seed` alone."""
+        return self._splits[split]
+
+    @staticmethod
+    def grade(completion: str, answer: str) -> float:
+        """1 if the last box or #### line holds the answer as a number, else 0.
+
+        A number, not an expression worth the same: `\\boxed{12+4-7-3}` would earn the reward without the work.
+        """
+        found = extract(completion)
+        number = None if found is None else plain_number(found)
+        return float(number is not None and number == plain_number(answer))
+
+    def supervised_examples(self, n: int, worked_share: float, seed: int) -> list[tuple[str, str]]:
+        """(prompt, answer text); some repeat, as there are only some thousand problems of one operation."""
+        section, rng = self._section, random.Random(f"supervised {seed}")
+        low, high = section.supervised_min_operations, section.supervised_max_operations
+        examples = []
+        for _ in range(n):
+            story = self._draw(rng, "supervised", low, high)
+            steps = story.steps if rng.random() < worked_share else ""
+            examples.append((story.prompt, f"{steps}\\boxed{{{story.answer}}}"))
+        return examples
+
+    def gate_problems(self, n: int) -> Sequence[Problem]:
+        return self._distinct("gate", n, self._section.eval_seed, "gate problems")
+
+    def force_steps(self, problem: Problem) -> Problem:
+        """The prompt followed by its first number: an answer that goes on from there has to be worked."""
+        first = re.search(r"[0-9]+", problem.prompt)
+        assert first is not None, problem.prompt
+        return Problem(problem.prompt + first.group(), problem.answer)
+
+    def _distinct(self, part: Part, n: int, seed: int, what: str) -> tuple[Problem, ...]:
+        section, rng = self._section, random.Random(f"{part} {seed}")
+        found: dict[str, Problem] = {}
+        for _ in range(20 * n + 1000):
+            story = self._draw(rng, part, section.min_operations, section.max_operations)
+            found.setdefault(story.prompt, Problem(story.prompt, str(story.answer)))
+            if len(found) == n:
+                return tuple(found.values())
+        raise ConfigError(
+            f"task.{what}: found {len(found)} distinct problems of {section.min_operations} to "
+            f"{section.max_operations} operations up to {section.max_value}; wanted {n}: "
+            "ask for fewer, or raise task.max_operations or task.max_value"
+        )
+
+    def _draw(self, rng: random.Random, part: Part, low: int, high: int) -> _Story:
+        for _ in range(10_000):
+            story = _story(rng, rng.randint(low, high), self._section.max_value)
+            if _part_of(story.prompt) == part:
+                return story
+        raise ConfigError(
+            f"task: no problem of {low} to {high} operations up to {self._section.max_value} falls into the {part} "
+            "part; raise task.max_value or the number of operations"
+        )
+
+
+def _part_of(prompt: str) -> Part:
+    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    return _PARTS[int.from_bytes(digest, "big") % len(_PARTS)]
+
+
+def _story(rng: random.Random, operations: int, max_value: int) -> _Story:
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    value = rng.randint(1, max_value)
+    clauses, steps = [f"{name} has {value} {item}"], []
+    for _ in range(operations):
+        # all that keep the value in range are equally likely
+        change = rng.choice([c for c in range(-MAX_OPERAND, MAX_OPERAND + 1) if c != 0 and 0 <= value + c <= max_value])
+        clauses.append(rng.choice(GAINS if change > 0 else LOSSES).format(abs(change)))
+        steps.append(f"{value}{change:+d}={value + change}\n")
+        value += change
+    return _Story(f"{', '.join(clauses)}. How many {item} does {name} have?\n", "".join(steps), value)

@@ -1,0 +1,67 @@
+"""Graders for the tests of the pool, in a light module because each grader process imports it."""
+
+import ctypes
+import itertools
+import os
+import sys
+import time
+from functools import partial
+
+import numpy as np
+
+
+class AwkwardError(Exception):
+    """Cannot be unpickled: its constructor takes two arguments and its args hold none."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+
+
+def obedient(completion: str, answer: str) -> object:
+    """Does what the completion says; otherwise 1 for an equal answer."""
+    match completion:
+        case "sleep":
+            time.sleep(1000)
+        case "long call into C":
+            return sum(itertools.repeat(0))
+        case "exit":
+            os._exit(3)
+        case "sys.exit":
+            sys.exit(3)
+        case "segfault":
+            ctypes.string_at(0)
+        case "memory":
+            return len(bytearray(2**33))
+        case "raise":
+            raise RuntimeError("no such luck")
+        case "raise awkwardly":
+            raise AwkwardError("a", "b")
+        case "nan":
+            return float("nan")
+        case "infinite":
+            return float("inf")
+        case "text":
+            return "1.0"
+        case "none":
+            return None
+        case "half":
+            return np.float32(0.5)
+        case "true":
+            return True
+        case "minus one":
+            return -1
+        case "pid":
+            return os.getpid() / 2**24
+    return float(completion == answer)
+
+
+class Stateful:
+    def __init__(self, bonus: float) -> None:
+        self.bonus = bonus
+
+    def grade(self, completion: str, answer: str) -> float:
+        return self.bonus
+
+
+bonus_of_three = partial(lambda bonus, completion, answer: bonus, 3.0)  # found by its path, though it cannot be pickled
+not_a_function = 5
