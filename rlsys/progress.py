@@ -1,0 +1,205 @@
+"""What the user sees while a job runs: a bar per stage on a terminal, plain lines elsewhere, and the closing words.
+
+rich redirects stdout and stderr while a bar is up, so lines that Ray or a library prints appear above it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+LINE_EVERY_S = 1.0  # where stdout is no terminal: a log file should not grow by every step of a fast stage
+
+Row = tuple[str, str]  # label, value
+
+
+class Progress:
+    """One stage at a time. Notes and figures may come from any thread."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._stage: _Stage | None = None
+
+    @contextmanager
+    def stage(self, name: str, total: int | None) -> Iterator[None]:
+        """Show `name` until the block ends; `total` is in steps, None where nobody can know."""
+        assert self._stage is None, f"stage {name!r} begins within another one"
+        self._stage = _BarStage(name, total, self._console) if self._live else _LineStage(name, total, self._console)
+        ended_well = False
+        try:
+            yield
+            ended_well = True
+        finally:
+            self._stage.end(ended_well)
+            self._stage = None
+
+    def update(
+        self,
+        step: int,
+        *,
+        reward: float | None = None,
+        tokens_per_s: float | None = None,
+        accuracy: float | None = None,
+        loss: float | None = None,
+    ) -> None:
+        """The stage has made `step` steps; a figure left out keeps the value shown."""
+        assert self._stage is not None, "update() outside of a stage"
+        figures = {"reward": reward, "accuracy": accuracy, "loss": loss, "tokens/s": tokens_per_s}
+        self._stage.update(step, {name: value for name, value in figures.items() if value is not None})
+
+    def note(self, text: str) -> None:
+        """One sentence for the user, above the bar."""
+        self._print(Text(text))
+
+    def summary(self, title: str, rows: Sequence[Row]) -> None:
+        """The closing words. Lines are never wrapped, so that a path or a command can be copied."""
+        width = max((len(label) for label, _ in rows), default=0)
+        self._print(Text(f"\n{title}", style="bold"))
+        for label, value in rows:
+            self._print(Text.assemble(("  " + label.ljust(width), "dim"), "  ", value))
+
+    def _print(self, text: Text) -> None:
+        self._console.print(text, soft_wrap=True)
+        self._console.file.flush()
+
+
+class _Stage:
+    """What both faces of a stage share: its figures and its clock."""
+
+    def __init__(self, name: str, total: int | None, console: Console) -> None:
+        self._name = name
+        self._total = total
+        self._console = console
+        self._step = 0
+        self._figures: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def update(self, step: int, figures: dict[str, float]) -> None:
+        self._step = step
+        self._figures.update(figures)
+        self._show()
+
+    def end(self, ended_well: bool) -> None:
+        raise NotImplementedError
+
+    def _show(self) -> None:
+        raise NotImplementedError
+
+
+class _BarStage(_Stage):
+    def __init__(self, name: str, total: int | None, console: Console) -> None:
+        super().__init__(name, total, console)
+        self._bar = RichProgress(
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("[dim]left[/]"),
+            TimeRemainingColumn(compact=True),
+            TextColumn("[dim]of[/]"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._task = self._bar.add_task(escape(name), total=total, figures="")
+        self._bar.start()
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self._step, figures=shown(self._figures))
+
+    def end(self, ended_well: bool) -> None:
+        if ended_well:  # also a stage that reached its aim before its last step
+            self._bar.update(self._task, total=self._step, completed=self._step)
+        self._bar.stop()
+
+
+class _LineStage(_Stage):
+    def __init__(self, name: str, total: int | None, console: Console) -> None:
+        super().__init__(name, total, console)
+        self._printed_at = float("-inf")
+        self._printed_step = -1
+        self._print(f"{name}: started" + (f", {total} steps" if total else ""))
+
+    def _show(self) -> None:
+        if time.monotonic() - self._printed_at >= LINE_EVERY_S:
+            self._print_step()
+
+    def end(self, ended_well: bool) -> None:
+        if self._printed_step != self._step:
+            self._print_step()
+        took = duration(time.monotonic() - self._started)
+        self._print(f"{self._name}: {'done' if ended_well else 'stopped'} after {took}")
+
+    def _print_step(self) -> None:
+        self._printed_at, self._printed_step = time.monotonic(), self._step
+        words = [f"{self._name}: step {self._step}" + (f"/{self._total}" if self._total else ""), shown(self._figures)]
+        if self._total and self._step:
+            spent = time.monotonic() - self._started
+            words.append(f"left {duration(spent / self._step * (self._total - self._step))}")
+        self._print("  ".join(word for word in words if word))
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._console.file, flush=True)
+
+
+def shown(figures: dict[str, float]) -> str:
+    """``reward 0.512  tokens/s 1830``: three decimals, or none from 100 upwards."""
+    return "  ".join(
+        f"{name} {value:.0f}" if abs(value) >= 100 else f"{name} {value:.3f}" for name, value in figures.items()
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``0:42`` or ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def closing_rows(
+    run_dir: Path,
+    *,
+    accuracy_before: float,
+    accuracy_after: float,
+    steps: int,
+    seconds: float,
+    wandb_dir: Path | None,
+    wandb_url: str | None,
+    adapter: Path | None,
+) -> list[Row]:
+    """What a job ends with: the result, and where to look. An accuracy that was not evaluated is NaN."""
+    rows = [
+        ("held-out accuracy", f"{_accuracy(accuracy_before)} before, {_accuracy(accuracy_after)} after"),
+        ("steps", str(steps)),
+        ("time", duration(seconds)),
+        ("report", str(run_dir / "report.html")),
+        ("metrics", str(run_dir / "metrics.jsonl")),
+    ]
+    if wandb_url:
+        rows.append(("wandb", wandb_url))
+    elif wandb_dir:
+        rows.append(("wandb (offline)", f"wandb sync {wandb_dir}"))
+    if adapter:
+        rows.append(("adapter (PEFT)", str(adapter)))
+    return rows
+
+
+def _accuracy(value: float) -> str:
+    return "not evaluated" if math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,358 @@
+"""Claims about what a run writes down, on disk and in wandb. wandb is the real one; nothing here reaches a network."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from rlsys.config import TrackingSection
+from rlsys.errors import CheckpointError, RlsysError
+from rlsys.report import CHARTS
+from rlsys.tracking import METRICS, RolloutRow, Tracker, read_metrics, read_rollouts
+
+DISABLED = TrackingSection(wandb="disabled")
+OFFLINE = TrackingSection(wandb="offline", tags=["tested"], log_adapter=True)
+CONFIG = {"run": {"name": "tracked"}, "rl": {"steps": 2}}
+ROW = RolloutRow(0, "before", "1 + 1 =", " 3 <|end|> \ud83d é", "2", 0.0, None, 4, "length")
+FAKE_KEY = "0123456789" * 4
+CONNECT_TIMEOUT_S = 5.0
+HELD_UP_S = 2.5  # half of that; a call as slow as this waited for wandb, not for a busy machine
+
+
+@pytest.fixture(autouse=True)
+def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
+
+
+def test_a_line_is_on_the_disk_when_log_returns(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, DISABLED, "r", CONFIG)
+    tracker.log(3, {"reward/mean": 0.5, "sync/bytes": 2**40})
+    (line,) = (tmp_path / METRICS).read_text().splitlines()
+    record = json.loads(line)
+    assert abs(record.pop("time") - time.time()) < 60
+    assert record == {"step": 3, "stage": "rl", "reward/mean": 0.5, "sync/bytes": 2**40}
+    tracker.close()
+
+
+def test_floats_that_are_not_finite_stay_valid_json_and_come_back(tmp_path: Path) -> None:
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        tracker.log(1, {"a/nan": math.nan, "a/up": math.inf, "a/down": -math.inf, "a/np": np.float32("nan")})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    record = json.loads((tmp_path / METRICS).read_text(), parse_constant=refuse)
+    assert [record[key] for key in ("a/nan", "a/up", "a/down", "a/np")] == ["NaN", "Infinity", "-Infinity", "NaN"]
+    (read,) = read_metrics(tmp_path)
+    assert math.isnan(read["a/nan"])
+    assert math.isnan(read["a/np"])
+    assert (read["a/up"], read["a/down"]) == (math.inf, -math.inf)
+
+
+def test_a_torn_last_line_is_left_out_and_a_broken_one_before_it_is_named(tmp_path: Path) -> None:
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        tracker.log(1, {"reward/mean": 0.1})
+        tracker.log(2, {"reward/mean": 0.2})
+        tracker.rollouts(0, [ROW, ROW])
+    for name in (METRICS, "rollouts.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-7])
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+    assert read_rollouts(tmp_path) == [ROW]
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(RlsysError, match=r"metrics\.jsonl:2"):
+        read_metrics(tmp_path)
+
+
+def test_a_run_that_wrote_nothing_reads_as_nothing(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+    assert read_rollouts(tmp_path) == []
+
+
+def test_supervised_figures_count_steps_of_their_own_and_never_share_a_call_with_others(tmp_path: Path) -> None:
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        tracker.log(700, {"sft/loss": 1.0})
+        tracker.log(0, {"eval/accuracy": 0.5})
+        with pytest.raises(AssertionError, match="one stage"):
+            tracker.log(1, {"sft/loss": 1.0, "eval/accuracy": 0.5})
+    assert [(record["stage"], record["step"]) for record in read_metrics(tmp_path)] == [("sft", 700), ("rl", 0)]
+
+
+def test_config_and_environment_are_written_beside_the_figures(tmp_path: Path) -> None:
+    Tracker(tmp_path, DISABLED, "r", CONFIG).close()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == CONFIG
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["numpy"] == np.__version__
+    assert {"python", "processor", "cores", "memory", "gpus"} <= set(environment)
+
+
+def test_disabled_wandb_is_said_and_never_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from rlsys.config import TrackingSection; from rlsys.tracking import Tracker\n"
+        f"t = Tracker(pathlib.Path({str(tmp_path)!r}), TrackingSection(wandb='disabled'), 'r', {{}})\n"
+        "t.log(1, {'reward/mean': 1.0}); t.close(); assert 'wandb' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "wandb: off" in done.stdout
+
+
+def test_an_offline_run_read_back_holds_config_metrics_table_and_artifact(tmp_path: Path) -> None:
+    notes: list[str] = []
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    after = RolloutRow(2, "after", "1 + 1 =", " 2", "2", 1.0, None, 2, "stop")
+    with Tracker(tmp_path, OFFLINE, "tracked", CONFIG, note=notes.append) as tracker:
+        tracker.log(500, {"sft/loss": 2.5})
+        tracker.log(510, {"sft/loss": 2.25})
+        tracker.log(0, {"eval/accuracy": 0.25})
+        tracker.rollouts(0, [RolloutRow(0, "before", "1 + 1 =", " 3", "2", 0.0, None, 4, "length")])
+        for step in (1, 2):
+            tracker.log(step, {"reward/mean": step / 4})
+            tracker.log(step, {"time/step_s": 1.5})
+        tracker.rollouts(2, [after])
+        tracker.adapter(adapter)
+    assert tracker.wandb_dir is not None
+    assert tracker.wandb_dir.is_relative_to(tmp_path)
+    assert tracker.wandb_url is None
+    assert any(f"wandb sync {tracker.wandb_dir}" in note for note in notes)
+
+    found = list(wandb_records(tracker.wandb_dir))
+    rows = [history_row(record) for kind, record in found if kind == "history"]
+    steps = [row["_step"] for row in rows]
+    assert steps == sorted(set(steps)), "wandb merged or dropped rows"
+    assert [row["sft/step"] for row in rows if "sft/loss" in row] == [500, 510]
+    assert [row["sft/loss"] for row in rows if "sft/loss" in row] == [2.5, 2.25]
+    both = [(row["step"], row["reward/mean"], row["time/step_s"]) for row in rows if "reward/mean" in row]
+    assert both == [(1, 0.25, 1.5), (2, 0.5, 1.5)], "figures of one step share a row"
+    axes = {record.metric.name: record.metric.step_metric for kind, record in found if kind == "metric"}
+    assert (axes["sft/loss"], axes["reward/mean"]) == ("sft/step", "step")
+
+    (run,) = (record.run for kind, record in found if kind == "run")
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["rl"] == {"steps": 2}
+    assert config["environment"]["numpy"] == np.__version__
+    assert (run.display_name, list(run.tags)) == ("tracked", ["tested"])
+
+    last = [row for row in rows if "rollouts/path" in row][-1]
+    table = json.loads((tracker.wandb_dir / "files" / last["rollouts/path"]).read_text())
+    assert [dict(zip(table["columns"], line, strict=True))["completion"] for line in table["data"]] == [" 3", " 2"]
+    artifacts = [record.artifact for kind, record in found if kind == "artifact"]
+    assert any((a.name, a.type) == ("tracked-adapter", "model") for a in artifacts)
+    (end,) = (record.exit for kind, record in found if kind == "exit")
+    assert end.exit_code == 0
+
+
+def test_a_run_that_fails_is_closed_with_a_failing_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Tracker(tmp_path, OFFLINE, "r", CONFIG, note=str) as tracker:
+        raise KeyboardInterrupt
+    assert tracker.wandb_dir is not None
+    (end,) = (record.exit for kind, record in wandb_records(tracker.wandb_dir) if kind == "exit")
+    assert end.exit_code == 130
+
+
+@pytest.mark.parametrize("section", [TrackingSection(), TrackingSection(wandb="online")], ids=["auto", "online"])
+def test_without_an_account_a_run_is_offline_and_says_so(tmp_path: Path, section: TrackingSection) -> None:
+    notes: list[str] = []
+    Tracker(tmp_path, section, "r", CONFIG, note=notes.append).close()
+    assert any("offline" in note and "not logged in" in note and "wandb login" in note for note in notes), notes
+
+
+def test_a_key_in_a_netrc_file_counts_as_logged_in(troubled: dict[str, Troubled]) -> None:
+    assert "offline (Timed out" in troubled["nobody listens"].output, "it asked the server, so it counted as logged in"
+
+
+@pytest.mark.parametrize("trouble", ["nobody listens", "never answers", "no network", "stops answering"])
+def test_training_never_waits_for_wandb(troubled: dict[str, Troubled], trouble: str) -> None:
+    run = troubled[trouble]
+    assert run.slowest_call_s < HELD_UP_S
+    assert [record["reward/mean"] for record in read_metrics(run.run_dir)] == list(range(50))
+
+
+@pytest.mark.parametrize("trouble", ["nobody listens", "never answers", "no network"])
+def test_without_a_server_the_run_becomes_an_offline_one_and_says_so(
+    troubled: dict[str, Troubled], trouble: str
+) -> None:
+    run = troubled[trouble]
+    assert "wandb: offline (" in run.output
+    (found,) = (run.run_dir / "wandb").glob("offline-run-*")
+    assert f"wandb sync {found}" in run.output
+    rows = [history_row(record) for kind, record in wandb_records(found) if kind == "history"]
+    assert [row["reward/mean"] for row in rows] == list(range(50))
+
+
+def test_a_server_that_stops_answering_is_told_and_does_not_hold_up_the_end(troubled: dict[str, Troubled]) -> None:
+    run = troubled["stops answering"]
+    assert "wandb: online at http://127.0.0.1" in run.output
+    assert "wandb: gave up (" in run.output
+    assert "wandb sync" in run.output
+    assert run.close_s < 30.0, "wandb alone would try for days"
+
+
+def test_a_failure_within_wandb_is_told_and_costs_the_copy_only(tmp_path: Path) -> None:
+    notes: list[str] = []
+    (tmp_path / "run").mkdir()
+    section = TrackingSection(wandb="offline", tags=["x" * 100])  # wandb refuses tags beyond 64 characters
+    with Tracker(tmp_path / "run", section, "r", CONFIG, note=notes.append) as tracker:
+        tracker.log(1, {"reward/mean": 1.0})
+    assert any("wandb: gave up" in note for note in notes), notes
+    assert len(read_metrics(tmp_path / "run")) == 1
+
+
+def test_an_adapter_folder_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker, pytest.raises(CheckpointError, match="nowhere"):
+        tracker.adapter(tmp_path / "nowhere")
+
+
+def test_every_metric_that_the_report_draws_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    documented = re.findall(r"^\| `([a-z]+/[a-z_0-9]+)` \|", page, re.MULTILINE)
+    assert len(documented) == len(set(documented)) == 44
+    assert {metric for chart in CHARTS for metric in chart.lines} <= set(documented)
+
+
+TRACKED = """
+import pathlib, sys, time
+from rlsys import tracking
+from rlsys.config import TrackingSection
+from rlsys.tracking import RolloutRow, Tracker
+
+tracking.FINISH_TIMEOUT_S = 3.0
+def note(text): print(text, flush=True)
+folder, timeout_s = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+tracker = Tracker(folder, TrackingSection(), "r", {}, note=note, connect_timeout_s=timeout_s)
+slowest = 0.0
+for step in range(50):
+    start = time.monotonic()
+    tracker.log(step, {"reward/mean": step})
+    if step % 10 == 0:
+        tracker.rollouts(step, [RolloutRow(step, "train", "p", "c", "a", 1.0, 0.5, 1, "stop")])
+    slowest = max(slowest, time.monotonic() - start)
+    time.sleep(0.06)
+start = time.monotonic()
+tracker.close()
+print("slowest", slowest, "close", time.monotonic() - start)
+"""
+
+
+@dataclass(frozen=True)
+class Troubled:
+    """A run of 50 steps that believes to be logged in, and whose server has some trouble."""
+
+    run_dir: Path
+    output: str
+
+    @property
+    def slowest_call_s(self) -> float:
+        return float(self.output.split()[-3])
+
+    @property
+    def close_s(self) -> float:
+        return float(self.output.split()[-1])
+
+
+@pytest.fixture(scope="module")
+def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Troubled]]:
+    """Every trouble at once, each in a process of its own, since wandb remembers its server for a process's life."""
+    folder = tmp_path_factory.mktemp("troubled")
+    isolate = ["unshare", "--user", "--map-root-user", "--net"]
+    can_isolate = shutil.which("unshare") and not subprocess.run([*isolate, "true"], capture_output=True).returncode
+    fading = ThreadingHTTPServer(("127.0.0.1", 0), FadingWandb)
+    fading.daemon_threads = True
+    threading.Thread(target=fading.serve_forever, daemon=True).start()
+    with socket.socket() as bound, socket.create_server(("127.0.0.1", 0)) as silent:
+        bound.bind(("127.0.0.1", 0))  # nobody else gets this port, and nobody listens at it
+        refusing, mute, netrc = bound.getsockname()[1], silent.getsockname()[1], folder / "netrc"
+        netrc.write_text(f"machine 127.0.0.1:{refusing}\n  login user\n  password {FAKE_KEY}\n")
+        netrc.chmod(0o600)
+        key = {"WANDB_API_KEY": FAKE_KEY}
+        children = {
+            "nobody listens": tracked(folder / "0", refusing, {"NETRC": str(netrc)}),
+            "never answers": tracked(folder / "1", mute, key),
+            # without unshare the address is one that leads nowhere, which is nearly as good
+            "no network": tracked(folder / "2", 9, key, isolate if can_isolate else []),
+            "stops answering": tracked(folder / "3", fading.server_port, key),
+        }
+        outputs = {name: child.communicate(timeout=90)[0] for name, child in children.items()}
+    assert all(child.returncode == 0 for child in children.values()), outputs
+    yield {name: Troubled(folder / str(i), output) for i, (name, output) in enumerate(outputs.items())}
+    fading.shutdown()
+
+
+def tracked(run_dir: Path, port: int, extra: dict[str, str], isolate: Sequence[str] = ()) -> subprocess.Popen[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "NETRC": str(run_dir / "none"), **extra}
+    command = [*isolate, sys.executable, "-c", TRACKED, str(run_dir), str(CONNECT_TIMEOUT_S)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+
+
+class FadingWandb(BaseHTTPRequestHandler):
+    """As much of wandb's server as a run needs to start; it stops answering once figures arrive."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        if "file_stream" in self.path:
+            time.sleep(60)
+            return
+        project = {"id": "p", "name": "rlsys", "entity": {"id": "e", "name": "me"}}
+        bucket = {"id": "x", "name": "r", "displayName": "r", "config": "{}", "historyLineCount": 0, "project": project}
+        viewer = {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
+        data = {"upsertBucket": {"bucket": bucket, "inserted": True}, "serverInfo": {"features": []}, "viewer": viewer}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def wandb_records(folder: Path) -> Iterator[tuple[str, Any]]:
+    """(kind, record) of an offline run's file, which is LevelDB's log: blocks of 32 KiB, records in fragments."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("*.wandb")
+    data, at, whole = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        if left < 7:
+            at += left
+            continue
+        _, size, fragment = struct.unpack("<IHB", data[at : at + 7])
+        at += 7
+        if fragment == 0:
+            break
+        whole += data[at : at + size]
+        at += size
+        if fragment in (1, 4):  # a whole record, or the last piece of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record.WhichOneof("record_type"), record
+            whole = b""
+
+
+def history_row(record: Any) -> dict[str, Any]:
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
