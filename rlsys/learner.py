@@ -1,0 +1,347 @@
+"""The learner: one base model and the runs that are trained on it.
+
+    forward_backward   gradients of the loss add up in the run's parameters until ``optim_step`` applies and clears them
+    logprobs           of given sequences, under a run's adapter or under the base with every adapter off
+
+``trainable="lora"``: a frozen base with one adapter per run. ``trainable="all"``: no adapter; the one run is called
+"base" and owns all weights. Both share datums, packing, losses and accumulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from rlsys import attention, losses
+from rlsys.config import LearnerSection, LoraSection, ModelSection
+from rlsys.datums import DatumBatch
+from rlsys.errors import ConfigError, GradientError
+from rlsys.logprobs import token_logprobs
+from rlsys.lora import Adapters
+from rlsys.losses import Loss
+from rlsys.norms import replace_norms
+from rlsys.optim import Kind, Stepper, clip, global_norm
+from rlsys.packing import MicroBatch, pack
+from rlsys.types import AdamParams, Array
+from rlsys.weights import AdapterSnapshot, snapshot_of
+
+BASE_RUN = "base"  # the run id of trainable="all"
+
+
+@dataclass(frozen=True, slots=True)
+class BatchResult:
+    """``loss_sum`` equals ``metrics["loss:sum"]``, summed in float64."""
+
+    loss_sum: float
+    metrics: Mapping[str, float]
+    logprobs: Array  # (T,) float32 nats of the targets, in the batch's order
+
+
+@dataclass(slots=True)
+class _Run:
+    """What one run owns: nothing of it is touched by a step of another."""
+
+    id: str
+    adapter: str | None  # its name inside Adapters; None for all weights
+    section: LoraSection | None
+    parameters: dict[str, nn.Parameter]
+    stepper: Stepper
+    version: int = 0
+    has_gradient: bool = False
+
+    def take_gradients(self) -> list[Tensor | None]:
+        taken = [parameter.grad for parameter in self.parameters.values()]
+        self.set_gradients([None] * len(taken))
+        return taken
+
+    def set_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
+
+    def add_gradients(self, earlier: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters.values(), earlier, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
+            elif gradient is not None:
+                parameter.grad.add_(gradient)
+
+
+class Learner:
+    """Loads a base and trains runs on it. One thread at a time.
+
+    `dtype` overrides ``model.dtype``: float64 serves tests of the mathematics. Trained weights, accumulated gradients
+    and optimizer state are fp32 (float64 then) whatever the base is in.
+    """
+
+    def __init__(
+        self,
+        base: Path | str,
+        model: ModelSection,
+        section: LearnerSection,
+        trainable: Literal["lora", "all"] = "lora",
+        optimizer: Kind = "adamw",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        torch.set_num_threads(section.threads)
+        self._base = str(base)
+        self._section = section
+        self._saved_dtype: torch.dtype = dtype or getattr(torch, model.dtype)
+        self._trained_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._model = _load(base, self._saved_dtype if trainable == "lora" else self._trained_dtype, section.device)
+        self._max_length = min(model.max_length, self._model.config.max_position_embeddings)
+        self._adapters = Adapters(self._model)
+        self._runs: dict[str, _Run] = {}
+        self._trainable = trainable
+        if trainable == "lora" and optimizer != "adamw":
+            raise ConfigError(f"optimizer: found {optimizer!r} for adapters; wanted 'adamw' (muon is for all weights)")
+        if trainable == "all":
+            self._model.requires_grad_(True)
+            parameters = dict(self._model.named_parameters())
+            ends = (self._model.get_input_embeddings(), self._model.get_output_embeddings())
+            stepper = Stepper(parameters, optimizer, adamw_only=frozenset(id(end.weight) for end in ends))
+            self._runs[BASE_RUN] = _Run(BASE_RUN, None, None, parameters, stepper)
+
+    @property
+    def vocab_size(self) -> int:
+        size: int = self._model.config.vocab_size
+        return size
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of one sequence, prompt and completion together."""
+        return self._max_length
+
+    @property
+    def run_ids(self) -> list[str]:
+        return list(self._runs)
+
+    def create_run(self, run_id: str, lora: LoraSection, seed: int) -> None:
+        """A new adapter that begins as the base; the same seed and section make the same weights."""
+        if self._trainable == "all":
+            raise ConfigError(
+                f"run {run_id!r}: this learner trains all weights as run {BASE_RUN!r} and has no adapters"
+            )
+        if run_id in self._runs:
+            raise ConfigError(f"run {run_id!r} exists already; {self._known()}")
+        adapter = self._adapters.add(lora, seed, self._trained_dtype)
+        parameters = self._adapters.parameters(adapter)
+        self._runs[run_id] = _Run(run_id, adapter, lora, parameters, Stepper(parameters, "adamw"))
+
+    def drop_run(self, run_id: str) -> None:
+        adapter, _ = self._adapter(run_id)
+        self._adapters.drop(adapter)
+        del self._runs[run_id]
+
+    def version(self, run_id: str) -> int:
+        """Optimizer steps applied so far."""
+        return self._run(run_id).version
+
+    def forward(self, run_id: str | None, batch: DatumBatch, loss: Loss, temperature: float = 1.0) -> BatchResult:
+        """The loss without gradients; None is the base with every adapter off."""
+        self._select(run_id)
+        with torch.no_grad():
+            return self._pass(batch, loss, temperature, backward=False)
+
+    def forward_backward(self, run_id: str, batch: DatumBatch, loss: Loss, temperature: float = 1.0) -> BatchResult:
+        """Add the gradient of the summed loss to what has accumulated since the last step.
+
+        If anything fails on the way, the accumulated gradient is as it was before the call.
+        """
+        run = self._run(run_id)
+        self._select(run_id)
+        earlier = run.take_gradients()
+        try:
+            result = self._pass(batch, loss, temperature, backward=True)
+        except BaseException:  # an interrupt too must not leave the gradient of half a batch
+            run.set_gradients(earlier)
+            raise
+        run.add_gradients(earlier)
+        run.has_gradient = True
+        return result
+
+    def optim_step(self, run_id: str, adam: AdamParams) -> dict[str, float]:
+        """Apply the accumulated gradient and clear it. ``grad_norm`` is the global L2 norm before clipping.
+
+        Raises:
+            GradientError: there is no gradient, or its norm is not finite. Weights and optimizer state are untouched.
+        """
+        run = self._run(run_id)
+        if not run.has_gradient:
+            raise GradientError(
+                f"run {run_id!r}, step {run.version}: no forward_backward since the last optim_step; nothing to apply"
+            )
+        parameters = list(run.parameters.values())
+        norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        found = float(norm)
+        if math.isfinite(found):
+            if adam.grad_clip_norm > 0:
+                clip(parameters, adam.grad_clip_norm, norm)
+            run.stepper.step(adam)
+            run.version += 1
+        run.take_gradients()
+        run.has_gradient = False
+        if not math.isfinite(found):
+            raise GradientError(
+                f"run {run_id!r}, step {run.version}: the gradient norm is {found}; wanted a finite one. Weights and "
+                "optimizer state are as before, the gradient is cleared. Likely causes: a learning rate that let the "
+                "weights explode in earlier steps; log-probabilities in the datums that are not the sampler's, so that "
+                "exp(p - q) overflows; advantages or weights of enormous size"
+            )
+        return {"grad_norm": found}
+
+    def logprobs(self, run_id: str | None, tokens: Array, offsets: Array, temperature: float = 1.0) -> Array:
+        """(T,) float32 nats of each token given those before it; 0.0 for a sequence's first, which nothing predicts.
+
+        `tokens` holds the sequences end to end, `offsets` is (S + 1,); None is the base with every adapter off.
+        """
+        self._select(run_id)
+        offsets = np.asarray(offsets, np.int64)
+        batch = DatumBatch(np.asarray(tokens), np.roll(tokens, -1), offsets, {})
+        found = np.zeros(len(tokens), np.float32)
+        with torch.no_grad():
+            for micro in pack(batch, self._section.token_budget, self._model.device):
+                found[micro.index] = self._logprobs(micro, temperature).float().cpu().numpy()
+        predicted = np.roll(found, 1)  # position t - 1 predicts token t
+        predicted[offsets[:-1][np.diff(offsets) > 0]] = 0.0
+        return predicted
+
+    def greedy(
+        self, prompts: Sequence[Array], max_tokens: int, eos_ids: Sequence[int], run_id: str | None = None
+    ) -> list[Array]:
+        """The likeliest next token, again and again: int32 completions, an ending token included."""
+        self._select(run_id)
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.from_numpy(np.asarray(prompt, np.int64))
+            mask[row, width - len(prompt) :] = 1
+        config = GenerationConfig(
+            max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(eos_ids), pad_token_id=0, use_cache=True
+        )
+        device = self._model.device
+        with torch.no_grad(), _unpacked(self._model):
+            out = self._model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        return [_until(row, eos_ids) for row in out[:, width:].cpu().numpy()]
+
+    def snapshot(self, run_id: str, dtype: str) -> AdapterSnapshot:
+        """The adapter as samplers serve it: alpha / r folded into B before the cast to `dtype`."""
+        adapter, lora = self._adapter(run_id)
+        return snapshot_of(run_id, self.version(run_id), lora.rank, self._adapters.scaled(adapter), dtype)
+
+    def probe(self, run_id: str, dtype: str, tokens: Array, seed: int = 0) -> tuple[AdapterSnapshot, Array]:
+        """An adapter shaped like the run's whose deltas are as large as the weights they change, and (C,) float32
+        log-probabilities of one sequence under it: a sampler whose forward pass ignores adapters is far from them."""
+        probe_id = f"{run_id}.probe"
+        self.create_run(probe_id, self._adapter(run_id)[1], seed)
+        try:
+            self._adapters.enlarge(self._adapter(probe_id)[0], seed)
+            return self.snapshot(probe_id, dtype), self.logprobs(probe_id, tokens, np.array([0, len(tokens)]))
+        finally:
+            self.drop_run(probe_id)
+
+    def save_adapter(self, run_id: str, out: Path) -> None:
+        """adapter_config.json and adapter_model.safetensors, as PEFT loads them."""
+        self._adapters.save(self._adapter(run_id)[0], Path(out), self._base)
+
+    def save_model(self, out: Path) -> None:
+        """All weights as a Hugging Face folder in ``model.dtype``; the tokenizer is the caller's."""
+        if self._trainable != "all":
+            raise ConfigError("save_model: this learner trains adapters, its base is unchanged; use save_adapter")
+        kept = [(weight, weight.data) for weight in self._model.parameters()]
+        try:
+            for weight, values in kept:
+                weight.data = values.to(self._saved_dtype)
+            self._model.save_pretrained(out)
+        finally:
+            for weight, values in kept:
+                weight.data = values
+
+    def _pass(self, batch: DatumBatch, loss: Loss, temperature: float, *, backward: bool) -> BatchResult:
+        logp_T = np.zeros(len(batch.tokens), np.float64)
+        values_T = np.zeros(len(batch.tokens), np.float64)
+        for micro in pack(batch, self._section.token_budget, self._model.device):
+            columns = {
+                key: torch.from_numpy(column[micro.index]).to(self._model.device)
+                for key, column in batch.columns.items()
+            }
+            logp = self._logprobs(micro, temperature)
+            values = loss(logp, columns)
+            if backward:
+                values.sum().backward()
+            logp_T[micro.index] = logp.detach().double().cpu().numpy()
+            values_T[micro.index] = values.detach().double().cpu().numpy()
+        metrics = {"loss:sum": float(values_T.sum()), **losses.metrics(loss, logp_T, batch.columns)}
+        return BatchResult(metrics["loss:sum"], metrics, logp_T.astype(np.float32))
+
+    def _logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
+        """(T,) nats of the micro-batch's targets."""
+        hidden = self._model.base_model(
+            input_ids=micro.tokens,
+            position_ids=micro.positions,
+            use_cache=False,
+            **{attention.SEGMENTS: micro.segments},
+        ).last_hidden_state[0]
+        chunk = self._section.logprob_chunk_tokens
+        return token_logprobs(self._adapters.head(), hidden, micro.targets, temperature, chunk)
+
+    def _select(self, run_id: str | None) -> None:
+        self._adapters.activate(None if run_id is None else self._run(run_id).adapter)
+
+    def _run(self, run_id: str) -> _Run:
+        if run_id not in self._runs:
+            raise ConfigError(f"run {run_id!r} does not exist; {self._known()}")
+        return self._runs[run_id]
+
+    def _adapter(self, run_id: str) -> tuple[str, LoraSection]:
+        run = self._run(run_id)
+        if run.adapter is None or run.section is None:
+            raise ConfigError(
+                f"run {run_id!r} trains all weights and has no adapter; only adapters are served and dropped"
+            )
+        return run.adapter, run.section
+
+    def _known(self) -> str:
+        return f"known: {', '.join(self._runs)}" if self._runs else "no run exists yet"
+
+
+def _load(base: Path | str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    """The base in evaluation mode (no dropout), frozen, with packed attention."""
+    attention.register()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, attn_implementation=attention.NAME
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path: {base} cannot be loaded as a causal language model: {error}") from error
+    model.to(device)
+    model.eval()
+    model.requires_grad_(False)
+    attention.prove_packing(model)
+    replace_norms(model)
+    return model
+
+
+@contextmanager
+def _unpacked(model: PreTrainedModel) -> Iterator[None]:
+    """Padded rows with a key-value cache instead of packed segments, for generation."""
+    model.config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = attention.NAME
+
+
+def _until(row: Array, eos_ids: Sequence[int]) -> Array:
+    """The row up to and including its first ending token."""
+    ends = np.flatnonzero(np.isin(row, list(eos_ids)))
+    return row[: ends[0] + 1 if len(ends) else len(row)].astype(np.int32)

@@ -1,0 +1,52 @@
+"""Optimizers whose settings come with every step, and the gradient norm that decides whether there is a step at all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlsys.types import AdamParams
+
+Kind = Literal["adamw", "muon"]
+
+MUON_MOMENTUM = 0.95  # the value of Jordan et al. 2024; AdamParams has no name for it
+
+
+class Stepper:
+    """AdamW (arXiv:1711.05101), or Muon (Liu et al. 2025, arXiv:2502.16982) for 2-D weights that map hidden states.
+
+    Muon's update is scaled to AdamW's size, so both take the same learning rate. Embeddings, output layer, norms and
+    biases stay with AdamW.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], kind: Kind, adamw_only: Collection[int] = ()) -> None:
+        named = list(parameters.values())
+        by_muon = [p for p in named if kind == "muon" and p.ndim == 2 and id(p) not in adamw_only]
+        muon_ids = {id(p) for p in by_muon}
+        by_adamw = [p for p in named if id(p) not in muon_ids]
+        self.parts: list[torch.optim.Optimizer] = []
+        if by_adamw:
+            self.parts.append(torch.optim.AdamW(by_adamw, fused=True))
+        if by_muon:
+            self.parts.append(torch.optim.Muon(by_muon, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw"))
+
+    def step(self, adam: AdamParams) -> None:
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"], group["weight_decay"] = adam.learning_rate, adam.weight_decay
+                if isinstance(part, torch.optim.AdamW):
+                    group["betas"], group["eps"] = (adam.beta1, adam.beta2), adam.eps
+            part.step()
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """L2 over all values, 0-dim."""
+    return nn.utils.get_total_norm(gradients)
+
+
+def clip(parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale the gradients to a norm of at most `limit`; with ``global_norm`` this is torch's clip_grad_norm_."""
+    nn.utils.clip_grads_with_norm_(parameters, limit, norm)

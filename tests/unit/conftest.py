@@ -1,0 +1,32 @@
+"""Tiny random Qwen3 models, made once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """tied -> folder of a Qwen3 with vocabulary 64, hidden size 32, 2 layers and weights large enough to matter."""
+    folders: dict[bool, Path] = {}
+
+    def folder(tied: bool = True) -> Path:
+        if tied not in folders:
+            config = Qwen3Config(
+                vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=8, max_position_embeddings=128, initializer_range=0.2,
+                tie_word_embeddings=tied, dtype="float32",
+            )  # fmt: skip
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(7 + tied)
+                model = Qwen3ForCausalLM(config)
+            folders[tied] = tmp_path_factory.mktemp("models") / f"tiny-{'tied' if tied else 'untied'}"
+            model.save_pretrained(folders[tied])
+        return folders[tied]
+
+    return folder
