@@ -1,0 +1,131 @@
+"""A base model as a folder: made from nothing, and carried to nodes that share no file system.
+
+``initial_model`` writes a random Qwen3 in Hugging Face format; ``pack_folder`` and ``unpack_folder`` turn a folder into
+named bytes with a manifest of their hashes and back. A folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from rlsys.config import MakeSection
+from rlsys.errors import CheckpointError, ConfigError
+
+MANIFEST = "rlsys-manifest.txt"  # one line "<hash>  <name>" per file, sorted by name
+
+
+def initial_model(make: MakeSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int, out: Path) -> None:
+    """Write a random fp32 Qwen3 of these dimensions with its tokenizer to the new folder `out`.
+
+    The vocabulary is the tokenizer's, which may be smaller than ``make.vocab_size``: an id that no text can have must
+    not be sampled.
+    """
+    if make.num_heads % make.num_kv_heads:
+        raise ConfigError(
+            f"model.make.num_heads: found {make.num_heads}; wanted a multiple of num_kv_heads {make.num_kv_heads}"
+        )
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=make.hidden_size,
+        num_hidden_layers=make.num_layers,
+        num_attention_heads=make.num_heads,
+        num_key_value_heads=make.num_kv_heads,
+        head_dim=make.head_dim,
+        intermediate_size=make.intermediate_size,
+        rope_parameters={"rope_type": "default", "rope_theta": make.rope_theta},
+        max_position_embeddings=max_length,
+        tie_word_embeddings=make.tie_embeddings,
+        dtype="float32",
+        **ends,
+    )
+    with torch.random.fork_rng(devices=[]), new_folder(out) as folder:
+        torch.manual_seed(seed)
+        model = Qwen3ForCausalLM(config)
+        model.generation_config = GenerationConfig(**ends)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def pack_folder(path: Path) -> dict[str, bytes]:
+    """Relative name -> content of every file under `path`, with a manifest; links are followed to what they hold."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: found no folder to pack")
+    files = {name: file.read_bytes() for name, file in _files_under(path).items() if name != MANIFEST}
+    if not files:
+        raise CheckpointError(f"{path}: found an empty folder; wanted the files of a model")
+    return {**files, MANIFEST: _manifest(files)}
+
+
+def unpack_folder(files: Mapping[str, bytes], path: Path) -> None:
+    """Write what ``pack_folder`` gave to `path`. Several processes may do it at once; an equal folder is left.
+
+    Raises:
+        CheckpointError: a name that leaves `path`, content that its manifest does not vouch for, or a folder at `path`
+            with other content.
+    """
+    contents = {name: content for name, content in files.items() if name != MANIFEST}
+    for name in contents:
+        _check_name(name)
+    if files.get(MANIFEST) != _manifest(contents):
+        raise CheckpointError(f"{path}: the packed files do not match their manifest; pack the folder again")
+    if not path.exists():
+        try:
+            with new_folder(path) as folder:
+                for name, content in files.items():
+                    target = folder / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(content)
+            return
+        except FileExistsError:
+            pass  # another process was first: its folder has to hold the same
+    found = _files_under(path)
+    if found.keys() != files.keys() or any(found[name].read_bytes() != files[name] for name in found):
+        raise CheckpointError(f"{path}: found a folder with other content; remove it, or unpack elsewhere")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        FileExistsError: `path` is there by then; it is left as it is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the folder from other users
+        try:
+            os.rename(temporary, path)  # replaces an empty folder, never one with content
+        except OSError as error:
+            if path.exists():
+                raise FileExistsError(f"{path} is already there") from error
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _files_under(path: Path) -> dict[str, Path]:
+    return {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def _manifest(files: Mapping[str, bytes]) -> bytes:
+    digests = {name: hashlib.blake2b(content, digest_size=16).hexdigest() for name, content in files.items()}
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(files)).encode()
+
+
+def _check_name(name: str) -> None:
+    pure = PurePosixPath(name)
+    plain = str(pure) == name and name.isprintable() and "\\" not in name
+    if not plain or pure.is_absolute() or ".." in pure.parts or name == ".":
+        raise CheckpointError(f"packed file {name!r}: the name leaves the folder, or is no plain relative path")

@@ -1,0 +1,194 @@
+"""A base made from nothing: cross_entropy over every token, until the model can do the task when its steps are begun.
+
+The gate asks for ability, not for habit: problems are given with the worked steps begun, and greedy decoding has to
+reach the right answer. Reinforcement learning then has something to find. The learning rate warms up, stays, and once
+the gate is passed falls linearly to a 25th; then the stage ends.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlsys import losses, tasks
+from rlsys.base import initial_model, new_folder
+from rlsys.config import JobConfig, SupervisedSection
+from rlsys.datums import DatumBatch
+from rlsys.errors import ConfigError, QualityError
+from rlsys.learner import BASE_RUN, Learner
+from rlsys.problems import Epochs, Problem
+from rlsys.rollouts import offsets_of
+from rlsys.tasks import TeachableTask
+from rlsys.tokenizer import build_tokenizer
+from rlsys.types import AdamParams, Array
+
+FINAL_SHARE = 0.04  # of the learning rate, at the end of the decay
+TOKENIZER_TEXTS = 3000  # more change no merge that matters
+
+OnStep = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """E texts as token ids, end to end; each is at least two tokens long."""
+
+    tokens: Array  # (T,) int32
+    offsets: Array  # (E + 1,) int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def batch(self, ids: Array) -> DatumBatch:
+        """The examples `ids`, each position predicting the next; the weights make the loss a mean over tokens.
+
+        example  a b c   ->   tokens a b, targets b c
+        """
+        lengths = np.diff(self.offsets)[ids] - 1
+        offsets = offsets_of(lengths)
+        at = np.repeat(self.offsets[ids] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        weights = np.full(len(at), 1.0 / len(at), np.float32)
+        return DatumBatch(self.tokens[at], self.tokens[at + 1], offsets, {"weights": weights})
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What the model has to be able to do, and how its answers are graded."""
+
+    problems: Sequence[Problem]  # with the worked steps begun
+    grade: Callable[[str, str], float]  # of (completion, answer)
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int  # of a completion
+
+    def accuracy(self, learner: Learner) -> float:
+        """Mean grade of the greedy completions."""
+        prompts = [np.array(ids, np.int32) for ids in _encode(self.tokenizer, [p.prompt for p in self.problems])]
+        completions = learner.greedy(prompts, self.max_tokens, [self.tokenizer.eos_token_id])
+        texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return float(np.mean([self.grade(text, p.answer) for text, p in zip(texts, self.problems, strict=True)]))
+
+
+@dataclass(frozen=True, slots=True)
+class SupervisedResult:
+    """``loss`` is that of the last step, nats per token; ``tokens`` counts predicted tokens of all steps."""
+
+    steps: int
+    gate_accuracy: float
+    loss: float
+    tokens: int
+    seconds: float
+
+    def facts(self) -> dict[str, float]:
+        return {f"sft/{name}": float(value) for name, value in asdict(self).items()}
+
+
+def make_base(config: JobConfig, out: Path, on_step: OnStep) -> SupervisedResult:
+    """Make ``config.model.make`` from nothing and write it, tokenizer included, to the new folder `out`.
+
+    Raises:
+        QualityError: it did not get good enough; `out` does not appear.
+        ConfigError: the task cannot write examples, or an example is longer than ``model.max_length``.
+    """
+    make, seed = config.model.make, config.run.seed
+    assert make is not None, "model.make is what this function makes"
+    task = tasks.build(config.task, seed)
+    if not isinstance(task, TeachableTask):
+        raise ConfigError(
+            f"model.make: task {config.task.name!r} has no examples to learn from; give model.path instead"
+        )
+    section = make.supervised
+    model_seed, example_seed, order_seed = map(int, np.random.SeedSequence(seed).generate_state(3))
+    pairs = task.supervised_examples(section.problems, section.worked_share, example_seed)
+    tokenizer = build_tokenizer([prompt + answer for prompt, answer in pairs[:TOKENIZER_TEXTS]], make.vocab_size)
+    examples = encode_examples(tokenizer, pairs)
+    longest = int(np.diff(examples.offsets).max())
+    if longest > config.model.max_length:
+        raise ConfigError(f"model.max_length: found {config.model.max_length}; wanted {longest}, the longest example")
+    problems = [task.force_steps(problem) for problem in task.gate_problems(section.gate_problems)]
+    gate = Gate(problems, task.grade, tokenizer, config.eval.max_tokens)
+    with new_folder(out) as folder:
+        initial_model(make, tokenizer, config.model.max_length, model_seed, folder / "initial")
+        learner = Learner(folder / "initial", config.model, config.learner, "all", section.optimizer)
+        shutil.rmtree(folder / "initial")
+        result = train_base(learner, examples, gate, section, order_seed, on_step)
+        learner.save_model(folder)
+        tokenizer.save_pretrained(folder)
+    return result
+
+
+def train_base(
+    learner: Learner, examples: Examples, gate: Gate, section: SupervisedSection, seed: int, on_step: OnStep
+) -> SupervisedResult:
+    """Train all weights of `learner` until the gate is passed and the learning rate has come down.
+
+    Raises:
+        QualityError: the gate is not passed by ``max_steps``, or no longer passed after the decay.
+    """
+    loss_fn = losses.resolve("cross_entropy")
+    start, tokens, decay_from = time.perf_counter(), 0, None
+    for step, ids in enumerate(Epochs(len(examples), section.batch_size, seed), start=1):
+        step_start = time.perf_counter()
+        rate = learning_rate(section, step, decay_from)
+        batch = examples.batch(ids)
+        loss = learner.forward_backward(BASE_RUN, batch, loss_fn).loss_sum
+        learner.optim_step(
+            BASE_RUN, AdamParams(rate, section.beta1, section.beta2, grad_clip_norm=section.grad_clip_norm)
+        )
+        tokens += len(batch.tokens)
+        seconds = time.perf_counter() - step_start
+        facts = {"sft/loss": loss, "sft/learning_rate": rate, "sft/tokens_per_s": len(batch.tokens) / seconds}
+        is_last = decay_from is not None and step == decay_from + section.decay_steps
+        if is_last or (decay_from is None and _check_is_due(section, step)):
+            accuracy = facts["sft/gate_accuracy"] = gate.accuracy(learner)
+            if accuracy >= section.gate_accuracy:
+                decay_from = step if decay_from is None else decay_from
+            elif is_last or step == section.max_steps:
+                on_step(step, facts)
+                raise QualityError(_gate_message(section, step, accuracy, loss, is_last))
+        on_step(step, facts)
+        if is_last:
+            return SupervisedResult(step, accuracy, loss, tokens, time.perf_counter() - start)
+    raise AssertionError("epochs never end")
+
+
+def learning_rate(section: SupervisedSection, step: int, decay_from: int | None) -> float:
+    """Of step 1, 2, ...; `decay_from` is the step after which the decay begins, None before the gate is passed."""
+    warm = min(1.0, step / max(1, section.warmup_steps))
+    decayed = 0.0 if decay_from is None else (step - decay_from) / section.decay_steps
+    return section.learning_rate * warm * (1.0 - (1.0 - FINAL_SHARE) * decayed)
+
+
+def encode_examples(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> Examples:
+    """(prompt, answer) texts -> ids of prompt, answer and end. Each part by itself, as sampling will see the prompt."""
+    prompts, answers = (_encode(tokenizer, texts) for texts in zip(*pairs, strict=True))
+    rows = [[*prompt, *answer, tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers, strict=True)]
+    offsets = offsets_of(np.array([len(row) for row in rows]))
+    tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int32, count=int(offsets[-1]))
+    return Examples(tokens, offsets)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _check_is_due(section: SupervisedSection, step: int) -> bool:
+    after = step - section.first_check_step
+    return step == section.max_steps or (after >= 0 and after % section.check_every_steps == 0)
+
+
+def _gate_message(section: SupervisedSection, step: int, accuracy: float, loss: float, decayed: bool) -> str:
+    when = "after the learning rate came down" if decayed else "at supervised.max_steps"
+    return (
+        f"the supervised stage did not make a base that can do the task: with its steps begun, greedy accuracy is "
+        f"{accuracy:.3f} on {section.gate_problems} problems {when} (step {step}, loss {loss:.3f} nats per token); "
+        f"wanted supervised.gate_accuracy {section.gate_accuracy}. RL from here could go down. Raise "
+        "supervised.max_steps or model.make's dimensions, make the task easier (task.max_value, task.max_operations), "
+        "or try another run.seed"
+    )
