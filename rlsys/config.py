@@ -127,7 +127,7 @@ class SamplerSection(Section):
     threads: int = Field(1, ge=1)
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(4096, ge=1)
-    max_lora_rank: int = Field(16, ge=1)
+    max_lora_rank: int = Field(16, ge=1, le=512)  # rounded up to a slot width of vLLM
     max_live_adapters: int = Field(3, ge=2)  # 2 double-buffer one run's versions, 1 for the start-up probe
     kv_cache_gb: float = Field(1.0, gt=0)  # CPU
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)

@@ -1,0 +1,88 @@
+"""Mixed into vLLM's worker: adapters installed from plain tensors, and read back from the slots that serve them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.peft_helper import PEFTHelper
+
+from rlsys.engine.punica import SegmentedPunica
+from rlsys.weights import digest_tensors
+
+
+class AdapterExtension:
+    """Mixed into vLLM's worker (`worker_extension_cls`), so that `collective_rpc` reaches these."""
+
+    model_runner: Any
+
+    def rlsys_add_adapter(
+        self, adapter: int, rank: int, dtype: str, layout: list[tuple[str, list[int], int, int]], buffer: bytes
+    ) -> None:
+        """Put an adapter into a free slot; `layout` holds (name, shape, offset, nbytes)."""
+        manager = self._rlsys_manager()
+        targets = {name for name, _, _ in _slots(manager)}
+        unknown = sorted({_module(name) for name, *_ in layout} - targets)
+        if unknown:
+            raise ValueError(f"the engine has no LoRA slot for {', '.join(unknown)}")
+        whole = torch.from_numpy(np.frombuffer(buffer, np.uint8).copy())
+        tensors = {
+            f"base_model.model.{name}.weight": whole[at : at + size].view(getattr(torch, dtype)).reshape(shape)
+            for name, shape, at, size in layout
+        }
+        # alpha = r: the scale is already in B, and a factor of one leaves its bits alone
+        helper = PEFTHelper(r=rank, lora_alpha=rank, target_modules=[])
+        lora_dtype = manager.lora_config.lora_dtype
+        model = LoRAModel.from_lora_tensors(adapter, tensors, helper, device="cpu", dtype=lora_dtype)
+        for punica in manager.punica_wrapper_mapping.values():
+            if isinstance(punica, SegmentedPunica):
+                punica.ranks[adapter] = rank
+                if any(_module(name) == "lm_head" for name, *_ in layout):
+                    punica.unembedding.add(adapter)
+        manager.add_adapter(model)
+        manager.activate_adapter(adapter)
+
+    def rlsys_remove_adapter(self, adapter: int) -> None:
+        manager = self._rlsys_manager()
+        manager.remove_adapter(adapter)
+        for punica in manager.punica_wrapper_mapping.values():
+            if isinstance(punica, SegmentedPunica):
+                punica.ranks.pop(adapter, None)
+                punica.unembedding.discard(adapter)
+
+    def rlsys_read_back(self, adapter: int, layout: list[tuple[str, list[int], int, int]]) -> str:
+        """Digest, in layout order, of what the forward pass multiplies by; anything beyond the layout must be zero."""
+        manager = self._rlsys_manager()
+        slot = manager.lora_index_to_id.index(adapter)
+        shapes = {name: shape for name, shape, _, _ in layout}
+        found: dict[str, torch.Tensor] = {}
+        for module, a, b in _slots(manager):
+            for name, stacked in ((f"{module}.lora_A", a), (f"{module}.lora_B", b)):
+                whole = stacked[slot, 0]
+                rows, columns = shapes.get(name, (0, 0))
+                if int(whole.count_nonzero()) != int(whole[:rows, :columns].count_nonzero()):
+                    raise ValueError(f"the engine's slot of {name} holds values outside of shape ({rows}, {columns})")
+                found[name] = whole[:rows, :columns]
+        return digest_tensors((name, found[name]) for name, *_ in layout)
+
+    def rlsys_live_adapters(self) -> list[int]:
+        return sorted(adapter for adapter in self._rlsys_manager().lora_index_to_id if adapter is not None)
+
+    def _rlsys_manager(self) -> Any:
+        return self.model_runner.lora_manager._adapter_manager
+
+
+def _slots(manager: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """(module, A slots, B slots) with qkv and gate_up taken apart into the modules that they pack."""
+    for name, layer in manager.modules.items():
+        parts = manager.packed_modules.get(name, [name])
+        a, b = layer.lora_a_stacked, layer.lora_b_stacked
+        a, b = (a, b) if isinstance(a, tuple) else ((a,), (b,))
+        yield from zip(parts, a, b, strict=True)
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

@@ -1,0 +1,168 @@
+"""From our requests to vLLM's, and from its answers to columns. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlsys.errors import ConfigError, SamplingError
+from rlsys.rollouts import LENGTH, STOP, Rollouts, offsets_of
+from rlsys.types import Array, SamplingParams
+
+MIN_TEMPERATURE = (
+    0.01  # vLLM silently raises smaller ones to this, and the learner's p would be of another distribution
+)
+SEED_WORDS = 2**64 - 1
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+class BaseModel:
+    """What a model's folder says about itself, as far as requests need it."""
+
+    def __init__(self, folder: Path) -> None:
+        config = _read_json(folder / "config.json")
+        if config is None:
+            raise ConfigError(f"sampler: {folder} has no config.json; wanted a Hugging Face model folder")
+        generation = _read_json(folder / "generation_config.json") or {}
+        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        self.vocab_size = int(config["vocab_size"])
+        self.max_positions: int | None = config.get("max_position_embeddings")
+        self.eos: list[int] = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        self.has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def check_sequences(
+    what: str, ids: Sequence[object], tokens: Array, offsets: Array, room: int, max_length: int, vocab_size: int
+) -> None:
+    """
+    Raises:
+        SamplingError: an empty sequence, one with no `room` left under `max_length`, or ids outside the vocabulary.
+    """
+    lengths = np.diff(offsets)
+    if len(lengths) != len(ids) or offsets[0] != 0 or offsets[-1] != len(tokens):
+        raise SamplingError(
+            f"{what}: found {len(ids)} ids, {len(lengths)} spans, {len(tokens)} tokens; wanted them to fit"
+        )
+    if (lengths == 0).any():
+        raise SamplingError(f"{what} {ids[int(np.argmin(lengths))]}: found no token; wanted at least one")
+    if (lengths + room > max_length).any():
+        at = int(np.argmax(lengths))
+        asked = f"{lengths[at]} tokens" + (f" + max_tokens {room}" if room else "")
+        raise SamplingError(f"{what} {ids[at]}: found {asked}; wanted at most model.max_length = {max_length} together")
+    wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+    if len(wrong):
+        at = int(np.searchsorted(offsets, wrong[0], "right")) - 1
+        raise SamplingError(f"{what} {ids[at]}: found token id {tokens[wrong[0]]}; wanted 0 to {vocab_size - 1}")
+
+
+def stop_rules(stop: str | Sequence[str] | Sequence[int] | None, model: BaseModel) -> tuple[list[str], list[int]]:
+    """(stop strings, stop token ids)."""
+    if stop is None:
+        return [], model.eos
+    given: list[Any] = [stop] if isinstance(stop, str) else list(stop)
+    strings = [item for item in given if isinstance(item, str)]
+    if strings and len(strings) != len(given):
+        raise SamplingError(f"SamplingParams.stop: found {stop!r}; wanted strings or token ids, not both")
+    if strings and not model.has_tokenizer:
+        raise SamplingError(
+            f"SamplingParams.stop: found strings {strings!r} for a model without a tokenizer; wanted ids"
+        )
+    return strings, [] if strings else [int(item) for item in given]
+
+
+def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel) -> Any:
+    """vLLM's parameters of one group; completion i draws with seed + i."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    if 0 < params.temperature < MIN_TEMPERATURE:
+        raise SamplingError(
+            f"SamplingParams.temperature: found {params.temperature}; wanted 0 (greedy) or at least {MIN_TEMPERATURE}"
+        )
+    strings, ids = stop_rules(params.stop, model)
+    return vllm.SamplingParams(
+        n=n,
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        seed=seed,
+        stop=strings,
+        stop_token_ids=ids,
+        ignore_eos=True,  # `ids` holds them where they count
+        detokenize=bool(strings),
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def score_params() -> Any:
+    """vLLM's parameters of a request that only scores its prompt."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    return vllm.SamplingParams(
+        max_tokens=1,  # vLLM cannot generate none
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=0,  # of the given tokens alone; given here and not set later, as this switches the cache off
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def group_seeds(seed: int, problems: Array) -> list[int]:
+    """(P,) seeds by problem, not by place: a batch split over several samplers draws as the whole would.
+
+    A problem that comes twice has two seeds. Each has room for n children above it.
+    """
+    times: Counter[int] = Counter()
+    seeds = []
+    for problem in problems.tolist():
+        words = [seed & SEED_WORDS, problem & SEED_WORDS, times[problem]]
+        times[problem] += 1
+        seeds.append(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 2))
+    return seeds
+
+
+def columns(
+    problems: Array, prompt_tokens: Array, prompt_offsets: Array, n: int, outputs: Sequence[Any], version: int
+) -> Rollouts:
+    """P finished requests as R = P * n columnar completions; a greedy request answered once and counts n times."""
+    done = [
+        completion
+        for output in outputs
+        for completion in sorted(output.outputs, key=lambda completion: completion.index) * (n // len(output.outputs))
+    ]
+    strange = {completion.finish_reason for completion in done} - {"stop", "length"}
+    if strange:
+        raise SamplingError(f"the engine ended requests with {sorted(strange)}; wanted 'stop' or 'length'")
+    lengths = [len(completion.token_ids) for completion in done]
+    offsets = offsets_of(lengths)
+    return Rollouts(
+        problems=np.asarray(problems, np.int64),
+        prompt_tokens=np.asarray(prompt_tokens, np.int32),
+        prompt_offsets=np.asarray(prompt_offsets, np.int64),
+        group=np.repeat(np.arange(len(problems), dtype=np.int32), n),
+        tokens=_joined([completion.token_ids for completion in done], lengths, np.int32),
+        logprobs=_joined([completion.logprobs.logprobs for completion in done], lengths, np.float32),
+        versions=np.full(int(offsets[-1]), version, np.int32),
+        offsets=offsets,
+        stop_reasons=np.array([STOP if completion.finish_reason == "stop" else LENGTH for completion in done], np.int8),
+    )
+
+
+def _joined(parts: Sequence[Sequence[Any]], lengths: Sequence[int], dtype: Any) -> Array:
+    assert [len(part) for part in parts] == list(lengths)  # one log-probability per token
+    return np.concatenate([np.asarray(part, dtype) for part in parts]) if parts else np.zeros(0, dtype)

@@ -1,0 +1,95 @@
+"""How an engine starts and ends: without a compiler, with its parent, on the vLLM that it was written for."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_engine import Reference
+
+from rlsys.engine.start import check_private_api
+from rlsys.errors import ClusterError
+
+COMPILER = re.compile(r"(^|-)(cc|gcc|g\+\+|c\+\+|clang|clang\+\+|icx|icpx)(-[0-9.]+)?$")
+PROGRAM = """
+import asyncio, shutil, sys
+from pathlib import Path
+import numpy as np
+from rlsys.config import ModelSection, SamplerSection
+from rlsys.sampler import Sampler
+from rlsys.types import SamplingParams
+
+async def main(folder):
+    assert not any(map(shutil.which, ("cc", "gcc", "g++", "clang")))
+    model = ModelSection(path=folder, dtype="bfloat16", max_length=64)
+    sampler = Sampler(name="s", base=Path(folder), model=model, section=SamplerSection(kv_cache_gb=0.1), seed=0)
+    await sampler.start()
+    prompt = np.arange(4, dtype=np.int32)
+    params = SamplingParams(max_tokens=8, stop=[])
+    rollouts = await sampler.sample(np.array([0]), prompt, np.array([0, 4]), 2, params, None, -1)
+    pids = [process.pid for process in sampler._engine.engine_core.resources.engine_manager.processes]
+    print("READY", len(rollouts.tokens), *pids, flush=True)
+    await asyncio.sleep(600)
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1]))
+"""
+
+
+def path_without_compilers(folder: Path) -> Path:
+    """A folder with a link to every program on PATH that does not compile (vLLM runs lscpu, for one)."""
+    folder.mkdir()
+    for place in map(Path, os.environ["PATH"].split(os.pathsep)):
+        for program in place.iterdir() if place.is_dir() else ():
+            link = folder / program.name
+            if not COMPILER.search(program.name) and not link.is_symlink():
+                link.symlink_to(program)
+    return folder
+
+
+def test_an_engine_starts_with_no_compiler_and_ends_when_its_parent_is_killed(
+    reference: Reference, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    path = path_without_compilers(tmp_path / "bin")
+    environment = {**os.environ, "PATH": str(path), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("CC", None)
+    process = subprocess.Popen(
+        [sys.executable, str(program), str(reference.folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=(tmp_path / "err").open("w"),
+        text=True,
+    )
+    assert process.stdout is not None
+    ready = next((line.split() for line in process.stdout if line.startswith("READY")), None)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert ready is not None, (tmp_path / "err").read_text()[-3000:]
+    assert ready[1] == "16"
+    (engine,) = map(int, ready[2:])
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{engine}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{engine}").exists()
+
+
+def test_another_vllm_is_refused_before_it_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    check_private_api()
+    with monkeypatch.context() as patch:
+        patch.setattr(PunicaWrapperCPU, "add_lora_linear", lambda self, y, x, a_stacked: None)
+        with pytest.raises(ClusterError, match=r"PunicaWrapperCPU.add_lora_linear takes \['y', 'x', 'a_stacked'\]"):
+            check_private_api()
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    with pytest.raises(ClusterError, match=r"found version 0.33.1; wanted 0.32"):
+        check_private_api()
