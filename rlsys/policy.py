@@ -1,0 +1,124 @@
+"""One run's policy on a learner: an update from a batch of datums, and the adapter as something samplers can attest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from rlsys import losses
+from rlsys.config import JobConfig
+from rlsys.datums import DatumBatch
+from rlsys.errors import MismatchError
+from rlsys.learner import Learner
+from rlsys.problems import ProblemSet
+from rlsys.rollouts import Rollouts, offsets_of
+from rlsys.types import Array
+from rlsys.weights import WeightUpdate
+
+METRICS = {
+    "ratio:mean": "policy/ratio_mean",
+    "ratio:max": "policy/ratio_max",
+    "clip_fraction:mean": "policy/clip_fraction",
+    "kl_k1:mean": "policy/kl_k1",
+    "kl_k3:mean": "policy/kl_k3",
+    "logprob_diff:mean": "policy/logprob_diff_mean",
+    "logprob_diff:max": "policy/logprob_diff_max",
+}
+CANARY_TOKENS = 64  # enough for a steady mean, little beside a step
+
+
+class Policy:
+    """A run's adapter with its loss, its optimizer settings and its canary.
+
+    ``canary_tokens``: (C,) int32, a fixed sequence whose log-probabilities tell one version from the next.
+    """
+
+    def __init__(self, learner: Learner, config: JobConfig, canary_tokens: Array) -> None:
+        self.learner = learner
+        self.config = config
+        self.run_id = config.run.name
+        self.loss = losses.resolve(config.rl.loss.name, config.rl.loss.params)
+        self.temperature = config.rl.sampling.temperature
+        self.canary_tokens = canary_tokens
+        learner.create_run(self.run_id, config.lora, config.run.seed)
+        self._canary_published = self._canary(None)  # before anything is published, the base stands for "previous"
+
+    def step(self, batch: DatumBatch, step: int) -> dict[str, float]:
+        """forward_backward and one AdamW step. A batch without datums (all groups agreed) changes nothing.
+
+        Raises:
+            MismatchError: mean |p - q| is above ``checks.max_mean_logprob_diff``. No update has happened since q was
+                sampled, so p must equal q: this is the check at learning rate 0, made every step.
+            GradientError: the gradient is not finite; the weights are as before.
+        """
+        optim = self.config.rl.optim.at(step - 1)
+        facts = {"policy/learning_rate": optim.learning_rate}
+        if batch.num_datums == 0:
+            return facts | {"policy/version": float(self.learner.version(self.run_id))}
+        result = self.learner.forward_backward(self.run_id, batch, self.loss, temperature=self.temperature)
+        facts |= {METRICS[name]: value for name, value in result.metrics.items() if name in METRICS}
+        facts["loss/sum"] = result.loss_sum
+        self._refuse_mismatch(facts, step)
+        optimised = self.learner.optim_step(self.run_id, optim)
+        facts["policy/grad_norm"] = optimised["grad_norm"]
+        facts["policy/version"] = float(self.learner.version(self.run_id))
+        return facts
+
+    def reference(self, rollouts: Rollouts) -> Array:
+        """(T,) float32 log-probabilities of the completions' tokens under the base, the adapter being off."""
+        tokens, offsets, sampled = join_prompts(rollouts)
+        return self.learner.logprobs(None, tokens, offsets, temperature=self.temperature)[sampled]
+
+    def publish(self) -> WeightUpdate:
+        """The adapter as it is now, with the canary under it and under the version published before."""
+        current = self._canary(self.run_id)
+        previous, self._canary_published = self._canary_published, current
+        snapshot = self.learner.snapshot(self.run_id, self.config.model.dtype)
+        return WeightUpdate(snapshot, self.canary_tokens, current, previous)
+
+    def probe(self) -> WeightUpdate:
+        """An adapter with a large B: a sampler whose forward pass ignores adapters cannot follow it."""
+        snapshot, new = self.learner.probe(self.run_id, self.config.model.dtype, self.canary_tokens)
+        return WeightUpdate(snapshot, self.canary_tokens, new[1:], self._canary(None))
+
+    def _canary(self, run_id: str | None) -> Array:
+        return self.learner.logprobs(run_id, self.canary_tokens, np.array([0, len(self.canary_tokens)]))[1:]
+
+    def _refuse_mismatch(self, facts: Mapping[str, float], step: int) -> None:
+        found, bound = facts["policy/logprob_diff_mean"], self.config.max_mean_logprob_diff
+        if not found <= bound:  # also when found is NaN
+            raise MismatchError(
+                f"step {step}: learner and sampler disagree on the tokens just sampled: mean |p - q| = {found:.3g} "
+                f"nats, bound {bound:.3g} (max {facts['policy/logprob_diff_max']:.3g}). The policy has not changed "
+                "since they were sampled, so the two must agree; nothing was applied. Look at model.dtype and sampling "
+                "options, or set checks.max_mean_logprob_diff if this engine is known to be that far from the learner"
+            )
+
+
+def canary(problems: ProblemSet) -> Array:
+    """(C,) int32: the first prompts, up to CANARY_TOKENS; any fixed text of the task's kind would do."""
+    return problems.prompt_tokens[:CANARY_TOKENS]
+
+
+def join_prompts(rollouts: Rollouts) -> tuple[Array, Array, Array]:
+    """Rollouts -> whole sequences: tokens of prompt + completion end to end, (R + 1,) offsets, and where the T sampled
+    tokens lie among them.
+
+    prompts ab, completions xy and z   ->   tokens a b x y a b z, offsets 0 4 7, sampled 2 3 6
+    """
+    prompt_lengths = np.diff(rollouts.prompt_offsets)[rollouts.group]
+    lengths = np.stack([prompt_lengths, rollouts.lengths], axis=1)
+    starts = offsets_of(lengths.reshape(-1))[:-1].reshape(-1, 2)
+    tokens = np.empty(int(lengths.sum()), np.int32)
+    of_prompt = _ranges(starts[:, 0], prompt_lengths)
+    sampled = _ranges(starts[:, 1], rollouts.lengths)
+    tokens[of_prompt] = rollouts.prompt_tokens[_ranges(rollouts.prompt_offsets[:-1][rollouts.group], prompt_lengths)]
+    tokens[sampled] = rollouts.tokens
+    return tokens, offsets_of(lengths.sum(axis=1)), sampled
+
+
+def _ranges(starts: Array, lengths: Array) -> Array:
+    """starts 5 9, lengths 2 1 -> 5 6 9."""
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
