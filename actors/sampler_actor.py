@@ -1,0 +1,58 @@
+"""Door onto one vLLM engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+
+from rlsys.config import JobConfig
+from rlsys.types import Array, SamplingParams
+from rlsys.weights import Attestation, WeightUpdate
+
+
+class SamplerActor:
+    """Async: many calls at once, which is how the engine batches them."""
+
+    def __init__(self, name: str, config: JobConfig, index: int) -> None:
+        from rlsys import sampler
+
+        sampler.prepare_environment(config.sampler, config.sampler_device)
+        self.name, self.config, self.index = name, config, index
+
+    async def preload(self) -> None:
+        from rlsys import sampler
+
+        sampler.preload(self.config.sampler_device)
+
+    async def start(self, base: Any, train: Any, held_out: Any) -> None:
+        from actors.base_folder import local_folder
+        from rlsys.sampler import Sampler
+
+        config = self.config
+        self.problems = {"train": train, "eval": held_out}
+        with local_folder(base) as folder:
+            self.sampler = Sampler(
+                name=self.name,
+                base=folder,
+                model=config.model,
+                section=config.sampler,
+                seed=config.run.seed * 1000 + self.index,
+                device=config.sampler_device,
+            )
+            await self.sampler.start()
+
+    @ray.method(num_returns=2)
+    async def sample(self, split: str, problems: Array, n: int, params: SamplingParams, version: int) -> Any:
+        tokens, offsets = self.problems[split].select(problems)
+        rollouts = await self.sampler.sample(problems, tokens, offsets, n, params, self.config.run.name, version)
+        return rollouts, rollouts.counts()
+
+    async def load(self, update: WeightUpdate, bound: float) -> Attestation:
+        return await self.sampler.load(update, bound)
+
+    async def prove(self, probe: WeightUpdate, bound: float) -> Attestation:
+        return await self.sampler.probe(probe, bound)
+
+    async def stop(self) -> None:
+        await self.sampler.stop()

@@ -1,0 +1,5 @@
+"""python -m rlsys"""
+
+from rlsys.cli import main
+
+main()

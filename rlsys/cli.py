@@ -1,0 +1,63 @@
+"""rlsys on the command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlsys.config import load_config
+from rlsys.errors import RlsysError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+@app.callback()
+def rlsys() -> None:
+    """Reinforcement learning for language models on your own Ray cluster."""
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="The job's YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier run of the same name.")] = False,
+) -> None:
+    """Train a policy. Joins the cluster of RAY_ADDRESS or cluster.address, else starts Ray on this machine."""
+    job = load_config(config, overrides or ())
+
+    from actors.job import train as run_job  # Ray and torch are loaded once the configuration is known to be right
+    from rlsys.progress import Progress, closing_rows
+
+    progress = Progress()
+    outcome = run_job(job, progress, replace)
+    rows = closing_rows(
+        outcome.run_dir,
+        accuracy_before=outcome.accuracy_before,
+        accuracy_after=outcome.accuracy_after,
+        steps=outcome.steps,
+        seconds=outcome.seconds,
+        wandb_dir=outcome.wandb_dir,
+        wandb_url=outcome.wandb_url,
+        adapter=outcome.run_dir / "adapter",
+    )
+    progress.summary("Interrupted; what there was is saved" if outcome.interrupted else "Done", rows)
+    if outcome.interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def main() -> None:
+    """The console script: an error of rlsys is one readable message and exit code 1, not a traceback."""
+    try:
+        app(standalone_mode=True)
+    except RlsysError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted: the step in flight was dropped whole.", file=sys.stderr)
+        sys.exit(INTERRUPTED)

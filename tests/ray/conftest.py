@@ -1,0 +1,86 @@
+"""One Ray cluster and one micro base for all tests that need actors."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from rlsys import tasks
+from rlsys.base import initial_model
+from rlsys.config import JobConfig, MakeSection, parse_config
+from rlsys.tokenizer import build_tokenizer
+
+DASHBOARD_PORT = 8267
+
+MICRO = MakeSection(
+    vocab_size=160, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=64
+)
+
+JOB = """
+run: {name: micro, seed: 5, stage_timeout_s: 120, start_timeout_s: 240}
+model: {dtype: float32, max_length: 96}
+task: {train_problems: 32, eval_problems: 8}
+lora: {rank: 4, alpha: 8}
+sampler: {num_cpus: 0.5, max_num_seqs: 64, max_num_batched_tokens: 512, kv_cache_gb: 0.25}
+rewards: {function: "tests.ray.graders:variety"}
+rl: {steps: 2, problems_per_step: 4, samples_per_problem: 4, sampling: {max_tokens: 12}, optim: {learning_rate: 1.0e-2}}
+eval: {every_steps: 0, max_tokens: 12}
+tracking: {wandb: offline}
+"""
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[str]:
+    """A cluster that jobs of these tests join and leave: RAY_ADDRESS is set while it lives."""
+    before = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
+    os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for submitted jobs
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 4,
+            "object_store_memory": 300 * 2**20,
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "dashboard_port": DASHBOARD_PORT,
+        },
+    )
+    os.environ["RAY_ADDRESS"] = cluster.address
+    yield cluster.address
+    cluster.shutdown()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def dashboard(ray_cluster: str) -> str:
+    """Where jobs are submitted."""
+    return f"http://127.0.0.1:{DASHBOARD_PORT}"
+
+
+@pytest.fixture(scope="session")
+def micro_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 of 2 layers with the arithmetic task's tokenizer."""
+    folder = tmp_path_factory.mktemp("micro") / "base"
+    task = tasks.build(parse_config(JOB, ["model.path=x"]).task, 0)
+    tokenizer = build_tokenizer([problem.prompt for problem in task.problems("train")], MICRO.vocab_size)
+    initial_model(MICRO, tokenizer, max_length=96, seed=3, out=folder)
+    return folder
+
+
+@pytest.fixture
+def job(micro_base: Path, tmp_path: Path) -> Callable[..., JobConfig]:
+    """The micro job, with overrides."""
+
+    def make(*overrides: str) -> JobConfig:
+        return parse_config(JOB, [f"model.path={micro_base}", f"run.dir={tmp_path}", *overrides])
+
+    return make

@@ -1,0 +1,89 @@
+"""Ctrl-C: the step in flight is finished or dropped whole, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors.interrupts import Interrupts
+from rlsys.config import JobConfig, dump_config
+from rlsys.tracking import read_metrics
+
+LIMIT_S = 150.0
+
+
+def test_ctrl_c_finishes_the_step_saves_the_adapter_and_leaves_no_process(
+    job: Callable[..., JobConfig], tmp_path: Path
+) -> None:
+    config = job("rl.steps=100000")
+    (tmp_path / "job.yaml").write_text(dump_config(config))
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env |= {"HOME": str(tmp_path), "RLSYS_TEST_MARK": str(tmp_path)}
+    command = [sys.executable, "-m", "rlsys", "train", str(tmp_path / "job.yaml")]
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    try:
+        _wait_until(lambda: _steps(config) >= 2 or process.poll() is not None)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does: the whole foreground group
+        code = process.wait(timeout=LIMIT_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    text = output.read_text()
+    assert code == 130, text
+    assert "stopping after the step in flight" in text and "Traceback" not in text
+    steps = [line["step"] for line in read_metrics(config.run_dir) if "reward/mean" in line]
+    assert steps == list(range(1, len(steps) + 1))
+    assert (config.run_dir / "adapter" / "adapter_model.safetensors").is_file()
+    assert (config.run_dir / "report.html").is_file()
+    _wait_until(lambda: not _marked(str(tmp_path)), limit_s=30.0)
+    assert _marked(str(tmp_path)) == []
+
+
+def test_the_first_signal_asks_between_steps_and_the_second_raises() -> None:
+    notes: list[str] = []
+    interrupts = Interrupts(notes.append)
+    with interrupts.watched(), interrupts.between_steps() as should_stop:
+        assert not should_stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert should_stop() and len(notes) == 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_where_there_is_no_step_to_finish_a_signal_raises_at_once() -> None:
+    with Interrupts(print).watched(), pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _steps(config: JobConfig) -> int:
+    if not (config.run_dir / "metrics.jsonl").is_file():
+        return 0
+    return sum("reward/mean" in line for line in read_metrics(config.run_dir))
+
+
+def _wait_until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
+    end = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.2)
+
+
+def _marked(mark: str) -> list[str]:
+    """Command lines of living processes that the job started, by an environment variable they inherit."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("RLSYS_TEST_MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found

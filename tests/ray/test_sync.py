@@ -1,0 +1,61 @@
+"""A sampler that misses a weight sync stops the run and is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from actors import job as jobs
+from actors.sampler_actor import SamplerActor
+from actors.stages import refuse_unattested, spread_seed
+from rlsys.config import JobConfig
+from rlsys.errors import WeightSyncError
+from rlsys.loop import Published
+from rlsys.progress import Progress
+from rlsys.tracking import read_metrics
+from rlsys.types import SamplingParams
+from rlsys.weights import Attestation
+
+
+class ForgetfulSampler(SamplerActor):
+    """Sampler 1 skips the sync of version 1 and answers with what it attested before."""
+
+    async def load(self, update: Any, bound: float) -> Attestation:
+        if self.index == 1 and update.snapshot.version == 1:
+            return self.last
+        self.last = await super().load(update, bound)
+        return self.last
+
+
+def test_one_of_two_samplers_that_skips_a_sync_stops_the_run_and_is_named(
+    ray_cluster: str, job: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "SamplerActor", ForgetfulSampler)
+    config = job("sampler.num_workers=2", "rl.steps=3")
+    with pytest.raises(
+        WeightSyncError, match=r"^sampler 1 serves version 0 .* wanted version 1 .*missed a weight sync"
+    ):
+        jobs.train(config, Progress())
+    assert not [line for line in read_metrics(config.run_dir) if "reward/mean" in line], "the step was dropped whole"
+
+
+HONEST = Attestation(
+    sampler="sampler 0", run_id="a", version=3, digest="d3", distance_new=0.0, distance_previous=1.0, separation=1.0,
+    has_power=True, seconds=0.1,
+)  # fmt: skip
+PUBLISHED = Published(ref=None, version=3, digest="d3", nbytes=8)
+
+
+@pytest.mark.parametrize("lie", [{"version": 2}, {"digest": "d2"}, {"run_id": "b"}])
+def test_an_answer_for_another_version_run_or_content_is_refused(lie: dict[str, Any]) -> None:
+    refuse_unattested([HONEST, HONEST], ["sampler 0", "sampler 1"], PUBLISHED, "a")
+    with pytest.raises(WeightSyncError, match="sampler 1"):
+        refuse_unattested([HONEST, replace(HONEST, **lie)], ["sampler 0", "sampler 1"], PUBLISHED, "a")
+
+
+def test_samplers_draw_with_seeds_of_their_own() -> None:
+    seeds = [spread_seed(SamplingParams(seed=11), sampler).seed for sampler in range(4)]
+    assert len(set(seeds)) == 4 and spread_seed(SamplingParams(), 3).seed is None
