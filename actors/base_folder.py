@@ -30,10 +30,13 @@ def local_folder(base: Base) -> Iterator[Path]:
     """The folder to load the base from; a packed one is unpacked until the block ends, since it is in memory by then.
 
     Raises:
-        ConfigError: model.path is neither a folder of this node nor a model that the hub gives.
+        ConfigError: model.path is neither a folder of this node nor a model that the hub gives, or holds no model.
     """
     if isinstance(base, str):
-        yield Path(base) if Path(base).is_dir() else _download(base)
+        folder = Path(base) if Path(base).is_dir() else _download(base)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.path: {base!r} has no config.json; wanted config, tokenizer and safetensors")
+        yield folder
         return
     with tempfile.TemporaryDirectory(prefix="rlsys-base-") as scratch:
         unpack_folder(base, Path(scratch) / "base")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -22,11 +23,13 @@ KNOCK_TIMEOUT_S = 10.0
 def cluster(section: ClusterSection) -> Iterator[str]:
     """Yields where the cluster is, in words. ``cluster.address`` beats RAY_ADDRESS."""
     address = section.address or os.environ.get("RAY_ADDRESS")
-    where = _join(address) if address else _start(section)
-    try:
-        yield where
-    finally:
-        ray.shutdown()  # stops what was started here; only disconnects from what was joined
+    # Ray ends actors by a kill, after which sockets of engines and folders of fork servers would stay behind.
+    with tempfile.TemporaryDirectory(prefix="rlsys-", ignore_cleanup_errors=True) as scratch:
+        where = _join(address) if address else _start(section, scratch)
+        try:
+            yield where
+        finally:
+            ray.shutdown()  # stops what was started here; only disconnects from what was joined
 
 
 def _join(address: str) -> str:
@@ -48,7 +51,7 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
 
 
-def _start(section: ClusterSection) -> str:
+def _start(section: ClusterSection, scratch: str) -> str:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
@@ -57,6 +60,7 @@ def _start(section: ClusterSection) -> str:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="warning",
+        runtime_env={"env_vars": {"TMPDIR": scratch}},
     )
     return "a Ray cluster on this machine"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,14 +25,14 @@ from actors.stages import ClusterAdvantages, ClusterGraders, ClusterLearner, Clu
 from rlsys import loop, losses
 from rlsys.base import unpack_folder
 from rlsys.config import JobConfig
-from rlsys.errors import RunExistsError, StalledError, WeightSyncError
+from rlsys.errors import ConfigError, RunExistsError, StalledError
 from rlsys.loop import Facts, Made, Stages
 from rlsys.problems import Epochs
 from rlsys.progress import Progress
 from rlsys.report import write_report
 from rlsys.tracking import RolloutRow, Tracker
 
-STOP_TIMEOUT_S = 30.0  # for engines to end by themselves before their actors are killed
+STOP_TIMEOUT_S = 5.0  # for engines to end by themselves before their actors are killed
 POLL_S = 0.5
 
 
@@ -64,7 +65,8 @@ def train(config: JobConfig, progress: Progress, replace: bool = False) -> Outco
     tracker = Tracker(run_dir, config.tracking, config.run.name, config.model_dump(mode="json"), note=progress.note)
     observer = JobObserver(config, tracker, progress)
     try:
-        with interrupts.watched(), tracker, cluster(config.cluster) as where:
+        # Watched again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
+        with interrupts.watched(), tracker, cluster(config.cluster) as where, interrupts.watched():
             progress.note(f"rlsys: run {config.run.name!r} on {where}, writing to {run_dir}")
             refuse_shortfall(config)
             with actors(config) as cast:
@@ -84,8 +86,22 @@ def train(config: JobConfig, progress: Progress, replace: bool = False) -> Outco
 
 
 def new_run_dir(config: JobConfig, replace: bool) -> Path:
-    """The run directory, made or emptied."""
+    """The run directory, made or emptied.
+
+    Raises:
+        RunExistsError: it holds a run and `replace` is off, or files that are no run.
+        ConfigError: it cannot be written.
+    """
     run_dir = config.run_dir
+    try:
+        return _emptied(run_dir, replace)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir {config.run.dir!r}: the run directory {run_dir} cannot be made or written: {error.strerror}"
+        ) from error
+
+
+def _emptied(run_dir: Path, replace: bool) -> Path:
     if run_dir.exists() and any(run_dir.iterdir()):
         if not replace:
             raise RunExistsError(
@@ -98,6 +114,7 @@ def new_run_dir(config: JobConfig, replace: bool) -> Path:
             )
         shutil.rmtree(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=run_dir).close()  # a directory that exists may still refuse to be written
     return run_dir
 
 
@@ -130,14 +147,14 @@ def actors(config: JobConfig) -> Iterator[Cast]:
         graders=ray.remote(RewardActor).options(**LIGHT).remote(config),
         advantages=ray.remote(GroupAdvantageActor).options(**LIGHT).remote(config.rl.advantages),
     )
-    for i, name in enumerate(cast.sampler_names):
+    for i in range(sampler.num_workers):
         options = ray.remote(SamplerActor).options(
             num_cpus=sampler.num_cpus,
             num_gpus=sampler.num_gpus,
             max_concurrency=1000,
             runtime_env=threads_env(sampler.threads),
         )
-        cast.samplers.append(options.remote(name, config, i))
+        cast.samplers.append(options.remote(config, i))
     try:
         yield cast
     finally:
@@ -210,17 +227,11 @@ def _start(config: JobConfig, cast: Cast, base: Any) -> None:
     starting += [sampler.start.remote(base, train, held_out) for sampler in cast.samplers]
     wait_all(starting, limit, ["learner: loading the base", *(f"{name}: starting vLLM" for name in cast.sampler_names)])
     probe = cast.learner.probe.remote()
-    proofs = wait_all(
+    wait_all(
         [sampler.prove.remote(probe, config.max_canary_diff) for sampler in cast.samplers],
         limit,
         [f"{name}: proving that adapters reach its forward pass" for name in cast.sampler_names],
     )
-    for name, proof in zip(cast.sampler_names, proofs, strict=True):
-        if not proof.has_power:
-            raise WeightSyncError(
-                f"{name}: the start-up probe proves nothing: base and probe adapter are {proof.separation:.3g} nats "
-                "apart, within the engine's noise"
-            )
 
 
 class JobObserver:

@@ -44,7 +44,10 @@ class LearnerActor:
         from rlsys.policy import Policy, canary
 
         with local_folder(base) as folder:
-            learner = Learner(folder, self.config.model, self.config.learner)
+            name = self.config.model.path or str(
+                (self.config.run_dir / "base").absolute()
+            )  # as adapter_config.json says
+            learner = Learner(folder, self.config.model, self.config.learner, base_name=name)
         self.policy = Policy(learner, self.config, canary(train))
 
     def probe(self) -> Any:

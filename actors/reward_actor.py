@@ -36,4 +36,6 @@ class RewardActor:
         return self.grading.show(split, concatenate(rollouts), rewards, rows)
 
     def stop(self) -> None:
-        self.grading.close()
+        """Also where `start` was never reached."""
+        if hasattr(self, "grading"):
+            self.grading.close()

@@ -14,11 +14,11 @@ from rlsys.weights import Attestation, WeightUpdate
 class SamplerActor:
     """Async: many calls at once, which is how the engine batches them."""
 
-    def __init__(self, name: str, config: JobConfig, index: int) -> None:
+    def __init__(self, config: JobConfig, index: int) -> None:
         from rlsys import sampler
 
         sampler.prepare_environment(config.sampler, config.sampler_device)
-        self.name, self.config, self.index = name, config, index
+        self.config, self.index = config, index
 
     async def preload(self) -> None:
         from rlsys import sampler
@@ -33,7 +33,7 @@ class SamplerActor:
         self.problems = {"train": train, "eval": held_out}
         with local_folder(base) as folder:
             self.sampler = Sampler(
-                name=self.name,
+                name=str(self.index),
                 base=folder,
                 model=config.model,
                 section=config.sampler,
@@ -55,4 +55,6 @@ class SamplerActor:
         return await self.sampler.probe(probe, bound)
 
     async def stop(self) -> None:
-        await self.sampler.stop()
+        """Also where `start` was never reached."""
+        if hasattr(self, "sampler"):
+            await self.sampler.stop()

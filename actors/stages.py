@@ -30,8 +30,8 @@ class ClusterSamplers:
         start = time.perf_counter()
         shards = [shard for shard in np.array_split(problems, len(self.actors)) if len(shard)]
         calls = [
-            actor.sample.remote(split, shard, n, spread_seed(params, i), self.version)
-            for i, (actor, shard) in enumerate(zip(self.actors, shards, strict=False))
+            actor.sample.remote(split, shard, n, params, self.version)
+            for actor, shard in zip(self.actors, shards, strict=False)
         ]
         counts = wait_all(
             [facts for _, facts in calls],
@@ -85,14 +85,6 @@ def refuse_unattested(
                 f"{update.version} of {run_id!r} with hash {update.digest}. It missed a weight sync, so its "
                 "completions would come from other weights than the learner's; the run stops here"
             )
-
-
-def spread_seed(params: SamplingParams, sampler: int) -> SamplingParams:
-    """Another seed for each sampler: equal seeds would draw equal completions for equal prompts."""
-    if params.seed is None:
-        return params
-    seed = (params.seed + sampler * 7_919) % 2**31
-    return SamplingParams(params.max_tokens, params.temperature, params.top_p, params.top_k, seed, params.stop)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rlsys.config import load_config
-from rlsys.errors import RlsysError
+from rlsys.errors import ConfigError, RlsysError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
@@ -35,7 +35,13 @@ def train(
     from rlsys.progress import Progress, closing_rows
 
     progress = Progress()
-    outcome = run_job(job, progress, replace)
+    try:
+        outcome = run_job(job, progress, replace)
+    except KeyboardInterrupt:
+        progress.note(
+            f"Interrupted: stopped at once, a step in flight was dropped whole. What there was: {job.run_dir}"
+        )
+        raise typer.Exit(INTERRUPTED) from None
     rows = closing_rows(
         outcome.run_dir,
         accuracy_before=outcome.accuracy_before,
@@ -51,6 +57,28 @@ def train(
         raise typer.Exit(INTERRUPTED)
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    merged: Annotated[bool, typer.Option("--merged", help="The base with the adapter added to its weights.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Of --merged: folder or hub name; else the checkpoint's own.")
+    ] = None,
+) -> None:
+    """Write a checkpoint for other programs: the adapter as PEFT and vLLM load it, or one merged model."""
+    if base is not None and not merged:
+        raise ConfigError("--base: found it without --merged; an adapter alone needs no base")
+
+    from rlsys.checkpoints import read_info
+    from rlsys.export import export_adapter, export_merged
+
+    if merged:
+        export_merged(base or read_info(checkpoint).base_name, checkpoint, out)
+    else:
+        export_adapter(checkpoint, out)
+
+
 def main() -> None:
     """The console script: an error of rlsys is one readable message and exit code 1, not a traceback."""
     try:
@@ -58,6 +86,3 @@ def main() -> None:
     except RlsysError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("Interrupted: the step in flight was dropped whole.", file=sys.stderr)
-        sys.exit(INTERRUPTED)

@@ -13,14 +13,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlsys.errors import DatumError, MissingInputError
+from rlsys.errors import DatumError, MissingInputError, did_you_mean
 from rlsys.rollouts import Rollouts, join_offsets, offsets_of
 from rlsys.types import Array, Datum, to_array
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from rlsys.losses import Loss
 
 ALIASES = {"behavior_logprobs": "logprobs"}  # MinT's name
-MAX_LOGPROB = 1e-3  # of a sampled token: above 0 only by rounding, and 0.0 where a position is only filled in
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +75,6 @@ def collate(data: Sequence[Datum], loss: Loss, *, vocab_size: int, max_length: i
         }
     for key, column in columns.items():
         _refuse_where(~np.isfinite(column), column, offsets, f"loss_fn_inputs[{key!r}]", "values finite in float32")
-    if "logprobs" in columns:
-        logprobs = columns["logprobs"]
-        wanted = "log-probabilities (nats), which are at most 0"
-        positive = (logprobs > MAX_LOGPROB) & (columns["weights"] != 0)
-        _refuse_where(positive, logprobs, offsets, "loss_fn_inputs['logprobs']", wanted)
     return DatumBatch(tokens.astype(np.int32), targets.astype(np.int32), offsets, columns)
 
 
@@ -123,14 +116,9 @@ def _named(where: str, inputs: Mapping[str, object], loss: Loss) -> dict[str, ob
     for key in sorted(values.keys() - allowed, key=str):
         raise DatumError(
             f"{where}: loss_fn_inputs[{key!r}] is no input of {loss.name!r}; "
-            f"wanted only {sorted(allowed)}{_nearest(str(key), allowed)}"
+            f"wanted only {sorted(allowed)}{did_you_mean(key, allowed)}"
         )
     return values
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _refuse_where(bad_T: Array, values_T: Array, offsets: Array, key: str, wanted: str) -> None:

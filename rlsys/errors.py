@@ -8,6 +8,7 @@
     ├── LossError (ValueError)             unknown loss, or unknown or impossible loss_fn_config
     ├── SamplingError (ValueError)         a sampling request that cannot be served as asked
     ├── GradientError (ArithmeticError)    no gradient, or one that is not finite; weights are untouched
+    ├── DivergedError (ArithmeticError)    an update has destroyed the policy: no finite numbers, or no gradient
     ├── WeightSyncError (RuntimeError)     a sampler does not hold the weights that it should
     ├── MismatchError (RuntimeError)       learner and sampler disagree on log-probabilities
     ├── GradingError (RuntimeError)        too many graders failed for the rewards to mean anything
@@ -22,6 +23,9 @@ One message and no other state keeps every error picklable, so that it survives 
 """
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class RlsysError(Exception):
@@ -58,6 +62,10 @@ class GradientError(RlsysError, ArithmeticError):
     """optim_step has no gradient, or one that is not finite; the weights are as before."""
 
 
+class DivergedError(RlsysError, ArithmeticError):
+    """An update has destroyed the policy: its log-probabilities are not finite, or nothing moves it any more."""
+
+
 class WeightSyncError(RlsysError, RuntimeError):
     """A sampler could not prove that it serves the weights it was sent."""
 
@@ -88,3 +96,9 @@ class ActorFailedError(RlsysError, RuntimeError):
 
 class CheckpointError(RlsysError, ValueError):
     """A file of weights is damaged, foreign or misplaced."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known; empty where no known name is near."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -42,9 +42,13 @@ class Grading:
         """Load the tokenizer, make the task's problem sets and start the graders.
 
         Raises:
-            ConfigError: rewards.function cannot be imported, or a prompt leaves no room for its completion.
+            ConfigError: the base has no tokenizer, rewards.function cannot be imported, or a prompt leaves no room for
+                its completion.
         """
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(base)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model.path: no tokenizer in {base}: {str(error).strip().splitlines()[0]}") from error
         task = tasks.build(config.task, config.run.seed)
         problems = {split: encode(task.problems(split), tokenizer.encode) for split in ("train", "eval")}
         longest = max(int(np.diff(part.prompt_offsets).max()) for part in problems.values())
@@ -64,7 +68,10 @@ class Grading:
             GradingError: more graders failed than rewards.max_failed_share allows.
         """
         grades = self.pool.grade(self._texts(rollouts), self._answers(split, rollouts))
-        facts = {"reward/mean": float(grades.rewards.mean()), "reward/std": float(grades.rewards.std())}
+        facts = {
+            "reward/mean": float(grades.rewards.mean(dtype=np.float64)),
+            "reward/std": float(grades.rewards.std(dtype=np.float64)),
+        }
         return grades.rewards, facts | grades.counts()
 
     def show(self, split: str, rollouts: Rollouts, rewards: Array, rows: int) -> list[Shown]:

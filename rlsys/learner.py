@@ -1,6 +1,7 @@
 """The learner: one base model and the runs that are trained on it.
 
     forward_backward   gradients of the loss add up in the run's parameters until ``optim_step`` applies and clears them
+    ..._custom         the same for a loss of the user's own
     logprobs           of given sequences, under a run's adapter or under the base with every adapter off
 
 ``trainable="lora"``: a frozen base with one adapter per run. ``trainable="all"``: no adapter; the one run is called
@@ -10,7 +11,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +24,17 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlsys import attention, losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
+from rlsys.custom import CustomLoss, evaluate, result_metrics
 from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, GradientError
+from rlsys.identity import BaseIdentity, identity_of
 from rlsys.logprobs import token_logprobs
 from rlsys.lora import Adapters
 from rlsys.losses import Loss
 from rlsys.norms import replace_norms
-from rlsys.optim import Kind, Stepper, clip, global_norm
+from rlsys.optim import Kind, Stepper, clip, global_norm, require_like
 from rlsys.packing import MicroBatch, pack
-from rlsys.types import AdamParams, Array
+from rlsys.types import AdamParams, Array, Datum
 from rlsys.weights import AdapterSnapshot, snapshot_of
 
 BASE_RUN = "base"  # the run id of trainable="all"
@@ -44,6 +47,28 @@ class BatchResult:
     loss_sum: float
     metrics: Mapping[str, float]
     logprobs: Array  # (T,) float32 nats of the targets, in the batch's order
+
+
+@dataclass(frozen=True, slots=True)
+class RunBytes:
+    """Memory of one run, 0 for what it has not needed yet; `gradient` doubles while a forward_backward adds to it."""
+
+    weights: int
+    gradient: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradient + self.optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a run has learned up to its last step, by tensor name; without `optimizer` its moments start anew."""
+
+    version: int
+    weights: Mapping[str, Tensor]  # <module path>.lora_A and .lora_B
+    optimizer: Mapping[str, Tensor] | None  # as ``Stepper.state``
 
 
 @dataclass(slots=True)
@@ -79,7 +104,8 @@ class Learner:
     """Loads a base and trains runs on it. One thread at a time.
 
     `dtype` overrides ``model.dtype``: float64 serves tests of the mathematics. Trained weights, accumulated gradients
-    and optimizer state are fp32 (float64 then) whatever the base is in.
+    and optimizer state are fp32 (float64 then) whatever the base is in. `base_name` is what saved adapters call the
+    base, by default ``model.path``.
     """
 
     def __init__(
@@ -90,14 +116,16 @@ class Learner:
         trainable: Literal["lora", "all"] = "lora",
         optimizer: Kind = "adamw",
         dtype: torch.dtype | None = None,
+        base_name: str | None = None,
     ) -> None:
         torch.set_num_threads(section.threads)
-        self._base = str(base)
+        self._base_name = base_name or model.path or str(base)
         self._section = section
         self._saved_dtype: torch.dtype = dtype or getattr(torch, model.dtype)
         self._trained_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._model = _load(base, self._saved_dtype if trainable == "lora" else self._trained_dtype, section.device)
         self._max_length = min(model.max_length, self._model.config.max_position_embeddings)
+        self._identity = identity_of(self._model)
         self._adapters = Adapters(self._model)
         self._runs: dict[str, _Run] = {}
         self._trainable = trainable
@@ -119,6 +147,15 @@ class Learner:
     def max_length(self) -> int:
         """Tokens of one sequence, prompt and completion together."""
         return self._max_length
+
+    @property
+    def base_name(self) -> str:
+        return self._base_name
+
+    @property
+    def identity(self) -> BaseIdentity:
+        """Of the base as it was loaded."""
+        return self._identity
 
     @property
     def run_ids(self) -> list[str]:
@@ -156,17 +193,35 @@ class Learner:
 
         If anything fails on the way, the accumulated gradient is as it was before the call.
         """
-        run = self._run(run_id)
-        self._select(run_id)
-        earlier = run.take_gradients()
-        try:
-            result = self._pass(batch, loss, temperature, backward=True)
-        except BaseException:  # an interrupt too must not leave the gradient of half a batch
-            run.set_gradients(earlier)
-            raise
-        run.add_gradients(earlier)
-        run.has_gradient = True
-        return result
+        with self._accumulating(run_id):
+            return self._pass(batch, loss, temperature, backward=True)
+
+    def forward_backward_custom(
+        self, run_id: str, batch: DatumBatch, data: Sequence[Datum], fn: CustomLoss, temperature: float = 1.0
+    ) -> BatchResult:
+        """As forward_backward for the user's own loss ``fn(data, logprobs)``, whose datums are those of `batch`.
+
+        One pass where the batch is one micro-batch, two where it is more; ``metrics`` say which.
+
+        Raises:
+            LossError: `fn` raised or returned something else than a loss and metrics.
+        """
+        assert len(data) == batch.num_datums > 0
+        with self._accumulating(run_id):
+            micros = pack(batch, self._section.token_budget, self._model.device)
+            keep = len(micros) == 1
+            with torch.set_grad_enabled(keep):
+                graphs = [self._logprobs(micro, temperature) for micro in micros]
+            logp_T = torch.zeros(len(batch.tokens), dtype=graphs[0].dtype)
+            for micro, logp in zip(micros, graphs, strict=True):
+                logp_T[torch.from_numpy(micro.index)] = logp.detach().cpu()
+            found = evaluate(fn, data, logp_T.split(batch.lengths.tolist()))
+            slope_T = torch.cat(found.slopes)
+            for micro, kept in zip(micros, graphs, strict=True):
+                logp = kept if keep else self._logprobs(micro, temperature)
+                logp.backward(slope_T[torch.from_numpy(micro.index)].to(logp.device))
+        metrics = result_metrics(found.loss, found.metrics, 1 if keep else 2)
+        return BatchResult(found.loss, metrics, logp_T.numpy().astype(np.float32))
 
     def optim_step(self, run_id: str, adam: AdamParams) -> dict[str, float]:
         """Apply the accumulated gradient and clear it. ``grad_norm`` is the global L2 norm before clipping.
@@ -251,7 +306,41 @@ class Learner:
 
     def save_adapter(self, run_id: str, out: Path) -> None:
         """adapter_config.json and adapter_model.safetensors, as PEFT loads them."""
-        self._adapters.save(self._adapter(run_id)[0], Path(out), self._base)
+        self._adapters.save(self._adapter(run_id)[0], Path(out), self._base_name)
+
+    def lora(self, run_id: str) -> LoraSection:
+        return self._adapter(run_id)[1]
+
+    def has_gradient(self, run_id: str) -> bool:
+        """Whether anything has accumulated since the last step."""
+        return self._run(run_id).has_gradient
+
+    def run_state(self, run_id: str) -> RunState:
+        """Views onto what the run has learned, gradients accumulated since its last step not included."""
+        run = self._run(run_id)
+        weights = {name: weight.detach() for name, weight in run.parameters.items()}
+        return RunState(run.version, weights, run.stepper.state())
+
+    def restore(self, run_id: str, state: RunState) -> None:
+        """Put a run of the same shape into this state; gradients that have accumulated were of other weights and go.
+
+        Raises:
+            CheckpointError: names, shapes or dtypes are not the run's; nothing has changed then.
+        """
+        run = self._run(run_id)
+        require_like(f"run {run_id!r}", state.weights, run.parameters)
+        run.stepper.restore(state.optimizer or {})
+        with torch.no_grad():
+            for name, weight in run.parameters.items():
+                weight.copy_(state.weights[name])
+        run.take_gradients()
+        run.has_gradient, run.version = False, state.version
+
+    def run_bytes(self, run_id: str) -> RunBytes:
+        """What the run holds in memory at this moment, beside the base that all share."""
+        run = self._run(run_id)
+        gradients = [weight.grad for weight in run.parameters.values() if weight.grad is not None]
+        return RunBytes(_bytes(run.parameters.values()), _bytes(gradients), _bytes(run.stepper.state().values()))
 
     def save_model(self, out: Path) -> None:
         """All weights as a Hugging Face folder in ``model.dtype``; the tokenizer is the caller's."""
@@ -282,6 +371,20 @@ class Learner:
             values_T[micro.index] = values.detach().double().cpu().numpy()
         metrics = {"loss:sum": float(values_T.sum()), **losses.metrics(loss, logp_T, batch.columns)}
         return BatchResult(metrics["loss:sum"], metrics, logp_T.astype(np.float32))
+
+    @contextmanager
+    def _accumulating(self, run_id: str) -> Iterator[None]:
+        """What the block adds to the run's gradient counts whole or not at all."""
+        run = self._run(run_id)
+        self._select(run_id)
+        earlier = run.take_gradients()
+        try:
+            yield
+        except BaseException:  # an interrupt too must not leave the gradient of half a batch
+            run.set_gradients(earlier)
+            raise
+        run.add_gradients(earlier)
+        run.has_gradient = True
 
     def _logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         """(T,) nats of the micro-batch's targets."""
@@ -339,6 +442,10 @@ def _unpacked(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.config._attn_implementation = attention.NAME
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _until(row: Array, eos_ids: Sequence[int]) -> Array:

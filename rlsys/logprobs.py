@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def token_logprobs(head: nn.Module, hidden_T: Tensor, targets_T: Tensor, temperature: float, chunk: int) -> Tensor:
-    """(T,) nats of each target; hidden_T is (T, H), `head` maps it to logits. Rows of no use: drop them before."""
+    """(T,) nats of each target; hidden_T is (T, H), `head` maps it to logits."""
     if isinstance(head, nn.Linear) and not any(weight.requires_grad for weight in head.parameters()):
         wants_grad = hidden_T.requires_grad and torch.is_grad_enabled()
         return _frozen_head(hidden_T, head.weight, head.bias, targets_T, temperature, chunk, wants_grad)

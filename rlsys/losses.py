@@ -13,18 +13,16 @@ To add a loss: write its function, give it a line in ``_LOSSES``, and a golden t
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rlsys.errors import LossError, MissingInputError
-from rlsys.types import Array
+from rlsys.errors import LossError, MissingInputError, did_you_mean
+from rlsys.types import Array, is_number
 
 Config = Mapping[str, float]
 
@@ -113,27 +111,18 @@ def resolve(name: str, config: Config | None = None) -> Loss:
     Raises:
         LossError: no such loss, or a config that it does not take.
     """
-    if name not in _LOSSES:
-        raise LossError(f"loss_fn: found {name!r}; wanted one of {', '.join(_LOSSES)}{_nearest(str(name), _LOSSES)}")
+    if not isinstance(name, str) or name not in _LOSSES:
+        raise LossError(f"loss_fn: found {name!r}; wanted one of {', '.join(_LOSSES)}{did_you_mean(name, _LOSSES)}")
     spec = _LOSSES[name]
     config = dict(config or {})
     for key, value in config.items():
         where = f"loss_fn_config[{key!r}] of {name!r}"
         if key not in spec.keys:
             takes = f"it takes {', '.join(spec.keys)}" if spec.keys else "it takes no parameters"
-            raise LossError(f"{where} is no parameter of this loss; {takes}{_nearest(str(key), spec.keys)}")
-        if not _is_number(value):
+            raise LossError(f"{where} is no parameter of this loss; {takes}{did_you_mean(key, spec.keys)}")
+        if not is_number(value):
             raise LossError(f"{where}: found {value!r}; wanted a finite number")
     return Loss(name, spec.required, spec.parse({key: float(value) for key, value in config.items()}))
-
-
-def _nearest(name: str, known: Mapping[str, object] | tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _no_params(config: Config) -> Config:
@@ -203,12 +192,17 @@ _LOSSES = {
 
 
 def metrics(loss: Loss, logp_T: Array, columns: Mapping[str, Array]) -> dict[str, float]:
-    """Figures of a whole batch under ``name:reduction``, over the positions that count (w != 0), in float64.
+    """Figures of a whole batch under ``name:reduction``, over the positions that count, in float64.
+
+    Those are the positions with w != 0. Where no position is masked, as in datums without weights, one whose advantage
+    and logprob are both exactly 0 is taken for a prompt's: there 0 is a filler and no log-probability.
 
     k1 = q - p and k3 = r - 1 - (p - q) both estimate KL(q || p).  Schulman 2020, joschu.net/blog/kl-approx.html.
     """
     _require_columns(loss, columns)
     counts_T = np.asarray(columns["weights"]) != 0 if "weights" in columns else np.ones(len(logp_T), bool)
+    if "logprobs" in loss.required and counts_T.all():
+        counts_T = (np.asarray(columns["logprobs"]) != 0) | (np.asarray(columns["advantages"]) != 0)
     p_T, *rest = (np.asarray(x, np.float64)[counts_T] for x in (logp_T, *(columns[key] for key in loss.required)))
     inputs = dict(zip(loss.required, rest, strict=True))
     if "logprobs" not in inputs:

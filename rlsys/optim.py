@@ -8,9 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from rlsys.errors import CheckpointError
 from rlsys.types import AdamParams
 
 Kind = Literal["adamw", "muon"]
+
+_MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 
 MUON_MOMENTUM = 0.95  # the value of Jordan et al. 2024; AdamParams has no name for it
 
@@ -23,15 +26,15 @@ class Stepper:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], kind: Kind, adamw_only: Collection[int] = ()) -> None:
-        named = list(parameters.values())
-        by_muon = [p for p in named if kind == "muon" and p.ndim == 2 and id(p) not in adamw_only]
+        by_muon = [p for p in parameters.values() if kind == "muon" and p.ndim == 2 and id(p) not in adamw_only]
         muon_ids = {id(p) for p in by_muon}
-        by_adamw = [p for p in named if id(p) not in muon_ids]
+        by_adamw = [p for p in parameters.values() if id(p) not in muon_ids]
         self.parts: list[torch.optim.Optimizer] = []
         if by_adamw:
             self.parts.append(torch.optim.AdamW(by_adamw, fused=True))
         if by_muon:
             self.parts.append(torch.optim.Muon(by_muon, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw"))
+        self._homes = {name: (p, self.parts[-1 if id(p) in muon_ids else 0]) for name, p in parameters.items()}
 
     def step(self, adam: AdamParams) -> None:
         for part in self.parts:
@@ -40,6 +43,49 @@ class Stepper:
                 if isinstance(part, torch.optim.AdamW):
                     group["betas"], group["eps"] = (adam.beta1, adam.beta2), adam.eps
             part.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """``<parameter>.step``, ``.exp_avg``, ``.exp_avg_sq`` (Muon: ``.momentum_buffer``); empty before a step."""
+        return {
+            f"{name}.{key}": value
+            for name, (weight, part) in self._homes.items()
+            for key, value in part.state.get(weight, {}).items()
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from copies of these; from the start where there are none.
+
+        Raises:
+            CheckpointError: they are not of this optimizer and these parameters; nothing has changed then.
+        """
+        begun = {name.rpartition(".")[0] for name in state}
+        wanted = {
+            f"{name}.{key}": torch.zeros(()) if key == "step" else weight
+            for name, (weight, part) in self._homes.items()
+            for key in _MOMENTS[type(part)]
+            if name in begun
+        }
+        require_like("optimizer state", state, wanted)
+        for name, (weight, part) in self._homes.items():
+            part.state.pop(weight, None)
+            if name in begun:
+                copies = {key: state[f"{name}.{key}"].to(weight.device, copy=True) for key in _MOMENTS[type(part)]}
+                part.state[weight] = copies
+
+
+def require_like(what: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Names, shapes and dtypes have to be those wanted.
+
+    Raises:
+        CheckpointError: with the first that is not.
+    """
+    odd = sorted(found.keys() ^ wanted.keys())
+    if odd:
+        raise CheckpointError(f"{what}: {odd[0]} is {'no tensor of it' if odd[0] in found else 'missing'}")
+    for name, tensor in wanted.items():
+        given, asked = (f"{tuple(t.shape)} {t.dtype}" for t in (found[name], tensor))
+        if given != asked:
+            raise CheckpointError(f"{what}: {name}: found {given}; wanted {asked}")
 
 
 def global_norm(gradients: list[Tensor]) -> Tensor:

@@ -9,11 +9,11 @@ import numpy as np
 from rlsys import losses
 from rlsys.config import JobConfig
 from rlsys.datums import DatumBatch
-from rlsys.errors import MismatchError
+from rlsys.errors import DivergedError, MismatchError
 from rlsys.learner import Learner
 from rlsys.problems import ProblemSet
 from rlsys.rollouts import Rollouts, offsets_of
-from rlsys.types import Array
+from rlsys.types import AdamParams, Array
 from rlsys.weights import WeightUpdate
 
 METRICS = {
@@ -42,12 +42,14 @@ class Policy:
         self.temperature = config.rl.sampling.temperature
         self.canary_tokens = canary_tokens
         learner.create_run(self.run_id, config.lora, config.run.seed)
+        self._last_update = "made no step yet"
         self._canary_published = self._canary(None)  # before anything is published, the base stands for "previous"
 
     def step(self, batch: DatumBatch, step: int) -> dict[str, float]:
         """forward_backward and one AdamW step. A batch without datums (all groups agreed) changes nothing.
 
         Raises:
+            DivergedError: log-probabilities are not finite, or groups disagree and yet the gradient is exactly 0.
             MismatchError: mean |p - q| is above ``checks.max_mean_logprob_diff``. No update has happened since q was
                 sampled, so p must equal q: this is the check at learning rate 0, made every step.
             GradientError: the gradient is not finite; the weights are as before.
@@ -60,8 +62,14 @@ class Policy:
         facts |= {METRICS[name]: value for name, value in result.metrics.items() if name in METRICS}
         facts["loss/sum"] = result.loss_sum
         self._refuse_mismatch(facts, step)
-        optimised = self.learner.optim_step(self.run_id, optim)
-        facts["policy/grad_norm"] = optimised["grad_norm"]
+        norm = self.learner.optim_step(self.run_id, optim)["grad_norm"]
+        before, self._last_update = self._last_update, _update(step, optim, norm)
+        if norm == 0.0 and np.any(batch.columns["advantages"] * batch.columns["weights"]):
+            raise DivergedError(
+                f"step {step}: rewards differ within groups, yet the gradient is exactly 0: the policy is so certain "
+                f"of every token that nothing moves it any more. Before, it {before}; lower rl.optim.learning_rate"
+            )
+        facts["policy/grad_norm"] = norm
         facts["policy/version"] = float(self.learner.version(self.run_id))
         return facts
 
@@ -71,8 +79,19 @@ class Policy:
         return self.learner.logprobs(None, tokens, offsets, temperature=self.temperature)[sampled]
 
     def publish(self) -> WeightUpdate:
-        """The adapter as it is now, with the canary under it and under the version published before."""
+        """The adapter as it is now, with the canary under it and under the version published before.
+
+        Raises:
+            DivergedError: the policy's log-probabilities are not finite; samplers keep the version before.
+        """
         current = self._canary(self.run_id)
+        if not np.isfinite(current).all():
+            raise DivergedError(
+                f"the policy gives {np.count_nonzero(~np.isfinite(current))} of {len(current)} canary tokens no finite "
+                f"log-probability; it {self._last_update}. Nothing of it reached a sampler. Lower "
+                "rl.optim.learning_rate, or bound the step with rl.optim.grad_clip_norm=1.0; without any step, look at "
+                "the base and model.dtype"
+            )
         previous, self._canary_published = self._canary_published, current
         snapshot = self.learner.snapshot(self.run_id, self.config.model.dtype)
         return WeightUpdate(snapshot, self.canary_tokens, current, previous)
@@ -87,13 +106,24 @@ class Policy:
 
     def _refuse_mismatch(self, facts: Mapping[str, float], step: int) -> None:
         found, bound = facts["policy/logprob_diff_mean"], self.config.max_mean_logprob_diff
-        if not found <= bound:  # also when found is NaN
+        if not np.isfinite(found):
+            raise DivergedError(
+                f"step {step}: learner or sampler gives tokens just sampled no finite log-probability; the policy "
+                f"{self._last_update}. Nothing was applied. Lower rl.optim.learning_rate, or bound the step with "
+                "rl.optim.grad_clip_norm=1.0"
+            )
+        if found > bound:
             raise MismatchError(
                 f"step {step}: learner and sampler disagree on the tokens just sampled: mean |p - q| = {found:.3g} "
                 f"nats, bound {bound:.3g} (max {facts['policy/logprob_diff_max']:.3g}). The policy has not changed "
                 "since they were sampled, so the two must agree; nothing was applied. Look at model.dtype and sampling "
                 "options, or set checks.max_mean_logprob_diff if this engine is known to be that far from the learner"
             )
+
+
+def _update(step: int, optim: AdamParams, norm: float) -> str:
+    clipped = f"clipped at {optim.grad_clip_norm:g}" if optim.grad_clip_norm > 0 else "not clipped"
+    return f"made step {step} at learning rate {optim.learning_rate:g} with a gradient norm of {norm:.3g}, {clipped}"
 
 
 def canary(problems: ProblemSet) -> Array:
@@ -121,4 +151,5 @@ def join_prompts(rollouts: Rollouts) -> tuple[Array, Array, Array]:
 def _ranges(starts: Array, lengths: Array) -> Array:
     """starts 5 9, lengths 2 1 -> 5 6 9."""
     before = np.cumsum(lengths) - lengths
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    ranges: Array = np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    return ranges

@@ -142,7 +142,7 @@ class _LineStage(_Stage):
             self._print_step()
 
     def end(self, ended_well: bool) -> None:
-        if self._printed_step != self._step:
+        if self._step and self._printed_step != self._step:
             self._print_step()
         took = duration(time.monotonic() - self._started)
         self._print(f"{self._name}: {'done' if ended_well else 'stopped'} after {took}")

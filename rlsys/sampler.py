@@ -18,6 +18,7 @@ import numpy as np
 
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.engine.attest import attest, distance
+from rlsys.engine.postmortem import EngineLog
 from rlsys.engine.requests import BaseModel, check_sequences, columns, engine_params, group_seeds, score_params
 from rlsys.engine.start import Device, engine_processes, preload, prepare_environment
 from rlsys.errors import ActorFailedError, ConfigError, SamplingError, WeightSyncError
@@ -33,6 +34,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 UNEMBEDDING = "lm_head"
 CPU_BLOCK_TOKENS = 32  # of the prefix cache: the smallest that the CPU attention takes; vLLM's own default is 128
 WARM_UP_TOKENS = 64  # a fresh bf16 CPU engine dies of an illegal instruction when its first prompt is a few tokens
+DEATH_POLL_S = 1.0
 GIB = 2**30
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9}  # relative error of one rounding
 
@@ -78,6 +80,7 @@ class Sampler:
         self._strays: dict[str, float] = {}  # run id -> distance to the learner when last attested
         self._loading = asyncio.Lock()
         self._engine: Any = None
+        self._log: EngineLog
         self._tokens_generated = self._running = 0
         self._noise = self._start_s = 0.0
         self._about = BaseModel(base)
@@ -94,9 +97,15 @@ class Sampler:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        with engine_processes(self._device):
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.engine_arguments()))
-        self._noise = await self._measure_noise()
+        self._log = EngineLog()
+        try:
+            with engine_processes(self._device):
+                self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.engine_arguments()))
+        except RuntimeError as error:  # of the engine's process, which vLLM does not hand over
+            raise ActorFailedError(
+                f"sampler {self._name}: the vLLM engine did not start on {self._base}: {self._log.cause()}"
+            ) from error
+        self._noise = await self._alive(self._measure_noise())
         self._start_s = time.perf_counter() - began
 
     def engine_arguments(self) -> dict[str, Any]:
@@ -321,12 +330,25 @@ class Sampler:
         try:
             return await work
         except (EngineDeadError, EngineGenerateError) as error:
-            cause = error.__cause__ or error
+            cause = self._log.cause() if isinstance(error, EngineDeadError) else error.__cause__ or error
             raise ActorFailedError(f"sampler {self._name}: the vLLM engine failed: {cause}") from error
 
     async def _call(self, method: str, *args: Any) -> Any:
         """The worker's answer to `method` of rlsys.engine.adapters."""
-        return (await self._alive(self._engine.collective_rpc(method, args=args)))[0]
+        return (await self._alive(self._unless_dead(self._engine.collective_rpc(method, args=args))))[0]
+
+    async def _unless_dead(self, call: Awaitable[Any]) -> Any:
+        """vLLM fails the requests of an engine that dies, but leaves calls of its worker waiting for ever."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        answer = asyncio.ensure_future(call)
+        try:
+            while not (await asyncio.wait([answer], timeout=DEATH_POLL_S))[0]:
+                if self._engine.errored:
+                    raise EngineDeadError
+            return answer.result()
+        finally:
+            answer.cancel()
 
     def _refuse_unloadable(self, snapshot: AdapterSnapshot) -> None:
         where = f"sampler {self._name}, run {snapshot.run_id!r}, version {snapshot.version}"

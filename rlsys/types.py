@@ -7,15 +7,16 @@ can know by itself; what depends on the loss or the model is checked on submissi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from rlsys.errors import DatumError, SamplingError
+from rlsys.errors import ConfigError, DatumError, SamplingError
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +59,7 @@ class TensorData:
             raise DatumError(f"TensorData: dtype {dtype!r} is not known; wanted 'float32' or 'int64'")
         if array.dtype.kind not in "iubf":
             raise DatumError(f"TensorData: found values of numpy dtype {array.dtype}; wanted numbers")
-        if dtype == "int64" and array.dtype.kind == "f" and not (np.isfinite(array) & (array == np.trunc(array))).all():
-            raise DatumError("TensorData: found fractional or infinite values for dtype 'int64'; wanted whole numbers")
-        array = array.astype(dtype, copy=False)
+        array = _cast(array, dtype)
         if shape is not None:
             if int(np.prod(shape)) != array.size:
                 raise DatumError(f"TensorData: found {array.size} values for shape {list(shape)}")
@@ -124,6 +123,19 @@ class TensorData:
 
     def __repr__(self) -> str:
         return f"TensorData({self._array!r})"
+
+
+def _cast(array: Array, dtype: DType) -> Array:
+    """The array in `dtype`, which has to hold its values: int64 exactly, float32 up to rounding."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        cast = array.astype(dtype, copy=False)
+    if dtype == "int64" and not (cast == array).all():
+        raise DatumError(
+            "TensorData: found fractional, infinite or too large values for dtype 'int64'; wanted whole numbers"
+        )
+    if (np.isinf(cast) & np.isfinite(array)).any():
+        raise DatumError(f"TensorData: found {np.abs(array).max():g}, which float32 cannot hold")
+    return cast
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +232,10 @@ class Datum:
             )
         if self.model_input.length == 0:
             raise DatumError("Datum: model_input is empty; wanted at least one token")
+        if not isinstance(self.loss_fn_inputs, Mapping):
+            raise DatumError(
+                f"Datum: loss_fn_inputs is a {type(self.loss_fn_inputs).__name__}; wanted a dict of name -> values"
+            )
         for key, value in self.loss_fn_inputs.items():
             _check_input(key, to_array(value), self.model_input.length)
 
@@ -246,7 +262,7 @@ class SamplingParams:
     """How to draw completions.
 
     ``stop``: strings or token ids that end a completion; None means the model's end-of-sequence ids, [] means never.
-    ``seed``: completion i of a request draws with seed + i.
+    ``seed``: the same seed draws the same, and the completions of one request differ; None draws anew each time.
 
     Raises:
         SamplingError: a value outside its range.
@@ -266,14 +282,26 @@ class SamplingParams:
             self.max_tokens,
             "a whole number, at least 1",
         )
-        _require(0.0 <= self.temperature < float("inf"), "temperature", self.temperature, "a number >= 0 (0 is greedy)")
-        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number in (0, 1]")
+        temperature_ok = is_number(self.temperature) and self.temperature >= 0.0
+        _require(temperature_ok, "temperature", self.temperature, "a number >= 0 (0 is greedy)")
+        _require(is_number(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", self.top_p, "a number in (0, 1]")
         top_k_ok = _is_whole(self.top_k) and (self.top_k == -1 or self.top_k >= 1)
         _require(top_k_ok, "top_k", self.top_k, "-1 (all) or a whole number, at least 1")
+        _require(self.seed is None or _is_whole(self.seed), "seed", self.seed, "a whole number or None")
+        stops = () if self.stop is None or isinstance(self.stop, str) else self.stop
+        stop_ok = isinstance(stops, Sequence) and (
+            all(isinstance(stop, str) for stop in stops) or all(_is_whole(stop) for stop in stops)
+        )
+        _require(stop_ok, "stop", self.stop, "a string, strings, or token ids")
 
 
 def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral)
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """A finite real number; True and False are none."""
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _require(ok: bool, name: str, found: object, wanted: str) -> None:
@@ -288,7 +316,7 @@ class AdamParams:
     ``grad_clip_norm``: bound on the global L2 norm of the summed gradient, 0 for none.
 
     Raises:
-        ValueError: a value outside its range.
+        ConfigError: a value outside its range.
     """
 
     learning_rate: float = 1e-4
@@ -301,12 +329,12 @@ class AdamParams:
     def __post_init__(self) -> None:
         for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
             value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
-                raise ValueError(f"AdamParams.{name}: found {value!r}; wanted a finite number >= 0")
+            if not (is_number(value) and value >= 0.0):
+                raise ConfigError(f"AdamParams.{name}: found {value!r}; wanted a finite number >= 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"AdamParams.{name}: found {value!r}; wanted a number in [0, 1)")
+            if not (is_number(value) and 0.0 <= value < 1.0):
+                raise ConfigError(f"AdamParams.{name}: found {value!r}; wanted a number in [0, 1)")
 
 
 @dataclass(frozen=True, slots=True)

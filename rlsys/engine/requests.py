@@ -70,8 +70,6 @@ def stop_rules(stop: str | Sequence[str] | Sequence[int] | None, model: BaseMode
         return [], model.eos
     given: list[Any] = [stop] if isinstance(stop, str) else list(stop)
     strings = [item for item in given if isinstance(item, str)]
-    if strings and len(strings) != len(given):
-        raise SamplingError(f"SamplingParams.stop: found {stop!r}; wanted strings or token ids, not both")
     if strings and not model.has_tokenizer:
         raise SamplingError(
             f"SamplingParams.stop: found strings {strings!r} for a model without a tokenizer; wanted ids"

@@ -8,7 +8,6 @@ on.
 from __future__ import annotations
 
 import concurrent.futures
-import difflib
 import importlib
 import math
 import multiprocessing
@@ -27,7 +26,7 @@ import numpy as np
 from pebble import ProcessExpired, ProcessPool
 
 from rlsys.config import RewardSection
-from rlsys.errors import ConfigError, GradingError, StalledError
+from rlsys.errors import ConfigError, GradingError, StalledError, did_you_mean
 from rlsys.types import Array
 
 RIGHT, WRONG, TIMEOUT, ERROR = 0, 1, 2, 3  # values of Grades.outcome
@@ -79,8 +78,7 @@ def resolve(path: str) -> Grader:
         ) from error
     for part in name.split("."):
         if not hasattr(found, part):
-            close = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(part, dir(found))
             raise ConfigError(f"rewards.function: {path!r}: {found.__name__} has no {part!r}{hint}")
         found = getattr(found, part)
     if not callable(found):

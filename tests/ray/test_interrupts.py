@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -20,20 +21,32 @@ from rlsys.tracking import read_metrics
 LIMIT_S = 150.0
 
 
-def test_ctrl_c_finishes_the_step_saves_the_adapter_and_leaves_no_process(
-    job: Callable[..., JobConfig], tmp_path: Path
+@pytest.fixture
+def short_tmp() -> Iterator[Path]:
+    """A folder whose path leaves room for the names of sockets, which pytest's own does not."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
+    job: Callable[..., JobConfig], tmp_path: Path, short_tmp: Path, number: signal.Signals
 ) -> None:
     config = job("rl.steps=100000")
     (tmp_path / "job.yaml").write_text(dump_config(config))
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"HOME": str(tmp_path), "RLSYS_TEST_MARK": str(tmp_path)}
+    env |= {"TMPDIR": str(short_tmp), "RAY_TMPDIR": tempfile.gettempdir()}
     command = [sys.executable, "-m", "rlsys", "train", str(tmp_path / "job.yaml")]
     output = tmp_path / "output"
     with output.open("w") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
     try:
         _wait_until(lambda: _steps(config) >= 2 or process.poll() is not None)
-        os.killpg(process.pid, signal.SIGINT)  # what a terminal does: the whole foreground group
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # what a terminal does: the whole foreground group
+        else:
+            process.send_signal(number)
         code = process.wait(timeout=LIMIT_S)
     finally:
         if process.poll() is None:
@@ -47,6 +60,7 @@ def test_ctrl_c_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     assert (config.run_dir / "report.html").is_file()
     _wait_until(lambda: not _marked(str(tmp_path)), limit_s=30.0)
     assert _marked(str(tmp_path)) == []
+    assert not list(short_tmp.iterdir()), "temporary files stay behind"
 
 
 def test_the_first_signal_asks_between_steps_and_the_second_raises() -> None:

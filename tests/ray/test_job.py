@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from actors import job as jobs
 from actors.job import Outcome
 from rlsys.config import JobConfig
-from rlsys.errors import ClusterError, GradingError, RunExistsError
+from rlsys.errors import ClusterError, ConfigError, GradingError, RunExistsError
 from rlsys.progress import Progress
 from rlsys.tracking import RECORD_KEYS, read_metrics, read_rollouts
 
@@ -131,6 +131,11 @@ def test_a_run_directory_that_is_no_run_is_left_alone(job: Job) -> None:
     with pytest.raises(RunExistsError, match="no run of rlsys"):
         jobs.train(config, Progress(), replace=True)
     assert (config.run_dir / "thesis.tex").read_text() == "dear"
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(job: Job) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir '/proc/nowhere'.*cannot be made or written: No such file"):
+        jobs.train(job("run.dir=/proc/nowhere"), Progress())
 
 
 def test_a_grader_that_sleeps_for_ever_stops_the_run_with_its_counts(ray_cluster: str, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""A sampler that misses a weight sync stops the run and is named."""
+"""A sampler that misses a weight sync, or whose engine dies, stops the run and is named."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 
 from actors import job as jobs
 from actors.sampler_actor import SamplerActor
-from actors.stages import refuse_unattested, spread_seed
+from actors.stages import refuse_unattested
 from rlsys.config import JobConfig
-from rlsys.errors import WeightSyncError
+from rlsys.errors import ActorFailedError, WeightSyncError
 from rlsys.loop import Published
 from rlsys.progress import Progress
 from rlsys.tracking import read_metrics
-from rlsys.types import SamplingParams
 from rlsys.weights import Attestation
 
 
@@ -42,6 +42,27 @@ def test_one_of_two_samplers_that_skips_a_sync_stops_the_run_and_is_named(
     assert not [line for line in read_metrics(config.run_dir) if "reward/mean" in line], "the step was dropped whole"
 
 
+class DyingSampler(SamplerActor):
+    """Its engine's process is killed before version 1 is loaded."""
+
+    async def load(self, update: Any, bound: float) -> Attestation:
+        if update.snapshot.version == 1:
+            for process in psutil.Process().children(recursive=True):
+                if "EngineCore" in process.name() + "".join(process.cmdline()):
+                    process.kill()
+        return await super().load(update, bound)
+
+
+def test_an_engine_that_is_killed_stops_the_run_with_its_sampler_and_what_happened(
+    ray_cluster: str, job: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "SamplerActor", DyingSampler)
+    config = job("rl.steps=3")
+    with pytest.raises(ActorFailedError, match=r"^sampler 0: .*its process ended without a word: killed"):
+        jobs.train(config, Progress())
+    assert (config.run_dir / "report.html").is_file()
+
+
 HONEST = Attestation(
     sampler="sampler 0", run_id="a", version=3, digest="d3", distance_new=0.0, distance_previous=1.0, separation=1.0,
     has_power=True, seconds=0.1,
@@ -54,8 +75,3 @@ def test_an_answer_for_another_version_run_or_content_is_refused(lie: dict[str, 
     refuse_unattested([HONEST, HONEST], ["sampler 0", "sampler 1"], PUBLISHED, "a")
     with pytest.raises(WeightSyncError, match="sampler 1"):
         refuse_unattested([HONEST, replace(HONEST, **lie)], ["sampler 0", "sampler 1"], PUBLISHED, "a")
-
-
-def test_samplers_draw_with_seeds_of_their_own() -> None:
-    seeds = [spread_seed(SamplingParams(seed=11), sampler).seed for sampler in range(4)]
-    assert len(set(seeds)) == 4 and spread_seed(SamplingParams(), 3).seed is None

@@ -137,10 +137,6 @@ WRONG = {
     ),
     "ignore index": (rl_datum(target_tokens=[-100, 3, 4]), "found -100 at position 0; wanted ids from 0 to 9"),
     "beyond int32": (rl_datum(target_tokens=[2, 3, 2**40]), "found 1099511627776 at position 2"),
-    "probability": (
-        rl_datum(logprobs=[0.0, 0.7, -1.0]),
-        "datum 1: .*'logprobs'.*: found 0.7 at position 1; wanted log-p",
-    ),
     "beyond float32": (rl_datum(advantages=[0.0, 1e300, 0.0]), "datum 1: .*'advantages'.*: found inf at position 1"),
     "input id": (datum([1, 2, 11], **rl_datum().loss_fn_inputs), "datum 1: model_input: found 11 at position 2"),
     "too long": (

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
+from tiny_learner import (
+    ALL_TARGETS,
+    Models,
+    alone,
+    assert_close,
+    assert_same_bits,
+    draw,
+    gradients,
+    make,
+    plain,
+    reference,
+    state,
+    weights,
+    with_run,
+)
 from transformers import AutoModelForCausalLM
 
 from rlsys import losses
@@ -20,111 +32,6 @@ from rlsys.datums import DatumBatch, concatenate, take
 from rlsys.errors import ConfigError, GradientError
 from rlsys.learner import BASE_RUN, Learner
 from rlsys.types import AdamParams
-
-Models = Callable[[bool], Path]
-ALL_TARGETS = LoraSection(rank=4, alpha=8.0, train_unembed=True)
-LOSSES = ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
-BOUNDS = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
-
-
-def make(path: Path, dtype: torch.dtype = torch.float32, budget: int = 64, chunk: int = 1000, **kwargs: Any) -> Learner:
-    section = LearnerSection(token_budget=budget, logprob_chunk_tokens=chunk)
-    return Learner(path, ModelSection(path=str(path)), section, dtype=dtype, **kwargs)
-
-
-def draw(datums: int = 8, seed: int = 0) -> DatumBatch:
-    """Datums of 2 to 20 positions; the first of each are masked, as a prompt is."""
-    random = np.random.default_rng(seed)
-    lengths = random.integers(2, 21, datums)
-    total = int(lengths.sum())
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    weights = np.ones(total, np.float32)
-    weights[offsets[:-1]] = 0.0
-    return DatumBatch(
-        random.integers(0, 64, total).astype(np.int32),
-        random.integers(0, 64, total).astype(np.int32),
-        offsets,
-        {
-            "weights": weights,
-            "logprobs": random.uniform(-6, -1, total).astype(np.float32),
-            "advantages": random.normal(size=total).astype(np.float32),
-        },
-    )
-
-
-def with_run(learner: Learner, lora: LoraSection = ALL_TARGETS, run: str = "run", seed: int = 1) -> Learner:
-    """A run whose B is not zero, so that A's gradient is not either."""
-    learner.create_run(run, lora, seed)
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in learner._runs[run].parameters.items():
-        if name.endswith(".lora_B"):
-            weight.data = 0.1 * torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
-    return learner
-
-
-def gradients(learner: Learner, run: str = "run") -> dict[str, Tensor]:
-    found = {}
-    for name, weight in learner._runs[run].parameters.items():
-        assert weight.grad is not None
-        found[name] = weight.grad.clone()
-    return found
-
-
-def weights(learner: Learner, run: str = "run") -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in learner._runs[run].parameters.items()}
-
-
-def state(learner: Learner, run: str) -> list[Tensor]:
-    """All that a run owns: weights, accumulated gradients, optimizer state."""
-    owned = list(weights(learner, run).values())
-    owned += [weight.grad.clone() for weight in learner._runs[run].parameters.values() if weight.grad is not None]
-    for part in learner._runs[run].stepper.parts:
-        owned += [value.clone() for entry in part.state.values() for value in entry.values()]
-    return owned
-
-
-def assert_same_bits(found: list[Tensor] | Mapping[str, Tensor], wanted: list[Tensor] | Mapping[str, Tensor]) -> None:
-    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        assert found.keys() == wanted.keys()
-        found, wanted = list(found.values()), list(wanted.values())
-    assert len(found) == len(wanted)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-
-
-def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> None:
-    """||g - g'|| <= bound ||g|| for each parameter, no absolute tolerance."""
-    assert found.keys() == wanted.keys()
-    assert any(gradient.norm() > 0 for gradient in wanted.values())
-    for name in wanted:
-        error = (found[name] - wanted[name]).norm() / max(float(wanted[name].norm()), 1e-300)
-        assert error <= bound, f"{name}: {error:.2e}"
-
-
-def plain(path: Path, dtype: torch.dtype = torch.float64) -> Any:
-    """Plain transformers; its norms compute in fp32 even in a float64 model, so torch's stand in."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").eval()
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == "Qwen3RMSNorm":
-            norm = torch.nn.RMSNorm(len(module.weight), module.variance_epsilon)
-            norm.weight = module.weight
-            model.set_submodule(name, norm)
-    return model
-
-
-def alone(model: Any, batch: DatumBatch) -> Tensor:
-    """(T,) log-probabilities, sequence by sequence, unpacked and unpadded."""
-    found = []
-    for d in range(batch.num_datums):
-        part = slice(batch.offsets[d], batch.offsets[d + 1])
-        logits = model(torch.from_numpy(batch.tokens[part].astype(np.int64))[None]).logits[0]
-        targets = torch.from_numpy(batch.targets[part].astype(np.int64))
-        found.append(torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0])
-    return torch.cat(found)
-
-
-def reference(path: Path, batch: DatumBatch, dtype: torch.dtype = torch.float64) -> np.ndarray:
-    found: np.ndarray = alone(plain(path, dtype), batch).detach().numpy()
-    return found
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -145,33 +52,6 @@ def test_the_loss_is_the_sum_of_its_values_and_the_metrics_say_so(tiny_model: Mo
     assert result.loss_sum == pytest.approx(wanted, rel=1e-12)
     assert result.metrics["loss:sum"] == result.loss_sum
     assert result.metrics["nll:mean"] == pytest.approx(wanted / batch.columns["weights"].sum(), rel=1e-12)
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
-@pytest.mark.parametrize("trainable", ["lora", "all"])
-def test_gradients_do_not_depend_on_how_a_batch_is_split(
-    tiny_model: Models, loss: str, dtype: torch.dtype, bound: float, trainable: str
-) -> None:
-    batch, loss_fn, run = draw(), losses.resolve(loss), "run" if trainable == "lora" else BASE_RUN
-    learner = make(tiny_model(True), dtype, trainable=trainable)
-    if trainable == "lora":
-        with_run(learner)
-
-    def gradient(budget: int, batches: list[DatumBatch], chunk: int = 1000) -> dict[str, Tensor]:
-        learner._section = LearnerSection(token_budget=budget, logprob_chunk_tokens=chunk)
-        for part in batches:
-            learner.forward_backward(run, part, loss_fn)
-        found = gradients(learner, run)
-        learner._runs[run].take_gradients()
-        return found
-
-    whole = gradient(1000, [batch])
-    order = np.random.default_rng(3).permutation(8)
-    assert_close(gradient(1, [batch]), whole, bound)  # each sequence by itself
-    assert_close(gradient(25, [batch], chunk=4), whole, bound)  # packed, in chunks
-    assert_close(gradient(40, [take(batch, order)]), whole, bound)  # permuted
-    assert_close(gradient(1000, [take(batch, range(4)), take(batch, range(4, 8))]), whole, bound)  # 8 = 4 + 4
 
 
 def test_the_gradient_is_that_of_finite_differences(tiny_model: Models) -> None:

@@ -281,6 +281,7 @@ def test_clip_ratio_is_the_same_as_both_thresholds():
     [
         ("pppo", {}, r"found 'pppo'; wanted one of cross_entropy, importance_sampling, ppo, cispo, dro; .*'ppo'\?"),
         ("gspo", {}, "wanted one of cross_entropy"),
+        (["ppo"], {}, r"found \['ppo'\]; wanted one of cross_entropy"),
         ("ppo", {"clip_hgh_threshold": 1.2}, r"'clip_hgh_threshold'.* of 'ppo' .*did you mean 'clip_high_threshold'\?"),
         ("ppo", {"beta": 1.0}, "it takes clip_low_threshold, clip_high_threshold, clip_ratio"),
         ("cross_entropy", {"beta": 1.0}, "it takes no parameters"),
@@ -373,3 +374,11 @@ def test_metrics_report_an_overflow_as_infinite_without_a_warning(recwarn):
 def test_metrics_of_cross_entropy_are_the_weighted_mean_nll():
     p, columns = np.array([-1.0, -2.0, -np.inf]), {"weights": np.array([1.0, 3.0, 0.0])}
     assert metrics(resolve("cross_entropy"), p, columns) == {"nll:mean": 7 / 4}
+
+
+def test_without_weights_the_fillers_at_prompt_positions_do_not_count_in_the_figures() -> None:
+    loss = resolve("ppo")
+    prompt, sampled = np.array([-3.0, -7.0]), np.array([-1.0, -0.5])
+    q, advantages = np.array([0.0, 0.0, -1.0, -0.5]), np.array([0.0, 0.0, 0.4, 0.4])
+    found = metrics(loss, np.concatenate([prompt, sampled]), {"logprobs": q, "advantages": advantages})
+    assert found["ratio:mean"] == 1.0 and found["logprob_diff:max"] == 0.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
-from rlsys.errors import DatumError, MissingInputError, RlsysError, SamplingError
+from rlsys.errors import ConfigError, DatumError, MissingInputError, RlsysError, SamplingError
 from rlsys.types import AdamParams, Datum, EncodedTextChunk, ModelInput, SamplingParams, TensorData, to_array
 
 
@@ -59,6 +61,9 @@ def test_tensor_data_behaves_like_the_sequence_it_holds():
         (([1.5], "int64"), "fractional"),
         (([float("inf")], "int64"), "infinite"),
         (([float("nan")], "int64"), "fractional"),
+        (([1e30], "int64"), "too large"),
+        ((np.array([2**63], np.uint64),), "too large"),
+        (([0.5, -1e300],), "found 1e[+]300, which float32 cannot hold"),
         (([1, 2, 3], "int64", [2, 2]), r"found 3 values for shape \[2, 2\]"),
         (([[1], [1, 2]],), "ragged"),
     ],
@@ -131,6 +136,8 @@ def test_a_datum_needs_a_model_input_with_tokens():
         Datum([1, 2], {})
     with pytest.raises(DatumError, match="model_input is empty"):
         Datum(ModelInput.empty(), {})
+    with pytest.raises(DatumError, match="loss_fn_inputs is a list; wanted a dict"):
+        Datum(ModelInput.from_ints([1]), [("weights", [1.0])])
 
 
 def test_adam_params_have_the_defaults_of_the_contract():
@@ -153,10 +160,12 @@ def test_adam_params_have_the_defaults_of_the_contract():
         ("weight_decay", -0.1),
         ("grad_clip_norm", -1.0),
         ("grad_clip_norm", float("inf")),
+        ("grad_clip_norm", None),
+        ("learning_rate", "1e-4"),
     ],
 )
 def test_wrong_adam_params_are_refused(name, value):
-    with pytest.raises(ValueError, match=rf"AdamParams.{name}: found {value}"):
+    with pytest.raises(ConfigError, match=rf"AdamParams.{name}: found {value!r}"):
         AdamParams(**{name: value})
 
 
@@ -174,11 +183,22 @@ def test_wrong_adam_params_are_refused(name, value):
         ("top_k", 0),
         ("top_k", -2),
         ("top_k", 2.5),
+        ("max_tokens", True),
+        ("temperature", "hot"),
+        ("seed", 1.5),
+        ("stop", 5),
+        ("stop", [1.5]),
+        ("stop", [1, "a"]),
     ],
 )
 def test_wrong_sampling_params_are_refused(name, value):
-    with pytest.raises(SamplingError, match=rf"SamplingParams.{name}: found {value}"):
+    with pytest.raises(SamplingError, match=rf"SamplingParams.{name}: found {re.escape(repr(value))}"):
         SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize("stop", [None, [], "END", ["END", "\n"], [1, np.int64(2)], (3,)])
+def test_a_completion_ends_at_strings_or_at_token_ids(stop):
+    assert SamplingParams(stop=stop).stop is stop
 
 
 def test_sampling_params_draw_from_the_whole_distribution_by_default():

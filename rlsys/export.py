@@ -1,0 +1,80 @@
+"""A checkpoint for other programs: the adapter alone, or the base with the adapter added to its weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rlsys.base import new_folder
+from rlsys.checkpoints import read_adapter, read_files, require_base
+from rlsys.config import LoraSection
+from rlsys.errors import CheckpointError, ConfigError
+from rlsys.identity import identity_of
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf")
+
+
+def export_adapter(checkpoint: Path, out: Path) -> None:
+    """The new folder `out` with the two files that PEFT and ``vllm serve --enable-lora`` load."""
+    files = read_files(checkpoint)
+    _require_new(out)
+    with new_folder(Path(out)) as folder:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+
+def export_merged(base: Path | str, checkpoint: Path, out: Path) -> None:
+    """The new folder `out`: a whole model in Hugging Face format, in the base's dtype, with the base's tokenizer.
+
+    W + (alpha / r) B A is computed in float32 and then rounded to that dtype. Where the base ties its output layer to
+    its embeddings and the adapter changes the output alone, the merged model has both.
+    """
+    info, adapter = read_adapter(checkpoint)
+    _require_new(out)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base: {base} cannot be loaded as a causal language model: {error}") from error
+    require_base(f"{checkpoint}: cannot be merged into {base}", info.base, identity_of(model))
+    with torch.no_grad():
+        _merge(model, info.lora, adapter)
+    with new_folder(Path(out)) as folder:
+        model.save_pretrained(folder)
+        _copy_tokenizer(base, folder)
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors writes 0600
+
+
+def _merge(model: Any, lora: LoraSection, adapter: dict[str, Tensor]) -> None:
+    modules = dict(model.named_modules())
+    paths = sorted({name.rpartition(".")[0] for name in adapter})
+    for path in paths:
+        module = modules.get(path)
+        if not isinstance(module, nn.Linear):
+            raise CheckpointError(f"the base has no linear module {path}, which the adapter changes")
+        if module is model.get_output_embeddings() and module.weight is model.get_input_embeddings().weight:
+            module.weight = nn.Parameter(module.weight.clone())
+            model.config.tie_word_embeddings = False
+        delta = adapter[f"{path}.lora_B"].float() @ adapter[f"{path}.lora_A"].float() * (lora.alpha / lora.rank)
+        module.weight.copy_(module.weight.float() + delta)
+
+
+def _copy_tokenizer(base: Path | str, folder: Path) -> None:
+    """All else that a base folder holds; of a hub's base the tokenizer."""
+    if not Path(base).is_dir():
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        return
+    for file in Path(base).iterdir():
+        weights = any(file.match(pattern) for pattern in _WEIGHT_FILES)
+        if file.is_file() and not weights and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _require_new(out: Path) -> None:
+    if Path(out).exists():
+        raise CheckpointError(f"{out}: is already there; wanted a new folder")

@@ -1,0 +1,55 @@
+"""Sampler against learner: the same tokens, the same weights, two programs. Figures go to docs/numerics.md (-rP)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_engine import MAX_LENGTH, SECTION, VOCAB, Reference
+
+from rlsys.config import LearnerSection, LoraSection, ModelSection
+from rlsys.learner import Learner
+from rlsys.policy import join_prompts
+from rlsys.rollouts import offsets_of
+from rlsys.sampler import Sampler
+from rlsys.types import SamplingParams
+from rlsys.weights import WeightUpdate
+
+CANARY = (np.arange(64) * 7 % VOCAB).astype(np.int32)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+def test_learner_and_sampler_give_sampled_tokens_the_same_log_probability(
+    reference: Reference, run: Callable[..., Any], dtype: Any, bound: float
+) -> None:
+    model = ModelSection(path=str(reference.folder), max_length=MAX_LENGTH, dtype=dtype)
+    learner = Learner(reference.folder, model, LearnerSection())
+
+    def canary(run_id: str | None) -> np.ndarray[Any, Any]:
+        return learner.logprobs(run_id, CANARY, np.array([0, len(CANARY)]))[1:]
+
+    learner.create_run("run", LoraSection(rank=8, train_unembed=True), seed=1)
+    learner._adapters.enlarge("a0", seed=3)
+    for name, weight in learner._runs["run"].parameters.items():
+        if name.endswith(".lora_B"):
+            weight.data *= 0.2
+    update = WeightUpdate(learner.snapshot("run", dtype), CANARY, canary("run"), canary(None))
+    assert np.abs(update.canary_new - update.canary_previous).mean() > 0.1
+    random = np.random.default_rng(0)
+    lengths = random.integers(3, 40, 32)
+    prompts = random.integers(2, VOCAB, lengths.sum()).astype(np.int32)
+    params = SamplingParams(max_tokens=64, seed=1, stop=[])
+    sampler = Sampler(name="sampler-0", base=reference.folder, model=model, section=SECTION, seed=5)
+    run(sampler.start())
+    try:
+        run(sampler.load(update, bound))
+        for run_id, version in ((None, -1), ("run", 0)):
+            rollouts = run(sampler.sample(np.arange(32), prompts, offsets_of(lengths), 8, params, run_id, version))
+            tokens, offsets, sampled = join_prompts(rollouts)
+            gap = np.abs(learner.logprobs(run_id, tokens, offsets)[sampled] - rollouts.logprobs)
+            print(f"{dtype}, {run_id or 'base'}: {len(gap)} tokens, mean {gap.mean():.2e}, max {gap.max():.2e}")
+            assert gap.mean() <= bound
+    finally:
+        run(sampler.stop())

@@ -1,0 +1,86 @@
+"""A learning rate that explodes ends in one sentence that names the step and the cause, not in NaNs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rlsys.config import JobConfig, parse_config
+from rlsys.datums import DatumBatch
+from rlsys.errors import DivergedError, MismatchError
+from rlsys.learner import Learner
+from rlsys.policy import Policy
+from rlsys.types import Array
+
+CANARY = np.arange(1, 17, dtype=np.int32)
+LENGTH = 12
+
+
+def job(base: Path, *overrides: str) -> JobConfig:
+    config = "run: {name: unit}\nlora: {rank: 4}\nrl: {optim: {warmup_steps: 0}}"
+    return parse_config(config, [f"model.path={base}", "model.max_length=64", *overrides])
+
+
+def policy_of(base: Path, *overrides: str) -> Policy:
+    config = job(base, *overrides)
+    return Policy(Learner(base, config.model, config.learner), config, CANARY)
+
+
+def on_policy(policy: Policy, advantages: Array) -> DatumBatch:
+    """One datum whose log-probabilities are the policy's own."""
+    tokens = np.random.default_rng(1).integers(0, 64, LENGTH + 1).astype(np.int32)
+    logprobs = policy.learner.logprobs(policy.run_id, tokens, np.array([0, LENGTH + 1]))[1:]
+    columns = {"weights": np.ones(LENGTH, np.float32), "logprobs": logprobs, "advantages": advantages}
+    return DatumBatch(tokens[:-1], tokens[1:], np.array([0, LENGTH]), columns)
+
+
+@pytest.fixture
+def advantages() -> Array:
+    return np.linspace(-1, 1, LENGTH).astype(np.float32)
+
+
+def test_an_update_that_leaves_no_finite_numbers_is_named_with_step_and_learning_rate(
+    tiny_model: Callable[[bool], Path], advantages: Array
+) -> None:
+    policy = policy_of(tiny_model(True), "rl.optim.learning_rate=1e30", "rl.optim.grad_clip_norm=0")
+    policy.publish()
+    policy.step(on_policy(policy, advantages), 1)
+    wanted = r"no finite log-probability; it made step 1 at learning rate 1e\+30 .*not clipped.*Lower"
+    with pytest.raises(DivergedError, match=wanted):
+        policy.publish()
+
+
+def test_an_update_at_a_sane_learning_rate_is_published(tiny_model: Callable[[bool], Path], advantages: Array) -> None:
+    policy = policy_of(tiny_model(True), "rl.optim.learning_rate=1e-2")
+    policy.publish()
+    assert policy.step(on_policy(policy, advantages), 1)["policy/grad_norm"] > 0
+    assert np.isfinite(policy.publish().canary_new).all()
+
+
+def test_a_policy_that_nothing_can_move_any_more_stops_the_run(tiny_model: Callable[[bool], Path]) -> None:
+    policy = policy_of(tiny_model(True), "rl.optim.learning_rate=1e-2")
+    certain = on_policy(policy, np.full(LENGTH, 1e-30, np.float32))  # gradients so small that their norm is 0
+    with pytest.raises(DivergedError, match=r"step 7: .*gradient is exactly 0.*lower rl\.optim\.learning_rate"):
+        policy.step(certain, 7)
+
+
+def test_groups_that_agree_have_no_gradient_and_are_no_divergence(tiny_model: Callable[[bool], Path]) -> None:
+    policy = policy_of(tiny_model(True))
+    assert policy.step(on_policy(policy, np.zeros(LENGTH, np.float32)), 1)["policy/grad_norm"] == 0.0
+
+
+def test_sampled_logprobs_that_are_not_finite_are_a_divergence_and_finite_ones_a_mismatch(
+    tiny_model: Callable[[bool], Path], advantages: Array
+) -> None:
+    policy = policy_of(tiny_model(True))
+    batch = on_policy(policy, advantages)
+    batch.columns["logprobs"][3] -= 2.0
+    with pytest.raises(MismatchError, match=r"step 2: .*disagree"):
+        policy.step(batch, 2)
+    batch.columns["logprobs"][3] = np.nan
+    with pytest.raises(DivergedError, match="step 2: learner or sampler gives tokens just sampled no finite"):
+        policy.step(batch, 2)
+    assert policy.learner.version(policy.run_id) == 0, "nothing was applied"
