@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: quickstart test check unit soak bench gpu-check clean
+.PHONY: quickstart test check unit soak bench clean
 
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml --replace
@@ -23,7 +23,7 @@ unit: $(READY)
 	$(BIN)/python -m pytest tests/unit
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m soak -rA tests/soak
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sampler.py
