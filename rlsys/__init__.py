@@ -1,5 +1,11 @@
 """Reinforcement learning for language models on your own Ray cluster."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rlsys import types
 from rlsys.types import (
     AdamParams,
     Datum,
@@ -13,10 +19,17 @@ from rlsys.types import (
     TensorData,
 )
 
+if TYPE_CHECKING:
+    from rlsys.client import ApiFuture, SamplingClient, ServiceClient, ServiceConfig, TrainingClient
+
 __version__ = "0.1.0"
+
+# Loaded when asked for: a job's configuration and the types need neither clients nor what these need.
+_LAZY = ("ApiFuture", "SamplingClient", "ServiceClient", "ServiceConfig", "TrainingClient")
 
 __all__ = [
     "AdamParams",
+    "ApiFuture",
     "Datum",
     "EncodedTextChunk",
     "ForwardBackwardOutput",
@@ -24,7 +37,18 @@ __all__ = [
     "OptimStepResponse",
     "SampleResponse",
     "SampledSequence",
+    "SamplingClient",
     "SamplingParams",
+    "ServiceClient",
+    "ServiceConfig",
     "TensorData",
+    "TrainingClient",
     "__version__",
+    "types",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module("rlsys.client"), name)
+    raise AttributeError(f"module 'rlsys' has no attribute {name!r}")

@@ -79,6 +79,25 @@ def export(
         export_adapter(checkpoint, out)
 
 
+@app.command()
+def stop(
+    name: Annotated[
+        str | None, typer.Argument(help="The name it was detached under, or its base; none: every one.")
+    ] = None,
+    address: Annotated[str, typer.Option(help="The Ray cluster.", envvar="RAY_ADDRESS")] = "auto",
+) -> None:
+    """End detached deployments that ServiceClient left running on a Ray cluster."""
+    from actors.cluster import cluster
+    from actors.deployment import stop as end
+    from rlsys.config import ClusterSection
+
+    with cluster(ClusterSection(address=address)):
+        ended = end(name)
+    if name and not ended:
+        raise ConfigError(f"no running deployment is named {name!r}, and none has such a base")
+    print(f"stopped: {', '.join(ended)}" if ended else "no deployment was running")
+
+
 def main() -> None:
     """The console script: an error of rlsys is one readable message and exit code 1, not a traceback."""
     try:

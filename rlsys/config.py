@@ -271,16 +271,16 @@ class JobConfig(Section):
 
     @property
     def max_mean_logprob_diff(self) -> float:
-        return self.checks.max_mean_logprob_diff or _PRECISION_BOUND[self.model.dtype]
+        return self.checks.max_mean_logprob_diff or PRECISION_BOUND[self.model.dtype]
 
     @property
     def max_canary_diff(self) -> float:
-        return self.checks.max_canary_diff or _PRECISION_BOUND[self.model.dtype]
+        return self.checks.max_canary_diff or PRECISION_BOUND[self.model.dtype]
 
 
 # Clean engines measured a mean |difference| of at most 2.5e-2 in bfloat16 and 2e-6 in float32 (docs/numerics.md),
 # broken ones 0.27 and more.
-_PRECISION_BOUND = {"float32": 1e-3, "bfloat16": 1e-1}
+PRECISION_BOUND = {"float32": 1e-3, "bfloat16": 1e-1}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:

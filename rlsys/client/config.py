@@ -1,0 +1,55 @@
+"""What a `ServiceClient` starts where nothing runs yet. Sections are those of a job's YAML."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from rlsys.config import ClusterSection, LearnerSection, ModelSection, Precision, SamplerSection, Section
+
+Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")]
+
+
+def _whole_models(value: object) -> object:
+    return {} if value is None else value
+
+
+class ServiceConfig(Section):
+    """One deployment per base model: a learner that all training clients share, and samplers."""
+
+    cluster: ClusterSection = ClusterSection()
+    models: Annotated[dict[str, str], BeforeValidator(_whole_models)] = Field(default_factory=dict)  # name -> folder
+    detached: Name | None = None  # a name: what is started lives on until `rlsys stop`
+    dtype: Precision = "float32"  # of the frozen base, in learner and sampler alike
+    max_length: int = Field(2048, ge=8)  # tokens of prompt + completion; less where the model has fewer positions
+    lora_alpha: float = Field(32.0, gt=0)  # the Tinker API has no alpha; its documents imply this one
+    learner: LearnerSection | None = None  # None: by the devices found
+    sampler: SamplerSection | None = None
+    checkpoints: str = "checkpoints"  # the folder, on the learner's node, under which states are saved
+    start_timeout_s: float = Field(900.0, gt=0)
+    room_timeout_s: float = Field(120.0, gt=0)  # how long a request waits for room in a full engine
+    gap_timeout_s: float = Field(600.0, gt=0)  # how long a call waits for one entered before it that never arrives
+
+
+class HostSpec(Section):
+    """A deployment's learner as its door is told."""
+
+    base_model: str
+    model: ModelSection
+    learner: LearnerSection
+    max_lora_rank: int
+    lora_alpha: float
+    serves_unembed: bool
+    checkpoints: str
+    detached: str | None
+
+
+class SamplerSpec(Section):
+    """A deployment's samplers as their doors are told."""
+
+    model: ModelSection
+    section: SamplerSection
+    device: Literal["cpu", "cuda"]
+    max_canary_diff: float  # nats
+    room_timeout_s: float

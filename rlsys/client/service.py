@@ -1,0 +1,180 @@
+"""The way in: finds or starts what runs a base model, and makes training and sampling clients on it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from rlsys.client.backend import About, Backend, Deployment, ModelHandle, SnapshotHandle
+from rlsys.client.config import ServiceConfig
+from rlsys.client.results import LOSSES, ServerCapabilities, SupportedModel
+from rlsys.client.sampling import SamplingClient
+from rlsys.client.training import TrainingClient
+from rlsys.config import LoraSection
+from rlsys.errors import ClusterError, ConfigError
+
+BACKEND = "actors.deployment"  # the one on Ray, by name: this package does not know Ray
+
+
+class ServiceClient:
+    """Joins the Ray cluster of ``config.cluster.address`` or RAY_ADDRESS, or starts one on this machine.
+
+    What is started here ends with `close` (or the process), unless ``config.detached`` names it. `models` maps names to
+    model folders, beside those of the config.
+    """
+
+    def __init__(
+        self,
+        config: ServiceConfig | None = None,
+        *,
+        models: dict[str, str] | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        given = config or ServiceConfig()
+        self.config = given.model_copy(update={"models": {**given.models, **(models or {})}})
+        self._backend = backend
+        self._starting = threading.Lock()
+        self._closed = False
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool | None = None,
+    ) -> TrainingClient:
+        """A new adapter that begins as the base; the same seed, rank and targets make the same weights.
+
+        `seed` None is 0. `train_unembed` None: wherever samplers can serve it, which is on CPU.
+
+        Raises:
+            ConfigError: no such model (the known ones are listed), or a rank or targets that cannot be served.
+            ClusterError: too few resources for a deployment; the shortfall is named.
+        """
+        deployment = self._deployment(base_model)
+        about = deployment.about
+        lora = _lora(about, rank, train_mlp, train_attn, train_unembed)
+        return self._training(deployment, deployment.create_model(lora, seed or 0).result())
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool | None = None,
+    ) -> TrainingClient:
+        return await asyncio.to_thread(
+            self.create_lora_training_client, base_model, rank, seed, train_mlp, train_attn, train_unembed
+        )
+
+    def create_training_client_from_state(self, path: str, base_model: str | None = None) -> TrainingClient:
+        """A new run with a saved state's weights; its optimizer starts anew.
+
+        Raises:
+            CheckpointError: damaged or foreign.
+        """
+        return self._restored(path, base_model, optimizer=False)
+
+    async def create_training_client_from_state_async(self, path: str, base_model: str | None = None) -> TrainingClient:
+        return await asyncio.to_thread(self.create_training_client_from_state, path, base_model)
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: str, base_model: str | None = None
+    ) -> TrainingClient:
+        """As `create_training_client_from_state`, with the optimizer's state to the bit."""
+        return self._restored(path, base_model, optimizer=True)
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self, path: str, base_model: str | None = None
+    ) -> TrainingClient:
+        return await asyncio.to_thread(self.create_training_client_from_state_with_optimizer, path, base_model)
+
+    def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None) -> SamplingClient:
+        """A client that samples from a saved adapter (`model_path`), or from the base itself (`base_model`).
+
+        Raises:
+            ConfigError: neither is given, or no such model.
+            CheckpointError: `model_path` is damaged or foreign.
+        """
+        if model_path is None and base_model is None:
+            raise ConfigError("create_sampling_client: found neither base_model nor model_path; wanted one of them")
+        if model_path is None:
+            assert base_model is not None
+            return SamplingClient(self._deployment(base_model), None, self._check_open)
+        deployment = self._deployment(base_model or self._reached().base_model_of(model_path))
+        snapshot: SnapshotHandle = deployment.open(model_path).result()
+        return SamplingClient(deployment, snapshot, self._check_open)
+
+    async def create_sampling_client_async(
+        self, model_path: str | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        return await asyncio.to_thread(self.create_sampling_client, model_path, base_model)
+
+    def get_server_capabilities(self) -> ServerCapabilities:
+        """The models that run or can be started by name, and the losses."""
+        models = [
+            SupportedModel(found.base_model, True, found.max_length)
+            if isinstance(found, About)
+            else SupportedModel(found, False)
+            for found in self._reached().known()
+        ]
+        return ServerCapabilities(models, LOSSES)
+
+    async def get_server_capabilities_async(self) -> ServerCapabilities:
+        return await asyncio.to_thread(self.get_server_capabilities)
+
+    def close(self) -> None:
+        """End what was started here; clients made here refuse to work from now on. May be called twice."""
+        with self._starting:
+            self._closed = True
+            if self._backend is not None:
+                self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _restored(self, path: str, base_model: str | None, *, optimizer: bool) -> TrainingClient:
+        deployment = self._deployment(base_model or self._reached().base_model_of(path))
+        return self._training(deployment, deployment.restore_model(path, optimizer).result())
+
+    def _training(self, deployment: Deployment, model: ModelHandle) -> TrainingClient:
+        return TrainingClient(deployment, model, self._check_open)
+
+    def _deployment(self, base_model: str) -> Deployment:
+        return self._reached().deployment(base_model)
+
+    def _reached(self) -> Backend:
+        with self._starting:
+            self._check_open()
+            if self._backend is None:
+                start: Callable[[ServiceConfig], Any] = importlib.import_module(BACKEND).RayBackend
+                self._backend = start(self.config)
+            return self._backend
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClusterError("this ServiceClient is closed, and so are the clients it made; make a new ServiceClient")
+
+
+def _lora(about: About, rank: int, train_mlp: bool, train_attn: bool, train_unembed: bool | None) -> LoraSection:
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"rank: found {rank!r}; wanted a whole number, at least 1")
+    unembed = about.serves_unembed if train_unembed is None else train_unembed
+    if not (train_mlp or train_attn or unembed):
+        raise ConfigError("train_mlp, train_attn, train_unembed: found all off; wanted at least one, or nothing trains")
+    return LoraSection(
+        rank=rank, alpha=about.lora_alpha, train_mlp=train_mlp, train_attn=train_attn, train_unembed=unembed
+    )

@@ -1,0 +1,288 @@
+"""A training client: one run's adapter on a deployment's learner.
+
+Each call takes a number when it is entered and takes effect in that order, from however many threads and tasks calls
+come, and however many are in flight. So ``forward_backward`` and ``optim_step`` may be submitted together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Literal
+
+import numpy as np
+
+from rlsys.client.backend import Deployment, ModelHandle, TrainAnswer
+from rlsys.client.containers import outputs
+from rlsys.client.futures import ApiFuture, Ready
+from rlsys.client.results import (
+    GetInfoResponse,
+    LoadWeightsResponse,
+    ModelData,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+)
+from rlsys.client.sampling import SamplingClient
+from rlsys.client.tokenizing import tokenizer_of
+from rlsys.errors import ConfigError
+from rlsys.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse
+
+Where = Literal["learner", "caller"]
+Result = ApiFuture[ForwardBackwardOutput]
+
+
+class TrainingClient(Ready):
+    """Made by `ServiceClient`. Safe for several threads and event loops."""
+
+    def __init__(self, deployment: Deployment, model: ModelHandle, check_open: Callable[[], None]) -> None:
+        self._deployment, self._model, self._check_open = deployment, model, check_open
+        self._numbers = itertools.count(1)
+        self._entering = threading.Lock()
+        weakref.finalize(self, _drop, deployment, model.model_id, self._numbers).atexit = False
+
+    @property
+    def model_id(self) -> str:
+        return self._model.model_id
+
+    def forward(self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None) -> Result:
+        """The loss and per-token log-probabilities (nats), without gradients. Raises as `forward_backward` does."""
+        return self._pass("forward", data, loss_fn, loss_fn_config)
+
+    async def forward_async(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
+    ) -> Result:
+        return self.forward(data, loss_fn, loss_fn_config)
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
+    ) -> Result:
+        """Add the gradient of the loss, summed over positions and datums, to what has accumulated.
+
+        Raises:
+            LossError: no such loss, or a config that it does not take.
+            MissingInputError: a datum lacks an input of the loss.
+            DatumError: a datum is wrong: its index, the key, what was found and what was wanted. Nothing is applied.
+        """
+        return self._pass("forward_backward", data, loss_fn, loss_fn_config)
+
+    async def forward_backward_async(
+        self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
+    ) -> Result:
+        return self.forward_backward(data, loss_fn, loss_fn_config)
+
+    def forward_backward_custom(
+        self, data: Sequence[Datum], fn: Callable[..., Any], where: Where = "learner"
+    ) -> Result:
+        """As `forward_backward`, with ``fn(data, logprobs) -> (loss, metrics)`` as the loss over all datums at once.
+
+        ``logprobs[d]``: a (N_d,) float32 torch tensor, in nats. `where`: "learner" ships `fn`, whose side effects then
+        stay there; "caller" runs it here, between two passes.
+
+        Raises:
+            LossError: `fn` cannot be shipped; in the future, `fn` failed or returned something else than it should.
+            DatumError: as `forward_backward`.
+        """
+        if where == "learner":
+            return self._custom_at_learner(list(data), fn)
+        if where == "caller":
+            return self._custom_at_caller(list(data), fn)
+        raise ConfigError(f"where: found {where!r}; wanted 'learner' or 'caller'")
+
+    async def forward_backward_custom_async(
+        self, data: Sequence[Datum], fn: Callable[..., Any], where: Where = "learner"
+    ) -> Result:
+        return self.forward_backward_custom(data, fn, where)
+
+    def optim_step(self, adam_params: AdamParams) -> ApiFuture[OptimStepResponse]:
+        """Apply the accumulated gradient by one AdamW step, and clear it.
+
+        Raises, in the future:
+            GradientError: there is no gradient, or its norm is not finite; weights and optimizer state are as before.
+        """
+        if not isinstance(adam_params, AdamParams):
+            raise ConfigError(f"adam_params: found a {type(adam_params).__name__}; wanted AdamParams(...)")
+        return self._call("optim_step", (adam_params,), OptimStepResponse)
+
+    async def optim_step_async(self, adam_params: AdamParams) -> ApiFuture[OptimStepResponse]:
+        return self.optim_step(adam_params)
+
+    def save_state(
+        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
+    ) -> ApiFuture[SaveWeightsResponse]:
+        """Weights and optimizer state as of the last `optim_step`, under ``rlsys://<model id>/weights/<name>``.
+
+        Raises, in the future:
+            CheckpointError: the name is taken or no plain name.
+        """
+        _note_ttl(ttl_seconds)
+        return self._call("save_state", (name, overwrite), SaveWeightsResponse)
+
+    async def save_state_async(
+        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
+    ) -> ApiFuture[SaveWeightsResponse]:
+        return self.save_state(name, ttl_seconds, overwrite)
+
+    def load_state(self, path: str) -> ApiFuture[LoadWeightsResponse]:
+        """A saved state's weights into this run; the optimizer starts anew and accumulated gradients are cleared.
+
+        Raises, in the future:
+            CheckpointError: damaged, foreign, or of another rank or other targets. The run is as before.
+        """
+        return self._call("load_state", (path, False), LoadWeightsResponse)
+
+    async def load_state_async(self, path: str) -> ApiFuture[LoadWeightsResponse]:
+        return self.load_state(path)
+
+    def load_state_with_optimizer(self, path: str) -> ApiFuture[LoadWeightsResponse]:
+        """As `load_state`, with the optimizer's state to the bit."""
+        return self._call("load_state", (path, True), LoadWeightsResponse)
+
+    async def load_state_with_optimizer_async(self, path: str) -> ApiFuture[LoadWeightsResponse]:
+        return self.load_state_with_optimizer(path)
+
+    def save_weights_for_sampler(
+        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
+    ) -> ApiFuture[SaveWeightsForSamplerResponse]:
+        """The weights for ``create_sampling_client(model_path=...)``. Raises as `save_state` does."""
+        _note_ttl(ttl_seconds)
+        return self._call("save_weights_for_sampler", (name, overwrite), SaveWeightsForSamplerResponse)
+
+    async def save_weights_for_sampler_async(
+        self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
+    ) -> ApiFuture[SaveWeightsForSamplerResponse]:
+        return self.save_weights_for_sampler(name, ttl_seconds, overwrite)
+
+    def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
+        """A client that samples from the weights as they are now, for ever; through memory unless `name` is given."""
+        return self._snapshot(name).result()
+
+    async def save_weights_and_get_sampling_client_async(self, name: str | None = None) -> SamplingClient:
+        return await self._snapshot(name)
+
+    def get_tokenizer(self) -> Any:
+        """The base model's tokenizer as transformers loads it."""
+        return tokenizer_of(self._deployment.about)
+
+    def get_info(self) -> GetInfoResponse:
+        about, lora = self._deployment.about, self._model.lora
+        data = ModelData(about.arch, about.base_model, about.folder)
+        return GetInfoResponse(data, self.model_id, about.base_model, lora.rank, lora.alpha)
+
+    async def get_info_async(self) -> GetInfoResponse:
+        return self.get_info()
+
+    def _pass(self, op: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None) -> Result:
+        def arguments() -> tuple[Any, ...]:
+            return _batch(self._deployment, kept, loss_fn, loss_fn_config)
+
+        kept = list(data)
+        return self._call(op, arguments, lambda answer: _output(kept, answer))
+
+    def _custom_at_learner(self, data: list[Datum], fn: Callable[..., Any]) -> Result:
+        def arguments() -> tuple[Any, ...]:
+            from rlsys.custom import collate_custom
+
+            about = self._deployment.about
+            batch = collate_custom(data, vocab_size=about.vocab_size, max_length=about.max_length)
+            return batch, data, self._deployment.ship(fn)
+
+        return self._call("forward_backward_custom", arguments, lambda answer: _output(data, answer))
+
+    def _custom_at_caller(self, data: list[Datum], fn: Callable[..., Any]) -> Result:
+        """Two turns are taken at once, so that whatever is entered next comes after both."""
+        from rlsys.custom import collate_custom, result_metrics, surrogate_data, surrogate_weights
+
+        about, result = self._deployment.about, Future[TrainAnswer]()
+        with self._entering:
+            self._check_open()
+            first, second = next(self._numbers), next(self._numbers)
+        try:
+            collate_custom(data, vocab_size=about.vocab_size, max_length=about.max_length)
+            plain = surrogate_data(data, [np.ones(datum.model_input.length, np.float32) for datum in data])
+            forward = self._submit(first, "forward", _batch(self._deployment, plain, "cross_entropy", None))
+        except BaseException:
+            self._skip(first)
+            self._skip(second)
+            raise
+
+        def between() -> None:
+            submitted = False
+            try:
+                passed = forward.result()
+                logprobs = [row["logprobs"] for row in outputs(plain, passed.logprobs)]
+                surrogate = surrogate_weights(data, logprobs, fn)
+                weighted = surrogate_data(data, surrogate.weights)
+                arguments = _batch(self._deployment, weighted, "cross_entropy", None)
+                backward, submitted = self._submit(second, "forward_backward", arguments), True
+                answer = backward.result()
+                metrics = result_metrics(surrogate.loss, surrogate.metrics, 2)
+                result.set_result(TrainAnswer(surrogate.loss, metrics, answer.logprobs))
+            except BaseException as error:  # the process edge of a thread: it goes to whoever holds the future
+                if not submitted:
+                    self._skip(second)
+                result.set_exception(error)
+
+        threading.Thread(target=between, name="rlsys-custom-loss", daemon=True).start()
+        return ApiFuture(result, self._named("forward_backward_custom"), lambda answer: _output(data, answer), self)
+
+    def _snapshot(self, name: str | None) -> ApiFuture[SamplingClient]:
+        def client(snapshot: Any) -> SamplingClient:
+            return SamplingClient(self._deployment, snapshot, self._check_open)
+
+        if name is None:
+            return self._call("snapshot", (), client)
+        return self._call("snapshot", (name,), client)
+
+    def _call(
+        self, op: str, arguments: tuple[Any, ...] | Callable[[], tuple[Any, ...]], read: Callable[[Any], Any]
+    ) -> ApiFuture[Any]:
+        """Take a number, then prepare, then send; a call that is refused before it was sent still takes its turn."""
+        with self._entering:
+            self._check_open()
+            seq = next(self._numbers)
+        try:
+            answer = self._submit(seq, op, arguments() if callable(arguments) else arguments)
+        except BaseException:
+            self._skip(seq)
+            raise
+        return ApiFuture(answer, self._named(op), read, self)
+
+    def _submit(self, seq: int, op: str, arguments: tuple[Any, ...]) -> Future[Any]:
+        return self._deployment.submit(self.model_id, seq, op, arguments)
+
+    def _skip(self, seq: int) -> None:
+        self._submit(seq, "skip", ())
+
+    def _named(self, op: str) -> str:
+        return f"training client {self.model_id}: {op}"
+
+
+def _drop(deployment: Deployment, model_id: str, numbers: Iterator[int]) -> None:
+    deployment.drop_model(model_id, next(numbers))
+
+
+def _batch(
+    deployment: Deployment, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None
+) -> tuple[Any, Any]:
+    """(DatumBatch, Loss), checked against loss and model. torch is loaded here, at the first pass."""
+    from rlsys import datums, losses
+
+    loss = losses.resolve(loss_fn, loss_fn_config)
+    about = deployment.about
+    return datums.collate(data, loss, vocab_size=about.vocab_size, max_length=about.max_length), loss
+
+
+def _output(data: Sequence[Datum], answer: TrainAnswer) -> ForwardBackwardOutput:
+    return ForwardBackwardOutput(answer.loss_sum, dict(answer.metrics), outputs(data, answer.logprobs))
+
+
+def _note_ttl(ttl_seconds: int | None) -> None:
+    if ttl_seconds is not None:
+        warnings.warn(
+            f"ttl_seconds={ttl_seconds}: checkpoints here are files of yours and stay until you delete them",
+            stacklevel=3,
+        )

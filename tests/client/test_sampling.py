@@ -1,0 +1,136 @@
+"""Sampling clients on a real engine: snapshots that stay, leave and come back."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+
+import numpy as np
+import pytest
+import ray
+
+import rlsys
+from rlsys import types
+from rlsys.errors import ConfigError, SamplingError
+from tests.client.tiny_base import LIVE
+
+PROMPT = types.ModelInput.from_ints([5, 900, 31_000, 7])
+FEW = types.SamplingParams(max_tokens=6, stop=[], seed=11)
+
+
+def resident(service: rlsys.ServiceClient) -> list[str]:
+    deployment = service._backend.deployment("tiny")  # type: ignore[union-attr]
+    found: list[str] = ray.get(deployment._samplers[0].resident.remote())  # type: ignore[attr-defined]
+    return found
+
+
+def train(client: rlsys.TrainingClient, datum: types.Datum) -> None:
+    client.forward_backward([datum], "cross_entropy")
+    client.optim_step(types.AdamParams(learning_rate=2e-2))
+
+
+def test_sampler_and_learner_agree_on_what_was_sampled(trainer: rlsys.TrainingClient, datum: types.Datum) -> None:
+    for _ in range(3):
+        train(trainer, datum)
+    answer = trainer.save_weights_and_get_sampling_client().sample(PROMPT, 3, FEW).result(60)
+    assert len({tuple(one.tokens) for one in answer.sequences}) == 3
+    for one in answer.sequences:
+        ids = PROMPT.to_ints() + one.tokens
+        inputs = {"target_tokens": ids[1:], "weights": [1.0] * (len(ids) - 1)}
+        scored = types.Datum(types.ModelInput.from_ints(ids[:-1]), inputs)
+        learner = trainer.forward([scored], "cross_entropy").result(60).loss_fn_outputs[0]["logprobs"]
+        assert np.abs(np.array(learner[3:]) - one.logprobs).max() < 1e-4
+        assert one.on_policy and one.stop_reason == "length"
+
+
+def test_a_snapshot_answers_alike_after_newer_saves_and_after_it_left_the_engine(
+    service: rlsys.ServiceClient, trainer: rlsys.TrainingClient, datum: types.Datum
+) -> None:
+    snapshots, first = [], []
+    for _ in range(LIVE + 2):
+        train(trainer, datum)
+        snapshots.append(trainer.save_weights_and_get_sampling_client())
+        first.append(snapshots[-1].compute_logprobs(PROMPT).result(60))
+        assert len(resident(service)) <= LIVE
+    assert len({tuple(scores) for scores in first}) == len(snapshots)
+    keys = [one._snapshot.key for one in snapshots]  # type: ignore[union-attr]
+    assert keys[0] not in resident(service)
+    assert [one.compute_logprobs(PROMPT).result(60) for one in snapshots] == first
+    assert snapshots[0].sample(PROMPT, 1, FEW).result(60).sequences == (
+        snapshots[0].sample(PROMPT, 1, FEW).result(60).sequences
+    )
+
+
+def test_more_snapshots_than_the_engine_holds_can_be_asked_at_once(
+    trainer: rlsys.TrainingClient, datum: types.Datum
+) -> None:
+    snapshots = []
+    for _ in range(LIVE + 3):
+        train(trainer, datum)
+        snapshots.append(trainer.save_weights_and_get_sampling_client())
+    alone = [one.sample(PROMPT, 2, FEW).result(60).sequences for one in snapshots]
+
+    async def at_once() -> list[list[types.SampledSequence]]:
+        answers = await asyncio.gather(*(one.sample_async(PROMPT, 2, FEW) for one in snapshots for _ in range(3)))
+        return [answer.sequences for answer in answers]
+
+    for i, sequences in enumerate(asyncio.run(at_once())):
+        assert [one.tokens for one in sequences] == [one.tokens for one in alone[i // 3]]
+
+
+def test_a_snapshot_that_nobody_holds_leaves_the_engine(
+    service: rlsys.ServiceClient, trainer: rlsys.TrainingClient, datum: types.Datum
+) -> None:
+    train(trainer, datum)
+    client = trainer.save_weights_and_get_sampling_client()
+    client.compute_logprobs(PROMPT).result(60)
+    key = client._snapshot.key  # type: ignore[union-attr]
+    assert key in resident(service)
+    del client
+    gc.collect()
+    base = service.create_sampling_client(base_model="tiny")
+    for _ in range(100):
+        base.compute_logprobs(PROMPT).result(60)
+        if key not in resident(service):
+            break
+    assert key not in resident(service)
+
+
+def test_prompt_log_probabilities_come_with_the_likeliest(service: rlsys.ServiceClient) -> None:
+    client = service.create_sampling_client(base_model="tiny")
+    answer = client.sample(PROMPT, 1, FEW, include_prompt_logprobs=True, topk_prompt_logprobs=3).result(60)
+    assert answer.prompt_logprobs == client.compute_logprobs(PROMPT).result(60)
+    assert answer.prompt_logprobs is not None and answer.topk_prompt_logprobs is not None
+    assert answer.prompt_logprobs[0] is None and answer.topk_prompt_logprobs[0] is None
+    for own, likeliest in zip(answer.prompt_logprobs[1:], answer.topk_prompt_logprobs[1:], strict=True):
+        assert likeliest is not None and own is not None and len({token for token, _ in likeliest}) == 3
+        values = [value for _, value in likeliest]
+        assert values == sorted(values, reverse=True) and values[0] >= own
+
+
+def test_a_saved_adapter_samples_as_it_did_in_memory(
+    service: rlsys.ServiceClient, trainer: rlsys.TrainingClient, datum: types.Datum
+) -> None:
+    train(trainer, datum)
+    memory = trainer.save_weights_and_get_sampling_client()
+    path = trainer.save_weights_for_sampler("for-sampling").result(60).path
+    saved = service.create_sampling_client(model_path=path)
+    assert saved.model_path == path and memory.model_path is None
+    assert saved.compute_logprobs(PROMPT).result(60) == memory.compute_logprobs(PROMPT).result(60)
+
+
+def test_shaped_sampling_is_allowed_and_says_so(service: rlsys.ServiceClient) -> None:
+    client = service.create_sampling_client(base_model="tiny")
+    params = types.SamplingParams(max_tokens=2, temperature=0.7, top_k=5)
+    one = client.sample(PROMPT, 1, params).result(60).sequences[0]
+    assert (one.temperature, one.top_k, one.on_policy) == (0.7, 5, False)
+
+
+def test_a_wrong_request_says_what_is_wrong(service: rlsys.ServiceClient) -> None:
+    client = service.create_sampling_client(base_model="tiny")
+    with pytest.raises(SamplingError, match="num_samples: found 0"):
+        client.sample(PROMPT, 0, FEW)
+    with pytest.raises(SamplingError, match="max_length"):
+        client.sample(PROMPT, 1, types.SamplingParams(max_tokens=1000)).result(60)
+    with pytest.raises(ConfigError, match="neither base_model nor model_path"):
+        service.create_sampling_client()

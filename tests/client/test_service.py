@@ -1,0 +1,94 @@
+"""Finding, joining, refusing and closing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+import rlsys
+from rlsys import types
+from rlsys.config import LearnerSection
+from rlsys.errors import ClusterError, ConfigError
+
+
+def test_a_second_service_client_joins_what_runs_and_leaves_it_running(
+    service: rlsys.ServiceClient, base: str, datum: types.Datum
+) -> None:
+    other = rlsys.ServiceClient()
+    joined = other.create_lora_training_client(base, rank=4, seed=3)
+    own = service.create_lora_training_client("tiny", rank=4, seed=3)
+    assert joined.model_id != own.model_id
+    losses = [client.forward([datum], "cross_entropy").result(60).loss for client in (joined, own)]
+    assert losses[0] == losses[1]
+    other.close()
+    assert own.forward([datum], "cross_entropy").result(60).loss == losses[0]
+
+
+def test_another_process_joins_what_runs(service: rlsys.ServiceClient, base: str, datum: types.Datum) -> None:
+    code = f"""
+import rlsys
+from rlsys.config import ClusterSection
+
+config = rlsys.ServiceConfig(cluster=ClusterSection(address={ray.get_runtime_context().gcs_address!r}))
+with rlsys.ServiceClient(config) as service:
+    client = service.create_lora_training_client({base!r}, rank=4, seed=3)
+    datum = rlsys.Datum(rlsys.ModelInput.from_ints({datum.model_input.to_ints()}), {dict(datum.loss_fn_inputs)})
+    print("loss", repr(client.forward([datum], "cross_entropy").result(60).loss))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    own = service.create_lora_training_client("tiny", rank=4, seed=3)
+    assert f"loss {own.forward([datum], 'cross_entropy').result(60).loss!r}" in found.stdout
+
+
+def test_clients_of_a_closed_service_say_so(service: rlsys.ServiceClient, base: str, datum: types.Datum) -> None:
+    closed = rlsys.ServiceClient()
+    trainer = closed.create_lora_training_client(base, rank=1)
+    sampler = closed.create_sampling_client(base_model=base)
+    closed.close()
+    closed.close()
+    for call in (
+        lambda: closed.create_sampling_client(base_model=base),
+        lambda: trainer.forward([datum], "cross_entropy"),
+        lambda: trainer.optim_step(types.AdamParams()),
+        lambda: sampler.compute_logprobs(types.ModelInput.from_ints([1, 2])),
+    ):
+        with pytest.raises(ClusterError, match="this ServiceClient is closed") as raised:
+            call()
+    print(f"\nclosed client: {type(raised.value).__name__}: {raised.value}")
+
+
+def test_too_few_resources_are_refused_at_once_with_the_shortfall(
+    service: rlsys.ServiceClient, base: str, tmp_path: Path
+) -> None:
+    another = shutil.copytree(base, tmp_path / "another")
+    greedy = rlsys.ServiceClient(rlsys.ServiceConfig(learner=LearnerSection(num_cpus=64)))
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=r"asks for 65 CPUs.* too few") as raised:
+        greedy.create_sampling_client(base_model=str(another))
+    assert time.monotonic() - began < 5
+    print(f"\ntoo few resources: {raised.value}")
+
+
+def test_capabilities_name_what_runs_and_what_could(service: rlsys.ServiceClient, base: str) -> None:
+    client = rlsys.ServiceClient(models={"elsewhere": "/none", "tiny-too": base})
+    found = {model.model_name: model for model in client.get_server_capabilities().supported_models}
+    assert found["tiny"].running and found["tiny"].max_context_length == 128
+    assert not found["elsewhere"].running and "tiny-too" not in found
+    with pytest.raises(ConfigError, match="'elsewhere', no folder on this node"):
+        client.create_sampling_client(base_model="elsewhere")
+
+
+def test_info_and_tokenizer_are_those_of_the_base(service: rlsys.ServiceClient) -> None:
+    client = service.create_lora_training_client("tiny", rank=4)
+    info = client.get_info()
+    assert (info.model_name, info.lora_rank, info.model_data.arch) == ("tiny", 4, "Qwen3ForCausalLM")
+    tokenizer = client.get_tokenizer()
+    assert tokenizer.decode(tokenizer.encode("The capital of France is")) == "The capital of France is"
+    assert service.create_sampling_client(base_model="tiny").get_tokenizer() is tokenizer

@@ -1,0 +1,42 @@
+"""A detached deployment outlives the program that started it, until `rlsys stop`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import sys
+import rlsys
+from rlsys.config import ClusterSection, SamplerSection
+
+if __name__ == "__main__":
+    address, base = sys.argv[1:]
+    config = rlsys.ServiceConfig(
+        detached="mine",
+        models={"micro": base},
+        max_length=96,
+        cluster=ClusterSection(address=address),
+        sampler=SamplerSection(num_cpus=0.5, kv_cache_gb=0.1, max_num_batched_tokens=512, max_num_seqs=16),
+    )
+    print(rlsys.ServiceClient(config).create_lora_training_client("micro", rank=2).get_info().model_data.model_name)
+"""
+
+
+def test_a_detached_deployment_lives_until_rlsys_stop_and_then_gives_its_resources_back(
+    ray_cluster: str, micro_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    started = _run(sys.executable, str(tmp_path / "program.py"), ray_cluster, str(micro_base))
+    assert started.returncode == 0, started.stderr
+    wrong = _run(sys.executable, "-m", "rlsys", "stop", "yours")
+    assert wrong.returncode == 1 and "no running deployment is named 'yours'" in wrong.stderr
+    stopped = _run(sys.executable, "-m", "rlsys", "stop", "mine")
+    assert stopped.returncode == 0 and stopped.stdout.strip() == "stopped: micro", stopped.stdout + stopped.stderr
+    again = _run(sys.executable, "-m", "rlsys", "stop")
+    assert again.stdout.strip() == "no deployment was running"
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
