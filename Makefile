@@ -27,6 +27,7 @@ soak: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sampler.py
+	$(BIN)/python benchmarks/client.py
 
 # Wheels only and no dependency resolution: the list is complete, and no compiler is needed.
 $(READY): requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml
