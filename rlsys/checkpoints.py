@@ -217,8 +217,9 @@ def _read(path: Path, with_optimizer: bool) -> tuple[CheckpointInfo, RunState]:
 def _manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path}: found no folder; wanted a checkpoint of rlsys")
+    content = _bytes(path, MANIFEST)
     try:
-        manifest = json.loads(_bytes(path, MANIFEST))
+        manifest = json.loads(content)
     except ValueError as error:
         raise CheckpointError(f"{path}: {MANIFEST} is no JSON, so it is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:

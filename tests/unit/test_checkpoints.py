@@ -406,3 +406,9 @@ def test_a_further_run_takes_its_adapter_its_gradient_and_its_moments_and_no_mor
         assert held_bytes() - before == found.total
     learner.drop_run("large")
     assert held_bytes() == before
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused_with_one_reason(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        read_info(tmp_path)
+    assert str(caught.value) == f"{tmp_path}: is no checkpoint of rlsys: rlsys-checkpoint.json is missing"
