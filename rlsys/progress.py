@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,7 +81,7 @@ class Progress:
         self._console.file.flush()
 
 
-class _Stage:
+class _Stage(ABC):
     """What both faces of a stage share: its figures and its clock."""
 
     def __init__(self, name: str, total: int | None, console: Console) -> None:
@@ -96,11 +97,11 @@ class _Stage:
         self._figures.update(figures)
         self._show()
 
-    def end(self, ended_well: bool) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def end(self, ended_well: bool) -> None: ...
 
-    def _show(self) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _show(self) -> None: ...
 
 
 class _BarStage(_Stage):
