@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlsys.errors import DatumError, MissingInputError, did_you_mean
-from rlsys.rollouts import Rollouts, join_offsets, offsets_of
+from rlsys.rollouts import Rollouts, join_offsets, offsets_of, spans
 from rlsys.types import Array, Datum, to_array
 
 if TYPE_CHECKING:
@@ -140,23 +140,23 @@ def shift(rollouts: Rollouts, advantages_T: Array, keep_R: Array | None = None) 
     if (prompt_lengths == 0).any():
         r = int(kept[prompt_lengths == 0][0])
         raise DatumError(f"rollouts: the prompt of completion {r} is empty; wanted at least one token to predict from")
-    from_prompt = _spans(rollouts.prompt_offsets[:-1][rollouts.group[kept]], prompt_lengths)
-    from_completion = _spans(starts, completion_lengths)
+    from_prompt = spans(rollouts.prompt_offsets[:-1][rollouts.group[kept]], prompt_lengths)
+    from_completion = spans(starts, completion_lengths)
 
     whole = offsets_of(prompt_lengths + completion_lengths)  # prompt + sample, end to end
     tokens = np.empty(whole[-1], np.int32)
-    tokens[_spans(whole[:-1], prompt_lengths)] = rollouts.prompt_tokens[from_prompt]
-    tokens[_spans(whole[:-1] + prompt_lengths, completion_lengths)] = rollouts.tokens[from_completion]
+    tokens[spans(whole[:-1], prompt_lengths)] = rollouts.prompt_tokens[from_prompt]
+    tokens[spans(whole[:-1] + prompt_lengths, completion_lengths)] = rollouts.tokens[from_completion]
 
     offsets = whole - np.arange(len(whole))  # one prediction fewer than tokens
-    sampled = _spans(offsets[:-1] + prompt_lengths - 1, completion_lengths)
+    sampled = spans(offsets[:-1] + prompt_lengths - 1, completion_lengths)
     columns = {key: np.zeros(offsets[-1], np.float32) for key in ("weights", "logprobs", "advantages")}
     columns["weights"][sampled] = 1.0
     columns["logprobs"][sampled] = rollouts.logprobs[from_completion]
     columns["advantages"][sampled] = advantages_T[from_completion]
     return DatumBatch(
-        tokens=tokens[_spans(whole[:-1], np.diff(offsets))],
-        targets=tokens[_spans(whole[:-1] + 1, np.diff(offsets))],
+        tokens=tokens[spans(whole[:-1], np.diff(offsets))],
+        targets=tokens[spans(whole[:-1] + 1, np.diff(offsets))],
         offsets=offsets,
         columns=columns,
     )
@@ -178,13 +178,6 @@ def take(batch: DatumBatch, indices: Array | Sequence[int]) -> DatumBatch:
     """The datums at ``indices`` (numbers, in that order, or a mask)."""
     picked = np.arange(batch.num_datums)[indices]
     lengths = batch.lengths[picked]
-    at = _spans(batch.offsets[:-1][picked], lengths)
+    at = spans(batch.offsets[:-1][picked], lengths)
     columns = {key: column[at] for key, column in batch.columns.items()}
     return DatumBatch(batch.tokens[at], batch.targets[at], offsets_of(lengths), columns)
-
-
-def _spans(starts: Array, lengths: Array) -> Array:
-    """Ranges end to end: starts 5 0, lengths 2 3 -> 5 6 0 1 2."""
-    offsets = offsets_of(lengths)
-    indices: Array = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-    return indices

@@ -12,7 +12,7 @@ from rlsys.datums import DatumBatch
 from rlsys.errors import DivergedError, MismatchError
 from rlsys.learner import Learner
 from rlsys.problems import ProblemSet
-from rlsys.rollouts import Rollouts, offsets_of
+from rlsys.rollouts import Rollouts, offsets_of, spans
 from rlsys.types import AdamParams, Array
 from rlsys.weights import WeightUpdate
 
@@ -141,15 +141,8 @@ def join_prompts(rollouts: Rollouts) -> tuple[Array, Array, Array]:
     lengths = np.stack([prompt_lengths, rollouts.lengths], axis=1)
     starts = offsets_of(lengths.reshape(-1))[:-1].reshape(-1, 2)
     tokens = np.empty(int(lengths.sum()), np.int32)
-    of_prompt = _ranges(starts[:, 0], prompt_lengths)
-    sampled = _ranges(starts[:, 1], rollouts.lengths)
-    tokens[of_prompt] = rollouts.prompt_tokens[_ranges(rollouts.prompt_offsets[:-1][rollouts.group], prompt_lengths)]
+    of_prompt = spans(starts[:, 0], prompt_lengths)
+    sampled = spans(starts[:, 1], rollouts.lengths)
+    tokens[of_prompt] = rollouts.prompt_tokens[spans(rollouts.prompt_offsets[:-1][rollouts.group], prompt_lengths)]
     tokens[sampled] = rollouts.tokens
     return tokens, offsets_of(lengths.sum(axis=1)), sampled
-
-
-def _ranges(starts: Array, lengths: Array) -> Array:
-    """starts 5 9, lengths 2 1 -> 5 6 9."""
-    before = np.cumsum(lengths) - lengths
-    ranges: Array = np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
-    return ranges

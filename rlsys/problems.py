@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlsys.errors import ConfigError
-from rlsys.rollouts import offsets_of
+from rlsys.rollouts import offsets_of, spans
 from rlsys.types import Array
 
 
@@ -49,8 +49,7 @@ class ProblemSet:
         starts = self.prompt_offsets[ids]
         lengths = self.prompt_offsets[ids + 1] - starts
         offsets = offsets_of(lengths)
-        gather = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
-        return self.prompt_tokens[gather], offsets
+        return self.prompt_tokens[spans(starts, lengths)], offsets
 
 
 def encode(problems: Sequence[Problem], encode_fn: Callable[[str], Sequence[int]]) -> ProblemSet:

@@ -86,3 +86,10 @@ def offsets_of(lengths: Array | Sequence[int]) -> Array:
 def join_offsets(parts: Sequence[Array]) -> Array:
     """Offsets of several columns laid end to end."""
     return offsets_of(np.concatenate([np.diff(part) for part in parts]))
+
+
+def spans(starts: Array, lengths: Array) -> Array:
+    """Ranges end to end: starts 5 0, lengths 2 3 -> 5 6 0 1 2."""
+    offsets = offsets_of(lengths)
+    indices: Array = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
+    return indices

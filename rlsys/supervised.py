@@ -24,7 +24,7 @@ from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, QualityError
 from rlsys.learner import BASE_RUN, Learner
 from rlsys.problems import Epochs, Problem
-from rlsys.rollouts import offsets_of
+from rlsys.rollouts import offsets_of, spans
 from rlsys.tasks import TeachableTask
 from rlsys.tokenizer import build_tokenizer
 from rlsys.types import AdamParams, Array
@@ -52,7 +52,7 @@ class Examples:
         """
         lengths = np.diff(self.offsets)[ids] - 1
         offsets = offsets_of(lengths)
-        at = np.repeat(self.offsets[ids] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        at = spans(self.offsets[ids], lengths)
         weights = np.full(len(at), 1.0 / len(at), np.float32)
         return DatumBatch(self.tokens[at], self.tokens[at + 1], offsets, {"weights": weights})
 

@@ -12,7 +12,8 @@ from rlsys.config import JobConfig, parse_config
 from rlsys.datums import DatumBatch
 from rlsys.errors import DivergedError, MismatchError
 from rlsys.learner import Learner
-from rlsys.policy import Policy
+from rlsys.policy import Policy, join_prompts
+from rlsys.rollouts import Rollouts
 from rlsys.types import Array
 
 CANARY = np.arange(1, 17, dtype=np.int32)
@@ -84,3 +85,21 @@ def test_sampled_logprobs_that_are_not_finite_are_a_divergence_and_finite_ones_a
     with pytest.raises(DivergedError, match="step 2: learner or sampler gives tokens just sampled no finite"):
         policy.step(batch, 2)
     assert policy.learner.version(policy.run_id) == 0, "nothing was applied"
+
+
+def test_each_completion_is_joined_to_its_own_prompt() -> None:
+    a, b, c, x, y, z, w = range(1, 8)
+    rollouts = Rollouts(
+        problems=np.array([4, 9]),
+        prompt_tokens=np.array([a, b, c], np.int32),
+        prompt_offsets=np.array([0, 2, 3]),
+        group=np.array([0, 0, 1], np.int32),
+        tokens=np.array([x, y, z, w], np.int32),
+        logprobs=np.zeros(4, np.float32),
+        versions=np.zeros(4, np.int32),
+        offsets=np.array([0, 2, 3, 4]),
+        stop_reasons=np.zeros(3, np.int8),
+    )
+    tokens, offsets, sampled = join_prompts(rollouts)
+    assert tokens.tolist() == [a, b, x, y, a, b, z, c, w]
+    assert offsets.tolist() == [0, 4, 7, 9] and tokens[sampled].tolist() == [x, y, z, w]
