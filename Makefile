@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 .PHONY: quickstart test check unit soak bench clean
 
 quickstart: $(READY)
-	$(BIN)/rlsys train configs/quickstart.yaml --replace
+	$(BIN)/rlsys train configs/quickstart.yaml --fresh
 
 test: $(READY) check
 	$(BIN)/python -m pytest
@@ -23,11 +23,12 @@ unit: $(READY)
 	$(BIN)/python -m pytest tests/unit
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak -rA tests/soak
+	$(BIN)/python -m pytest -m soak -rA tests/soak tests/nodes tests/deploy tests/engine
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sampler.py
 	$(BIN)/python benchmarks/client.py
+	$(BIN)/python -m benchmarks.sync
 
 # Wheels only and no dependency resolution: the list is complete, and no compiler is needed.
 $(READY): requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml

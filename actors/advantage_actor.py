@@ -16,7 +16,12 @@ class GroupAdvantageActor:
 
     @ray.method(num_returns=2)
     def centre(self, rewards: Array, reference: Array | None, *rollouts: Any) -> Any:
-        from rlsys.advantages import to_datums
+        from rlsys.advantages import group_outcomes, to_datums
         from rlsys.rollouts import concatenate
 
-        return to_datums(concatenate(rollouts), rewards, self.section, reference)
+        whole = concatenate(rollouts)
+        datums, facts = to_datums(whole, rewards, self.section, reference)
+        return datums, (facts, group_outcomes(whole, rewards, self.section))
+
+    def progress(self) -> None:
+        """Nothing to tell: a call is one pass over arrays."""

@@ -35,6 +35,11 @@ class Interrupts:
         finally:
             self._patient = False
 
+    def request(self) -> str:
+        """As the first signal would, from elsewhere; what happens now, in words."""
+        self.requested = True
+        return "stopping after the step in flight"
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested or not self._patient:
             raise KeyboardInterrupt

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,26 +13,30 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.advantage_actor import GroupAdvantageActor
-from actors.calls import wait, wait_all
-from actors.cluster import LIGHT, cluster, refuse_shortfall, threads_env
+from actors.cluster import cluster
+from actors.control import Control
 from actors.interrupts import Interrupts
-from actors.learner_actor import LearnerActor
-from actors.reward_actor import RewardActor
-from actors.sampler_actor import SamplerActor
-from actors.stages import ClusterAdvantages, ClusterGraders, ClusterLearner, ClusterSamplers
+from actors.keeper import CheckpointKeeper
+from actors.learner_group import Given, LearnerGroup
+from actors.light_stages import RestartedAdvantages, RestartedGraders
+from actors.logs import Failures
+from actors.placement import Placement
+from actors.sampler_pool import Needed, SamplerPool
 from rlsys import loop, losses
-from rlsys.base import unpack_folder
+from rlsys.base import pack_folder
+from rlsys.checkpoints import CONFIG, WEIGHTS
 from rlsys.config import JobConfig
-from rlsys.errors import ConfigError, RunExistsError, StalledError
-from rlsys.loop import Facts, Made, Stages
+from rlsys.errors import RlsysError
+from rlsys.ledger import Ledger
 from rlsys.problems import Epochs
 from rlsys.progress import Progress
 from rlsys.report import write_report
-from rlsys.tracking import RolloutRow, Tracker
+from rlsys.run_store import RunStore
+from rlsys.stages import Facts, Made, Published, Rewound, Stages
+from rlsys.tracking import RolloutRow, Tracker, read_metrics
 
-STOP_TIMEOUT_S = 5.0  # for engines to end by themselves before their actors are killed
-POLL_S = 0.5
+ERRORS = "errors.log"  # what went wrong on the way, with tracebacks and log tails
+EVAL_ROWS = 12  # completions of the held-out problems in the report, before and after
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,197 +53,225 @@ class Outcome:
     wandb_url: str | None
 
 
-def train(config: JobConfig, progress: Progress, replace: bool = False) -> Outcome:
-    """Run a job to its end. Whatever it raises, wandb is closed, actors are gone and the report shows what there was.
+def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome:
+    """Begin a run or go on with it, to its end. Whatever this raises, wandb is closed, actors are gone, and adapter and
+    report are those of the last step that was whole.
 
     Raises:
-        RunExistsError: the run directory holds a run and `replace` is off.
+        RunExistsError: the run directory holds something else, or another driver is at work there.
         RlsysError: whatever stopped the job, as one readable cause.
         KeyboardInterrupt: interrupted where there was no step to finish, or twice.
     """
     started = time.monotonic()
     losses.resolve(config.rl.loss.name, config.rl.loss.params)  # wrong parameters are refused before any work
-    run_dir = new_run_dir(config, replace)
-    interrupts = Interrupts(progress.note)
-    tracker = Tracker(run_dir, config.tracking, config.run.name, config.model_dump(mode="json"), note=progress.note)
-    observer = JobObserver(config, tracker, progress)
-    try:
-        # Watched again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
-        with interrupts.watched(), tracker, cluster(config.cluster) as where, interrupts.watched():
-            progress.note(f"rlsys: run {config.run.name!r} on {where}, writing to {run_dir}")
-            refuse_shortfall(config)
-            with actors(config) as cast:
-                steps = _run(config, cast, observer, tracker, interrupts, progress, run_dir)
-    finally:
-        write_report(run_dir)
-    return Outcome(
-        run_dir=run_dir,
-        steps=steps,
-        interrupted=interrupts.requested,
-        accuracy_before=observer.accuracies.get(0, float("nan")),
-        accuracy_after=observer.accuracies.get(steps, float("nan")),
-        seconds=time.monotonic() - started,
-        wandb_dir=tracker.wandb_dir,
-        wandb_url=tracker.wandb_url,
-    )
+    with RunStore.open(config, fresh, progress.note) as store:
+        accuracies = _accuracies(store)
+        if store.finished:
+            return _as_it_was(store, accuracies, progress)
+        failures = Failures(store.run_dir / ERRORS)
+        interrupts = Interrupts(progress.note)
+        tracker = _tracker(config, store, progress)
+        observer = JobObserver(config, tracker, progress, failures, accuracies)
+        try:
+            # Watched again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
+            with interrupts.watched(), tracker, cluster(config.cluster) as where, interrupts.watched():
+                _announce(config, store, where, progress)
+                with crew(config, store, failures, progress) as cast:
+                    steps = _run(config, cast, store, observer, interrupts, progress)
+                save_adapter(store)
+                tracker.adapter(store.run_dir / "adapter")
+        except RlsysError as error:
+            raise type(error)(failures.report(error)) from error
+        finally:
+            save_adapter(store)
+            write_report(store.run_dir)
+        return Outcome(
+            run_dir=store.run_dir,
+            steps=steps,
+            interrupted=interrupts.requested,
+            accuracy_before=observer.accuracies.get(0, float("nan")),
+            accuracy_after=observer.accuracies.get(steps, float("nan")),
+            seconds=time.monotonic() - started,
+            wandb_dir=tracker.wandb_dir,
+            wandb_url=tracker.wandb_url,
+        )
 
 
-def new_run_dir(config: JobConfig, replace: bool) -> Path:
-    """The run directory, made or emptied.
-
-    Raises:
-        RunExistsError: it holds a run and `replace` is off, or files that are no run.
-        ConfigError: it cannot be written.
-    """
-    run_dir = config.run_dir
-    try:
-        return _emptied(run_dir, replace)
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir {config.run.dir!r}: the run directory {run_dir} cannot be made or written: {error.strerror}"
-        ) from error
+def save_adapter(store: RunStore) -> None:
+    """The adapter of the newest checkpoint, where people look for it."""
+    latest = store.latest()
+    if latest is not None:
+        store.put("adapter", {name: latest.files[name] for name in (CONFIG, WEIGHTS)})
 
 
-def _emptied(run_dir: Path, replace: bool) -> Path:
-    if run_dir.exists() and any(run_dir.iterdir()):
-        if not replace:
-            raise RunExistsError(
-                f"{run_dir} already holds a run. Give this one another name (run.name=...), or replace the old one "
-                "with --replace"
-            )
-        if not (run_dir / "config.yaml").is_file():
-            raise RunExistsError(
-                f"{run_dir} holds files but no run of rlsys (no config.yaml), so --replace leaves it alone"
-            )
-        shutil.rmtree(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=run_dir).close()  # a directory that exists may still refuse to be written
-    return run_dir
+@dataclass(frozen=True, slots=True)
+class Crew:
+    """The stages of a job on its cluster."""
 
-
-@dataclass
-class Cast:
-    """The actors of a job."""
-
-    learner: Any
-    samplers: list[Any]
-    sampler_names: list[str]
-    graders: Any
-    advantages: Any
+    learner: LearnerGroup
+    samplers: SamplerPool
+    graders: RestartedGraders
+    advantages: RestartedAdvantages
+    keeper: CheckpointKeeper
 
 
 @contextmanager
-def actors(config: JobConfig) -> Iterator[Cast]:
+def crew(config: JobConfig, store: RunStore, failures: Failures, progress: Progress) -> Iterator[Crew]:
     """Every actor of the job; gone when the block ends, engines first."""
-    learner, sampler = config.learner, config.sampler
-    cast = Cast(
-        learner=ray.remote(LearnerActor)
-        .options(
-            num_cpus=learner.num_cpus,
-            num_gpus=learner.num_gpus,
-            max_concurrency=2,
-            runtime_env=threads_env(learner.threads),
-        )
-        .remote(config),
-        samplers=[],
-        sampler_names=[f"sampler {i}" for i in range(sampler.num_workers)],
-        graders=ray.remote(RewardActor).options(**LIGHT).remote(config),
-        advantages=ray.remote(GroupAdvantageActor).options(**LIGHT).remote(config.rl.advantages),
-    )
-    for i in range(sampler.num_workers):
-        options = ray.remote(SamplerActor).options(
-            num_cpus=sampler.num_cpus,
-            num_gpus=sampler.num_gpus,
-            max_concurrency=1000,
-            runtime_env=threads_env(sampler.threads),
-        )
-        cast.samplers.append(options.remote(config, i))
-    try:
-        yield cast
-    finally:
-        stopping = [actor.stop.remote() for actor in (*cast.samplers, cast.graders)]
-        ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S)
-        for actor in (cast.learner, *cast.samplers, cast.graders, cast.advantages):
-            ray.kill(actor)
+    note = progress.note
+    with ExitStack() as ending:
+        placement = Placement(config, note)
+        ending.callback(placement.release)
+        rank_seats, sampler_seats = placement.reserve()
+        learner = LearnerGroup(config, store, failures, note)
+        keeper = CheckpointKeeper(config, store, learner)
+        ending.callback(keeper.close)
+        ending.callback(learner.close)
+        ending.callback(keeper.finish)
+        learner.launch(rank_seats)
+        graders = RestartedGraders(config, failures, note)
+        ending.callback(graders.close)
+        advantages = RestartedAdvantages(config, failures, note)
+        ending.callback(advantages.close)
+        samplers = SamplerPool(config, placement, failures, note)
+        ending.callback(samplers.close)
+        samplers.launch(sampler_seats)
+        yield Crew(learner, samplers, graders, advantages, keeper)
 
 
 def _run(
     config: JobConfig,
-    cast: Cast,
+    cast: Crew,
+    store: RunStore,
     observer: JobObserver,
-    tracker: Tracker,
     interrupts: Interrupts,
     progress: Progress,
-    run_dir: Path,
 ) -> int:
-    for sampler in cast.samplers:
-        sampler.preload.remote()  # imports while the base is being made
-    base = _make_base(config, cast, observer, progress) if config.model.make else config.model.path
-    with progress.stage("starting engines", None):
-        _start(config, cast, base)
-    observer.graders = ClusterGraders(cast.graders, config)
-    stages = Stages(
-        samplers=ClusterSamplers(cast.samplers, cast.sampler_names, config),
-        graders=observer.graders,
-        advantages=ClusterAdvantages(cast.advantages, config),
-        learner=ClusterLearner(cast.learner, config),
-    )
-    epochs = Epochs(config.task.train_problems, config.rl.problems_per_step, config.run.seed)
-    held_out = np.arange(config.task.eval_problems)
-    with progress.stage("reinforcement learning", config.rl.steps), interrupts.between_steps() as should_stop:
-        steps = loop.run(config, stages, epochs, held_out, observer, should_stop)
-    limit = config.run.stage_timeout_s
-    if config.model.make:
-        unpack_folder(wait(base, limit, "learner: the base"), run_dir / "base")
-    unpack_folder(wait(cast.learner.adapter_folder.remote(), limit, "learner: saving the adapter"), run_dir / "adapter")
-    tracker.adapter(run_dir / "adapter")
-    return steps
+    handlers = {"scale": cast.samplers.resize, "stop": lambda _: interrupts.request()}
+    control = Control(config.run.name, handlers)
+    cast.samplers.between = control.listen
+    try:
+        base = _base(config, cast, store, observer, progress)
+        with progress.stage("starting engines", None):
+            _start(cast, base)
+        observer.graders = cast.graders
+        epochs = Epochs(config.task.train_problems, config.rl.problems_per_step, config.run.seed)
+        ledger = Ledger(epochs) if store.resume is None else Ledger.from_bytes(store.resume.ledger, epochs)
+        cast.samplers.resampled = ledger.resampled
+        stages = Stages(cast.samplers, cast.graders, cast.advantages, cast.learner, cast.keeper)
+        held_out = np.arange(config.task.eval_problems)
+        with progress.stage("reinforcement learning", config.rl.steps), interrupts.between_steps() as requested:
+
+            def should_stop() -> bool:
+                control.listen()
+                return requested()
+
+            steps = loop.run(config, stages, ledger, held_out, observer, should_stop)
+        cast.keeper.flush()
+        return steps
+    finally:
+        control.close()
 
 
-def _make_base(config: JobConfig, cast: Cast, observer: JobObserver, progress: Progress) -> ray.ObjectRef:
-    """Make the base in the learner, showing its figures as they come; returns a reference to the packed folder."""
-    made, facts = cast.learner.make_base.options(num_returns=2).remote()
-    seen, moved = 0, time.monotonic()
-    assert config.model.make
-    with progress.stage("supervised: making the base", config.model.make.supervised.max_steps):
-        while True:
-            done, _ = ray.wait([facts], timeout=POLL_S)
-            news = wait(
-                cast.learner.supervised_since.remote(seen), config.run.stage_timeout_s, "learner: progress of the base"
-            )
-            observer.on_supervised(news)
-            if done:
-                wait(facts, config.run.stage_timeout_s, "learner: making the base")
-                return made
-            if news:
-                seen, moved = seen + len(news), time.monotonic()
-            elif time.monotonic() - moved > config.run.start_timeout_s:
-                raise StalledError(f"learner: making the base: no step within {config.run.start_timeout_s:.0f} s")
+def _base(config: JobConfig, cast: Crew, store: RunStore, observer: JobObserver, progress: Progress) -> Any:
+    """What actors load the base from: a folder or hub name, or a reference to the packed folder that this run made."""
+    make = config.model.make
+    if make is None:
+        return config.model.path
+    if store.base is None:
+        with progress.stage("supervised: making the base", make.supervised.max_steps):
+            store.put("base", cast.learner.make_base(observer.on_supervised))
+    assert store.base is not None
+    return ray.put(pack_folder(store.base))
 
 
-def _start(config: JobConfig, cast: Cast, base: Any) -> None:
+def _start(cast: Crew, base: Any) -> None:
     """Load the base everywhere, and have every sampler prove that adapters reach its forward pass."""
-    limit = config.run.start_timeout_s
-    wait(cast.graders.start.remote(base), limit, "rewards: starting")
-    train, held_out = (cast.graders.problems.remote(split) for split in ("train", "eval"))
-    starting = [cast.learner.start.remote(base, train)]
-    starting += [sampler.start.remote(base, train, held_out) for sampler in cast.samplers]
-    wait_all(starting, limit, ["learner: loading the base", *(f"{name}: starting vLLM" for name in cast.sampler_names)])
-    probe = cast.learner.probe.remote()
-    wait_all(
-        [sampler.prove.remote(probe, config.max_canary_diff) for sampler in cast.samplers],
-        limit,
-        [f"{name}: proving that adapters reach its forward pass" for name in cast.sampler_names],
+    cast.graders.start(base)
+    train, held_out = (cast.graders.problems(split) for split in ("train", "eval"))
+    cast.samplers.begin(base, train, held_out)
+    cast.learner.start(Given(base, train))
+    cast.samplers.start(Needed(base, train, held_out, _probe(cast.learner)))
+
+    def renew() -> tuple[Needed, Published]:
+        train, held_out = (cast.graders.problems(split) for split in ("train", "eval"))
+        return Needed(base, train, held_out, cast.learner.probe()), cast.learner.publish()
+
+    cast.samplers.renew = renew
+
+
+def _probe(learner: LearnerGroup) -> Any:
+    while True:
+        try:
+            return learner.probe()
+        except Rewound:  # nothing has been done yet that would have to be done again
+            continue
+
+
+def _tracker(config: JobConfig, store: RunStore, progress: Progress) -> Tracker:
+    return Tracker(
+        store.run_dir,
+        config.tracking,
+        config.run.name,
+        config.model_dump(mode="json"),
+        note=progress.note,
+        wandb_id=store.info["wandb_id"],
+        resume_from=None if store.resume is None else store.resume.step,
+        keep_supervised=store.base is not None,
+    )
+
+
+def _announce(config: JobConfig, store: RunStore, where: str, progress: Progress) -> None:
+    """Say where the run is, to the user and to `rlsys scale` and `rlsys stop`."""
+    after = "" if store.resume is None else f", going on after step {store.resume.step}"
+    progress.note(f"rlsys: run {config.run.name!r} on {where}, writing to {store.run_dir}{after}")
+    store.note(
+        cluster=ray.get_runtime_context().gcs_address, auth_mode=os.environ.get("RAY_AUTH_MODE", ""), pid=os.getpid()
+    )
+
+
+def _accuracies(store: RunStore) -> dict[int, float]:
+    """Of the evaluations that are part of the run by now."""
+    done = -1 if store.resume is None else store.resume.step
+    lines = read_metrics(store.run_dir)
+    return {line["step"]: line["eval/accuracy"] for line in lines if "eval/accuracy" in line and line["step"] <= done}
+
+
+def _as_it_was(store: RunStore, accuracies: dict[int, float], progress: Progress) -> Outcome:
+    assert store.resume is not None
+    steps = store.resume.step
+    progress.note(
+        f"{store.run_dir}: this run has made all of its {steps} steps; raise rl.steps to go on with it, or start over "
+        "with --fresh"
+    )
+    save_adapter(store)
+    write_report(store.run_dir)
+    return Outcome(
+        run_dir=store.run_dir,
+        steps=steps,
+        interrupted=False,
+        accuracy_before=accuracies.get(0, float("nan")),
+        accuracy_after=accuracies.get(steps, float("nan")),
+        seconds=0.0,
+        wandb_dir=None,
+        wandb_url=None,
     )
 
 
 class JobObserver:
     """Takes what the loop reports to tracker and progress."""
 
-    def __init__(self, config: JobConfig, tracker: Tracker, progress: Progress) -> None:
-        self.config, self.tracker, self.progress = config, tracker, progress
-        self.accuracies: dict[int, float] = {}
-        self.graders: ClusterGraders  # set once the actors are up; nothing is observed before
+    def __init__(
+        self,
+        config: JobConfig,
+        tracker: Tracker,
+        progress: Progress,
+        failures: Failures,
+        accuracies: dict[int, float],
+    ) -> None:
+        self.config, self.tracker, self.progress, self.failures = config, tracker, progress, failures
+        self.accuracies = accuracies
+        self.graders: RestartedGraders  # set once the actors are up; nothing is observed before
 
     def on_supervised(self, news: list[dict[str, float]]) -> None:
         for figures in news:
@@ -253,7 +284,12 @@ class JobObserver:
                 int(last["sft/step"]), loss=last["sft/loss"], tokens_per_s=last["sft/tokens_per_s"], accuracy=accuracy
             )
 
+    def on_rewind(self, step: int) -> None:
+        self.tracker.rewind(step)
+        self.accuracies = {at: accuracy for at, accuracy in self.accuracies.items() if at <= step}
+
     def on_step(self, step: int, facts: Facts, rollouts: Made, rewards: Made) -> None:
+        self.failures.forget()
         self.tracker.log(step, facts)
         self._show("train", "train", step, rollouts, rewards, self.config.tracking.rollouts_per_step)
         self.progress.update(step, reward=facts["reward/mean"], tokens_per_s=facts["sampler/tokens_per_s"])
@@ -270,6 +306,3 @@ class JobObserver:
         if rows:
             shown = self.graders.show(split, rollouts, rewards, rows)
             self.tracker.rollouts(step, [RolloutRow(step=step, phase=phase, **asdict(row)) for row in shown])
-
-
-EVAL_ROWS = 12  # completions of the held-out problems in the report, before and after

@@ -1,8 +1,11 @@
-"""Door onto the learner: makes the base if asked, then trains one run's adapter on it."""
+"""Door onto one rank of the learner: makes the base if asked, then trains one run's adapter on it."""
 
 from __future__ import annotations
 
+import json
+import socket
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +15,27 @@ from rlsys.config import JobConfig
 from rlsys.types import Array
 
 Facts = dict[str, float]
+WATCH = "watch"  # the concurrency group of what may be asked while the learner works
 
 
 class LearnerActor:
-    """Two threads, so that progress can be asked for during `make_base`."""
+    """What changes weights runs in one thread, in the order of the calls; every rank gets the same calls."""
 
-    def __init__(self, config: JobConfig) -> None:
+    def __init__(self, config: JobConfig, rank: int) -> None:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # the job has a progress bar of its own
-        self.config = config
+        self.config, self.rank = config, rank
         self.supervised: list[Facts] = []
+        self.policy: Any = None
 
     def make_base(self) -> tuple[dict[str, bytes], Facts]:
         from rlsys.base import pack_folder
+        from rlsys.memory import keep_heap_whole
         from rlsys.supervised import make_base
 
+        assert self.config.model.make
+        keep_heap_whole(self.config.model.make.hidden_size)
         with tempfile.TemporaryDirectory(prefix="rlsys-base-") as scratch:
             out = Path(scratch) / "base"
             result = make_base(
@@ -35,20 +43,45 @@ class LearnerActor:
             )
             return pack_folder(out), result.facts()
 
+    @ray.method(concurrency_group=WATCH)
     def supervised_since(self, start: int) -> list[Facts]:
         return self.supervised[start:]
 
-    def start(self, base: Any, train: Any) -> None:
+    @ray.method(concurrency_group=WATCH)
+    def progress(self) -> Any:
+        """Changes whenever the rank moves."""
+        return (len(self.supervised), self.policy and self.policy.learner.progress())
+
+    def meeting_point(self) -> str:
+        """An address on this node where the ranks can meet."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return f"tcp://{address}:{probe.getsockname()[1]}"
+
+    def start(self, base: Any, train: Any, meeting_point: str | None, files: Mapping[str, bytes] | None) -> None:
+        """Load the base, meet the other ranks, and begin the run, or go on with it where `files` say."""
         from actors.base_folder import local_folder
         from rlsys.learner import Learner
+        from rlsys.memory import keep_heap_whole
         from rlsys.policy import Policy, canary
+        from rlsys.ranks import ALONE, Ranks
 
+        section = self.config.learner
+        ranks = ALONE
+        if meeting_point is not None:
+            limit = 2 * self.config.watchdog.learn_s  # the driver's watchdog speaks first: it sees which rank is stuck
+            ranks = Ranks.join(meeting_point, self.rank, section.num_workers, section.device, limit)
         with local_folder(base) as folder:
+            keep_heap_whole(json.loads((folder / "config.json").read_text())["hidden_size"])
             name = self.config.model.path or str(
                 (self.config.run_dir / "base").absolute()
             )  # as adapter_config.json says
-            learner = Learner(folder, self.config.model, self.config.learner, base_name=name)
-        self.policy = Policy(learner, self.config, canary(train))
+            learner = Learner(folder, self.config.model, section, base_name=name, ranks=ranks)
+        policy = Policy(learner, self.config, canary(train))
+        if files is not None:
+            policy.restore(files)
+        self.policy = policy
 
     def probe(self) -> Any:
         return self.policy.probe()
@@ -68,9 +101,10 @@ class LearnerActor:
         snapshot = update.snapshot
         return update, {"version": snapshot.version, "digest": snapshot.digest, "nbytes": snapshot.buffer.nbytes}
 
-    def adapter_folder(self) -> dict[str, bytes]:
-        from rlsys.base import pack_folder
+    def digest(self) -> str:
+        """Of the adapter in the learner's own precision: the same on every rank."""
+        return self.policy.digest()
 
-        with tempfile.TemporaryDirectory(prefix="rlsys-adapter-") as scratch:
-            self.policy.learner.save_adapter(self.policy.run_id, Path(scratch) / "adapter")
-            return pack_folder(Path(scratch) / "adapter")
+    def state_files(self) -> dict[str, bytes]:
+        """A checkpoint's files: what a learner that is started with them goes on from."""
+        return self.policy.state_files()

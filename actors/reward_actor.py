@@ -35,6 +35,11 @@ class RewardActor:
 
         return self.grading.show(split, concatenate(rollouts), rewards, rows)
 
+    @ray.method(concurrency_group="watch")
+    def progress(self) -> Any:
+        """Changes whenever a grade has come in."""
+        return self.grading.pool.progress() if hasattr(self, "grading") else None
+
     def stop(self) -> None:
         """Also where `start` was never reached."""
         if hasattr(self, "grading"):

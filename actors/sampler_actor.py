@@ -42,17 +42,38 @@ class SamplerActor:
             )
             await self.sampler.start()
 
+    async def replace(
+        self, base: Any, train: Any, held_out: Any, probe: WeightUpdate, update: WeightUpdate | None, bound: float
+    ) -> Attestation | None:
+        """Start in a job that is under way: everything that the samplers of its beginning had to prove, in one call."""
+        await self.start(base, train, held_out)
+        await self.prove(probe, bound)
+        return None if update is None else await self.load(update, bound)
+
     @ray.method(num_returns=2)
     async def sample(self, split: str, problems: Array, n: int, params: SamplingParams, version: int) -> Any:
         tokens, offsets = self.problems[split].select(problems)
         rollouts = await self.sampler.sample(problems, tokens, offsets, n, params, self.config.run.name, version)
         return rollouts, rollouts.counts()
 
-    async def load(self, update: WeightUpdate, bound: float) -> Attestation:
+    async def load(self, update: WeightUpdate, bound: float, anew: bool = False) -> Attestation:
+        """`anew`: forget every version of the run first; the learner went back, and numbers come a second time."""
+        if anew:
+            await self.sampler.rewind(self.config.run.name)
         return await self.sampler.load(update, bound)
 
     async def prove(self, probe: WeightUpdate, bound: float) -> Attestation:
         return await self.sampler.probe(probe, bound)
+
+    async def sleep(self) -> None:
+        await self.sampler.sleep()
+
+    async def wake(self) -> None:
+        await self.sampler.wake()
+
+    async def progress(self) -> Any:
+        """Changes whenever the engine moves; nothing yet before it has started."""
+        return await self.sampler.progress() if hasattr(self, "sampler") else None
 
     async def stop(self) -> None:
         """Also where `start` was never reached."""

@@ -8,9 +8,9 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
-from rlsys.errors import ActorFailedError, RlsysError
+from actors.calls import as_raised
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ def future_of(ref: ray.ObjectRef, what: str) -> Future[Any]:
         if error is None:
             answer.set_result(done.result())
         else:
-            answer.set_exception(as_raised(error, what))
+            answer.set_exception(as_raised(error, what) if isinstance(error, RayError) else error)
 
     ref.future().add_done_callback(settle)
     return answer
@@ -47,21 +47,3 @@ def together(parts: Sequence[Future[Any]], whole: Future[T], value: T) -> None:
 
     for part in parts:
         part.add_done_callback(settle)
-
-
-def as_raised(error: BaseException, what: str) -> BaseException:
-    """The error that an actor raised, as it raised it; ActorFailedError for what is from outside rlsys."""
-    if isinstance(error, RayTaskError):
-        if isinstance(error.cause, RlsysError):
-            return error.cause
-        return ActorFailedError(f"{what}: {type(error.cause).__name__}: {error.cause}\n{str(error).rstrip()}")
-    if isinstance(error, RayActorError):
-        return ActorFailedError(f"{what}: the actor is gone: {_first_lines(error)}")
-    if isinstance(error, RayError):
-        return ActorFailedError(f"{what}: {type(error).__name__}: {_first_lines(error)}")
-    return error
-
-
-def _first_lines(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:6])

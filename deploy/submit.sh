@@ -4,6 +4,8 @@
 # Every node has the packages of requirements/; this checkout's code travels with the job. Give run.dir an absolute path on
 # the head node: the job's own folder goes away with it.
 set -euo pipefail
+# shellcheck source=deploy/env.sh
+source "$(dirname "$(readlink -f "$0")")/env.sh"
 address=${1:?usage: deploy/submit.sh ADDRESS CONFIG [key=value ...]}
 shift
-exec ray job submit --address "$address" --working-dir "$(cd "$(dirname "$0")/.." && pwd)" -- python -m rlsys train "$@"
+exec ray job submit --address "$address" --working-dir "$(readlink -f "$deploy/..")" -- python -m rlsys train "$@"

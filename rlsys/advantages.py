@@ -11,6 +11,7 @@ import numpy as np
 
 from rlsys.datums import DatumBatch, shift
 from rlsys.errors import ConfigError, DatumError
+from rlsys.ledger import AGREED, EMPTY, TRAINED
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array
 
@@ -97,6 +98,17 @@ def discounted_future_sum(values_T: Array, offsets: Array, discount: float) -> A
         total_T[t] = total_T[t] + discount**reach * total_T[t + reach]
         reach *= 2
     return total_T
+
+
+def group_outcomes(rollouts: Rollouts, rewards_R: Array, section: AdvantageSection) -> Array:
+    """(P,) int8, what became of each group in `to_datums`: TRAINED, AGREED (left out) or EMPTY (without a token)."""
+    P = len(rollouts.problems)
+    tokens_P = np.bincount(rollouts.group, rollouts.lengths, minlength=P)
+    outcomes_P = np.where(tokens_P > 0, TRAINED, EMPTY).astype(np.int8)
+    if section.drop_agreeing and section.kl_coef == 0:
+        _, agreeing_R = group_advantages(rewards_R, rollouts.group, section)
+        outcomes_P[np.unique(rollouts.group[agreeing_R])] = AGREED
+    return outcomes_P
 
 
 def to_datums(

@@ -26,9 +26,11 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an earlier run of the same name.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: remove what the run directory holds.")] = False,
 ) -> None:
-    """Train a policy. Joins the cluster of RAY_ADDRESS or cluster.address, else starts Ray on this machine."""
+    """Train a policy, or go on with a run that was interrupted.
+
+    Joins the cluster of RAY_ADDRESS or cluster.address, else starts Ray on this machine."""
     job = load_config(config, overrides or ())
 
     from actors.job import train as run_job  # Ray and torch are loaded once the configuration is known to be right
@@ -36,7 +38,7 @@ def train(
 
     progress = Progress()
     try:
-        outcome = run_job(job, progress, replace)
+        outcome = run_job(job, progress, fresh)
     except KeyboardInterrupt:
         progress.note(
             f"Interrupted: stopped at once, a step in flight was dropped whole. What there was: {job.run_dir}"
@@ -55,6 +57,60 @@ def train(
     progress.summary("Interrupted; what there was is saved" if outcome.interrupted else "Done", rows)
     if outcome.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="The job's YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster.", envvar="RAY_ADDRESS")] = None,
+) -> None:
+    """Say what a job would need and whether it fits, without starting anything; no GPU needed.
+
+    Compares with the cluster of cluster.address or RAY_ADDRESS, else with this machine. Exit code 1: it does not fit.
+    """
+    from rich.console import Console
+
+    from rlsys.dimensions import dimensions
+    from rlsys.plan_view import show
+    from rlsys.planning import plan as compare
+    from rlsys.planning import this_machine
+
+    job = load_config(config, overrides or ())
+    dims = dimensions(job.model)
+    where = job.cluster.address or address
+    if where:
+        from actors.inventory import nodes_at
+
+        nodes = nodes_at(where)
+    else:
+        nodes = [this_machine(job.cluster.num_cpus)]
+    found = compare(job, dims, nodes)
+    show(job, dims, nodes, found, Console(highlight=False))
+    if found.shortfalls:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="A job whose cluster section and run.dir are looked at.")
+    ] = None,
+) -> None:
+    """Check this machine: versions, devices, disk, ports, Ray, vLLM, logins. Exit code 1 if anything fails."""
+    from rich.console import Console
+
+    from actors.doctor import examine
+    from rlsys.config import ClusterSection
+    from rlsys.plan_view import show_checks
+
+    job = load_config(config) if config else None
+    cluster, out = (job.cluster, Path(job.run.dir)) if job else (ClusterSection(), Path())
+    checks = ((check.name, check.status, check.found, check.remedy) for check in examine(cluster, out))
+    if show_checks(checks, Console(highlight=False)):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -79,22 +135,69 @@ def export(
         export_adapter(checkpoint, out)
 
 
+RUN = typer.Argument(help="A run's name, or its directory.")
+ADDRESS = typer.Option(help="The Ray cluster; none: what the run's directory says.", envvar="RAY_ADDRESS")
+
+
+@app.command()
+def scale(
+    run: Annotated[str, RUN],
+    samplers: Annotated[int, typer.Option(help="How many there should be from now on.")],
+    address: Annotated[str | None, ADDRESS] = None,
+) -> None:
+    """Add samplers to a running job, or have some leave after the groups that they hold."""
+    if samplers < 1:
+        raise ConfigError(f"--samplers {samplers}: wanted at least 1")
+
+    from actors.control import ask, reach
+
+    with reach(run, address) as name:
+        print(ask(name or run, "scale", samplers))
+
+
+@app.command()
+def ledger(
+    run: Annotated[Path, typer.Argument(help="A run's directory; it may be running.")],
+) -> None:
+    """What has become of every problem that a run has drawn, as its last checkpoint has it."""
+    from rlsys.ledger import Ledger, describe
+    from rlsys.problems import Epochs
+    from rlsys.run_store import newest
+
+    job = load_config(run / "config.yaml")
+    latest = newest(run)
+    if latest is None:
+        raise ConfigError(f"{run}: has no checkpoint yet")
+    epochs = Epochs(job.task.train_problems, job.rl.problems_per_step, job.run.seed)
+    book = Ledger.from_bytes(latest.ledger, epochs)
+    print(f"{run}: {len(book)} problems drawn up to step {book.step}")
+    for state, reason, count in describe(book):
+        print(f"{count:8}  {state}{f': {reason}' if reason else ''}")
+
+
 @app.command()
 def stop(
     name: Annotated[
-        str | None, typer.Argument(help="The name it was detached under, or its base; none: every one.")
+        str | None, typer.Argument(help="A run's name or directory, or a detached deployment's name or base; none: "
+                                        "every deployment.")
     ] = None,
-    address: Annotated[str, typer.Option(help="The Ray cluster.", envvar="RAY_ADDRESS")] = "auto",
-) -> None:
-    """End detached deployments that ServiceClient left running on a Ray cluster."""
-    from actors.cluster import cluster
+    address: Annotated[str | None, ADDRESS] = None,
+) -> None:  # fmt: skip
+    """End a running job after the step in flight, or detached deployments that ServiceClient left running."""
+    from actors.control import ask, reach, running
     from actors.deployment import stop as end
-    from rlsys.config import ClusterSection
 
-    with cluster(ClusterSection(address=address)):
-        ended = end(name)
-    if name and not ended:
-        raise ConfigError(f"no running deployment is named {name!r}, and none has such a base")
+    with reach(name, address) as known:
+        if known is not None and known in running():
+            print(f"{known}: {ask(known, 'stop', None)}")
+            return
+        ended = end(known)
+        jobs = running()
+    if known and not ended:
+        raise ConfigError(
+            f"no running job or deployment is named {known!r}, and no deployment has such a base; "
+            f"running jobs: {', '.join(jobs) or 'none'}"
+        )
     print(f"stopped: {', '.join(ended)}" if ended else "no deployment was running")
 
 

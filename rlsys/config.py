@@ -31,14 +31,35 @@ class RunSection(Section):
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     dir: str = "runs"  # the run directory is dir/name
     seed: int = Field(0, ge=0)
-    stage_timeout_s: float = Field(600.0, gt=0)  # one stage of one step; more than this without an answer stops the run
-    start_timeout_s: float = Field(900.0, gt=0)  # start-up of engines, and the making of a base model
 
 
 class ClusterSection(Section):
     address: str | None = None  # None: RAY_ADDRESS if set, else a cluster started on this machine for this job
     num_cpus: int | None = Field(None, ge=1)  # of a cluster started here; None: all cores
     object_store_gb: float = Field(0.5, gt=0)  # of a cluster started here
+
+    max_restarts: int = Field(3, ge=0)  # of actors of one kind without a step done in between; 0: a death ends the run
+
+
+class WatchdogSection(Section):
+    """Seconds without progress (not: seconds in all) after which a stage with work left stops the run."""
+
+    start_s: float = Field(900.0, gt=0)  # loading a base and starting an engine show no progress until they are done
+    base_s: float = Field(300.0, gt=0)  # supervised stage: no step
+    sample_s: float = Field(120.0, gt=0)
+    grade_s: float = Field(120.0, gt=0)
+    reference_s: float = Field(120.0, gt=0)
+    advantage_s: float = Field(120.0, gt=0)
+    learn_s: float = Field(120.0, gt=0)
+    sync_s: float = Field(120.0, gt=0)
+    save_s: float = Field(120.0, gt=0)
+
+
+class CheckpointSection(Section):
+    """What an interrupted run goes on from. In run.dir/name/checkpoints, written while the samplers work."""
+
+    every_steps: int = Field(1, ge=1)
+    keep: int = Field(2, ge=1)  # newest ones
 
 
 class SupervisedSection(Section):
@@ -111,10 +132,18 @@ class LoraSection(Section):
     train_unembed: bool = False
 
 
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]  # Ray's, of a placement group
+
+
 class LearnerSection(Section):
     device: Literal["cpu", "cuda"] = "cpu"
-    num_cpus: float = Field(1, gt=0)
+    num_workers: int = Field(1, ge=1)  # data-parallel ranks
+    shard_base: bool = False  # FSDP2 over the frozen base; every rank holds the whole adapter
+    num_cpus: float = Field(1, gt=0)  # of each
     num_gpus: float = Field(0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)  # custom resources of each, such as {learner_node: 0.01}
+    nodes: list[str] = Field(default_factory=list)  # node addresses, taken in turn; empty: wherever there is room
+    placement: Strategy = "PACK"
     threads: int = Field(1, ge=1)  # torch intra-op threads
     token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch of its own
     logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits that exist at once
@@ -122,8 +151,13 @@ class LearnerSection(Section):
 
 class SamplerSection(Section):
     num_workers: int = Field(1, ge=1)
+    tensor_parallel_size: int = Field(1, ge=1)  # workers of one engine; on GPUs num_gpus has to be the same
+    colocate: bool = False  # sampler i shares the GPU of learner rank i and sleeps while that one learns
     num_cpus: float = Field(1, gt=0)  # of each
     num_gpus: float = Field(0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict)
+    nodes: list[str] = Field(default_factory=list)
+    placement: Strategy = "PACK"
     threads: int = Field(1, ge=1)
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(4096, ge=1)
@@ -226,6 +260,8 @@ class JobConfig(Section):
 
     run: RunSection
     cluster: ClusterSection = ClusterSection()
+    watchdog: WatchdogSection = WatchdogSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     model: ModelSection
     task: TaskSection = TaskSection()
     lora: LoraSection = LoraSection()
@@ -257,6 +293,21 @@ class JobConfig(Section):
                 "lora.train_unembed: vLLM on CUDA scores prompts wrongly under an adapter of the unembedding (it maps "
                 "adapter rows by sampled position), so it is served on CPU only; set lora.train_unembed=false"
             )
+        tensor_parallel = self.sampler.tensor_parallel_size
+        if self.sampler.num_gpus > 0 and tensor_parallel > 1 and self.sampler.num_gpus != tensor_parallel:
+            raise ValueError(
+                f"sampler.tensor_parallel_size {tensor_parallel} needs as many whole GPUs for each sampler; found "
+                f"sampler.num_gpus {self.sampler.num_gpus:g}; set sampler.num_gpus={tensor_parallel}"
+            )
+        if self.sampler.colocate and self.sampler.num_workers != self.learner.num_workers:
+            raise ValueError(
+                f"sampler.colocate pairs each sampler with a learner rank; found sampler.num_workers "
+                f"{self.sampler.num_workers} and learner.num_workers {self.learner.num_workers}; make them equal"
+            )
+        if self.sampler.colocate and self.sampler.nodes:
+            raise ValueError("sampler.nodes has no meaning with sampler.colocate: a sampler goes where its rank is")
+        if self.learner.shard_base and self.learner.num_workers == 1:
+            raise ValueError("learner.shard_base shares the base among ranks; set learner.num_workers to 2 or more")
         if not (self.lora.train_attn or self.lora.train_mlp or self.lora.train_unembed):
             raise ValueError("lora trains nothing: set at least one of train_attn, train_mlp, train_unembed to true")
         return self
@@ -347,6 +398,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree[name] = _yaml(value, f"override {override!r}")
 
 
+REQUIRED = {
+    "run": "; give every run a name, such as run: {name: first}",
+    "run.name": "; such as run.name=first",
+    "model": "; such as model: {path: Qwen/Qwen3-0.6B}, or model: {make: {}} for one made from nothing",
+}
+
+
 def _explain(detail: Mapping[str, Any]) -> str:
     """One line: which key, what was found, what would be right."""
     where = [str(part) for part in detail["loc"]]
@@ -354,7 +412,7 @@ def _explain(detail: Mapping[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         return f"{dotted} is no key of {'.'.join(where[:-1]) or 'a job'!r}; {_nearest(where)}"
     if detail["type"] == "missing":
-        return f"{dotted} is required"
+        return f"{dotted} is required{REQUIRED.get(dotted, '')}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" or isinstance(detail["input"], dict):
         return f"{dotted}: {message}" if dotted else message

@@ -16,6 +16,8 @@
     ├── StalledError (TimeoutError)        work remains and nothing moved within the limit
     ├── ClusterError (RuntimeError)        the cluster cannot be reached or lacks what the job asks for
     ├── ActorFailedError (RuntimeError)    an actor died, or raised something that is not in this tree
+    │   ├── ActorDiedError                 it is gone, or its engine is: its work can be done again by another
+    │   └── DataLostError                  what a stage made was on a node that is gone: the stage can be done again
     └── CheckpointError (ValueError)       a file of weights is damaged, foreign or misplaced
 
 To add one: derive from RlsysError and the builtin that a caller would expect, take one message, and draw it above.
@@ -92,6 +94,14 @@ class ClusterError(RlsysError, RuntimeError):
 
 class ActorFailedError(RlsysError, RuntimeError):
     """An actor died, or raised an error from outside this tree."""
+
+
+class ActorDiedError(ActorFailedError):
+    """An actor or its engine is gone. What it was doing may or may not have been done."""
+
+
+class DataLostError(ActorFailedError):
+    """An object that a stage had made is gone with its node."""
 
 
 class CheckpointError(RlsysError, ValueError):

@@ -6,12 +6,15 @@
 
 ``trainable="lora"``: a frozen base with one adapter per run. ``trainable="all"``: no adapter; the one run is called
 "base" and owns all weights. Both share datums, packing, losses and accumulation.
+
+Of several ranks each is given the same whole batch at the same call and works on its share of it. All have the whole
+result then; gradients stay apart until ``optim_step``, which sums them once and is the same arithmetic on every rank.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +36,8 @@ from rlsys.lora import Adapters
 from rlsys.losses import Loss
 from rlsys.norms import replace_norms
 from rlsys.optim import Kind, Stepper, clip, global_norm, require_like
-from rlsys.packing import MicroBatch, pack
+from rlsys.packing import MicroBatch, bins, filler, pack
+from rlsys.ranks import ALONE, Ranks, local
 from rlsys.types import AdamParams, Array, Datum
 from rlsys.weights import AdapterSnapshot, snapshot_of
 
@@ -93,6 +97,7 @@ class _Run:
             parameter.grad = gradient
 
     def add_gradients(self, earlier: Sequence[Tensor | None]) -> None:
+        """What no datum reached gets zeros: every rank then has a gradient of everything."""
         for parameter, gradient in zip(self.parameters.values(), earlier, strict=True):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
@@ -105,7 +110,8 @@ class Learner:
 
     `dtype` overrides ``model.dtype``: float64 serves tests of the mathematics. Trained weights, accumulated gradients
     and optimizer state are fp32 (float64 then) whatever the base is in. `base_name` is what saved adapters call the
-    base, by default ``model.path``.
+    base, by default ``model.path``. With several `ranks`, all of them make the same calls in the same order, but for
+    those that only look (snapshot, save_adapter, run_state, ...).
     """
 
     def __init__(
@@ -117,15 +123,24 @@ class Learner:
         optimizer: Kind = "adamw",
         dtype: torch.dtype | None = None,
         base_name: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         torch.set_num_threads(section.threads)
+        shard = section.shard_base and trainable == "lora"  # all weights are made by one learner, before any ranks
+        self._ranks = ranks
+        self._moved = 0
         self._base_name = base_name or model.path or str(base)
         self._section = section
         self._saved_dtype: torch.dtype = dtype or getattr(torch, model.dtype)
         self._trained_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._model = _load(base, self._saved_dtype if trainable == "lora" else self._trained_dtype, section.device)
+        loaded_dtype = self._saved_dtype if trainable == "lora" else self._trained_dtype
+        self._model = _load(base, loaded_dtype, "cpu" if shard else section.device)
         self._max_length = min(model.max_length, self._model.config.max_position_embeddings)
         self._identity = identity_of(self._model)
+        self._forward: Callable[[MicroBatch, float], Tensor] = self._bare_logprobs
+        if shard:
+            self._forward = ranks.shard(self._model, _layers(self._model), self._bare_logprobs)
+        self._base = list(self._model.parameters())
         self._adapters = Adapters(self._model)
         self._runs: dict[str, _Run] = {}
         self._trainable = trainable
@@ -156,6 +171,15 @@ class Learner:
     def identity(self) -> BaseIdentity:
         """Of the base as it was loaded."""
         return self._identity
+
+    @property
+    def base_bytes(self) -> int:
+        """Of the base's weights that are in this process."""
+        return _bytes(map(local, self._base))
+
+    def progress(self) -> int:
+        """Micro-batches begun and finished, and steps; for another thread that wants to know whether anything moves."""
+        return self._moved
 
     @property
     def run_ids(self) -> list[str]:
@@ -201,27 +225,30 @@ class Learner:
     ) -> BatchResult:
         """As forward_backward for the user's own loss ``fn(data, logprobs)``, whose datums are those of `batch`.
 
-        One pass where the batch is one micro-batch, two where it is more; ``metrics`` say which.
+        One pass where the batch is one micro-batch (on each rank), two where it is more; ``metrics`` say which. Every
+        rank calls `fn` on the whole batch.
 
         Raises:
             LossError: `fn` raised or returned something else than a loss and metrics.
         """
         assert len(data) == batch.num_datums > 0
         with self._accumulating(run_id):
-            micros = pack(batch, self._section.token_budget, self._model.device)
-            keep = len(micros) == 1
-            with torch.set_grad_enabled(keep):
+            micros, most = self._micro_batches(batch)
+            keep = most == 1
+            p_T = np.zeros(len(batch.tokens), np.float64 if self._trained_dtype == torch.float64 else np.float32)
+            with self._ranks.joint(p_T), torch.set_grad_enabled(keep):
                 graphs = [self._logprobs(micro, temperature) for micro in micros]
-            logp_T = torch.zeros(len(batch.tokens), dtype=graphs[0].dtype)
-            for micro, logp in zip(micros, graphs, strict=True):
-                logp_T[torch.from_numpy(micro.index)] = logp.detach().cpu()
-            found = evaluate(fn, data, logp_T.split(batch.lengths.tolist()))
+                for micro, logp in zip(micros, graphs, strict=True):
+                    _put(p_T, micro, logp)
+            found = evaluate(fn, data, torch.from_numpy(p_T).split(batch.lengths.tolist()))
             slope_T = torch.cat(found.slopes)
-            for micro, kept in zip(micros, graphs, strict=True):
-                logp = kept if keep else self._logprobs(micro, temperature)
-                logp.backward(slope_T[torch.from_numpy(micro.index)].to(logp.device))
+            with self._ranks.joint(np.zeros(1)):
+                for micro, kept in zip(micros, graphs, strict=True):
+                    logp = kept if keep else self._logprobs(micro, temperature)
+                    slope = slope_T[torch.from_numpy(micro.index)] if len(micro.index) else torch.zeros(1)
+                    self._backward(logp, slope.to(logp))
         metrics = result_metrics(found.loss, found.metrics, 1 if keep else 2)
-        return BatchResult(found.loss, metrics, logp_T.numpy().astype(np.float32))
+        return BatchResult(found.loss, metrics, p_T.astype(np.float32))
 
     def optim_step(self, run_id: str, adam: AdamParams) -> dict[str, float]:
         """Apply the accumulated gradient and clear it. ``grad_norm`` is the global L2 norm before clipping.
@@ -235,6 +262,7 @@ class Learner:
                 f"run {run_id!r}, step {run.version}: no forward_backward since the last optim_step; nothing to apply"
             )
         parameters = list(run.parameters.values())
+        self._ranks.sum_([parameter.grad for parameter in parameters if parameter.grad is not None])
         norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         found = float(norm)
         if math.isfinite(found):
@@ -242,6 +270,7 @@ class Learner:
                 clip(parameters, adam.grad_clip_norm, norm)
             run.stepper.step(adam)
             run.version += 1
+            self._moved += 1
         run.take_gradients()
         run.has_gradient = False
         if not math.isfinite(found):
@@ -262,9 +291,9 @@ class Learner:
         offsets = np.asarray(offsets, np.int64)
         batch = DatumBatch(np.asarray(tokens), np.roll(tokens, -1), offsets, {})
         found = np.zeros(len(tokens), np.float32)
-        with torch.no_grad():
-            for micro in pack(batch, self._section.token_budget, self._model.device):
-                found[micro.index] = self._logprobs(micro, temperature).float().cpu().numpy()
+        with self._ranks.joint(found), torch.no_grad():
+            for micro in self._micro_batches(batch)[0]:
+                _put(found, micro, self._logprobs(micro, temperature).float())
         predicted = np.roll(found, 1)  # position t - 1 predicts token t
         predicted[offsets[:-1][np.diff(offsets) > 0]] = 0.0
         return predicted
@@ -284,7 +313,7 @@ class Learner:
             max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(eos_ids), pad_token_id=0, use_cache=True
         )
         device = self._model.device
-        with torch.no_grad(), _unpacked(self._model):
+        with torch.no_grad(), _unpacked(self._model), self._ranks.guard("greedy decoding"):
             out = self._model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
         return [_until(row, eos_ids) for row in out[:, width:].cpu().numpy()]
 
@@ -299,7 +328,8 @@ class Learner:
         probe_id = f"{run_id}.probe"
         self.create_run(probe_id, self._adapter(run_id)[1], seed)
         try:
-            self._adapters.enlarge(self._adapter(probe_id)[0], seed)
+            with self._ranks.guard("reading the base's weights"):
+                self._adapters.enlarge(self._adapter(probe_id)[0], seed)
             return self.snapshot(probe_id, dtype), self.logprobs(probe_id, tokens, np.array([0, len(tokens)]))
         finally:
             self.drop_run(probe_id)
@@ -358,17 +388,21 @@ class Learner:
     def _pass(self, batch: DatumBatch, loss: Loss, temperature: float, *, backward: bool) -> BatchResult:
         logp_T = np.zeros(len(batch.tokens), np.float64)
         values_T = np.zeros(len(batch.tokens), np.float64)
-        for micro in pack(batch, self._section.token_budget, self._model.device):
-            columns = {
-                key: torch.from_numpy(column[micro.index]).to(self._model.device)
-                for key, column in batch.columns.items()
-            }
-            logp = self._logprobs(micro, temperature)
-            values = loss(logp, columns)
-            if backward:
-                values.sum().backward()
-            logp_T[micro.index] = logp.detach().double().cpu().numpy()
-            values_T[micro.index] = values.detach().double().cpu().numpy()
+        with self._ranks.joint(logp_T, values_T):
+            for micro in self._micro_batches(batch)[0]:
+                logp = self._logprobs(micro, temperature)
+                if len(micro.index) == 0:
+                    values = 0.0 * logp
+                else:
+                    columns = {
+                        key: torch.from_numpy(column[micro.index]).to(self._model.device)
+                        for key, column in batch.columns.items()
+                    }
+                    values = loss(logp, columns)
+                if backward:
+                    self._backward(values.sum())
+                _put(logp_T, micro, logp.double())
+                _put(values_T, micro, values.double())
         metrics = {"loss:sum": float(values_T.sum()), **losses.metrics(loss, logp_T, batch.columns)}
         return BatchResult(metrics["loss:sum"], metrics, logp_T.astype(np.float32))
 
@@ -386,8 +420,34 @@ class Learner:
         run.add_gradients(earlier)
         run.has_gradient = True
 
+    def _micro_batches(self, batch: DatumBatch) -> tuple[list[MicroBatch], int]:
+        """Those of this rank's share, and how many the busiest rank has. Where forward passes communicate, fillers make
+        them as many on every rank."""
+        budget, device = self._section.token_budget, self._model.device
+        if self._ranks.size == 1:
+            micros = pack(batch, budget, device)
+            return micros, len(micros)
+        shares = self._ranks.shares(batch.lengths)
+        most = max(len(bins(batch.lengths[share], budget)) for share in shares)
+        micros = pack(batch, budget, device, shares[self._ranks.rank])
+        if self._ranks.shards:
+            micros += [filler(device)] * (most - len(micros))
+        return micros, most
+
+    def _backward(self, values: Tensor, slope: Tensor | None = None) -> None:
+        with self._ranks.guard("the backward pass"):
+            values.backward(slope)
+        self._moved += 1
+
     def _logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         """(T,) nats of the micro-batch's targets."""
+        self._moved += 1
+        with self._ranks.guard("the forward pass"):
+            found = self._forward(micro, temperature)
+        self._moved += 1
+        return found
+
+    def _bare_logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         hidden = self._model.base_model(
             input_ids=micro.tokens,
             position_ids=micro.positions,
@@ -432,6 +492,22 @@ def _load(base: Path | str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     attention.prove_packing(model)
     replace_norms(model)
     return model
+
+
+def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ConfigError(
+            f"learner.shard_base: {type(model).__name__} has no list of decoder layers called 'layers'; wanted a model "
+            "that has, or learner.shard_base=false"
+        )
+    return list(layers)
+
+
+def _put(column_T: Array, micro: MicroBatch, values: Tensor) -> None:
+    """The micro-batch's values into their places; a filler has none."""
+    if len(micro.index):
+        column_T[micro.index] = values.detach().cpu().numpy()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from rlsys.config import LoraSection
 from rlsys.errors import ConfigError
+from rlsys.ranks import whole
 
 TARGETS = {
     "train_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -107,8 +108,8 @@ class Adapters:
     def enlarge(self, name: str, seed: int) -> None:
         """Draw B so that each delta is as large as the weight that it changes: no engine can overlook that."""
         for path, layer in self._of(name).items():
-            b, base = layer.lora_B[name].weight, layer.get_base_layer().weight
-            (rank, inputs), size = layer.lora_A[name].weight.shape, float(base.detach().float().square().mean().sqrt())
+            b, base = layer.lora_B[name].weight, whole(layer.get_base_layer().weight.detach())
+            (rank, inputs), size = layer.lora_A[name].weight.shape, float(base.float().square().mean().sqrt())
             spread = size / layer.scaling[name] * math.sqrt(3.0 * inputs / rank)  # A's variance is 1 / (3 in)
             drawn = torch.randn(b.shape, generator=_generator(seed, f"{path}.lora_B"))
             b.data = (drawn * spread).to(b.device, b.dtype)

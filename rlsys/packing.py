@@ -46,16 +46,29 @@ class Segments:
 class MicroBatch:
     """T tokens of a batch, as a model with packed attention reads them."""
 
-    index: Array  # (T,) int64, the batch's position of each token
+    index: Array  # (T,) int64, the batch's position of each token; empty for a filler, whose one token is of no batch
     tokens: Tensor  # (1, T) int64
     positions: Tensor  # (1, T) int64, from 0 within each segment
     targets: Tensor  # (T,) int64
     segments: Segments
 
 
-def pack(batch: DatumBatch, token_budget: int, device: torch.device | str = "cpu") -> list[MicroBatch]:
-    """The batch in as few micro-batches as first-fit decreasing finds; a sequence over the budget is one by itself."""
-    return [_micro_batch(batch, datums, device) for datums in bins(batch.lengths, token_budget)]
+def pack(
+    batch: DatumBatch, token_budget: int, device: torch.device | str = "cpu", share: Array | None = None
+) -> list[MicroBatch]:
+    """The batch, or the datums numbered in `share`, in as few micro-batches as first-fit decreasing finds; a sequence
+    over the budget is one by itself."""
+    if share is None:
+        return [_micro_batch(batch, datums, device) for datums in bins(batch.lengths, token_budget)]
+    return [_micro_batch(batch, share[members], device) for members in bins(batch.lengths[share], token_budget)]
+
+
+def filler(device: torch.device | str = "cpu") -> MicroBatch:
+    """One token that counts nothing: ranks that share a base run as many micro-batches as the busiest of them."""
+    zero = np.zeros(1, np.int64)
+    return MicroBatch(
+        zero[:0], _ids(zero, device)[None], _ids(zero, device)[None], _ids(zero, device), segment(zero + 1, device)
+    )
 
 
 def bins(lengths_D: Array, token_budget: int) -> list[Array]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from rlsys import losses
+from rlsys.base import pack_folder, unpack_folder
+from rlsys.checkpoints import load_run, save_run
 from rlsys.config import JobConfig
 from rlsys.datums import DatumBatch
 from rlsys.errors import DivergedError, MismatchError
@@ -14,7 +18,7 @@ from rlsys.learner import Learner
 from rlsys.problems import ProblemSet
 from rlsys.rollouts import Rollouts, offsets_of, spans
 from rlsys.types import AdamParams, Array
-from rlsys.weights import WeightUpdate
+from rlsys.weights import WeightUpdate, digest_tensors
 
 METRICS = {
     "ratio:mean": "policy/ratio_mean",
@@ -31,7 +35,8 @@ CANARY_TOKENS = 64  # enough for a steady mean, little beside a step
 class Policy:
     """A run's adapter with its loss, its optimizer settings and its canary.
 
-    ``canary_tokens``: (C,) int32, a fixed sequence whose log-probabilities tell one version from the next.
+    ``canary_tokens``: (C,) int32, a fixed sequence whose log-probabilities tell one version from the next. Of several
+    learner ranks each has a policy, and all make the same calls; ``state_files`` and ``digest`` only look.
     """
 
     def __init__(self, learner: Learner, config: JobConfig, canary_tokens: Array) -> None:
@@ -100,6 +105,29 @@ class Policy:
         """An adapter with a large B: a sampler whose forward pass ignores adapters cannot follow it."""
         snapshot, new = self.learner.probe(self.run_id, self.config.model.dtype, self.canary_tokens)
         return WeightUpdate(snapshot, self.canary_tokens, new[1:], self._canary(None))
+
+    def state_files(self) -> dict[str, bytes]:
+        """The run up to its last step, optimizer included, as a packed checkpoint folder."""
+        with tempfile.TemporaryDirectory(prefix="rlsys-state-") as scratch:
+            save_run(self.learner, self.run_id, Path(scratch) / "run", with_optimizer=True)
+            return pack_folder(Path(scratch) / "run")
+
+    def restore(self, files: Mapping[str, bytes]) -> None:
+        """Go on from ``state_files`` of a run of the same section on the same base. What is published next is told from
+        the base, as at a start: which version the samplers hold, if any, is not known here.
+
+        Raises:
+            CheckpointError: the files are damaged, of another base or of another section; the run is as before.
+        """
+        with tempfile.TemporaryDirectory(prefix="rlsys-state-") as scratch:
+            unpack_folder(files, Path(scratch) / "run")
+            load_run(self.learner, self.run_id, Path(scratch) / "run", with_optimizer=True)
+        self._last_update = f"was restored at version {self.learner.version(self.run_id)}"
+        self._canary_published = self._canary(None)
+
+    def digest(self) -> str:
+        """A hash of the adapter as it is trained (fp32): equal on all ranks after every step."""
+        return digest_tensors(sorted(self.learner.run_state(self.run_id).weights.items()))
 
     def _canary(self, run_id: str | None) -> Array:
         return self.learner.logprobs(run_id, self.canary_tokens, np.array([0, len(self.canary_tokens)]))[1:]

@@ -98,11 +98,17 @@ class Epochs:
 
     def batch_at(self, step: int) -> Array:
         """The (P,) int64 ids of step 0, 1, ..."""
-        first, end = step * self.batch, (step + 1) * self.batch
-        epochs = range(first // self.num_problems, (end - 1) // self.num_problems + 1)
+        return self.take(step * self.batch, self.batch)
+
+    def take(self, first: int, count: int) -> Array:
+        """The (count,) int64 ids at places first, first + 1, ... of the order, wherever a batch begins."""
+        assert first >= 0 and count >= 0
+        if count == 0:
+            return np.empty(0, np.int64)
+        epochs = range(first // self.num_problems, (first + count - 1) // self.num_problems + 1)
         ids = np.concatenate([self._permutation(epoch) for epoch in epochs])
         start = first - epochs.start * self.num_problems
-        return ids[start : start + self.batch]
+        return ids[start : start + count]
 
     def _permutation(self, epoch: int) -> Array:
         return np.random.default_rng([self.seed, epoch]).permutation(self.num_problems).astype(np.int64)

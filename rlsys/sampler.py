@@ -10,7 +10,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,12 @@ import numpy as np
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.engine.attest import attest, distance
 from rlsys.engine.postmortem import EngineLog
+from rlsys.engine.pulse import EnginePulse
 from rlsys.engine.requests import BaseModel, check_sequences, columns, engine_params, group_seeds, score_params
+from rlsys.engine.shards import proven_digest
 from rlsys.engine.start import Device, engine_processes, preload, prepare_environment
-from rlsys.errors import ActorFailedError, ConfigError, SamplingError, WeightSyncError
+from rlsys.engine.workers import values
+from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, SamplingError, WeightSyncError
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import AdapterSnapshot, Attestation, WeightUpdate
@@ -46,6 +49,8 @@ class Adapter:
     id: int
     request: Any  # vLLM's LoRARequest
     running: int = 0
+    work: set[asyncio.Future[Any]] = field(default_factory=set)  # of its running calls
+    rewound: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +81,14 @@ class Sampler:
         self._draws = itertools.count()
         self._ids = itertools.count(1)
         self._request_ids = itertools.count()
+        self._calls = itertools.count()
         self._live: dict[tuple[str, int], Adapter] = {}
         self._strays: dict[str, float] = {}  # run id -> distance to the learner when last attested
         self._loading = asyncio.Lock()
+        self._asleep = False
         self._engine: Any = None
         self._log: EngineLog
+        self._pulse = EnginePulse()
         self._tokens_generated = self._running = 0
         self._noise = self._start_s = 0.0
         self._about = BaseModel(base)
@@ -105,31 +113,38 @@ class Sampler:
             raise ActorFailedError(
                 f"sampler {self._name}: the vLLM engine did not start on {self._base}: {self._log.cause()}"
             ) from error
+        self._pulse.watch(self._engine)
         self._noise = await self._alive(self._measure_noise())
         self._start_s = time.perf_counter() - began
 
     def engine_arguments(self) -> dict[str, Any]:
         """What vLLM is started with; its own `LLM` takes the same."""
-        section, cpu = self._section, self._device == "cpu"
+        section, cpu, parallel = self._section, self._device == "cpu", self._section.tensor_parallel_size
         # One position more than promised: vLLM wants to generate a token even where a full-length sequence is only
         # scored. That token is never fed back, so its position is never computed.
         max_model_len = self._model.max_length + 1
         by_device: dict[str, Any] = (
             {
-                "distributed_executor_backend": "uni",
+                "distributed_executor_backend": "uni" if parallel == 1 else "rlsys.engine.parallel.CpuExecutor",
                 "worker_cls": "rlsys.engine.cpu.CpuWorker",
                 "block_size": CPU_BLOCK_TOKENS,
-                "kv_cache_memory_bytes": int(section.kv_cache_gb * GIB),
+                "kv_cache_memory_bytes": int(section.kv_cache_gb * GIB) // parallel,  # of each worker
                 # a seeded request whose prefill is cut in two kills the CPU engine ("does not use offset")
                 "enable_chunked_prefill": False,
             }
             if cpu
-            else {"gpu_memory_utilization": section.gpu_memory_utilization}
+            else {
+                "gpu_memory_utilization": section.gpu_memory_utilization,
+                "enable_sleep_mode": section.colocate,
+                # left to itself, vLLM would ask Ray for workers in our placement group, where no GPU is left
+                **({"distributed_executor_backend": "mp"} if parallel > 1 else {}),
+            }
         )
         return {
             "model": str(self._base),
             "dtype": self._model.dtype,
             "seed": self._seed,
+            "tensor_parallel_size": parallel,
             "max_model_len": max_model_len,
             "max_num_seqs": section.max_num_seqs,
             "max_num_batched_tokens": max(section.max_num_batched_tokens, max_model_len),
@@ -188,8 +203,8 @@ class Sampler:
         requests = [engine_params(params, children, group, self._about) for group in group_seeds(seed, problems)]
         with self._using(run_id, version, len(requests)) as adapter:
             prompts = _rows(prompt_tokens, prompt_offsets)
-            outputs = await self._alive(
-                _together([self._generate(*pair, adapter) for pair in zip(prompts, requests, strict=True)])
+            outputs = await self._work(
+                [self._generate(*pair, adapter) for pair in zip(prompts, requests, strict=True)], adapter
             )
         rollouts = columns(problems, prompt_tokens, prompt_offsets, n, outputs, version)
         self._tokens_generated += len(rollouts.tokens)
@@ -208,7 +223,7 @@ class Sampler:
         check_sequences("sequence", range(count), tokens, offsets, 0, max_length, vocab_size)
         with self._using(run_id, version, count) as adapter:
             rows = [self._score(np.asarray(row), adapter) for row in _rows(tokens, offsets)]
-            scored = await self._alive(_together(rows))
+            scored = await self._work(rows, adapter)
         scores = np.zeros(len(tokens), np.float32)
         later = np.ones(len(tokens), np.bool_)
         later[offsets[:-1]] = False
@@ -224,6 +239,7 @@ class Sampler:
         async with self._loading:
             began = time.perf_counter()
             snapshot = update.snapshot
+            self._refuse_asleep()
             self._refuse_unloadable(snapshot)
             await self._make_room(snapshot.run_id)
             adapter = self._new_adapter(snapshot)
@@ -269,11 +285,68 @@ class Sampler:
         del self._live[run_id, version]
         await self._call("rlsys_remove_adapter", adapter.id)
 
+    async def rewind(self, run_id: str) -> None:
+        """Abort the run's requests and take all its versions out; the same versions may then be loaded anew.
+
+        A learner that went back to a checkpoint gives other weights the numbers that these had.
+        """
+        async with self._loading:
+            mine = {key: adapter for key, adapter in self._live.items() if key[0] == run_id}
+            for key, adapter in mine.items():
+                del self._live[key]
+                adapter.rewound = True
+                for work in adapter.work:
+                    work.cancel()
+            self._strays.pop(run_id, None)
+            for adapter in mine.values():
+                await asyncio.gather(*adapter.work, return_exceptions=True)  # until the engine has let go of them
+                await self._call("rlsys_remove_adapter", adapter.id)
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory to the learner beside it, until `wake`. On CPU there is none to give, and nothing is
+        done. Not run on a GPU yet; read in vLLM 0.32:
+
+        At level 1 the pool "weights" moves to pinned host memory and comes back to the same addresses
+        (device_allocator/sleep_mode_backend.py and cumem.py). Adapters' slots belong to it, since they are made while
+        the model loads (v1/worker/gpu_worker.py load_model), so every attested version is still there on waking. The
+        KV cache is thrown away, and the prefix cache with it (v1/engine/core.py sleep). vLLM would abort what runs and
+        queue what comes later without end: both are refused here.
+
+        Raises:
+            SamplingError: requests still run.
+        """
+        async with self._loading:
+            if self._running:
+                raise SamplingError(
+                    f"sampler {self._name}: found {self._running} running requests; wanted none before it sleeps"
+                )
+            if self._device == "cpu" or self._asleep:
+                return
+            self._asleep = True
+            await self._alive(self._unless_dead(self._engine.sleep(level=1, mode="abort")))
+            self._pulse.answered += 1
+
+    async def wake(self) -> None:
+        """Take the memory back and serve again; nothing where it is awake. The same versions are live as before."""
+        async with self._loading:
+            if self._asleep:
+                await self._alive(self._unless_dead(self._engine.wake_up()))
+                self._pulse.answered += 1
+                self._asleep = False
+
+    def _refuse_asleep(self) -> None:
+        if self._asleep:
+            raise SamplingError(f"sampler {self._name}: is asleep; wanted wake() first")
+
     async def stop(self) -> None:
         """End the engine and its process."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.shutdown()  # on this thread: it cancels a task of this loop
+
+    async def progress(self) -> tuple[int, int]:
+        """Differs from the last answer if the engine has moved; asks nothing of the engine, so it cannot hang."""
+        return self._pulse.advanced, self._pulse.answered
 
     def stats(self) -> SamplerStats:
         live = tuple(self._live)
@@ -297,6 +370,7 @@ class Sampler:
         """The adapter of a version, which is not evicted while inside; None for the base."""
         if run_id is None and version != BASE_VERSION:
             raise SamplingError(f"version: found {version} without a run; the base is version {BASE_VERSION}")
+        self._refuse_asleep()
         adapter = None if run_id is None else self._adapter(run_id, version)
         self._running += requests
         if adapter is not None:
@@ -324,6 +398,26 @@ class Sampler:
         output = await self._generate(tokens.tolist(), score_params(), adapter)
         return np.asarray(output.prompt_logprobs.logprobs, np.float32)
 
+    async def _work(self, requests: Sequence[Any], adapter: Adapter | None) -> list[Any]:
+        """All results; none and an error where the adapter's run was rewound meanwhile."""
+        work = asyncio.ensure_future(self._alive(_together(requests)))
+        held = set() if adapter is None else adapter.work
+        held.add(work)
+        try:
+            results: list[Any] = await work
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            assert task is not None
+            if adapter is not None and adapter.rewound and not task.cancelling():
+                raise SamplingError(
+                    f"sampler {self._name}: adapter {adapter.request.lora_name} was taken out while it worked, because "
+                    "its run went back to an earlier step"
+                ) from None
+            raise
+        finally:
+            held.discard(work)
+        return results
+
     async def _alive(self, work: Awaitable[Any]) -> Any:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -331,11 +425,15 @@ class Sampler:
             return await work
         except (EngineDeadError, EngineGenerateError) as error:
             cause = self._log.cause() if isinstance(error, EngineDeadError) else error.__cause__ or error
-            raise ActorFailedError(f"sampler {self._name}: the vLLM engine failed: {cause}") from error
+            raise ActorDiedError(f"sampler {self._name}: the vLLM engine failed: {cause}") from error
 
-    async def _call(self, method: str, *args: Any) -> Any:
-        """The worker's answer to `method` of rlsys.engine.adapters."""
-        return (await self._alive(self._unless_dead(self._engine.collective_rpc(method, args=args))))[0]
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        """What each tensor-parallel worker answered to `method` of rlsys.engine.adapters, by rank."""
+        number = next(self._calls)
+        asked = self._engine.collective_rpc("rlsys_answer", args=(number, method, args))
+        answers = await self._alive(self._unless_dead(asked))
+        self._pulse.answered += 1
+        return values(f"sampler {self._name}", method, number, answers, self._section.tensor_parallel_size)
 
     async def _unless_dead(self, call: Awaitable[Any]) -> Any:
         """vLLM fails the requests of an engine that dies, but leaves calls of its worker waiting for ever."""
@@ -387,16 +485,19 @@ class Sampler:
         return Adapter(number, LoRARequest(lora_name=name, lora_int_id=number, lora_path=name))
 
     async def _install(self, snapshot: AdapterSnapshot, adapter: Adapter) -> str:
-        """The digest of the engine's slots after installing."""
+        """The digest of the engine's slots after installing; of several workers' slots, once each proved its part."""
+        where = f"sampler {self._name}, run {snapshot.run_id!r}, version {snapshot.version}"
         layout = [(slot.name, list(slot.shape), slot.offset, slot.nbytes) for slot in snapshot.layout]
         add = (adapter.id, snapshot.rank, snapshot.dtype, layout, snapshot.buffer.tobytes())
+        alone = self._section.tensor_parallel_size == 1
         try:
             await self._call("rlsys_add_adapter", *add)
-            digest: str = await self._call("rlsys_read_back", adapter.id, layout)
+            held = await self._call("rlsys_read_back" if alone else "rlsys_read_part", adapter.id, layout)
+        except ActorDiedError:
+            raise
         except Exception as error:
-            raise WeightSyncError(
-                f"sampler {self._name}, run {snapshot.run_id!r}, version {snapshot.version}: not installed: {error}"
-            ) from error
+            raise WeightSyncError(f"{where}: not installed: {error}") from error
+        digest: str = held[0] if alone else await asyncio.to_thread(proven_digest, where, snapshot, held)
         return digest
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
 
 from rlsys.config import ClusterSection, LearnerSection, ModelSection, Precision, SamplerSection, Section
 
@@ -30,6 +30,16 @@ class ServiceConfig(Section):
     start_timeout_s: float = Field(900.0, gt=0)
     room_timeout_s: float = Field(120.0, gt=0)  # how long a request waits for room in a full engine
     gap_timeout_s: float = Field(600.0, gt=0)  # how long a call waits for one entered before it that never arrives
+
+    @field_validator("learner")
+    @classmethod
+    def _one_rank(cls, section: LearnerSection | None) -> LearnerSection | None:
+        if section is not None and section.num_workers > 1:
+            raise ValueError(
+                f"learner.num_workers: found {section.num_workers}; a deployment has one learner rank, several are for "
+                "`rlsys train`"
+            )
+        return section
 
 
 class HostSpec(Section):

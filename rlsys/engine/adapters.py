@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.peft_helper import PEFTHelper
 
 from rlsys.engine.punica import SegmentedPunica
+from rlsys.engine.shards import Held, Region, regions
+from rlsys.engine.workers import Answer, answer
 from rlsys.weights import digest_tensors
 
 
@@ -18,6 +21,9 @@ class AdapterExtension:
     """Mixed into vLLM's worker (`worker_extension_cls`), so that `collective_rpc` reaches these."""
 
     model_runner: Any
+
+    def rlsys_answer(self, number: int, method: str, arguments: list[Any]) -> Answer:
+        return answer(self, number, method, arguments)
 
     def rlsys_add_adapter(
         self, adapter: int, rank: int, dtype: str, layout: list[tuple[str, list[int], int, int]], buffer: bytes
@@ -55,18 +61,32 @@ class AdapterExtension:
 
     def rlsys_read_back(self, adapter: int, layout: list[tuple[str, list[int], int, int]]) -> str:
         """Digest, in layout order, of what the forward pass multiplies by; anything beyond the layout must be zero."""
+        whole = {name: (0, shape[0], 0, shape[1]) for name, shape, _, _ in layout}
+        return self._rlsys_digest(adapter, whole)
+
+    def rlsys_read_part(self, adapter: int, layout: list[tuple[str, list[int], int, int]]) -> Held:
+        """The same of a worker that holds a part of each tensor, and which part that is."""
+        shapes = {name: shape for name, shape, _, _ in layout}
+        found: dict[str, Region] = {}
+        for parts, layer in _layers(self._rlsys_manager()):
+            cut = isinstance(layer, BaseLinearLayerWithLoRA) and layer.tp_size > 1  # the unembedding never is
+            found |= regions(layer, parts, shapes, cut)
+        mine = {name: found[name] for name, *_ in layout}
+        return self._rlsys_digest(adapter, mine), list(mine.values())
+
+    def _rlsys_digest(self, adapter: int, mine: dict[str, Region]) -> str:
         manager = self._rlsys_manager()
         slot = manager.lora_index_to_id.index(adapter)
-        shapes = {name: shape for name, shape, _, _ in layout}
         found: dict[str, torch.Tensor] = {}
         for module, a, b in _slots(manager):
             for name, stacked in ((f"{module}.lora_A", a), (f"{module}.lora_B", b)):
                 whole = stacked[slot, 0]
-                rows, columns = shapes.get(name, (0, 0))
+                top, bottom, left, right = mine.get(name, (0, 0, 0, 0))
+                rows, columns = bottom - top, right - left
                 if int(whole.count_nonzero()) != int(whole[:rows, :columns].count_nonzero()):
                     raise ValueError(f"the engine's slot of {name} holds values outside of shape ({rows}, {columns})")
                 found[name] = whole[:rows, :columns]
-        return digest_tensors((name, found[name]) for name, *_ in layout)
+        return digest_tensors((name, found[name]) for name in mine)
 
     def rlsys_live_adapters(self) -> list[int]:
         return sorted(adapter for adapter in self._rlsys_manager().lora_index_to_id if adapter is not None)
@@ -75,10 +95,15 @@ class AdapterExtension:
         return self.model_runner.lora_manager._adapter_manager
 
 
+def _layers(manager: Any) -> Iterator[tuple[list[str], Any]]:
+    """(modules that it packs, layer): qkv and gate_up stand for three and two, every other one for itself."""
+    for name, layer in manager.modules.items():
+        yield manager.packed_modules.get(name, [name]), layer
+
+
 def _slots(manager: Any) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(module, A slots, B slots) with qkv and gate_up taken apart into the modules that they pack."""
-    for name, layer in manager.modules.items():
-        parts = manager.packed_modules.get(name, [name])
+    for parts, layer in _layers(manager):
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
         a, b = (a, b) if isinstance(a, tuple) else ((a,), (b,))
         yield from zip(parts, a, b, strict=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import signal
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +15,9 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rlsys.engine.punica import SegmentedPunica
+from rlsys.engine.rows import steady
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 SEGMENTED_PUNICA = f"{SegmentedPunica.__module__}.{SegmentedPunica.__qualname__}"
 
 
@@ -21,12 +26,18 @@ class CpuWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _die_with_parent()
+        die_with_parent()
+
+    def init_device(self) -> None:
+        super().init_device()
+        if self.parallel_config.world_size > 1 and self.rank == 0:
+            _unlink_shared_memory()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         CpuPlatform.get_punica_wrapper = classmethod(lambda cls: SEGMENTED_PUNICA)
         super().load_model(*args, **kwargs)
         runner = self.model_runner
+        steady(runner.model)
         if runner.lora_config is None:
             return
         (punica,) = runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
@@ -39,11 +50,20 @@ class CpuWorker(CPUWorker):
         runner._get_prompt_logprobs_dict = with_adapters
 
 
-def _die_with_parent() -> None:
+def _unlink_shared_memory() -> None:
+    """Of the workers, which vLLM never takes away. All have it mapped by now, and it ends with the last of them."""
+    for path in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*-cpushm_*"):
+        path.unlink()
+
+
+def die_with_parent() -> None:
     """An engine whose actor was killed must not linger: it holds memory and cores that the next one needs."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
+    # A stopped process runs no thread of its own, but the kernel's signal reaches it. It comes when the fork server
+    # ends, which it does with the actor; to one of several workers, when the engine's process ends.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
         parent.join()

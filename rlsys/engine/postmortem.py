@@ -11,6 +11,8 @@ _TAIL_BYTES = 200_000
 # What vLLM puts before each line: "(EngineCore pid=77) ERROR 11-20 22:29:28 [core.py:1136] "
 _PREFIX = re.compile(r"^\((\w+)\S* pid=\d+\) ?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] ?)?")
 _ENGINE = "EngineCore"
+_WORKER = "Worker"  # of several: "Worker_TP1"
+_SECOND_HAND = re.compile(r"WorkerProc initialization failed|Worker failed with error|Executor failed")
 _RAISED = re.compile(r"^(?:[\w.]*(?:Error|Exception)|SystemExit)\b(?:: .+)?$")
 
 
@@ -26,9 +28,10 @@ class EngineLog:
             return "see its output"
         files = ", ".join(map(str, self._sizes))
         raised = [found for path, size in self._sizes.items() for found in _raised(path, size)]
+        raised = [(process, error) for process, error in raised if not _SECOND_HAND.search(error)] or raised
         # A process that fails before vLLM has it in hand writes without a prefix.
-        for wanted in (_ENGINE, ""):
-            errors = [error for process, error in raised if process == wanted]
+        for wanted in ((_ENGINE, _WORKER), ("",)):
+            errors = [error for process, error in raised if process.partition("_")[0] in wanted]
             if errors:
                 return f"{errors[-1]} (all of it in {files})"
         return f"its process ended without a word: killed, or out of memory (log: {files})"

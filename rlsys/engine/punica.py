@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
+from rlsys.engine.rows import filled
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -126,7 +128,7 @@ def _apply(
     scale: float,
 ) -> None:
     for block in blocks:
-        mine = x if block.rows is None else x[block.rows]
+        mine = filled(x if block.rows is None else x[block.rows])
         rank = block.rank or a_stacked[0].shape[2]
         start = 0
         for a, b in zip(a_stacked, b_stacked, strict=True):
@@ -134,7 +136,9 @@ def _apply(
             start += b.shape[2]
             low = mine @ a[block.slot, 0, :rank].T
             up = b[block.slot, 0, :, :rank].T
-            if block.rows is None:
-                out.addmm_(low, up, alpha=scale)
+            if block.rows is not None:
+                out.index_add_(0, block.rows, (low @ up)[: len(block.rows)], alpha=scale)
+            elif len(low) > len(out):
+                out.add_((low @ up)[: len(out)], alpha=scale)
             else:
-                out.index_add_(0, block.rows, low @ up, alpha=scale)
+                out.addmm_(low, up, alpha=scale)

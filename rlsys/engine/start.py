@@ -38,6 +38,14 @@ PRIVATE_API = {
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter": "lora_id",
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.remove_adapter": "adapter_id",
     "vllm.v1.engine.utils:get_mp_context": "",
+    "vllm.v1.executor.multiproc_executor:MultiprocExecutor._init_executor": "",
+    "vllm.lora.layers.base:BaseLayerWithLoRA.slice_lora_a": "lora_a",
+    "vllm.lora.layers.base:BaseLayerWithLoRA.slice_lora_b": "lora_b",
+    "vllm.v1.engine.async_llm:AsyncLLM.sleep": "level mode",
+    "vllm.v1.engine.async_llm:AsyncLLM.wake_up": "tags",
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": (
+        "engine_core_outputs engine_core_timestamp iteration_stats weight_version"
+    ),
 }
 CPU_ONLY = ("vllm.lora.punica_wrapper.punica_cpu", "vllm.platforms.cpu", "vllm.v1.worker.cpu_model_runner")
 

@@ -30,6 +30,7 @@ from rlsys.errors import ConfigError, GradingError, StalledError, did_you_mean
 from rlsys.types import Array
 
 RIGHT, WRONG, TIMEOUT, ERROR = 0, 1, 2, 3  # values of Grades.outcome
+KILLED = 4  # no outcome: the grade is repeated, and counts as ERROR when that happens to it again
 
 Grader = Callable[[str, str], float]
 
@@ -103,6 +104,7 @@ class GraderPool:
         module = function.partition(":")[0] if isinstance(function, str) else function.__module__
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__, module])
+        self._graded = 0
         self._pool = self._start()
 
     def grade(self, completions: Sequence[str], answers: Sequence[str]) -> Grades:
@@ -117,7 +119,7 @@ class GraderPool:
         assert len(answers) == R, f"{R} completions, {len(answers)} answers"
         rewards, outcome = np.zeros(R, np.float32), np.full(R, WRONG, np.int8)
         failed: list[tuple[int, str]] = []
-        rebuilds, r = 0, 0
+        rebuilds, r, repeated = 0, 0, -1
         calls = self._submit(completions, answers, range(R))
         while r < R:
             try:
@@ -131,6 +133,12 @@ class GraderPool:
                     ) from error
                 calls.update(self._submit(completions, answers, range(r, R)))
                 continue
+            if outcome[r] == KILLED:  # from outside, it seems: its zero would not be the completion's fault
+                outcome[r] = ERROR
+                if repeated < r:
+                    repeated = r
+                    calls.update(self._submit(completions, answers, range(r, r + 1)))
+                    continue
             if outcome[r] >= TIMEOUT:
                 failed.append((r, text))
                 if len(failed) > self._section.max_failed_share * R:
@@ -138,6 +146,10 @@ class GraderPool:
                     raise self._too_many(outcome[: r + 1], failed, completions, R)
             r += 1
         return Grades(rewards, outcome, failed[0][1] if failed else "")
+
+    def progress(self) -> int:
+        """Grades that have ended since the start, however; another thread may ask while a batch is being graded."""
+        return self._graded
 
     def close(self) -> None:
         """Kill the processes, whatever they do."""
@@ -164,7 +176,13 @@ class GraderPool:
         if not self._pool.active:
             self._pool = self._restart()
         timeout = self._section.timeout_s
-        return {r: self._pool.schedule(_grade_one, (completions[r], answers[r]), timeout=timeout) for r in rows}
+        calls = {r: self._pool.schedule(_grade_one, (completions[r], answers[r]), timeout=timeout) for r in rows}
+        for call in calls.values():
+            call.add_done_callback(self._count)
+        return calls
+
+    def _count(self, call: concurrent.futures.Future[_Answer]) -> None:
+        self._graded += 1  # only pebble's one thread that takes in results does this
 
     def _result(self, call: concurrent.futures.Future[_Answer]) -> tuple[float, int, str]:
         """(reward, outcome, text of the failure). Calls start in order, so this one is running or next."""
@@ -184,7 +202,8 @@ class GraderPool:
         if isinstance(error, TimeoutError):
             return 0.0, TIMEOUT, f"no reward within rewards.timeout_s = {self._section.timeout_s:g} s"
         if isinstance(error, ProcessExpired):
-            return 0.0, ERROR, f"the grader's process died: {_ending(error.exitcode)}"
+            killed = error.exitcode == -signal.SIGKILL
+            return 0.0, KILLED if killed else ERROR, f"the grader's process died: {_ending(error.exitcode)}"
         raise error
 
     def _too_many(

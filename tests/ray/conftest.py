@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,14 +16,13 @@ from rlsys.base import initial_model
 from rlsys.config import JobConfig, MakeSection, parse_config
 from rlsys.tokenizer import build_tokenizer
 
-DASHBOARD_PORT = 8267
-
 MICRO = MakeSection(
     vocab_size=160, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=64
 )
 
 JOB = """
-run: {name: micro, seed: 5, stage_timeout_s: 120, start_timeout_s: 240}
+run: {name: micro, seed: 5}
+watchdog: {start_s: 240}
 model: {dtype: float32, max_length: 96}
 task: {train_problems: 32, eval_problems: 8}
 lora: {rank: 4, alpha: 8}
@@ -32,6 +32,16 @@ rl: {steps: 2, problems_per_step: 4, samples_per_problem: 4, sampling: {max_toke
 eval: {every_steps: 0, max_tokens: 12}
 tracking: {wandb: offline}
 """
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+DASHBOARD_PORT = free_port()
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,12 @@ def variety(completion: str, answer: str) -> float:
     return len(set(completion)) / 40
 
 
+def slow_variety(completion: str, answer: str) -> float:
+    """The same, slow enough for a kill to meet it at work."""
+    time.sleep(0.02)
+    return variety(completion, answer)
+
+
 def sleeper(completion: str, answer: str) -> float:
     time.sleep(3600)
     return 1.0

@@ -107,11 +107,21 @@ def test_no_actor_outlives_its_job(finished: tuple[JobConfig, Outcome], ray_clus
         ray.shutdown()
 
 
-def test_an_existing_run_is_refused_with_the_way_out(finished: tuple[JobConfig, Outcome]) -> None:
+def test_a_finished_run_says_so_and_is_left_as_it_was(finished: tuple[JobConfig, Outcome]) -> None:
+    config, outcome = finished
+    before = (config.run_dir / "metrics.jsonl").read_bytes()
+    again = jobs.train(config, Progress())
+    assert (again.steps, again.accuracy_after) == (outcome.steps, outcome.accuracy_after)
+    assert (config.run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_computes_something_else_is_refused_with_the_keys_and_the_ways_out(
+    finished: tuple[JobConfig, Outcome],
+) -> None:
     config, _ = finished
-    with pytest.raises(RunExistsError, match=r"--replace"):
-        jobs.train(config, Progress())
-    assert (config.run_dir / "metrics.jsonl").is_file()
+    other = config.model_copy(update={"lora": config.lora.model_copy(update={"rank": 2})})
+    with pytest.raises(RunExistsError, match=r"lora\.rank was 4, is 2.*run\.name.*--fresh"):
+        jobs.train(other, Progress())
 
 
 def test_more_than_the_cluster_has_is_refused_before_anything_waits(ray_cluster: str, job: Job) -> None:
@@ -129,7 +139,7 @@ def test_a_run_directory_that_is_no_run_is_left_alone(job: Job) -> None:
     config.run_dir.mkdir(parents=True)
     (config.run_dir / "thesis.tex").write_text("dear")
     with pytest.raises(RunExistsError, match="no run of rlsys"):
-        jobs.train(config, Progress(), replace=True)
+        jobs.train(config, Progress(), fresh=True)
     assert (config.run_dir / "thesis.tex").read_text() == "dear"
 
 

@@ -31,7 +31,7 @@ def test_a_detached_deployment_lives_until_rlsys_stop_and_then_gives_its_resourc
     started = _run(sys.executable, str(tmp_path / "program.py"), ray_cluster, str(micro_base))
     assert started.returncode == 0, started.stderr
     wrong = _run(sys.executable, "-m", "rlsys", "stop", "yours")
-    assert wrong.returncode == 1 and "no running deployment is named 'yours'" in wrong.stderr
+    assert wrong.returncode == 1 and "no running job or deployment is named 'yours'" in wrong.stderr
     stopped = _run(sys.executable, "-m", "rlsys", "stop", "mine")
     assert stopped.returncode == 0 and stopped.stdout.strip() == "stopped: micro", stopped.stdout + stopped.stderr
     again = _run(sys.executable, "-m", "rlsys", "stop")

@@ -10,12 +10,13 @@ import psutil
 import pytest
 
 from actors import job as jobs
+from actors import sampler_pool
 from actors.sampler_actor import SamplerActor
-from actors.stages import refuse_unattested
+from actors.sampler_pool import refuse_unattested
 from rlsys.config import JobConfig
-from rlsys.errors import ActorFailedError, WeightSyncError
-from rlsys.loop import Published
+from rlsys.errors import ActorDiedError, WeightSyncError
 from rlsys.progress import Progress
+from rlsys.stages import Published
 from rlsys.tracking import read_metrics
 from rlsys.weights import Attestation
 
@@ -23,17 +24,17 @@ from rlsys.weights import Attestation
 class ForgetfulSampler(SamplerActor):
     """Sampler 1 skips the sync of version 1 and answers with what it attested before."""
 
-    async def load(self, update: Any, bound: float) -> Attestation:
+    async def load(self, update: Any, bound: float, anew: bool = False) -> Attestation:
         if self.index == 1 and update.snapshot.version == 1:
             return self.last
-        self.last = await super().load(update, bound)
+        self.last = await super().load(update, bound, anew)
         return self.last
 
 
 def test_one_of_two_samplers_that_skips_a_sync_stops_the_run_and_is_named(
     ray_cluster: str, job: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "SamplerActor", ForgetfulSampler)
+    monkeypatch.setattr(sampler_pool, "SamplerActor", ForgetfulSampler)
     config = job("sampler.num_workers=2", "rl.steps=3")
     with pytest.raises(
         WeightSyncError, match=r"^sampler 1 serves version 0 .* wanted version 1 .*missed a weight sync"
@@ -45,20 +46,21 @@ def test_one_of_two_samplers_that_skips_a_sync_stops_the_run_and_is_named(
 class DyingSampler(SamplerActor):
     """Its engine's process is killed before version 1 is loaded."""
 
-    async def load(self, update: Any, bound: float) -> Attestation:
+    async def load(self, update: Any, bound: float, anew: bool = False) -> Attestation:
         if update.snapshot.version == 1:
             for process in psutil.Process().children(recursive=True):
                 if "EngineCore" in process.name() + "".join(process.cmdline()):
                     process.kill()
-        return await super().load(update, bound)
+        return await super().load(update, bound, anew)
 
 
-def test_an_engine_that_is_killed_stops_the_run_with_its_sampler_and_what_happened(
+def test_an_engine_that_dies_again_and_again_stops_the_run_with_its_sampler_and_what_happened(
     ray_cluster: str, job: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs, "SamplerActor", DyingSampler)
-    config = job("rl.steps=3")
-    with pytest.raises(ActorFailedError, match=r"^sampler 0: .*its process ended without a word: killed"):
+    monkeypatch.setattr(sampler_pool, "SamplerActor", DyingSampler)
+    config = job("rl.steps=3", "cluster.max_restarts=1")
+    what = r"^samplers died 2 times without a step in between .*\n.*sampler 0.*its process ended without a word: killed"
+    with pytest.raises(ActorDiedError, match=what):
         jobs.train(config, Progress())
     assert (config.run_dir / "report.html").is_file()
 

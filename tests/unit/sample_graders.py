@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import os
+import signal
 import sys
 import time
 from functools import partial
@@ -28,6 +29,8 @@ def obedient(completion: str, answer: str) -> object:
             os._exit(3)
         case "sys.exit":
             sys.exit(3)
+        case "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
         case "segfault":
             ctypes.string_at(0)
         case "memory":
@@ -53,6 +56,16 @@ def obedient(completion: str, answer: str) -> object:
         case "pid":
             return os.getpid() / 2**24
     return float(completion == answer)
+
+
+def killed_once(completion: str, answer: str) -> object:
+    """The completion names a file; without it, the process makes it and is killed."""
+    try:
+        with open(completion, "x"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    except FileExistsError:
+        return float(answer)
+    return 0.0
 
 
 class Stateful:

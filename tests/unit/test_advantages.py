@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.advantages import discounted_future_sum, fold_kl, group_advantages, to_datums
+from rlsys.advantages import discounted_future_sum, fold_kl, group_advantages, group_outcomes, to_datums
 from rlsys.config import AdvantageSection
 from rlsys.errors import ConfigError, DatumError
+from rlsys.ledger import AGREED, EMPTY, TRAINED
 from rlsys.rollouts import Rollouts, offsets_of
 
 MEAN = AdvantageSection()
@@ -215,3 +216,15 @@ def test_reference_logprobs_come_exactly_with_a_coefficient():
 def test_rewards_and_completions_have_to_pair_up():
     with pytest.raises(DatumError, match="rewards: found 1 for 2 completions"):
         to_datums(made([3, 1], [0, 0]), np.array([0.0]), MEAN)
+
+
+def test_the_outcome_of_each_group_says_whether_it_became_datums_and_why_not():
+    rollouts = made([2, 1, 3, 1, 0, 0, 2, 0], [0, 0, 1, 1, 2, 2, 3, 3])
+    rewards = np.array([0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    assert group_outcomes(rollouts, rewards, AdvantageSection()).tolist() == [TRAINED, AGREED, EMPTY, TRAINED]
+    batch, _ = to_datums(rollouts, rewards, AdvantageSection())
+    assert batch.num_datums == 3, "two of group 0, none of 1 and 2, one of 3: its other completion has no token"
+    kept = group_outcomes(rollouts, rewards, AdvantageSection(drop_agreeing=False))
+    assert kept.tolist() == [TRAINED, TRAINED, EMPTY, TRAINED]
+    with_kl = group_outcomes(rollouts, rewards, AdvantageSection(kl_coef=0.1))
+    assert with_kl.tolist() == kept.tolist()

@@ -410,6 +410,24 @@ def test_sizes_are_those_of_model_and_section(tiny_model: Models) -> None:
     assert Learner(path, ModelSection(path=str(path), max_length=50), LearnerSection()).max_length == 50
 
 
+def test_progress_counts_micro_batches_and_steps(tiny_model: Models) -> None:
+    learner = with_run(make(tiny_model(True), budget=1))
+    assert learner.progress() == 0
+    learner.forward_backward("run", draw(datums=3), losses.resolve("importance_sampling"))
+    assert learner.progress() == 9  # each begun, passed forward, passed backward
+    learner.optim_step("run", AdamParams())
+    assert learner.progress() == 10
+    learner.logprobs("run", draw(datums=2).tokens, draw(datums=2).offsets)
+    assert learner.progress() == 14
+
+
+def test_the_base_has_the_bytes_of_its_weights_whatever_runs_on_it(tiny_model: Models) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(True))
+    wanted = sum(weight.numel() * 4 for weight in model.parameters())
+    assert make(tiny_model(True)).base_bytes == wanted
+    assert with_run(make(tiny_model(True))).base_bytes == wanted
+
+
 def test_batches_of_the_same_datums_add_up(tiny_model: Models) -> None:
     """The gradient of a batch given twice is twice its gradient."""
     batch, loss_fn = draw(), losses.resolve("dro")

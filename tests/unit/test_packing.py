@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.datums import DatumBatch
-from rlsys.packing import SHORTEST_SHARE, bins, pack, segment
+from rlsys.packing import SHORTEST_SHARE, bins, filler, pack, segment
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 
@@ -53,6 +53,18 @@ def test_first_fit_decreasing_fills_the_gaps() -> None:
 
 def test_a_batch_without_datums_has_no_micro_batches() -> None:
     assert pack(batch_of([]), 16) == []
+
+
+def test_a_share_is_packed_by_itself_at_the_places_of_the_whole_batch() -> None:
+    batch, share = batch_of([3, 9, 0, 4, 7]), np.array([0, 2, 4])
+    (micro,) = pack(batch, 16, share=share)
+    assert micro.index.tolist() == micro.tokens[0].tolist() == [12 + 4 + k for k in range(7)] + [0, 1, 2]
+    assert pack(batch, 16, share=share[:0]) == []
+
+
+def test_a_filler_is_one_token_of_no_place() -> None:
+    micro = filler()
+    assert (micro.tokens.shape, micro.targets.shape, len(micro.index)) == ((1, 1), (1,), 0)
 
 
 @settings(deadline=None, max_examples=60)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_learner import assert_same_bits, state
 
 from rlsys.config import JobConfig, parse_config
 from rlsys.datums import DatumBatch
-from rlsys.errors import DivergedError, MismatchError
+from rlsys.errors import CheckpointError, DivergedError, MismatchError
 from rlsys.learner import Learner
 from rlsys.policy import Policy, join_prompts
 from rlsys.rollouts import Rollouts
@@ -85,6 +86,43 @@ def test_sampled_logprobs_that_are_not_finite_are_a_divergence_and_finite_ones_a
     with pytest.raises(DivergedError, match="step 2: learner or sampler gives tokens just sampled no finite"):
         policy.step(batch, 2)
     assert policy.learner.version(policy.run_id) == 0, "nothing was applied"
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_policy_restored_from_its_files_goes_on_to_the_bit(
+    tiny_model: Callable[[bool], Path], advantages: Array, steps_before: int
+) -> None:
+    options = ("rl.optim.learning_rate=1e-2", "rl.optim.weight_decay=0.1", "rl.optim.grad_clip_norm=1.0")
+    straight = policy_of(tiny_model(True), *options)
+    for step in range(1, steps_before + 1):
+        straight.step(on_policy(straight, advantages), step)
+    files, digest = straight.state_files(), straight.digest()
+    restored = policy_of(tiny_model(True), *options)
+    restored.restore(files)
+    assert restored.digest() == digest
+    for policy in (straight, restored):
+        policy.step(on_policy(policy, advantages), steps_before + 1)
+    assert_same_bits(state(restored.learner, "unit"), state(straight.learner, "unit"))
+    assert restored.learner.version("unit") == steps_before + 1
+    assert restored.digest() == straight.digest() != digest
+    assert restored.state_files() == straight.state_files()
+    assert np.array_equal(restored.publish().canary_new, straight.publish().canary_new)
+
+
+def test_files_of_another_section_or_with_a_wrong_byte_restore_nothing(
+    tiny_model: Callable[[bool], Path], advantages: Array
+) -> None:
+    policy = policy_of(tiny_model(True), "rl.optim.learning_rate=1e-2")
+    files, before = policy.state_files(), policy.digest()
+    policy.step(on_policy(policy, advantages), 1)
+    after = policy.digest()
+    assert after != before
+    name = "adapter_model.safetensors"
+    with pytest.raises(CheckpointError):
+        policy.restore({**files, name: files[name][:-1] + b"?"})
+    with pytest.raises(CheckpointError, match=r"rank 4"):
+        policy_of(tiny_model(True), "lora.rank=2").restore(files)
+    assert policy.digest() == after
 
 
 def test_each_completion_is_joined_to_its_own_prompt() -> None:

@@ -42,3 +42,9 @@ def test_the_last_error_of_the_engine_is_the_cause(tmp_path: Path, lines: list[s
 def test_an_engine_without_last_words_was_killed(tmp_path: Path) -> None:
     found = cause(tmp_path, "(EngineCore pid=7) INFO 11-20 22:40:21 [core.py:1] fine")
     assert found.startswith("its process ended without a word") and str(tmp_path / "out") in found
+
+
+def test_a_worker_s_own_error_is_the_cause_and_not_that_the_engine_heard_of_it(tmp_path: Path) -> None:
+    worker = FATAL.replace("EngineCore", "Worker_TP1")
+    heard = FATAL.replace("Unsupported head_dim=24", "Worker failed with error 'x', please check the stack trace")
+    assert cause(tmp_path, worker, heard).startswith("RuntimeError: Unsupported head_dim=24 (all of it in ")

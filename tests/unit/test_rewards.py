@@ -120,6 +120,21 @@ def test_no_failure_is_allowed_at_share_zero() -> None:
         pool.close()
 
 
+def test_a_grade_whose_process_was_killed_from_outside_is_repeated_and_counts_as_no_failure(tmp_path: Path) -> None:
+    pool = GraderPool(RewardSection(timeout_s=5, max_failed_share=0.0), sample_graders.killed_once)
+    try:
+        files = [str(tmp_path / name) for name in "abc"]
+        grades = pool.grade(files, ["1", "0.5", "0"])
+        assert grades.rewards.tolist() == [1.0, 0.5, 0.0] and grades.counts()["reward/errors"] == 0
+    finally:
+        pool.close()
+
+
+def test_a_grade_that_is_killed_twice_is_an_error(pool: GraderPool) -> None:
+    grades = grade(pool, "7", "killed", "7")
+    assert grades.outcome.tolist() == [RIGHT, ERROR, RIGHT] and "signal 9" in grades.first_error
+
+
 def test_an_idle_process_that_was_killed_is_replaced() -> None:
     pool = GraderPool(RewardSection(timeout_s=5, max_failed_share=0.0), sample_graders.obedient)
     try:
@@ -137,6 +152,17 @@ def test_two_processes_grade_a_batch_in_order() -> None:
         assert grade(pool, *["7", "8"] * 100).outcome.tolist() == [RIGHT, WRONG] * 100
     finally:
         pool.close()
+
+
+def test_progress_counts_grades_as_they_end_while_one_still_runs(pool: GraderPool) -> None:
+    before = pool.progress()
+    grading = threading.Thread(target=grade, args=(pool, "7", "raise", "sleep"))
+    grading.start()
+    deadline = time.monotonic() + 20
+    while pool.progress() < before + 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert pool.progress() == before + 2 and grading.is_alive(), "the third one sleeps"
+    grading.join()
 
 
 def _until_the_pool_ends(pool: GraderPool, *completions: str) -> None:

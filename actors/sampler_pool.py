@@ -1,0 +1,452 @@
+"""Samplers as one stage: whole groups go to the one with least work; who dies is replaced, and its groups drawn again.
+
+A member serves only once it has attested the current version. The pool is tended from the driver's one thread, whenever
+the loop waits here: nothing happens behind its back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.logs import Failures
+from actors.placement import Placement, Seat
+from actors.sampler_actor import SamplerActor
+from actors.watchdog import Waiting, Watchdog, value
+from rlsys.config import JobConfig
+from rlsys.errors import ActorDiedError, ClusterError, DataLostError, RlsysError, StalledError, WeightSyncError
+from rlsys.stages import Facts, Made, Published
+from rlsys.types import Array, SamplingParams
+from rlsys.weights import Attestation
+
+POLL_S = 0.5
+STOP_TIMEOUT_S = 5.0  # for an engine to end by itself before its actor is killed
+UNITS_EACH = 4  # calls per sampler and step where there are several: fine enough to even out, coarse enough to be cheap
+AHEAD = 2  # times max_num_seqs completions wait at a sampler, so that its engine is never short of work
+NAMED = 8  # problems in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """What a sampler is started with: references, which every later one gets too."""
+
+    base: Any
+    train: Any
+    held_out: Any
+    probe: Any
+
+
+@dataclass(eq=False)
+class Member:
+    """One sampler of the pool, whichever process serves as it at the moment."""
+
+    index: int
+    seat: Seat
+    actor: Any
+    joining: Waiting | None = None  # until this is done it gets no work
+    unproven: bool = False
+    newcomer: bool = False  # came by `resize` and has not served yet: the job can do without it
+    groups: int = 0  # in its hands
+    leaving: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"sampler {self.index}"
+
+    @property
+    def serves(self) -> bool:
+        return self.joining is None and not self.leaving
+
+
+class SamplerPool:
+    """The loop's ``Samplers``.
+
+    ``renew``: makes anew what samplers are started with and the current version, where a node took them with it; it
+    raises Rewound where the learner had to come back for that. ``between``: hears requests from outside.
+    ``resampled``: told the (P,) problems for training that are drawn completions for once more.
+    """
+
+    def __init__(
+        self, config: JobConfig, placement: Placement, failures: Failures, note: Callable[[str], None]
+    ) -> None:
+        self.config, self.placement, self.failures, self.note = config, placement, failures, note
+        self.members: list[Member] = []
+        self.spare: list[Seat] = []
+        self.needed: Needed | None = None
+        self.current: Published | None = None
+        self.deaths = 0  # since the last version that was loaded
+        self.asleep = False
+        self.renew: Callable[[], tuple[Needed, Published]]
+        self.between: Callable[[], None] = lambda: None
+        self.resampled: Callable[[Array], None] = lambda ids: None
+        self._starts = Watchdog("start", config.watchdog.start_s, failures)
+
+    # the job's beginning and end
+
+    def launch(self, seats: Sequence[Seat]) -> None:
+        """Make the actors; they import vLLM while the base is being made."""
+        self.members = [Member(i, seat, self._actor(i, seat)) for i, seat in enumerate(seats)]
+        for member in self.members:
+            member.actor.preload.remote()
+
+    def begin(self, base: Any, train: Any, held_out: Any) -> None:
+        """Start every engine; `start` waits for them. The learner loads its base at the same time."""
+        for member in self.members:
+            member.joining = self._joining(member, member.actor.start.remote(base, train, held_out), "starting vLLM")
+            member.unproven = True
+
+    def start(self, needed: Needed) -> None:
+        """Have every engine prove that adapters reach its forward pass."""
+        self.needed = needed
+        while any(member.joining for member in self.members):
+            self._wait_for_joining()
+
+    def close(self) -> None:
+        """End every engine, then every actor."""
+        stopping = [member.actor.stop.remote() for member in self.members]
+        ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S) if stopping else None
+        for member in self.members:
+            ray.kill(member.actor)
+        self.members = []
+
+    # the loop's stages
+
+    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> Made:
+        began = time.perf_counter()
+        self._wake()
+        units = self._units(problems, n)
+        queue, flying = deque(range(len(units))), dict[Waiting, tuple[Member, int]]()
+        rollouts: list[Any] = [None] * len(units)
+        counts: list[Any] = [None] * len(units)
+        dog = Watchdog("sample", self.config.watchdog.sample_s, self.failures)
+        again = 0
+        try:
+            while queue or flying:
+                self.tend()
+                self._deal(queue, flying, rollouts, units, (split, n, params))
+                if not flying:
+                    self._wait_for_joining()
+                    continue
+                for waiting in dog.wait_any(list(flying), POLL_S):
+                    if waiting in flying:  # else lost with its sampler a moment ago
+                        lost = self._landed(waiting, flying, queue, units, counts)
+                        again += len(lost)
+                        if split == "train" and len(lost):
+                            self.resampled(lost)
+        finally:
+            for member in self.members:  # what an error leaves behind is of no use to anybody
+                member.groups = 0
+        if self._shares_gpus:
+            self._all("sleep", "giving the GPU's memory to the learner")
+            self.asleep = True
+        seconds = time.perf_counter() - began
+        total = {key: sum(part[key] for part in counts) for key in counts[0]}
+        facts = {
+            "sampler/completion_tokens_mean": total["tokens"] / total["completions"],
+            "sampler/truncated_share": total["truncated"] / total["completions"],
+            "sampler/tokens_per_s": total["tokens"] / seconds,
+            "sampler/workers": float(sum(member.serves for member in self.members)),
+            "sampler/resampled_groups": float(again),
+        }
+        return Made(tuple(rollouts), facts)
+
+    def _landed(
+        self,
+        waiting: Waiting,
+        flying: dict[Waiting, tuple[Member, int]],
+        queue: deque[int],
+        units: Sequence[Array],
+        counts: list[Any],
+    ) -> Array:
+        """Take a call's answer; where its sampler died, all it held goes to the front of the queue: those problems."""
+        member, unit = flying[waiting]
+        try:
+            counts[unit] = value(waiting, self.failures)
+        except ActorDiedError as error:
+            lost = [other for other, (holder, _) in flying.items() if holder is member]
+            back = sorted(flying.pop(other)[1] for other in lost)
+            queue.extendleft(reversed(back))
+            self._replace(member, error)
+            return np.concatenate([units[i] for i in back])
+        del flying[waiting]
+        member.groups -= len(units[unit])
+        return units[unit][:0]
+
+    def load(self, update: Published) -> Facts:
+        if self._is_current(update.version, update.digest):
+            return {"sync/bytes": 0.0}  # every group agreed, so the optimizer did not step: the samplers have this one
+        self._wake()
+        anew = self.current is not None and update.version <= self.current.version
+        self.current = update
+        dog = Watchdog("sync", self.config.watchdog.sync_s, self.failures)
+        asked = {self._loading(member, anew): member for member in self.members if member.serves}
+        found: list[Attestation] = []
+        names: list[str] = []
+        while asked:
+            for waiting in dog.wait_any(list(asked), POLL_S):
+                member = asked.pop(waiting)
+                try:
+                    found.append(value(waiting, self.failures))
+                    names.append(member.name)
+                except ActorDiedError as error:
+                    self._replace(member, error)
+                except DataLostError as error:
+                    self._renew(error)
+                    asked[self._loading(member, anew)] = member
+        refuse_unattested(found, names, update, self.config.run.name)
+        while not any(member.serves for member in self.members):
+            self._wait_for_joining()
+        self.deaths = 0
+        return {
+            "sync/canary_new": max((one.distance_new for one in found), default=0.0),
+            "sync/canary_previous": min((one.distance_previous for one in found), default=0.0),
+            "sync/separation": max((one.separation for one in found), default=0.0),
+            "sync/no_power": float(sum(not one.has_power for one in found)),
+            "sync/bytes": float(update.nbytes),
+        }
+
+    # coming and going
+
+    def tend(self) -> None:
+        """Take in who has finished joining, and hear requests from outside."""
+        self.between()
+        joining = {member.joining: member for member in self.members if member.joining}
+        if not joining:
+            return
+        # Not the watchdog's: while others work, nobody has to wait for who is still on the way.
+        ready = ray.wait([waiting.ref for waiting in joining], num_returns=len(joining), timeout=0)[0]
+        for waiting, member in joining.items():
+            if waiting.ref in ready:
+                self._joined(member)
+
+    def resize(self, wanted: int) -> str:
+        """Have that many samplers; returns what was begun, in words.
+
+        Raises:
+            ClusterError: there is no room for so many; nothing has changed then.
+        """
+        if wanted < 1:
+            raise ClusterError(f"--samplers {wanted}: wanted at least 1")
+        staying = [member for member in self.members if not member.leaving]
+        if wanted == len(staying):
+            return f"there are {wanted} samplers already"
+        if wanted > len(staying):
+            return self._grow(wanted - len(staying))
+        for member in staying[wanted:]:
+            member.leaving = True
+        self._dismiss_idle()
+        return f"{len(staying)} samplers -> {wanted}; those that leave finish the groups they hold"
+
+    def _grow(self, more: int) -> str:
+        first = 1 + max(member.index for member in self.members)
+        seats: list[Seat] = []
+        try:
+            for index in range(first, first + more):
+                seats.append(self.spare.pop() if self.spare else self.placement.another_sampler(index))
+        except ClusterError:
+            self.spare.extend(seats)
+            raise
+        for index, seat in enumerate(seats, start=first):
+            member = Member(index, seat, self._actor(index, seat), newcomer=True)
+            self._join(member)
+            self.members.append(member)
+        return f"{len(self.members) - more} samplers -> {len(self.members)}; new ones serve once they have attested"
+
+    def _dismiss_idle(self) -> None:
+        for member in [one for one in self.members if one.leaving and not one.groups]:
+            self.members.remove(member)
+            self.spare.append(member.seat)
+            ray.wait([member.actor.stop.remote()], timeout=STOP_TIMEOUT_S)
+            ray.kill(member.actor)
+            self.note(f"{member.name} has left")
+
+    def _replace(self, member: Member, error: RlsysError) -> None:
+        """Another process in the place of a member that died, unless too many did.
+
+        Raises:
+            ActorDiedError: the first death, when more than cluster.max_restarts came without a version in between.
+        """
+        ray.kill(member.actor)  # its engine may be dead and the actor not
+        member.groups = 0
+        if member.leaving or member.newcomer:
+            self.members.remove(member)
+            self.spare.append(member.seat)
+            if member.newcomer:
+                self.note(f"{member.name} could not join, the job goes on without it: {str(error).splitlines()[0]}")
+            return
+        self.deaths += 1
+        limit = self.config.cluster.max_restarts
+        if self.deaths > limit:
+            raise self.failures.gone(f"samplers died {self.deaths} times without a step in between", limit)
+        self.note(f"{member.name} died and is replaced ({self.deaths} of {limit}): {str(error).splitlines()[0]}")
+        member.actor = self._actor(member.index, member.seat)
+        self._join(member)
+
+    def _renew(self, error: DataLostError) -> None:
+        self.note(f"made anew, since a node took it along: what samplers are started with ({error})")
+        self.deaths += 1
+        if self.deaths > self.config.cluster.max_restarts:
+            raise error
+        self.needed, self.current = self.renew()
+
+    def _join(self, member: Member) -> None:
+        member.unproven = False  # `replace` has it prove itself
+        update = None if self.current is None else self.current.ref
+        ref = member.actor.replace.remote(*self._arguments(), update, self.config.max_canary_diff)
+        member.joining = self._joining(member, ref, "starting vLLM and loading the current version")
+
+    def _joined(self, member: Member) -> None:
+        """One stage of joining is done: serve, or catch up with the version that came out meanwhile."""
+        assert member.joining is not None and self.needed is not None
+        try:
+            attested: Attestation | None = value(member.joining, self.failures)
+        except ActorDiedError as error:
+            self._replace(member, error)
+            return
+        except DataLostError as error:
+            self._renew(error)
+            self._join(member)
+            return
+        except RlsysError as error:
+            if not member.newcomer:
+                raise
+            self._replace(member, error)
+            return
+        if member.unproven:
+            member.unproven = False
+            ref = member.actor.prove.remote(self.needed.probe, self.config.max_canary_diff)
+            member.joining = self._joining(member, ref, "proving that adapters reach its forward pass")
+            return
+        if self.current is None or (attested and self._is_current(attested.version, attested.digest)):
+            member.joining, member.newcomer = None, False
+            if self.current is not None:
+                self.note(f"{member.name} serves version {self.current.version}")
+            return
+        ref = member.actor.load.remote(self.current.ref, self.config.max_canary_diff, True)
+        member.joining = self._joining(member, ref, f"loading version {self.current.version}")
+
+    def _wait_for_joining(self) -> None:
+        """Nobody can work: wait for who is on the way, but not for a place that nobody can give."""
+        joining = {member.joining: member for member in self.members if member.joining}
+        if not joining:
+            raise StalledError("no sampler is left, and none is on its way")
+        self.between()
+        for waiting in self._starts.wait_any(list(joining), POLL_S):
+            self._joined(joining[waiting])
+        for waiting, member in joining.items():
+            waited = time.monotonic() - waiting.since
+            lacking = self.placement.lacking(member.seat) if waited > POLL_S and member.joining is waiting else None
+            if lacking and waited > self.config.watchdog.sample_s:
+                raise StalledError(
+                    f"sample: no sampler is left, and {member.name} has waited {waited:.0f} s (watchdog.sample_s) for "
+                    f"a place: {lacking}. {self.failures.first()}"
+                )
+
+    # GPUs that are shared with the learner: who works has the memory (not run on a GPU yet)
+
+    @property
+    def _shares_gpus(self) -> bool:
+        return self.config.sampler.colocate and self.config.sampler_device == "cuda"
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self._all("wake", "taking the GPU's memory back")
+            self.asleep = False
+
+    def _all(self, method: str, what: str) -> None:
+        dog = Watchdog("sync", self.config.watchdog.sync_s, self.failures)
+        asked = {
+            Waiting(getattr(member.actor, method).remote(), member.name, what, member.actor): member
+            for member in self.members
+            if member.serves
+        }
+        while asked:
+            for waiting in dog.wait_any(list(asked), POLL_S):
+                member = asked.pop(waiting)
+                try:
+                    value(waiting, self.failures)
+                except ActorDiedError as error:
+                    self._replace(member, error)
+
+    # small parts
+
+    def _actor(self, index: int, seat: Seat) -> Any:
+        options = ray.remote(SamplerActor).options(max_concurrency=1000, **seat.ray_options())
+        return options.remote(self.config, index)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        assert self.needed is not None
+        return self.needed.base, self.needed.train, self.needed.held_out, self.needed.probe
+
+    def _joining(self, member: Member, ref: Any, what: str) -> Waiting:
+        return Waiting(ref, member.name, what, member.actor)
+
+    def _loading(self, member: Member, anew: bool) -> Waiting:
+        assert self.current is not None
+        ref = member.actor.load.remote(self.current.ref, self.config.max_canary_diff, anew)
+        return self._joining(member, ref, f"loading version {self.current.version}")
+
+    def _is_current(self, version: int, digest: str) -> bool:
+        return self.current is not None and (self.current.version, self.current.digest) == (version, digest)
+
+    def _units(self, problems: Array, n: int) -> list[Array]:
+        """Problems in the order given, cut into calls."""
+        most = max(1, AHEAD * self.config.sampler.max_num_seqs // n)
+        pieces = -(-len(problems) // most)
+        if len(self.members) > 1:
+            pieces = max(pieces, min(len(problems), UNITS_EACH * len(self.members)))
+        return [unit for unit in np.array_split(problems, pieces) if len(unit)]
+
+    def _deal(
+        self,
+        queue: deque[int],
+        flying: dict[Waiting, tuple[Member, int]],
+        rollouts: list[Any],
+        units: Sequence[Array],
+        how: tuple[str, int, SamplingParams],
+    ) -> None:
+        """Hand out what fits, always to the member with least work."""
+        split, n, params = how
+        most = max(1, AHEAD * self.config.sampler.max_num_seqs // n)
+        while queue:
+            able = [member for member in self.members if member.serves]
+            member = min(able, key=lambda one: one.groups, default=None)
+            if member is None or (member.groups and member.groups + len(units[queue[0]]) > most):
+                break
+            unit = queue.popleft()
+            assert self.current is not None
+            refs = member.actor.sample.remote(split, units[unit], n, params, self.current.version)
+            rollouts[unit], counts = refs
+            member.groups += len(units[unit])
+            what = f"sampling {n} completions of {_named(units[unit])}"
+            flying[Waiting(counts, member.name, what, member.actor)] = (member, unit)
+        self._dismiss_idle()
+
+
+def _named(problems: Array) -> str:
+    shown = ", ".join(str(problem) for problem in problems[:NAMED])
+    more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    return f"problem{'s' if len(problems) > 1 else ''} {shown}{more}"
+
+
+def refuse_unattested(
+    attestations: Sequence[Attestation], names: Sequence[str], update: Published, run_id: str
+) -> None:
+    """Every sampler must have answered for this version and hold the bits that the learner published.
+
+    Raises:
+        WeightSyncError: the sampler that does not.
+    """
+    for name, found in zip(names, attestations, strict=True):
+        if (found.run_id, found.version, found.digest) != (run_id, update.version, update.digest):
+            raise WeightSyncError(
+                f"{name} serves version {found.version} of {found.run_id!r} with hash {found.digest}; wanted version "
+                f"{update.version} of {run_id!r} with hash {update.digest}. It missed a weight sync, so its "
+                "completions would come from other weights than the learner's; the run stops here"
+            )

@@ -1,0 +1,23 @@
+# shellcheck shell=bash
+# What all processes of a cluster have to agree on. Sourced by node.sh, submit.sh and slurm.sh; the environment wins.
+deploy=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+[ ! -x "$deploy/../.venv/bin/ray" ] || PATH="$(readlink -f "$deploy/../.venv/bin"):$PATH" # what `make` sets up
+
+# Ray takes the token from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, and starts nothing without one.
+export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"
+
+# TLS between all processes, with both sides proven: this one value, 0 or 1.
+export RAY_USE_TLS="${RAY_USE_TLS:-0}"
+if [ "$RAY_USE_TLS" = 1 ]; then
+  tls="${RLSYS_TLS_DIR:-$HOME/.ray/tls}"
+  export RAY_TLS_CA_CERT="${RAY_TLS_CA_CERT:-$tls/ca.crt}"
+  export RAY_TLS_SERVER_CERT="${RAY_TLS_SERVER_CERT:-$tls/$(hostname).crt}"
+  export RAY_TLS_SERVER_KEY="${RAY_TLS_SERVER_KEY:-$tls/$(hostname).key}"
+  export RLSYS_TLS_CA_KEY="${RLSYS_TLS_CA_KEY:-$tls/ca.key}"
+fi
+
+export RAY_USAGE_STATS_ENABLED="${RAY_USAGE_STATS_ENABLED:-0}"
+export RAY_HEAD_IP="${RAY_HEAD_IP:-${FQ_RAY_IP:-}}" # Ray's launcher says the first, KubeRay the second
+export RLSYS_PORT="${RLSYS_PORT:-6379}"
+export RLSYS_DASHBOARD_HOST="${RLSYS_DASHBOARD_HOST:-127.0.0.1}"
+export RLSYS_DASHBOARD_PORT="${RLSYS_DASHBOARD_PORT:-8265}"

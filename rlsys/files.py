@@ -1,0 +1,74 @@
+"""Files and folders that are the old or the new content, whole and on the disk, whenever the writer dies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Until it is done, the new content lies beside `path` as ``.<name>.new``."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """`path` holds these files by their relative names, and no others.
+
+    Until it is done, the new folder lies beside `path` as ``.<name>.<random>`` and, for a moment, the old one as
+    ``.<name>.old``, which is the only one of both if the writer dies in that moment.
+    """
+    assert all(map(is_plain, files)), f"a name leaves its folder: {sorted(files)}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)), path.with_name(f".{path.name}.old")
+    try:
+        folders = {new}
+        for name, content in files.items():
+            target = new / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folders.add(target.parent)
+            with open(target, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for folder in folders:
+            sync_folder(folder)
+        new.chmod(0o755)  # mkdtemp's 0700 would hide it from other users
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """It vanishes at once, and is taken apart afterwards."""
+    gone = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def is_plain(name: str) -> bool:
+    """A relative name that stays within its folder."""
+    pure = PurePosixPath(name)
+    return str(pure) == name and not pure.is_absolute() and ".." not in pure.parts
+
+
+def sync_folder(folder: Path) -> None:
+    """Names that were made or moved in it outlive the machine."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

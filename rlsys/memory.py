@@ -1,0 +1,298 @@
+"""Predicted memory of each role, from a model's dimensions and a job: how far a process grows beyond its imports.
+
+A role passes through phases (loading, updating, ...), each a sum of named parts; its peak is the largest phase. What
+autograd keeps was read off ``torch.autograd.graph.saved_tensors_hooks``; benchmarks/memory.py compares predictions
+with runs. T tokens are in a packed micro-batch, V is the vocabulary, r the adapter's rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rlsys.config import JobConfig, LoraSection, SamplerSection
+from rlsys.dimensions import SAVED_BYTES, Dimensions
+
+MIB, GIB = 2**20, 2**30
+FP32 = 4
+PADDING = 1.1  # cells per token of attention's rectangles: rows are at least 0.75 of the longest
+CANARY_TOKENS = 64
+ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
+
+# glibc serves smaller blocks from a heap that is left in pieces, larger ones by pages that go back at once. Its own
+# limit moves up to 32 MiB: a learner of 54M parameters then grew to 2933 MiB, with 4 MiB to 1834, with 1 MiB to 1509,
+# which is what it holds. Page faults cost: in updates of a 0.4M model 1 MiB took 40 % more processor time, 4 MiB
+# nothing measurable; in larger models the matrix products outweigh them.
+MMAP_THRESHOLD, MMAP_THRESHOLD_OF_SMALL, SMALL_HIDDEN = MIB, 4 * MIB, 256
+M_MMAP_THRESHOLD = -3  # malloc.h
+HEAP_SLACK = 1.4  # of what is served from the heap; measured
+
+# What a process grows by whatever it holds: thread pools, kernels that are made at first use, Ray's own buffers.
+LEARNER_RUNTIME = 40 * MIB
+SAMPLER_RUNTIME = 60 * MIB  # the actor and its engine together
+
+# Measured resident sizes of processes that have imported what their role imports, and of the small ones whole.
+IMPORTS = {"learner": 460 * MIB, "sampler": 1230 * MIB}  # the sampler's actor and its engine
+LIGHT_MEMORY = {"rewards": 470 * MIB, "advantages": 110 * MIB, "grader process": 60 * MIB}
+DRIVER_MEMORY = 600 * MIB  # the command itself and Ray's own processes
+
+Blocks = list[tuple[int, float]]  # (how many, bytes per token of one)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    name: str
+    parts: Mapping[str, int]  # bytes
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class RoleMemory:
+    """Of one actor with its engine, above imports."""
+
+    role: str
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def learner_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
+    """Of one rank."""
+    phases = [_supervised(config, dims)] if config.model.make else []
+    return RoleMemory("learner", (*phases, _loading(config, dims), _updating(config, dims), _saving(config, dims)))
+
+
+def sampler_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
+    """Of one sampler; on a GPU without its KV cache, which takes what gpu_memory_utilization leaves."""
+    size = SAVED_BYTES[config.model.dtype]
+    weights = dims.parameters * size
+    passing = {"activations": _engine_activations(config, dims), "logits": _engine_logits(config, dims)}
+    if config.sampler_device == "cuda":
+        share = weights // config.sampler.tensor_parallel_size
+        return RoleMemory(
+            "sampler", (Phase("serving", {"weights": share, "LoRA slots": _slots(config, dims), **passing}),)
+        )
+    loading = Phase(
+        "loading",
+        {
+            "weights": weights,
+            "files of the weights": dims.parameters * dims.saved_bytes,
+            "runtime": SAMPLER_RUNTIME,
+        },
+    )
+    serving = Phase(
+        "serving",
+        {
+            "weights": weights,
+            "packed ends": 2 * dims.embedding_parameters * size,  # vLLM packs embedding and output layer, tied or not
+            "KV cache": int(config.sampler.kv_cache_gb * GIB),
+            "LoRA slots": _slots(config, dims),
+            **passing,
+            "runtime": SAMPLER_RUNTIME,
+        },
+    )
+    return RoleMemory("sampler", (loading, serving))
+
+
+def adapter_parameters(lora: LoraSection, dims: Dimensions) -> int:
+    """Of one run."""
+    pairs = [pair for name, pair in dims.linears.items() if _is_trained(lora, name)]
+    per_layer = sum(inputs + outputs for inputs, outputs in pairs)
+    ends = dims.hidden_size + dims.vocab_size if lora.train_unembed else 0
+    return lora.rank * (dims.num_layers * per_layer + ends)
+
+
+def micro_batch_tokens(config: JobConfig) -> int:
+    """T of the largest micro-batch of one rank: the budget, unless the batch is smaller or one sequence larger."""
+    sequences = config.rl.problems_per_step * config.rl.samples_per_problem
+    longest = config.model.max_length - 1
+    share = math.ceil(sequences / config.learner.num_workers) * longest
+    return min(max(config.learner.token_budget, longest), share)
+
+
+def activations(config: JobConfig, dims: Dimensions, tokens: int) -> int:
+    """What autograd keeps of `tokens` packed tokens until the backward pass has used it."""
+    layer = _resident(config, dims, _layer_blocks(config, dims), tokens)
+    return dims.num_layers * layer + _resident(config, dims, _end_blocks(config, dims), tokens)
+
+
+def working(config: JobConfig, dims: Dimensions, tokens: int) -> int:
+    """What exists for a moment at the end of the forward pass (logits) or early in the backward pass (MLP)."""
+    of_mlp = _resident(config, dims, [(3, FP32 * dims.intermediate_size)], tokens)
+    return max(_head_bytes(config, dims, tokens), of_mlp)
+
+
+def mmap_threshold(hidden_size: int) -> int:
+    """Bytes from which a learner's process asks the system for pages of their own."""
+    return MMAP_THRESHOLD_OF_SMALL if hidden_size < SMALL_HIDDEN else MMAP_THRESHOLD
+
+
+def keep_heap_whole(hidden_size: int) -> None:
+    """Set glibc's limit for this process, as the predictions expect it; another C library is left as it is."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, mmap_threshold(hidden_size))
+
+
+def kv_bytes_per_token(config: JobConfig, dims: Dimensions) -> int:
+    return 2 * dims.num_layers * dims.kv_size * SAVED_BYTES[config.model.dtype]
+
+
+def slot_width(section: SamplerSection) -> int:
+    """Of one LoRA slot of the engine."""
+    return next((rank for rank in ENGINE_RANKS if rank >= section.max_lora_rank), section.max_lora_rank)
+
+
+def _resident(config: JobConfig, dims: Dimensions, blocks: Blocks, tokens: int) -> int:
+    """Bytes that blocks of so many tokens take, with the heap's slack where they are small."""
+    limit = mmap_threshold(dims.hidden_size) if config.learner.device == "cpu" else 0
+    return int(sum(count * tokens * width * (HEAP_SLACK if tokens * width < limit else 1.0) for count, width in blocks))
+
+
+def _is_trained(lora: LoraSection, linear: str) -> bool:
+    return lora.train_attn if linear in ("q_proj", "k_proj", "v_proj", "o_proj") else lora.train_mlp
+
+
+def _layer_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
+    """Kept of one layer.
+
+    float32: attention keeps q, k, v and its output as rectangles, its output again as tokens where an adapter reads it,
+    q and k before their norms; the two norms of the layer keep their inputs and the adapters those norms' outputs; the
+    MLP keeps gate, silu(gate), up and their product. bfloat16: an adapter reads an fp32 copy of its input, one copy
+    for each adapter, and norms keep their fp32 inputs.
+    """
+    lora, size = config.lora, SAVED_BYTES[config.model.dtype]
+    hidden, inner, query, kv = dims.hidden_size, dims.intermediate_size, dims.query_size, dims.kv_size
+    pad = PADDING if config.learner.device == "cpu" else 1.0
+    reads_attn, reads_mlp = (1, 1) if size == FP32 else (3, 2)
+    small = FP32 * (2 * dims.num_heads + dims.num_kv_heads + 2)
+    blocks: Blocks = [(2, size * pad * query), (2, size * pad * kv), (3, size * inner), (2, FP32 * hidden), (1, small)]
+    if dims.qk_norm:
+        blocks += [(1, FP32 * query), (1, FP32 * kv)]
+    if lora.train_attn:
+        blocks += [(reads_attn, FP32 * hidden), (1, FP32 * query), (4, FP32 * lora.rank)]
+    if lora.train_mlp:
+        blocks += [(reads_mlp, FP32 * hidden), (1, FP32 * inner), (3, FP32 * lora.rank)]
+    return blocks
+
+
+def _end_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
+    """Kept outside of the layers: the last norm's input, the output layer's gradient, cosines and sines."""
+    size = SAVED_BYTES[config.model.dtype]
+    return [(1, FP32 * dims.hidden_size), (1, size * dims.hidden_size), (2, size * dims.head_dim)]
+
+
+def _head_bytes(config: JobConfig, dims: Dimensions, tokens: int) -> int:
+    """Logits, their log-softmax, and the chunk before, which is let go only when the next is done."""
+    chunk = config.learner.logprob_chunk_tokens
+    copies = 5 if config.lora.train_unembed else (3 if tokens > chunk else 2)
+    return copies * FP32 * min(chunk, tokens) * dims.vocab_size
+
+
+def _weights(config: JobConfig, dims: Dimensions) -> dict[str, int]:
+    """Of the frozen base on one rank; a sharded one has its two ends and two layers whole while it computes."""
+    size, ranks = SAVED_BYTES[config.model.dtype], config.learner.num_workers
+    if not (config.learner.shard_base and ranks > 1):
+        return {"weights": dims.parameters * size}
+    gathered = 2 * dims.layer_parameters + dims.parameters - dims.num_layers * dims.layer_parameters
+    return {"weights": dims.parameters * size // ranks, "gathered weights": gathered * size}
+
+
+def _loading(config: JobConfig, dims: Dimensions) -> Phase:
+    """Weights are views of the mapped files where their type is the one wanted, else copies beside them."""
+    size, files = SAVED_BYTES[config.model.dtype], dims.parameters * dims.saved_bytes
+    parts = {"weights": dims.parameters * size}
+    if size != dims.saved_bytes:
+        parts["files of the weights"] = files
+    if config.model.make:
+        parts["packed base"] = 2 * files  # as Ray's object and as a copy of it
+    return Phase("loading", parts | {"runtime": LEARNER_RUNTIME})
+
+
+def _trained(config: JobConfig, dims: Dimensions) -> dict[str, int]:
+    adapter = FP32 * adapter_parameters(config.lora, dims)
+    flat = {"gradients of all ranks": adapter} if config.learner.num_workers > 1 else {}
+    return {"adapter": adapter, "gradients": adapter, "AdamW": 2 * adapter, **flat}
+
+
+def _updating(config: JobConfig, dims: Dimensions) -> Phase:
+    tokens = micro_batch_tokens(config)
+    return Phase(
+        "updating",
+        {
+            **_weights(config, dims),
+            **_trained(config, dims),
+            "activations": activations(config, dims, tokens),
+            "logits and working space": working(config, dims, tokens),
+            "runtime": LEARNER_RUNTIME,
+        },
+    )
+
+
+def _saving(config: JobConfig, dims: Dimensions) -> Phase:
+    """A checkpoint packs adapter and moments; a snapshot for the samplers is smaller."""
+    packed = 2 * 3 * FP32 * adapter_parameters(config.lora, dims)
+    return Phase(
+        "saving", {**_weights(config, dims), **_trained(config, dims), "packed": packed, "runtime": LEARNER_RUNTIME}
+    )
+
+
+def _supervised(config: JobConfig, dims: Dimensions) -> Phase:
+    """All weights in fp32 with gradients; muon keeps one moment of a matrix, AdamW two."""
+    assert config.model.make
+    section, weights = config.model.make.supervised, FP32 * dims.parameters
+    matrices = dims.num_layers * sum(inputs * outputs for inputs, outputs in dims.linears.values())
+    single = matrices if section.optimizer == "muon" else 0
+    tokens = min(
+        max(config.learner.token_budget, config.model.max_length), section.batch_size * config.model.max_length
+    )
+    chunk = min(tokens, config.learner.logprob_chunk_tokens)
+    of_mlp = _resident(config, dims, [(3, FP32 * dims.intermediate_size)], tokens)
+    return Phase(
+        "making the base",
+        {
+            "weights": weights,
+            "gradients": weights,
+            "optimizer": 2 * weights - FP32 * single,
+            "activations": activations(config, dims, tokens),  # inputs of linears are kept as those of adapters are
+            "logits and working space": max(3 * FP32 * chunk * dims.vocab_size, of_mlp),
+            "runtime": LEARNER_RUNTIME,
+        },
+    )
+
+
+def _slots(config: JobConfig, dims: Dimensions) -> int:
+    """Slots are as wide as the widest adapter allowed and cover every linear module, trained or not."""
+    section, size = config.sampler, SAVED_BYTES[config.model.dtype]
+    per_layer = sum(inputs + outputs for inputs, outputs in dims.linears.values())
+    ends = dims.hidden_size + dims.vocab_size if config.sampler_device == "cpu" else 0
+    slots = section.max_live_adapters * slot_width(section) * (dims.num_layers * per_layer + ends)
+    return size * (slots + section.max_live_adapters * adapter_parameters(config.lora, dims))
+
+
+def sampled_at_once(config: JobConfig) -> int:
+    """Sequences of one decoding step of one sampler."""
+    completions = config.rl.problems_per_step * config.rl.samples_per_problem
+    wanted = max(completions, config.task.eval_problems)
+    return min(config.sampler.max_num_seqs, math.ceil(wanted / config.sampler.num_workers))
+
+
+def _engine_activations(config: JobConfig, dims: Dimensions) -> int:
+    """Of one layer during a prefill: nothing is kept for a backward pass."""
+    tokens = max(config.sampler.max_num_batched_tokens, config.model.max_length + 1)
+    widest = 3 * dims.intermediate_size + 4 * dims.hidden_size
+    return SAVED_BYTES[config.model.dtype] * tokens * widest
+
+
+def _engine_logits(config: JobConfig, dims: Dimensions) -> int:
+    """The logits, their log-softmax in fp32, and a comparison of a byte each for the rank; on a GPU noise too."""
+    copies = 2 * FP32 + 1 + (0 if config.model.dtype == "float32" else 2)
+    copies += 2 * FP32 if config.sampler_device == "cuda" else 0
+    return max(sampled_at_once(config), CANARY_TOKENS) * dims.vocab_size * copies

@@ -1,0 +1,39 @@
+"""Workers of an engine that spoil what they hold, or fail, when a test asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlsys.engine.adapters import AdapterExtension
+from rlsys.sampler import Sampler
+
+
+class SpoiledExtension(AdapterExtension):
+    rank: int
+
+    def spoil(self, rank: int, module: str) -> None:
+        """Move one value of B, in the first slot in use of `module`, in the worker of that rank."""
+        manager = self._rlsys_manager()
+        slot = next(slot for slot, adapter in enumerate(manager.lora_index_to_id) if adapter is not None)
+        if self.rank == rank:
+            manager.modules[module].lora_b_stacked[0][slot, 0, -1, 0] += 1e-6
+
+    def fail(self, rank: int) -> int:
+        if self.rank == rank:
+            raise ValueError("on purpose")
+        return self.rank
+
+
+class SpoiledSampler(Sampler):
+    """Spoils `module` in worker `rank` between installing an adapter and reading it back."""
+
+    spoil: tuple[int, str] | None = None
+
+    def engine_arguments(self) -> dict[str, Any]:
+        return {**super().engine_arguments(), "worker_extension_cls": "spoiled.SpoiledExtension"}
+
+    async def _call(self, method: str, *args: Any) -> list[Any]:
+        answers = await super()._call(method, *args)
+        if method == "rlsys_add_adapter" and self.spoil is not None:
+            await super()._call("spoil", *self.spoil)
+        return answers

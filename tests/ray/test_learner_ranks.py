@@ -1,0 +1,69 @@
+"""Several learner ranks in one job: killed, and stopped."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from actors import job as jobs
+from rlsys.config import JobConfig
+from rlsys.errors import ClusterError, StalledError
+from rlsys.progress import Progress
+from rlsys.tracking import read_metrics
+from tests.ray.test_recovery import STEPS, actors_of, killing, ledger_of, steps
+
+Job = Callable[..., JobConfig]
+TWO = ("learner.num_workers=2", "learner.num_cpus=0.5")
+
+
+def test_two_ranks_with_a_shared_base_and_two_samplers_survive_the_death_of_a_rank(ray_cluster: str, job: Job) -> None:
+    config = job(f"rl.steps={STEPS}", *TWO, "learner.shard_base=true", "sampler.num_workers=2")
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append  # type: ignore[method-assign]
+    with killing(config, lambda: actors_of("LearnerActor")[1:]) as killed:
+        jobs.train(config, progress)
+    assert killed and any("the learner is back, after step" in note for note in notes), notes
+    assert steps(config) == list(range(1, STEPS + 1))
+    ledger_of(config).audit()
+    lines = [line for line in read_metrics(config.run_dir) if "reward/mean" in line]
+    assert [line["policy/version"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(line["policy/logprob_diff_max"] < 1e-3 for line in lines), "both ranks' tokens, against both samplers"
+
+
+def test_a_rank_that_stands_still_stops_the_run_and_is_named(ray_cluster: str, job: Job) -> None:
+    config = job("rl.steps=100000", *TWO, "watchdog.learn_s=6", "watchdog.sync_s=6")
+    stopped: list[float] = []
+
+    def victim() -> list[psutil.Process]:
+        rank = actors_of("LearnerActor")[1]
+        rank.send_signal(signal.SIGSTOP)
+        stopped.append(time.monotonic())
+        return [psutil.Popen(["sleep", "60"])]  # what `killing` kills instead
+
+    with killing(config, victim), pytest.raises(StalledError) as caught:
+        jobs.train(config, Progress())
+    text = str(caught.value)
+    print(f"after {time.monotonic() - stopped[0]:.1f} s:\n{text}")
+    assert "nothing moved for 6 s" in text and "watchdog." in text
+    assert text.splitlines()[1].startswith("  waiting for learner rank"), "who is stuck comes first"
+    assert "answered no question" in text.splitlines()[1]
+    assert time.monotonic() - stopped[0] < 60
+
+
+def test_more_ranks_than_there_is_room_for_are_refused_at_once(ray_cluster: str, job: Job) -> None:
+    with pytest.raises(ClusterError, match=r"job asks for 9\.5 CPUs, the cluster has 4: learner\.num_workers 9 x"):
+        jobs.train(job("learner.num_workers=9"), Progress())
+
+
+def test_a_place_that_no_single_node_has_is_refused_at_once(ray_cluster: str, job: Job) -> None:
+    began = time.monotonic()
+    with pytest.raises(ClusterError, match=r"2 places .* with placement STRICT_SPREAD can never be had on one node"):
+        jobs.train(job(*TWO, "learner.placement=STRICT_SPREAD"), Progress())
+    with pytest.raises(ClusterError, match=r"no node '10\.9\.9\.9' in the cluster; its nodes are"):
+        jobs.train(job("sampler.nodes=[10.9.9.9]"), Progress())
+    assert time.monotonic() - began < 30

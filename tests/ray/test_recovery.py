@@ -1,0 +1,248 @@
+"""Actors are killed in mid-run: the run goes on, and ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from actors import job as jobs
+from rlsys.config import JobConfig
+from rlsys.errors import ActorDiedError, ClusterError
+from rlsys.ledger import Ledger
+from rlsys.problems import Epochs
+from rlsys.progress import Progress
+from rlsys.run_store import RunStore, newest
+from rlsys.tracking import read_metrics
+
+Job = Callable[..., JobConfig]
+STEPS = 8
+LIMIT_S = 120.0
+
+
+def weights(config: JobConfig) -> bytes:
+    return (config.run_dir / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def steps(config: JobConfig) -> list[int]:
+    return [line["step"] for line in read_metrics(config.run_dir) if "reward/mean" in line]
+
+
+def ledger_of(config: JobConfig) -> Ledger:
+    latest = newest(config.run_dir)
+    assert latest is not None
+    epochs = Epochs(config.task.train_problems, config.rl.problems_per_step, config.run.seed)
+    return Ledger.from_bytes(latest.ledger, epochs)
+
+
+Victim = Callable[[], list[psutil.Process]]
+
+
+@contextmanager
+def killing(config: JobConfig, *plan: Victim) -> Iterator[list[int]]:
+    """Kills the first of each kind in turn, each after a step made since the one before; yields their pids."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def wait_and_kill() -> None:
+        end, seen = time.monotonic() + LIMIT_S, 0
+        for victim in plan:
+            while not over.is_set() and time.monotonic() < end:
+                made = steps(config)[-1:] if (config.run_dir / "metrics.jsonl").is_file() else []
+                processes = victim() if made and made[0] > seen else []
+                if processes:
+                    seen = made[0]
+                    processes[0].send_signal(signal.SIGKILL)
+                    killed.append(processes[0].pid)
+                    break
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=wait_and_kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+def actors_of(kind: str) -> list[psutil.Process]:
+    """Processes of one actor class on the tests' cluster, oldest first."""
+    found = [process for process in psutil.process_iter() if _title(process).startswith(f"ray::{kind}")]
+    raylet = f"--gcs-address={os.environ['RAY_ADDRESS']}"
+    ours = [process for process in found if raylet in _title(process.parent())]
+    return sorted(ours, key=lambda process: process.create_time())
+
+
+def engines() -> list[psutil.Process]:
+    children = [child for actor in actors_of("SamplerActor") for child in actor.children(recursive=True)]
+    return [child for child in children if "EngineCore" in _title(child)]
+
+
+def _title(process: psutil.Process | None) -> str:
+    try:
+        return " ".join(process.cmdline()) if process else ""
+    except psutil.Error:
+        return ""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_cluster: str, micro_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[JobConfig, bytes]:
+    """The same job without any death; all others must end with its very weights."""
+    from rlsys.config import parse_config
+    from tests.ray.conftest import JOB
+
+    where = tmp_path_factory.mktemp("undisturbed")
+    config = parse_config(JOB, [f"model.path={micro_base}", f"run.dir={where}", f"rl.steps={STEPS}"])
+    jobs.train(config, Progress())
+    return config, weights(config)
+
+
+def check_whole(config: JobConfig, undisturbed: tuple[JobConfig, bytes]) -> None:
+    assert steps(config) == list(range(1, STEPS + 1)), "no step is missing or doubled"
+    ledger = ledger_of(config)
+    ledger.audit()
+    counts = ledger.counts()
+    assert counts["trained"] + counts["filtered"] == STEPS * config.rl.problems_per_step, counts
+    epochs = Epochs(config.task.train_problems, config.rl.problems_per_step, config.run.seed)
+    for step in range(1, STEPS + 1):
+        assert np.array_equal(ledger.ids(step), epochs.batch_at(step - 1))
+    assert weights(config) == undisturbed[1], "the final adapter is not the one of an undisturbed run"
+
+
+def test_a_run_whose_actors_are_killed_one_after_the_other_ends_with_the_very_weights_of_an_undisturbed_one(
+    job: Job, undisturbed: tuple[JobConfig, bytes]
+) -> None:
+    config = job(f"rl.steps={STEPS}")
+    kinds: list[Victim] = [
+        lambda: actors_of("SamplerActor"),
+        engines,
+        lambda: actors_of("RewardActor"),
+        lambda: actors_of("GroupAdvantageActor"),
+    ]
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append  # type: ignore[method-assign]
+    with killing(config, *kinds) as killed:
+        outcome = jobs.train(config, progress)
+    assert len(killed) == len(kinds) and outcome.steps == STEPS
+    told = [note for note in notes if "died and is replaced" in note]
+    assert [note.split(" died")[0] for note in told] == ["sampler 0", "sampler 0", "rewards", "advantages"], notes
+    check_whole(config, undisturbed)
+
+
+def test_a_killed_learner_comes_back_from_its_checkpoint_and_the_samplers_stay(
+    job: Job, undisturbed: tuple[JobConfig, bytes]
+) -> None:
+    config = job(f"rl.steps={STEPS}")
+    before: list[int] = []
+    after: list[int] = []
+
+    def victim() -> list[psutil.Process]:
+        before[:] = [process.pid for process in engines()]
+        return actors_of("LearnerActor")
+
+    notes: list[str] = []
+    progress = Progress()
+
+    def note(text: str) -> None:
+        notes.append(text)
+        if "the learner is back" in text:
+            after.extend(process.pid for process in engines())
+
+    progress.note = note  # type: ignore[method-assign]
+    with killing(config, victim) as killed:
+        jobs.train(config, progress)
+    assert killed and after == before and after, "samplers were not restarted"
+    assert any("the learner is back, after step" in text for text in notes), notes
+    check_whole(config, undisturbed)
+
+
+def test_deaths_beyond_the_limit_end_the_run_with_the_first_cause_and_the_last_whole_adapter(job: Job) -> None:
+    config = job(f"rl.steps={STEPS}", "cluster.max_restarts=0")
+    with (
+        killing(config, lambda: actors_of("SamplerActor")) as killed,
+        pytest.raises(
+            ActorDiedError, match=r"samplers died 1 times.*cluster\.max_restarts is 0\)\nfirst error.*sampler 0"
+        ),
+    ):
+        jobs.train(config, Progress())
+    assert killed and weights(config)
+    assert (config.run_dir / "errors.log").read_text().count("sampler 0") >= 1
+
+
+def test_a_run_in_two_parts_equals_one_in_one_part_to_the_bit_and_in_its_figures(
+    job: Job, undisturbed: tuple[JobConfig, bytes]
+) -> None:
+    first = job("rl.steps=3")
+    jobs.train(first, Progress())
+    second = job(f"rl.steps={STEPS}")
+    assert jobs.train(second, Progress()).steps == STEPS
+    check_whole(second, undisturbed)
+    timed = ("time", "sampler/tokens_per_s", "row")
+    parts, whole = (
+        [
+            {name: value for name, value in line.items() if not name.startswith(timed)}
+            for line in read_metrics(config.run_dir)
+            if "reward/mean" in line
+        ]
+        for config in (second, undisturbed[0])
+    )
+    assert [line for line in parts if line["step"] > 3] == [line for line in whole if line["step"] > 3]
+    assert {file.name.split("-")[-1] for file in (second.run_dir / "wandb").glob("**/offline-run-*")} == {
+        RunStore.open(second).info["wandb_id"]
+    }
+
+
+def test_samplers_come_and_go_while_a_job_runs(job: Job, undisturbed: tuple[JobConfig, bytes]) -> None:
+    config = job("rl.steps=100000")
+    asked: list[str] = []
+    errors: list[BaseException] = []
+
+    def from_outside() -> None:
+        """What `rlsys scale` and `rlsys stop` do, on the driver's own connection."""
+        from actors.control import ask
+
+        try:
+            _until(lambda: config.run_dir.joinpath("metrics.jsonl").is_file() and len(steps(config)) >= 1)
+            asked.append(ask("micro", "scale", 2))
+            _until(lambda: _workers(config) == 2)
+            with pytest.raises(ClusterError, match=r"no room|no node"):
+                ask("micro", "scale", 50)
+            asked.append(ask("micro", "scale", 1))
+            _until(lambda: _workers(config) == 1)
+            asked.append(ask("micro", "stop", None))
+        except BaseException as error:
+            errors.append(error)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=from_outside)
+    thread.start()
+    outcome = jobs.train(config, Progress())
+    thread.join()
+    assert not errors, errors
+    assert outcome.interrupted and asked[0].startswith("1 samplers -> 2") and asked[1].startswith("2 samplers -> 1")
+    made = steps(config)
+    assert made == list(range(1, len(made) + 1))
+    ledger_of(config).audit()
+
+
+def _workers(config: JobConfig) -> float:
+    return [line for line in read_metrics(config.run_dir) if "sampler/workers" in line][-1]["sampler/workers"]
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)

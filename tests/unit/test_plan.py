@@ -1,0 +1,270 @@
+"""Plans: what fits, what does not and by how much, and what is said about it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rlsys.config import JobConfig, parse_config
+from rlsys.dimensions import dimensions, known_models, of_config
+from rlsys.errors import ConfigError
+from rlsys.memory import GIB, MIB, activations, adapter_parameters, learner_memory, micro_batch_tokens, sampler_memory
+from rlsys.planning import Node, Plan, plan
+
+ROOT = Path(__file__).parents[2]
+SMALL = "run: {name: a}\nmodel: {make: {}}\n"
+BIG = Node("here", {"CPU": 8.0}, 64 * GIB)
+
+
+def job(*overrides: str) -> JobConfig:
+    return parse_config(SMALL, overrides)
+
+
+def planned(*overrides: str, nodes: list[Node] | None = None) -> Plan:
+    config = job(*overrides)
+    return plan(config, dimensions(config.model), nodes or [BIG])
+
+
+def test_the_kept_dimensions_give_the_published_numbers_of_parameters() -> None:
+    published = {
+        "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+        "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+        "Qwen/Qwen3-0.6B": 596_049_920,
+        "Qwen/Qwen3-1.7B": 1_720_574_976,
+        "Qwen/Qwen3-8B": 8_190_735_360,
+    }
+    assert {name: dims.parameters for name, dims in known_models().items()} == published
+
+
+def test_dimensions_count_every_parameter_that_the_model_has(tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        intermediate_size=96, max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    dims = dimensions(parse_config(f"run: {{name: a}}\nmodel: {{path: {tmp_path}}}").model)
+    assert dims.parameters == Qwen3ForCausalLM(config).num_parameters()
+    assert str(tmp_path) in dims.source
+
+
+def test_without_the_hub_the_kept_list_is_used_and_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    dims = dimensions(parse_config("run: {name: a}\nmodel: {path: Qwen/Qwen3-8B}").model)
+    assert dims.num_layers == 36
+    assert "out of reach" in dims.source and "HF_HUB_OFFLINE" in dims.source
+
+
+def test_a_model_that_nobody_knows_is_refused_with_the_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"Qwen/Qwen3-06B.*did you mean 'Qwen/Qwen3-0.6B'"):
+        dimensions(parse_config("run: {name: a}\nmodel: {path: Qwen/Qwen3-06B}").model)
+
+
+def test_an_architecture_without_a_formula_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"'mamba'.*qwen2, qwen3"):
+        of_config({"model_type": "mamba"}, "config.json of x")
+
+
+def test_a_damaged_config_is_refused_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        dimensions(parse_config(f"run: {{name: a}}\nmodel: {{path: {tmp_path}}}").model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_autograd_keeps(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 5 %, of lengths that differ; the heap's slack is no tensor's."""
+    import numpy as np
+    import torch
+
+    from rlsys import losses
+    from rlsys.base import initial_model
+    from rlsys.datums import DatumBatch
+    from rlsys.learner import Learner
+    from rlsys.tokenizer import build_tokenizer
+
+    config = job(f"model.dtype={dtype}")
+    assert config.model.make
+    initial_model(config.model.make, build_tokenizer(["1 + 2 = 3"], 320), 128, 0, tmp_path / "base")
+    learner = Learner(tmp_path / "base", config.model, config.learner)
+    learner.create_run("a", config.lora, 0)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in learner._model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    offsets = np.concatenate([[0], np.cumsum([66, 65, 64, 63, 62, 61, 60])])
+    tokens = int(offsets[-1])
+    ids = np.ones(tokens, np.int32)
+    columns = {name: np.ones(tokens, np.float32) for name in ("logprobs", "advantages", "weights")}
+    batch = DatumBatch(ids, ids, offsets, columns)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        learner.forward_backward("a", batch, losses.resolve("importance_sampling", {}))
+    assert sum(p.numel() for p in learner._runs["a"].parameters.values()) == adapter_parameters(
+        config.lora, dimensions(config.model)
+    )
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    monkeypatch.setattr("rlsys.memory.HEAP_SLACK", 1.0)
+    assert activations(config, dimensions(config.model), tokens) == pytest.approx(found, rel=0.05)
+
+
+def test_a_micro_batch_is_the_budget_or_the_whole_batch_or_one_long_sequence() -> None:
+    assert micro_batch_tokens(job("learner.token_budget=1000")) == 1000
+    assert micro_batch_tokens(job("learner.token_budget=1000000")) == 32 * 8 * 127
+    assert micro_batch_tokens(job("learner.token_budget=10")) == 127
+    assert micro_batch_tokens(job("learner.token_budget=1000000", "learner.num_workers=2")) == 16 * 8 * 127
+
+
+def test_memory_grows_with_what_it_is_for() -> None:
+    small, dims = job(), dimensions(job().model)
+
+    def learner(*overrides: str) -> int:
+        return learner_memory(job(*overrides), dims).peak.total
+
+    def sampler(*overrides: str) -> int:
+        return sampler_memory(job(*overrides), dims).peak.total
+
+    assert learner("learner.token_budget=8192") > learner() == learner_memory(small, dims).peak.total
+    assert sampler("sampler.kv_cache_gb=2") - sampler("sampler.kv_cache_gb=1") == GIB
+    assert sampler("sampler.max_live_adapters=9") > sampler()
+    assert adapter_parameters(job("lora.rank=8").lora, dims) * 2 == adapter_parameters(small.lora, dims)
+
+
+def test_a_sharded_base_leaves_each_rank_a_share() -> None:
+    dims = known_models()["Qwen/Qwen3-8B"]
+    text = "run: {name: a}\nmodel: {path: x, dtype: bfloat16}\n"
+
+    def weights(*overrides: str) -> int:
+        parts = learner_memory(parse_config(text, overrides), dims).phases[-1].parts
+        return sum(size for name, size in parts.items() if "weights" in name)
+
+    whole = weights("learner.num_workers=4")
+    assert weights("learner.num_workers=4", "learner.shard_base=true") < 0.5 * whole
+
+
+def test_a_job_that_fits_has_no_shortfall() -> None:
+    assert planned().shortfalls == ()
+
+
+WRONG_PLACES = [
+    # overrides, nodes, what the shortfall must name
+    (["sampler.num_cpus=20"], [BIG], ["21 CPU asked for, 8 found, 13 too few", "sampler.num_cpus=4"]),
+    (["sampler.num_gpus=1"], [BIG], ["1 GPU asked for, 0 found", "sampler.num_gpus=0"]),
+    (["learner.resources={big: 1}"], [BIG], ["1 big asked for, 0 found", "learner.resources"]),
+    (["sampler.nodes=[10.0.0.9]"], [BIG], ["no node '10.0.0.9'", "here"]),
+    (["learner.num_cpus=6"], [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)], ["no single node", "6 CPU"]),
+    (
+        ["sampler.num_workers=2", "sampler.placement=STRICT_SPREAD"],
+        [BIG],
+        ["STRICT_SPREAD wants 2 nodes, there are 1", "SPREAD"],
+    ),
+    (
+        ["sampler.num_workers=3", "sampler.placement=STRICT_PACK", "sampler.num_cpus=2"],
+        [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)],
+        ["STRICT_PACK wants 6 CPU on one node", "use PACK"],
+    ),
+    (
+        ["sampler.num_workers=2", "sampler.num_cpus=3", "learner.num_cpus=2"],
+        [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)],
+        ["enough in sum, but not in these pieces"],
+    ),
+    (["sampler.kv_cache_gb=100"], [BIG], ["memory:", "64.00 GiB found", "sampler.kv_cache_gb"]),
+    (
+        ["sampler.num_gpus=1", "model.make.vocab_size=150000", "sampler.gpu_memory_utilization=0.1"],
+        [Node("a", {"CPU": 8.0, "GPU": 1.0}, 64 * GIB, GIB)],
+        ["GPU memory (unmeasured prediction)", "sampler.gpu_memory_utilization"],
+    ),
+    (["model.make.num_heads=5"], [BIG], ["model.make.num_heads 5", "model.make.num_kv_heads=1"]),
+    (["learner.device=cuda"], [BIG], ["learner.num_gpus 0", "set learner.num_gpus=1"]),
+    (
+        ["sampler.tensor_parallel_size=3", "sampler.num_gpus=3"],
+        [Node("a", {"CPU": 8.0, "GPU": 8.0}, 64 * GIB, 80 * GIB)],
+        ["sampler.tensor_parallel_size 3", "sampler.tensor_parallel_size=2"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "nodes", "named"), WRONG_PLACES, ids=lambda value: str(value)[:40])
+def test_a_shortfall_says_what_is_missing_and_what_to_set(
+    overrides: list[str], nodes: list[Node], named: list[str]
+) -> None:
+    text = "\n".join(planned(*overrides, nodes=nodes).shortfalls)
+    assert all(part in text for part in named), text
+
+
+WARNED = [
+    (["sampler.max_num_seqs=8"], ["sampler.max_num_seqs 8", "sampler.max_num_seqs=256"]),
+    (["sampler.kv_cache_gb=0.01"], ["sampler.kv_cache_gb"]),
+    (["model.max_length=60"], ["model.max_length 60 leaves 12 tokens"]),
+    (["sampler.max_lora_rank=256"], ["sampler.max_lora_rank=16"]),
+    (["lora.rank=100", "sampler.max_lora_rank=128"], ["lora.rank=64"]),
+    (["sampler.num_gpus=1", "sampler.enforce_eager=true"], ["sampler.enforce_eager=false"]),
+    (["learner.num_gpus=1"], ["learner.device=cuda"]),
+    (["learner.threads=4"], ["learner.num_cpus=4"]),
+    (["model.make.vocab_size=150000"], ["learner.logprob_chunk_tokens=256"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), WARNED, ids=lambda value: str(value)[:40])
+def test_a_setting_that_does_not_serve_the_job_is_named_with_a_better_one(
+    overrides: list[str], named: list[str]
+) -> None:
+    text = "\n".join(planned(*overrides).warnings)
+    assert all(part in text for part in named), text
+
+
+def test_the_token_budget_suggested_fits_and_four_times_as_much_does_not() -> None:
+    tight = [Node("here", {"CPU": 8.0}, 7 * GIB)]
+    many = "rl.problems_per_step=4096"
+    budget = planned(many, nodes=tight).token_budget
+    assert budget is not None and budget > 4096
+    assert not planned(many, f"learner.token_budget={budget}", nodes=tight).shortfalls
+    assert "memory:" in planned(many, f"learner.token_budget={4 * budget}", nodes=tight).shortfalls[0]
+
+
+def test_a_machine_that_is_too_small_gets_no_budget() -> None:
+    assert planned(nodes=[Node("here", {"CPU": 8.0}, 100 * MIB)]).token_budget is None
+
+
+def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rlsys", "plan", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library() -> None:
+    began = time.monotonic()
+    done = run_plan("configs/quickstart.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - began < 30
+    assert "it fits" in done.stdout and "KV cache 1,024" in done.stdout and "token budget" in done.stdout
+    script = (
+        "import sys; from rlsys.cli import app; app(['plan', 'configs/quickstart.yaml'], standalone_mode=False); "
+        "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
+    )
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert loaded.stdout.strip().endswith("[]"), loaded.stdout + loaded.stderr
+
+
+def test_the_command_ends_with_code_1_where_the_job_does_not_fit() -> None:
+    done = run_plan("configs/quickstart.yaml", "sampler.num_cpus=4000")
+    assert done.returncode == 1
+    assert "4001 CPU asked for" in done.stdout.replace("\n", " ")
+
+
+def test_predictions_for_a_gpu_are_marked_as_unmeasured() -> None:
+    done = run_plan("configs/quickstart.yaml", "learner.device=cuda", "learner.num_gpus=1", "sampler.num_gpus=1")
+    assert "UNMEASURED" in done.stdout and done.returncode == 1
+
+
+def test_every_kept_model_has_a_source() -> None:
+    assert all("config.json" in dims.source for dims in known_models().values())
