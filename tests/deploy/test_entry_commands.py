@@ -90,6 +90,7 @@ def test_the_slurm_script_starts_nodes_trains_and_ends_them(
     assert here.gone_within(20)
 
 
+@pytest.mark.soak
 def test_a_cancelled_slurm_job_leaves_nothing_behind(
     site: Callable[..., Site], job: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
