@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
-from ray._private.ray_logging import global_worker_stdstream_dispatcher
+from ray._private import worker as ray_worker
 
 from rlsys.config import ClusterSection
 from rlsys.errors import ClusterError
@@ -21,15 +23,34 @@ KNOCK_TIMEOUT_S = 10.0
 def cluster(section: ClusterSection) -> Iterator[str]:
     """Yields where the cluster is, in words. ``cluster.address`` beats RAY_ADDRESS."""
     address = section.address or os.environ.get("RAY_ADDRESS")
+    # Ray prints every death of a worker in its own words; ours are told once, with their cause (actors/logs.py).
+    ray_worker.print_to_stdstream = _said_elsewhere
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls whose answer nobody wants any more
     # Ray ends actors by a kill, after which sockets of engines and folders of fork servers would stay behind.
     with tempfile.TemporaryDirectory(prefix="rlsys-", ignore_cleanup_errors=True) as scratch:
         where = _join(address) if address else _start(section, scratch)
-        # Ray prints every death of a worker in its own words; ours are told once, with their cause (actors/logs.py).
-        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
         try:
             yield where
         finally:
-            ray.shutdown()  # stops what was started here; only disconnects from what was joined
+            _leave()
+
+
+def _leave() -> None:
+    """Stop what was started here, or disconnect from what was joined.
+
+    Ray ends the process when a reference is let go of while it shuts down, and Python's garbage collector lets go of
+    them in whatever thread it happens to run, such as that of wandb: it must not run meanwhile.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
+
+
+def _said_elsewhere(data: Any, ignore_prefix: bool) -> None:
+    """In place of what Ray puts on the terminal."""
 
 
 def _join(address: str) -> str:
