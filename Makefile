@@ -23,7 +23,7 @@ unit: $(READY)
 	$(BIN)/python -m pytest tests/unit
 
 soak: $(READY)
-	$(BIN)/python -m pytest -m soak -rA tests/soak tests/nodes tests/deploy tests/engine
+	$(BIN)/python -m pytest -m soak -rA tests/soak tests/ray tests/nodes tests/deploy tests/engine
 
 bench: $(READY)
 	$(BIN)/python benchmarks/sampler.py

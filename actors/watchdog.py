@@ -152,7 +152,8 @@ class Watchdog:
             raise self._stalled(stalled, waits, now)
 
     def _stalled(self, stalled: Sequence[Waiting], waits: Sequence[Waiting], now: float) -> StalledError:
-        stuck = sorted(stalled, key=self._moved)
+        # first those that do not even say how far they are: of ranks that wait for one another, it is them
+        stuck = sorted(stalled, key=lambda one: (self._responds(one, now), self._moved(one)))
         others = [one for one in waits if one not in stalled]
         said = [
             f"{self.stage}: nothing moved for {self.limit_s:g} s. If the work may take this long without a sign of "
@@ -167,6 +168,13 @@ class Watchdog:
         error = StalledError("\n".join(said))
         self.failures.add(stuck[0].who, error)
         return error
+
+    def _responds(self, one: Waiting, now: float) -> bool:
+        pulse = self._pulse(one)
+        if pulse is None:
+            return True
+        silent = pulse.answer is not None and now - pulse.asked > 2 * POLL_S
+        return pulse.answered and not pulse.trouble and not silent
 
     def _described(self, one: Waiting, now: float) -> str:
         asked = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - one.since)))

@@ -154,7 +154,11 @@ class GraderPool:
     def close(self) -> None:
         """Kill the processes, whatever they do."""
         self._pool.stop()
-        self._pool.join()
+        while True:
+            try:
+                return self._pool.join()
+            except KeyError:  # pebble's own thread took away a process that it was about to stop; others may be left
+                continue
 
     def _start(self) -> ProcessPool:
         pool = ProcessPool(

@@ -155,6 +155,7 @@ def story(
         yield story
 
 
+@pytest.mark.soak
 def test_a_machine_that_dies_in_mid_run_is_replaced_by_one_that_is_added(story: Story) -> None:
     assert "sampler 0 died and is replaced" in story.run.driver.output()
     assert "SamplerActor" in story.on_new_machine
@@ -162,6 +163,7 @@ def test_a_machine_that_dies_in_mid_run_is_replaced_by_one_that_is_added(story: 
     assert len(story.run.steps) >= story.lost_at + 3
 
 
+@pytest.mark.soak
 def test_a_job_whose_last_sampler_has_nowhere_to_go_ends_with_the_reason(story: Story) -> None:
     said = story.run.driver.output()
     message = said[said.rindex("StalledError") :]

@@ -58,6 +58,7 @@ def ray_cluster() -> Iterator[str]:
             "include_dashboard": True,
             "dashboard_host": "127.0.0.1",
             "dashboard_port": DASHBOARD_PORT,
+            "dashboard_agent_listen_port": free_port(),  # another Ray on this machine may hold the usual one
         },
     )
     os.environ["RAY_ADDRESS"] = cluster.address

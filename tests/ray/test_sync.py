@@ -54,6 +54,7 @@ class DyingSampler(SamplerActor):
         return await super().load(update, bound, anew)
 
 
+@pytest.mark.soak
 def test_an_engine_that_dies_again_and_again_stops_the_run_with_its_sampler_and_what_happened(
     ray_cluster: str, job: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

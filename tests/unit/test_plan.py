@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -236,9 +237,13 @@ def test_a_machine_that_is_too_small_gets_no_budget() -> None:
 
 
 def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rlsys", "plan", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-m", "rlsys", "plan", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=without_a_cluster(), capture_output=True, text=True, timeout=60)
+
+
+def without_a_cluster() -> dict[str, str]:
+    """Other tests of the session may have one running, and would have the plan look at it."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
 def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library() -> None:
@@ -251,7 +256,9 @@ def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library()
         "import sys; from rlsys.cli import app; app(['plan', 'configs/quickstart.yaml'], standalone_mode=False); "
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
     )
-    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=without_a_cluster(), capture_output=True, text=True, timeout=60
+    )
     assert loaded.stdout.strip().endswith("[]"), loaded.stdout + loaded.stderr
 
 
