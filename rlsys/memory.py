@@ -24,11 +24,12 @@ ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM o
 
 # glibc serves smaller blocks from a heap that is left in pieces, larger ones by pages that go back at once. Its own
 # limit moves up to 32 MiB: a learner of 54M parameters then grew to 2933 MiB, with 4 MiB to 1834, with 1 MiB to 1509,
-# which is what it holds. Page faults cost: in updates of a 0.4M model 1 MiB took 40 % more processor time, 4 MiB
-# nothing measurable; in larger models the matrix products outweigh them.
-MMAP_THRESHOLD, MMAP_THRESHOLD_OF_SMALL, SMALL_HIDDEN = MIB, 4 * MIB, 256
+# which is what it holds. Page faults cost: updates of a 0.4M model took 12 to 24 % longer with 4 MiB, so small models
+# keep glibc's own limit; in larger ones the matrix products outweigh them.
+MMAP_THRESHOLD, SMALL_HIDDEN = MIB, 256
 M_MMAP_THRESHOLD = -3  # malloc.h
 HEAP_SLACK = 1.4  # of what is served from the heap; measured
+HEAP_SLACK_OF_SMALL = 3.0  # where glibc decides; fitted to the quickstart, the only such model that was measured
 
 # What a process grows by whatever it holds: thread pools, kernels that are made at first use, Ray's own buffers.
 LEARNER_RUNTIME = 40 * MIB
@@ -130,15 +131,16 @@ def working(config: JobConfig, dims: Dimensions, tokens: int) -> int:
     return max(_head_bytes(config, dims, tokens), of_mlp)
 
 
-def mmap_threshold(hidden_size: int) -> int:
-    """Bytes from which a learner's process asks the system for pages of their own."""
-    return MMAP_THRESHOLD_OF_SMALL if hidden_size < SMALL_HIDDEN else MMAP_THRESHOLD
+def mmap_threshold(hidden_size: int) -> float:
+    """Bytes from which a learner's process asks the system for pages of their own; without end where glibc decides."""
+    return math.inf if hidden_size < SMALL_HIDDEN else MMAP_THRESHOLD
 
 
 def keep_heap_whole(hidden_size: int) -> None:
     """Set glibc's limit for this process, as the predictions expect it; another C library is left as it is."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, mmap_threshold(hidden_size))
+    if mmap_threshold(hidden_size) < math.inf:
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 def kv_bytes_per_token(config: JobConfig, dims: Dimensions) -> int:
@@ -153,7 +155,8 @@ def slot_width(section: SamplerSection) -> int:
 def _resident(config: JobConfig, dims: Dimensions, blocks: Blocks, tokens: int) -> int:
     """Bytes that blocks of so many tokens take, with the heap's slack where they are small."""
     limit = mmap_threshold(dims.hidden_size) if config.learner.device == "cpu" else 0
-    return int(sum(count * tokens * width * (HEAP_SLACK if tokens * width < limit else 1.0) for count, width in blocks))
+    slack = HEAP_SLACK if limit < math.inf else HEAP_SLACK_OF_SMALL
+    return int(sum(count * tokens * width * (slack if tokens * width < limit else 1.0) for count, width in blocks))
 
 
 def _is_trained(lora: LoraSection, linear: str) -> bool:
