@@ -29,7 +29,7 @@ ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM o
 MMAP_THRESHOLD, SMALL_HIDDEN = MIB, 256
 M_MMAP_THRESHOLD = -3  # malloc.h
 HEAP_SLACK = 1.4  # of what is served from the heap; measured
-HEAP_SLACK_OF_SMALL = 3.0  # where glibc decides; fitted to the quickstart, the only such model that was measured
+HEAP_SLACK_OF_SMALL = 3.2  # where glibc decides; fitted to the quickstart, the only such model that was measured
 
 # What a process grows by whatever it holds: thread pools, kernels that are made at first use, Ray's own buffers.
 LEARNER_RUNTIME = 40 * MIB
@@ -68,7 +68,16 @@ class RoleMemory:
 def learner_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
     """Of one rank."""
     phases = [_supervised(config, dims)] if config.model.make else []
-    return RoleMemory("learner", (*phases, _loading(config, dims), _updating(config, dims), _saving(config, dims)))
+    phases += [_loading(config, dims), _updating(config, dims), _saving(config, dims)]
+    if config.learner.device == "cpu" and mmap_threshold(dims.hidden_size) == math.inf:
+        phases = [_in_pieces(phase) for phase in phases]
+    return RoleMemory("learner", tuple(phases))
+
+
+def _in_pieces(phase: Phase) -> Phase:
+    """With what glibc's heap keeps beside the blocks in use; large ones, such as logits, never are in it."""
+    kept = int((HEAP_SLACK_OF_SMALL - 1) * phase.parts.get("activations", 0))
+    return Phase(phase.name, {**phase.parts, "heap in pieces": kept})
 
 
 def sampler_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
@@ -154,9 +163,9 @@ def slot_width(section: SamplerSection) -> int:
 
 def _resident(config: JobConfig, dims: Dimensions, blocks: Blocks, tokens: int) -> int:
     """Bytes that blocks of so many tokens take, with the heap's slack where they are small."""
-    limit = mmap_threshold(dims.hidden_size) if config.learner.device == "cpu" else 0
-    slack = HEAP_SLACK if limit < math.inf else HEAP_SLACK_OF_SMALL
-    return int(sum(count * tokens * width * (slack if tokens * width < limit else 1.0) for count, width in blocks))
+    threshold = mmap_threshold(dims.hidden_size)
+    limit = threshold if config.learner.device == "cpu" and threshold < math.inf else 0
+    return int(sum(count * tokens * width * (HEAP_SLACK if tokens * width < limit else 1.0) for count, width in blocks))
 
 
 def _is_trained(lora: LoraSection, linear: str) -> bool:
