@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,9 +67,10 @@ def main() -> None:
 
 
 def _show(name: str, text: str, overrides: list[str], act: Act | None, folder: Path) -> None:
+    shutil.rmtree(folder / "stall", ignore_errors=True)
     (folder / "job.yaml").write_text(text)
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    command = [sys.executable, "-m", "rlsys", "train", str(folder / "job.yaml"), "--fresh", *overrides]
+    command = [sys.executable, "-m", "rlsys", "train", str(folder / "job.yaml"), *overrides]
     began = time.monotonic()
     driver = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if act is not None:
