@@ -31,6 +31,7 @@ from torch import Tensor
 from rlsys.base import new_folder
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError
+from rlsys.files import sync_folder
 from rlsys.identity import BaseIdentity
 from rlsys.learner import RunState
 
@@ -96,8 +97,8 @@ def save_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool, ov
             }
             (folder / MANIFEST).write_text(json.dumps({**body, "digest": _digest(body)}, indent=2) + "\n")
             _synced(folder / MANIFEST)
-            _sync_folder(folder)
-        _sync_folder(path.parent)
+            sync_folder(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
 
@@ -189,14 +190,6 @@ def _synced(file: Path) -> bytes:
     with open(file, "rb") as stream:
         os.fsync(stream.fileno())
         return stream.read()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _read(path: Path, with_optimizer: bool) -> tuple[CheckpointInfo, RunState]:

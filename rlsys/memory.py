@@ -35,7 +35,8 @@ HEAP_SLACK_OF_SMALL = 3.2  # where glibc decides; fitted to the quickstart, the 
 LEARNER_RUNTIME = 40 * MIB
 SAMPLER_RUNTIME = 60 * MIB  # the actor and its engine together
 
-# Measured resident sizes of processes that have imported what their role imports, and of the small ones whole.
+# Measured resident sizes of processes that have imported what their role imports, and of rewards and advantages whole;
+# a grader process and the driver are estimates.
 IMPORTS = {"learner": 460 * MIB, "sampler": 1230 * MIB}  # the sampler's actor and its engine
 LIGHT_MEMORY = {"rewards": 470 * MIB, "advantages": 110 * MIB, "grader process": 60 * MIB}
 DRIVER_MEMORY = 600 * MIB  # the command itself and Ray's own processes
