@@ -1,35 +1,30 @@
-"""Is this completion's final answer the right one?
+"""Is this completion's final answer the right one? The rules are in docs/grading.md.
 
-Both answers are extracted by the rules of rlsys.rewards.extraction; a reference without box or mark is the answer as a
-whole. Two answers are equal when, without outer whitespace, `$` and a final full stop,
-1. they are the same text; or
-2. both are plain numbers (sign, digits, thousands separators, decimals) of the same exact value; or
-3. math-verify parses both as LaTeX and finds them equal. It is not asked about two plain numbers of at most 6 decimals:
-   it rounds to 6, so that it would say what 2 says, at a hundredth of the speed.
-
-Model output is never executed: math-verify's plain-expression parser, which ends in `eval`, is not used, only its LaTeX
-grammar. Its own timeouts are off, because they need SIGALRM and so the main thread; work that does not end is killed by
-rlsys.rewards.pool.
+Answers are spelled alike, taken apart into shapes, and compared part by part: numbers by their exact value, words as
+words, and what is left by math-verify. A reference that is a number never gets there, so that neither its speed nor its
+opinion matters for it. Nothing that a model wrote is executed.
 """
 
 from __future__ import annotations
 
-import logging
-from decimal import Decimal
+import re
+from collections import Counter
+from collections.abc import Sequence
 
-from math_verify import LatexExtractionConfig, parse, verify
+from rlsys.rewards import algebra
+from rlsys.rewards.extraction import extract, plain_number
+from rlsys.rewards.shapes import ORDERED, Shape, read
+from rlsys.rewards.spelling import key, spell
+from rlsys.rewards.units import read_quantity, same_quantity, same_units
 
-from rlsys.rewards.extraction import extract, plain_number, tidy
-
-# Longer answers are wrong unread. GSM8K's longest is 11 characters; parsing what fits takes under a second.
+# Longer answers are wrong unread, unless they are the same text. GSM8K's longest is 11 characters.
 MAX_ANSWER_CHARS = 256
-# The same for brackets: the LaTeX grammar backtracks, 12 nested squares take half a minute, 8 a third of a second.
-MAX_ANSWER_DEPTH = 8
-MAX_DECIMALS = 6  # what math-verify rounds to
+MAX_ANSWER_DEPTH = 8  # the same for brackets in each other
+MAX_UNMATCHED = 8  # of a list: expressions to be compared each with each
 
-_LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
-
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off: they are, on purpose
+_WORDS = re.compile(r"[A-Za-z][A-Za-z .'-]*")
+_QUOTED = re.compile(r"\\text\{([^{}]*)\}")
+MIN_WORD = 3  # letters; fewer are symbols, and no more than these may be a product of letters
 
 
 def grade(completion: str, answer: str) -> float:
@@ -39,31 +34,129 @@ def grade(completion: str, answer: str) -> float:
         ValueError: the reference answer is empty, so no completion could be right.
     """
     in_reference = extract(answer)
-    wanted = tidy(answer if in_reference is None else in_reference)
+    wanted = spell(answer if in_reference is None else in_reference)
     if not wanted:
         raise ValueError(f"the reference answer {answer[:80]!r} is empty")
     found = extract(completion)
-    return 0.0 if found is None else float(equal(found, wanted))
+    return 0.0 if found is None else float(_equal(spell(found), wanted))
 
 
 def equal(found: str, wanted: str) -> bool:
-    """Whether two extracted answers are equal; not symmetric for equations, as math-verify is not."""
-    found, wanted = tidy(found), tidy(wanted)
-    if found == wanted:
+    """Whether two extracted answers are equal."""
+    return _equal(spell(found), spell(wanted))
+
+
+def _equal(found: str, wanted: str) -> bool:
+    if key(found) == key(wanted):
         return found != ""
     a, b = plain_number(found), plain_number(wanted)
-    if a is not None and b is not None and (a == b or max(_decimals(a), _decimals(b)) <= MAX_DECIMALS):
+    if a is not None and b is not None:
         return a == b
-    if len(found) > MAX_ANSWER_CHARS or _depth(found) > MAX_ANSWER_DEPTH:
+    if any(len(text) > MAX_ANSWER_CHARS or _depth(text) > MAX_ANSWER_DEPTH for text in (found, wanted)):
         return False
-    target, gold = (parse(rf"\boxed{{{text}}}", _LATEX, parsing_timeout=None) for text in (found, wanted))
-    return bool(verify(gold, target, timeout_seconds=None))
+    return _same(read(found), read(wanted))
 
 
-def _decimals(number: Decimal) -> int:
-    exponent = number.as_tuple().exponent
-    assert isinstance(exponent, int)  # only NaN and infinity have another, and no digits spell them
-    return -exponent
+def _same(found: Shape, wanted: Shape) -> bool:
+    if "malformed" in (found.kind, wanted.kind):
+        return False
+    if (found.name and wanted.name and found.name != wanted.name) or "equation" in (found.kind, wanted.kind):
+        return _same_equation(found, wanted)
+    kinds = {found.kind, wanted.kind}
+    if kinds & {"list", "set"}:
+        return _same_elements(_elements(found), _elements(wanted), as_sets="set" in kinds)
+    if found.kind != wanted.kind:
+        return False
+    if found.kind == "union":
+        return _same_elements(found.parts, wanted.parts, as_sets=False)
+    if found.kind in ORDERED:
+        return len(found.parts) == len(wanted.parts) and all(map(_same, found.parts, wanted.parts))
+    return _same_leaf(found.text, wanted.text)
+
+
+def _same_equation(found: Shape, wanted: Shape) -> bool:
+    """Equations as they were written, not only their right sides."""
+    a, b = found.equation, wanted.equation
+    return bool(a and b) and algebra.same_expression(a, b)
+
+
+def _elements(shape: Shape) -> Sequence[Shape]:
+    return shape.parts if shape.kind in ("list", "set") else (shape,)
+
+
+def _same_elements(found: Sequence[Shape], wanted: Sequence[Shape], as_sets: bool) -> bool:
+    """Sets: each has an equal one on the other side. Lists: they can be paired off."""
+    if not as_sets and len(found) != len(wanted):
+        return False
+    a, b = _without_same_text(found, wanted, as_sets), _without_same_text(wanted, found, as_sets)
+    if max(len(a), len(b)) > MAX_UNMATCHED and not all(map(_is_value, (*a, *b))):
+        return False
+    if as_sets:
+        return all(any(_same(f, w) for w in wanted) for f in a) and all(any(_same(f, w) for f in found) for w in b)
+    for element in a:
+        match = next((index for index, other in enumerate(b) if _same(element, other)), None)
+        if match is None:
+            return False
+        del b[match]
+    return not b
+
+
+def _without_same_text(shapes: Sequence[Shape], others: Sequence[Shape], as_sets: bool) -> list[Shape]:
+    texts = Counter((shape.name, key(shape.text)) for shape in others)
+    rest = []
+    for shape in shapes:
+        text = (shape.name, key(shape.text))
+        if texts[text] > 0 and shape.kind != "malformed":
+            texts[text] -= not as_sets
+        else:
+            rest.append(shape)
+    return rest
+
+
+def _is_value(shape: Shape) -> bool:
+    return shape.kind == "leaf" and read_quantity(shape.text).value is not None
+
+
+def _same_leaf(found: str, wanted: str) -> bool:
+    if key(found) == key(wanted):
+        return True
+    a, b = read_quantity(found), read_quantity(wanted)
+    if b.value is not None and (b.value.rational or a.value is not None):
+        return a.value is not None and same_quantity(a, b)
+    words = _same_words(found, wanted)
+    if words is not None:
+        return words
+    if ":" in found + wanted:  # a ratio or a time, with am and pm
+        return _as_text(found) == _as_text(wanted)
+    if a.percent != b.percent or not same_units(a, b) or r"\infty" in found + wanted:
+        return False
+    if a.value is not None:
+        return algebra.same_as_value(b.core, a.value)
+    if b.value is not None:
+        return algebra.same_as_value(a.core, b.value)
+    return algebra.same_expression(a.core, b.core)
+
+
+def _same_words(found: str, wanted: str) -> bool | None:
+    """None where these may be products of letters or other expressions."""
+    (a, a_is_word), (b, b_is_word) = _word(found), _word(wanted)
+    if a is not None and a == b:
+        return True
+    return False if a_is_word or b_is_word else None
+
+
+def _word(text: str) -> tuple[str | None, bool]:
+    """Words in one form, if the text can be that; and whether it can be nothing else."""
+    quoted = _QUOTED.fullmatch(text)
+    inside = (quoted[1] if quoted else text).strip(" ().")
+    if quoted is None and not _WORDS.fullmatch(inside):
+        return None, False
+    inside = re.sub(" +", " ", inside)
+    return (inside.casefold() if len(inside) >= MIN_WORD else inside), quoted is not None or len(inside) > MIN_WORD
+
+
+def _as_text(text: str) -> str:
+    return key(re.sub(" +", " ", re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text))).casefold()
 
 
 def _depth(text: str) -> int:

@@ -14,6 +14,7 @@ import pytest
 import sample_graders
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from math_verify import LatexExtractionConfig, parse, verify
 
 from rlsys.config import RewardSection
 from rlsys.errors import ConfigError, GradingError
@@ -258,11 +259,11 @@ def test_a_path_may_lead_into_a_class() -> None:
     assert resolve("rlsys.tasks.arithmetic:Arithmetic.grade")("\\boxed{6}", "6") == 1.0
 
 
-def test_an_answer_that_would_compute_for_ever_is_stopped_in_the_pool() -> None:
-    pool = GraderPool(RewardSection(timeout_s=2, max_failed_share=1.0), math_answers.grade)
+def test_an_answer_that_would_compute_for_ever_is_wrong_and_not_computed() -> None:
+    pool = GraderPool(RewardSection(timeout_s=20, max_failed_share=1.0), math_answers.grade)
     try:
         grades = pool.grade(["\\boxed{9^{9^{9^9}}}", "\\boxed{\\frac{1}{2}}"], ["7", "0.5"])
-        assert grades.outcome.tolist() in ([TIMEOUT, RIGHT], [WRONG, RIGHT])
+        assert grades.outcome.tolist() == [WRONG, RIGHT]
     finally:
         pool.close()
 
@@ -307,7 +308,7 @@ def test_extraction_takes_linear_time() -> None:
 @pytest.mark.parametrize(
     "text", ["1,23", "1234,567", "1.2.3", "1e3", "-", ".", "--5", "12 34", "\uff11\uff12", "1/2", "nan", "inf", ""]
 )
-def test_what_is_no_plain_number_is_left_to_math_verify(text: str) -> None:
+def test_what_is_no_plain_number_has_no_plain_value(text: str) -> None:
     assert plain_number(text) is None
 
 
@@ -394,8 +395,9 @@ numbers = st.builds(
 @given(numbers, numbers)
 @settings(max_examples=60, deadline=None)
 def test_the_exact_path_for_plain_numbers_says_what_math_verify_says(a: str, b: str) -> None:
-    found, wanted = ([*math_answers.parse(f"${text}$", math_answers._LATEX, parsing_timeout=None)] for text in (a, b))
-    verdict = math_answers.verify(wanted, found, timeout_seconds=None)
+    latex = [LatexExtractionConfig(boxed_match_priority=0)]
+    found, wanted = (parse(f"${text}$", latex, parsing_timeout=None) for text in (a, b))
+    verdict = verify(wanted, found, timeout_seconds=None)
     assert math_answers.equal(a, b) == verdict == math.isclose(float(a), float(b), abs_tol=1e-9)
 
 
@@ -412,7 +414,6 @@ def test_model_output_is_never_executed(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-# Powers and factorials are left out: their values can be too large to compute, which only the pool's kill can end.
 PIECES = [r"\pi ", r"\infty ", r"\cup ", r"\le ", r"\left", r"\right", r"\frac{", r"\sqrt{", r"\text{", r"\{", r"\}"]
 mathematics = st.lists(
     st.sampled_from([*"0123456789xyn+-*/(){}[]|<>=,.%$ \n", *PIECES, r"\boxed{", "####"]), max_size=24
