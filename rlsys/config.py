@@ -8,12 +8,14 @@ tests/unit/test_config.py.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import regex
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlsys.errors import ConfigError
 from rlsys.types import AdamParams, SamplingParams
@@ -112,10 +114,67 @@ class ModelSection(Section):
         return self
 
 
+class SourceSection(Section):
+    """Rows of a data set: a local file or folder (jsonl, json, csv, parquet), or a name on the Hub."""
+
+    path: str = Field(min_length=1)
+    subset: str | None = None  # of a data set that has several, such as "main" of openai/gsm8k
+    split: str = "train"  # of a Hub data set or of a folder that has several
+
+
+class ColumnSection(Section):
+    """Which columns of a data set hold what."""
+
+    prompt: str = "question"
+    answer: str = "answer"
+
+
+class ExampleSection(Section):
+    """One worked example of a few-shot prompt."""
+
+    prompt: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
+
+
+class PromptSection(Section):
+    """From a problem's text to the tokens that the model reads."""
+
+    chat: bool | None = None  # through the tokenizer's chat template; None: where it has one
+    system: str | None = None
+    template: str = "{prompt}"  # around every question, few-shot ones too; {prompt} is the question
+    few_shot: list[ExampleSection] = Field(default_factory=list)
+    max_tokens: int | None = Field(None, ge=1)  # longer prompts are left out, and counted; None: one stops the run
+    template_options: dict[str, Any] = Field(default_factory=dict)  # to the chat template: {enable_thinking: false}
+
+    @model_validator(mode="after")
+    def _holds_the_question(self) -> PromptSection:
+        if "{prompt}" not in self.template:
+            raise ValueError(
+                f"template: found {self.template!r}; wanted a text with {{prompt}} where the question goes"
+            )
+        if self.chat is False and self.system is not None:
+            raise ValueError("system: a system prompt needs a chat template; put it into prompt.template instead")
+        return self
+
+
+class TurnSection(Section):
+    """Tasks whose environment answers: replies run in killable processes, beside the samplers."""
+
+    max_turns: int = Field(8, ge=1)  # of the model; the tokens of all, replies included, share rl.sampling.max_tokens
+    reply_timeout_s: float = Field(5.0, gt=0)  # of one reply; one that takes longer ends the completion, and is counted
+    workers: int = Field(1, ge=1)  # processes that reply, of each sampler
+    python_tool: bool = False  # let the task "python" run what the model writes; see docs/tasks.md for the limits
+
+
 class TaskSection(Section):
-    name: Literal["arithmetic"] = "arithmetic"
-    train_problems: int = Field(4096, ge=1)
-    eval_problems: int = Field(200, ge=1)
+    name: str = "arithmetic"  # a task of rlsys.tasks, or one of your own as "package.module:Class"
+    train_problems: int | None = Field(None, ge=1)  # at most; None: all of a data set, 4096 of one that is made
+    eval_problems: int | None = Field(None, ge=1)  # at most; None: all of a data set, 200 of one that is made
+    train: SourceSection | None = None  # None: what the task itself names
+    eval: SourceSection | None = None  # None: what the task itself names, else a part of train that is kept apart
+    columns: ColumnSection | None = None  # None: what the task itself names
+    eval_share: float = Field(0.05, gt=0, lt=1)  # of train, kept apart by a hash of the prompt, where there is no eval
+    options: dict[str, Any] = Field(default_factory=dict)  # of a task of your own
     min_operations: int = Field(3, ge=1)  # of train and eval problems
     max_operations: int = Field(4, ge=1)
     supervised_min_operations: int = Field(1, ge=1)
@@ -145,6 +204,7 @@ class LearnerSection(Section):
     nodes: list[str] = Field(default_factory=list)  # node addresses, taken in turn; empty: wherever there is room
     placement: Strategy = "PACK"
     threads: int = Field(1, ge=1)  # torch intra-op threads
+    cores: list[int] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
     token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch of its own
     logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits that exist at once
 
@@ -159,6 +219,7 @@ class SamplerSection(Section):
     nodes: list[str] = Field(default_factory=list)
     placement: Strategy = "PACK"
     threads: int = Field(1, ge=1)
+    cores: list[int] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(4096, ge=1)
     max_lora_rank: int = Field(16, ge=1, le=512)  # rounded up to a slot width of vLLM
@@ -169,18 +230,45 @@ class SamplerSection(Section):
 
 
 class RewardSection(Section):
+    """The reward is correct * grade + format * form + length * brevity - overlong penalty; each has its own curve."""
+
+    correct: float = 1.0  # weight of the task's grade
+    format: float = 0.0  # weight of 1 for a completion of the right form, else 0
+    format_pattern: str | None = None  # regular expression that is searched; None: it has a final answer
+    length: float = Field(0.0, ge=0)  # weight of brevity within the group, Kimi k1.5, arXiv:2501.12599 section 2.3.3
     workers: int = Field(2, ge=1)  # processes, each killable
     timeout_s: float = Field(3.0, gt=0)  # of one grade
     max_failed_share: float = Field(0.5, ge=0, le=1)  # timeouts and exceptions above this share of a batch stop the run
     function: str | None = None  # "package.module:function" of (completion, answer) -> float; None: the task's own
 
+    @field_validator("format_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            regex.compile(pattern or "")
+        except regex.error as error:
+            raise ValueError(f"is no regular expression: {error}") from None
+        return pattern
+
 
 class AdvantageSection(Section):
-    baseline: Literal["mean", "leave_one_out"] = "mean"  # leave_one_out: RLOO, arXiv:2402.14740
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"  # leave_one_out: RLOO, arXiv:2402.14740
     normalise: Literal["none", "std"] = "none"  # std: GRPO, arXiv:2402.03300
+    # what a token's advantage is divided by. sum: nothing (Dr. GRPO, arXiv:2503.20783); length: the tokens of its
+    # completion (GRPO with normalise std, arXiv:2402.03300); max_tokens: rl.sampling.max_tokens
+    aggregate: Literal["sum", "length", "max_tokens"] = "sum"
     drop_agreeing: bool = True  # groups whose rewards agree; ignored while kl_coef > 0
-    kl_coef: float = Field(0.0, ge=0)
+    kl_coef: float = Field(0.0, ge=0)  # KL in the reward, Tinker cookbook incorporate_kl_penalty
     kl_discount: float = Field(0.0, ge=0, lt=1)  # of the future sum of the KL term; 0: none
+    reference_refresh_steps: int = Field(0, ge=0)  # the policy becomes the reference every so often; 0: it is the base
+
+    @model_validator(mode="after")
+    def _spread_around_something(self) -> AdvantageSection:
+        if self.baseline == "none" and self.normalise == "std":
+            raise ValueError(
+                "normalise: std divides what a baseline has centred; with baseline: none set normalise: none"
+            )
+        return self
 
 
 class SamplingSection(Section):
@@ -206,6 +294,17 @@ class SamplingSection(Section):
 class LossSection(Section):
     name: Literal["importance_sampling", "ppo", "cispo", "dro"] = "importance_sampling"
     params: dict[str, float] = Field(default_factory=dict)
+    # truncated importance sampling (fengyao.notion.site/off-policy-rl, "TIS"): the ratio is taken to the learner before
+    # the step, and a token's weight is min(that learner's p / q, cap). None: the ratio is p / q
+    importance_cap: float | None = Field(None, gt=0)
+
+
+class OverlongSection(Section):
+    """Completions that reach rl.sampling.max_tokens. DAPO, arXiv:2503.14476, sections 3.4."""
+
+    handling: Literal["keep", "mask", "penalty"] = "keep"  # mask: they teach nothing; penalty: soft, in the reward
+    buffer_tokens: int = Field(0, ge=0)  # penalty: grows linearly from 0 to `penalty` over the last so many tokens
+    penalty: float = Field(1.0, gt=0)
 
 
 class OptimSection(Section):
@@ -216,10 +315,22 @@ class OptimSection(Section):
     eps: float = Field(1e-12, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip_norm: float = Field(1.0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
+    decay_steps: int | None = Field(None, ge=1)  # at which step the rate has come down; None: rl.steps
+    final_share: float = Field(0.0, ge=0, le=1)  # of learning_rate, from there on
 
-    def at(self, step: int) -> AdamParams:
-        """AdamW for step 0, 1, ...: linear warm-up over `warmup_steps`, then constant."""
+    def at(self, step: int, total_steps: int) -> AdamParams:
+        """AdamW for step 0, 1, ... of `total_steps`: linear warm-up over `warmup_steps`, then the schedule.
+
+        cosine: final + (1 - final) * (1 + cos(pi x)) / 2, x going from 0 at the end of the warm-up to 1 at
+        `decay_steps` (SGDR, arXiv:1608.03983, without restarts); linear: 1 - (1 - final) * x.
+        """
         factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        if self.schedule != "constant":
+            end = self.decay_steps or total_steps
+            x = min(1.0, max(0.0, (step + 1 - self.warmup_steps) / max(1, end - self.warmup_steps)))
+            left = (1 + math.cos(math.pi * x)) / 2 if self.schedule == "cosine" else 1 - x
+            factor *= self.final_share + (1 - self.final_share) * left
         return AdamParams(
             self.learning_rate * factor, self.beta1, self.beta2, self.eps, self.weight_decay, self.grad_clip_norm
         )
@@ -229,6 +340,11 @@ class RlSection(Section):
     steps: int = Field(25, ge=0)
     problems_per_step: int = Field(32, ge=1)
     samples_per_problem: int = Field(8, ge=2)
+    substeps: int = Field(1, ge=1)  # optimizer steps per step; each takes its share of the groups
+    # dynamic sampling (DAPO, arXiv:2503.14476 section 3.2): groups that agree are replaced by further problems, in at
+    # most so many rounds of sampling; 0: they are not
+    refill_rounds: int = Field(0, ge=0)
+    overlong: OverlongSection = OverlongSection()
     sampling: SamplingSection = SamplingSection()
     loss: LossSection = LossSection()
     advantages: AdvantageSection = AdvantageSection()
@@ -236,8 +352,30 @@ class RlSection(Section):
 
 
 class EvalSection(Section):
+    """Greedy accuracy, and pass@k from further completions that are sampled."""
+
     every_steps: int = Field(5, ge=0)  # 0: only before the first and after the last step
     max_tokens: int = Field(48, ge=1)
+    samples: int = Field(0, ge=0)  # completions per problem for pass@k; 0: none are sampled
+    pass_k: list[int] = Field(default_factory=lambda: [1])  # each at most `samples`
+    temperature: float = Field(1.0, ge=0.01)  # of those
+    confidence: float = Field(0.95, gt=0, lt=1)  # of the intervals
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvalSection:
+        if self.samples and not (self.pass_k and all(1 <= k <= self.samples for k in self.pass_k)):
+            raise ValueError(
+                f"pass_k: found {self.pass_k}; wanted numbers from 1 to eval.samples = {self.samples}, at least one"
+            )
+        return self
+
+
+class OverlapSection(Section):
+    """Sampling goes on while the learner learns (rlsys/overlap.py); without max_policy_lag, one waits for the other."""
+
+    max_policy_lag: int | None = Field(None, ge=0)  # steps: a completion starts at most so many before its own
+    minibatches: int = Field(1, ge=1)  # pieces of each optimizer step, learned from as they arrive
+    continue_on_new_weights: bool = False  # move what is running to each new version, its cache computed anew
 
 
 class CheckSection(Section):
@@ -251,7 +389,9 @@ class TrackingSection(Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when logged in, else offline
     project: str = "rlsys"
     tags: list[str] = Field(default_factory=list)
-    rollouts_per_step: int = Field(4, ge=0)  # rows of the rollouts table
+    tensorboard: bool = False  # event files in run.dir/name/tensorboard, beside wandb
+    rollouts_per_step: int = Field(4, ge=0)  # rows of the rollouts table: the best and the worst
+    rollout_steps: int = Field(20, ge=0)  # newest steps whose rollouts are kept whole, for `rlsys replay`; 0: none
     log_adapter: bool = False  # as a wandb artifact, at the end
 
 
@@ -264,11 +404,14 @@ class JobConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     model: ModelSection
     task: TaskSection = TaskSection()
+    prompt: PromptSection = PromptSection()
+    turns: TurnSection = TurnSection()
     lora: LoraSection = LoraSection()
     learner: LearnerSection = LearnerSection()
     sampler: SamplerSection = SamplerSection()
     rewards: RewardSection = RewardSection()
     rl: RlSection = RlSection()
+    overlap: OverlapSection = OverlapSection()
     eval: EvalSection = EvalSection()
     checks: CheckSection = CheckSection()
     tracking: TrackingSection = TrackingSection()
@@ -286,6 +429,7 @@ class JobConfig(Section):
                 f"model.max_length {self.model.max_length} leaves no room for a prompt before {longest} sampled tokens "
                 "(rl.sampling.max_tokens, eval.max_tokens)"
             )
+        self._refuse_contradictions()
         if self.task.min_operations > self.task.max_operations:
             raise ValueError("task.min_operations is above task.max_operations")
         if self.lora.train_unembed and self.sampler_device == "cuda":
@@ -311,6 +455,61 @@ class JobConfig(Section):
         if not (self.lora.train_attn or self.lora.train_mlp or self.lora.train_unembed):
             raise ValueError("lora trains nothing: set at least one of train_attn, train_mlp, train_unembed to true")
         return self
+
+    def _refuse_contradictions(self) -> None:
+        """Among options that know of each other."""
+        rl, advantages, overlap = self.rl, self.rl.advantages, self.overlap
+        if self.task.name == "python" and not self.turns.python_tool:
+            raise ValueError(
+                "task.name 'python' runs what the model writes, without network and with limits (docs/tasks.md); "
+                "set turns.python_tool: true to allow that"
+            )
+        if rl.substeps > rl.problems_per_step:
+            raise ValueError(
+                f"rl.substeps {rl.substeps} share {rl.problems_per_step} groups (rl.problems_per_step); wanted at "
+                "least one group each"
+            )
+        if rl.refill_rounds and (advantages.kl_coef > 0 or not advantages.drop_agreeing):
+            raise ValueError(
+                "rl.refill_rounds replaces groups that are left out; it needs rl.advantages.drop_agreeing: true and "
+                "rl.advantages.kl_coef: 0, with which no group is"
+            )
+        if advantages.reference_refresh_steps and advantages.kl_coef == 0:
+            raise ValueError(
+                "rl.advantages.reference_refresh_steps: there is no reference without rl.advantages.kl_coef"
+            )
+        if rl.overlong.handling == "penalty" and not 0 < rl.overlong.buffer_tokens <= rl.sampling.max_tokens:
+            raise ValueError(
+                f"rl.overlong.buffer_tokens: found {rl.overlong.buffer_tokens}; the penalty grows over so many tokens, "
+                f"wanted 1 to rl.sampling.max_tokens = {rl.sampling.max_tokens}"
+            )
+        if overlap.max_policy_lag is None:
+            if overlap.minibatches > 1 or overlap.continue_on_new_weights:
+                raise ValueError(
+                    "overlap.minibatches and overlap.continue_on_new_weights have a meaning only in overlapped "
+                    "running; set overlap.max_policy_lag, such as 1"
+                )
+            return
+        if overlap.minibatches * rl.substeps > rl.problems_per_step:
+            raise ValueError(
+                f"overlap.minibatches {overlap.minibatches} times rl.substeps {rl.substeps} pieces of "
+                f"{rl.problems_per_step} groups (rl.problems_per_step); wanted at least one group each"
+            )
+        if self.sampler.colocate:
+            raise ValueError(
+                "overlap: with sampler.colocate samplers sleep while the learner learns; choose one of the two"
+            )
+        versions = overlap.max_policy_lag + 2  # in use at once, and one for what is left over where something was lost
+        if self.sampler.max_live_adapters < versions:
+            raise ValueError(
+                f"sampler.max_live_adapters {self.sampler.max_live_adapters}: overlap.max_policy_lag "
+                f"{overlap.max_policy_lag} needs room for {versions} versions; set sampler.max_live_adapters={versions}"
+            )
+        if rl.refill_rounds and overlap.minibatches * rl.substeps > 1:
+            raise ValueError(
+                "rl.refill_rounds in overlapped running fills up a whole batch; set rl.substeps and "
+                "overlap.minibatches to 1"
+            )
 
     @property
     def run_dir(self) -> Path:
@@ -422,7 +621,8 @@ def _explain(detail: Mapping[str, Any]) -> str:
 def _nearest(where: Sequence[str]) -> str:
     section: type[BaseModel] = JobConfig
     for part in where[:-1]:
-        section = _section_of(section.model_fields[part].annotation) or section
+        if part in section.model_fields:  # what is no key is a place in a list
+            section = _section_of(section.model_fields[part].annotation) or section
     siblings = list(section.model_fields)
     close = difflib.get_close_matches(where[-1], siblings, n=1, cutoff=0.6)
     if close:

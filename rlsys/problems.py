@@ -5,6 +5,7 @@ Axes: N problems of a set, P of a batch. A batch is an array of ids: nothing but
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ class ProblemSet:
     answers: tuple[str, ...]
     prompt_tokens: Array  # int32
     prompt_offsets: Array  # (N + 1,) int64
+    dropped: int = 0  # further problems, whose prompts were too long
 
     def __post_init__(self) -> None:
         assert len(self.prompts) == len(self.answers) == len(self.prompt_offsets) - 1
@@ -38,6 +40,16 @@ class ProblemSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def digest(self) -> str:
+        """Of all that a run sees of the problems, in their order: texts, answers, tokens."""
+        found = hashlib.blake2b(digest_size=16)
+        for text in (*self.prompts, *self.answers):
+            found.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+        found.update(self.prompt_tokens.tobytes())
+        found.update(self.prompt_offsets.tobytes())
+        return found.hexdigest()
 
     def select(self, ids: Array | Sequence[int]) -> tuple[Array, Array]:
         """(P,) ids -> the P prompts' tokens end to end (int32) and their (P + 1,) offsets.
@@ -52,11 +64,13 @@ class ProblemSet:
         return self.prompt_tokens[spans(starts, lengths)], offsets
 
 
-def encode(problems: Sequence[Problem], encode_fn: Callable[[str], Sequence[int]]) -> ProblemSet:
-    """Problems with their prompts' tokens.
+def encode(
+    problems: Sequence[Problem], encode_fn: Callable[[str], Sequence[int]], max_tokens: int | None = None
+) -> ProblemSet:
+    """Problems with their prompts' tokens; those of more than `max_tokens` are dropped, and ids count the others.
 
     Raises:
-        ConfigError: there are no problems, or a prompt has no token.
+        ConfigError: there are no problems, or a prompt has no token, or every one is too long.
     """
     if not problems:
         raise ConfigError("task: found no problems; wanted at least 1")
@@ -65,11 +79,18 @@ def encode(problems: Sequence[Problem], encode_fn: Callable[[str], Sequence[int]
     if 0 in lengths:
         at = lengths.index(0)
         raise ConfigError(f"task: problem {at}: prompt {problems[at].prompt!r} has no token; wanted at least 1")
+    kept = [i for i, length in enumerate(lengths) if max_tokens is None or length <= max_tokens]
+    if not kept:
+        raise ConfigError(
+            f"prompt.max_tokens: found {max_tokens}; wanted at least {min(lengths)}, the shortest of "
+            f"{len(problems)} prompts"
+        )
     return ProblemSet(
-        prompts=tuple(problem.prompt for problem in problems),
-        answers=tuple(problem.answer for problem in problems),
-        prompt_tokens=np.concatenate(rows),
-        prompt_offsets=offsets_of(lengths),
+        prompts=tuple(problems[i].prompt for i in kept),
+        answers=tuple(problems[i].answer for i in kept),
+        prompt_tokens=np.concatenate([rows[i] for i in kept]),
+        prompt_offsets=offsets_of([lengths[i] for i in kept]),
+        dropped=len(problems) - len(kept),
     )
 
 

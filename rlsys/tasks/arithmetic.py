@@ -28,6 +28,7 @@ ITEMS = ("books", "apples", "coins", "pens")
 GAINS = ("buys {} more", "finds {} more")
 LOSSES = ("loses {}", "gives away {}")
 MAX_OPERAND = 9
+TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 200  # where the job does not say
 
 Part = Literal["eval", "gate", "train", "supervised"]
 # Tenths of all prompts. Supervised is largest because it draws most; eval and gate need few.
@@ -54,8 +55,8 @@ class Arithmetic:
                 )
         self._section = section
         self._splits = {
-            "train": self._distinct("train", section.train_problems, seed, "train_problems"),
-            "eval": self._distinct("eval", section.eval_problems, section.eval_seed, "eval_problems"),
+            "train": self._distinct("train", section.train_problems or TRAIN_PROBLEMS, seed, "train_problems"),
+            "eval": self._distinct("eval", section.eval_problems or EVAL_PROBLEMS, section.eval_seed, "eval_problems"),
         }
 
     def problems(self, split: Literal["train", "eval"]) -> Sequence[Problem]:
@@ -109,7 +110,7 @@ class Arithmetic:
     def _draw(self, rng: random.Random, part: Part, low: int, high: int) -> _Story:
         for _ in range(10_000):
             story = _story(rng, rng.randint(low, high), self._section.max_value)
-            if _part_of(story.prompt) == part:
+            if part_of(story.prompt) == part:
                 return story
         raise ConfigError(
             f"task: no problem of {low} to {high} operations up to {self._section.max_value} falls into the {part} "
@@ -117,7 +118,7 @@ class Arithmetic:
         )
 
 
-def _part_of(prompt: str) -> Part:
+def part_of(prompt: str) -> Part:
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     return _PARTS[int.from_bytes(digest, "big") % len(_PARTS)]
 

@@ -38,13 +38,37 @@ def test_overrides_beat_the_file_and_make_missing_sections() -> None:
 
 def test_the_learning_rate_warms_up_linearly_and_stays() -> None:
     optim = parse_config(SMALL, ["rl.optim.learning_rate=0.3", "rl.optim.warmup_steps=3"]).rl.optim
-    assert [round(optim.at(step).learning_rate, 12) for step in range(5)] == [0.1, 0.2, 0.3, 0.3, 0.3]
+    assert [round(optim.at(step, 25).learning_rate, 12) for step in range(5)] == [0.1, 0.2, 0.3, 0.3, 0.3]
+
+
+SCHEDULES = [
+    # rate 0.8, warm-up of 2: 0.4 and 0.8; then x = 1/4, 1/2, 3/4, 1 over the 4 steps that are left of 6, and 1 after
+    (["schedule=linear"], [0.4, 0.8, 0.6, 0.4, 0.2, 0.0, 0.0]),
+    # 0.25 + 0.75 (1 - x) = 0.8125, 0.625, 0.4375, 0.25
+    (["schedule=linear", "final_share=0.25"], [0.4, 0.8, 0.65, 0.5, 0.35, 0.2, 0.2]),
+    # over the 2 steps that are left of 4: x = 1/2, 1
+    (["schedule=linear", "decay_steps=4"], [0.4, 0.8, 0.4, 0.0, 0.0, 0.0, 0.0]),
+    # (1 + cos(pi x)) / 2 = (1 + sqrt(1/2)) / 2 = 0.853553, 0.5, (1 - sqrt(1/2)) / 2 = 0.146447, 0
+    (["schedule=cosine"], [0.4, 0.8, 0.682843, 0.4, 0.117157, 0.0, 0.0]),
+    # 0.1 + 0.9 * 0.853553 = 0.868198, 0.55, 0.231802, 0.1
+    (["schedule=cosine", "final_share=0.1"], [0.4, 0.8, 0.694558, 0.44, 0.185442, 0.08, 0.08]),
+]
+
+
+@pytest.mark.parametrize(("options", "wanted"), SCHEDULES)
+def test_the_learning_rate_comes_down_by_its_schedule(options: list[str], wanted: list[float]) -> None:
+    overrides = ["learning_rate=0.8", "warmup_steps=2", *options]
+    optim = parse_config(SMALL, [f"rl.optim.{override}" for override in overrides]).rl.optim
+    found = [optim.at(step, 6).learning_rate for step in range(7)]
+    assert found == pytest.approx(wanted, abs=1e-6)
 
 
 WRONG = [
     # overrides, what the message must name: the key, and what would be right
     (["rl.stepz=3"], ["rl.stepz", "did you mean 'steps'"]),
     (["rl.optim.lr=1e-3"], ["rl.optim.lr", "learning_rate"]),
+    (["prompt.few_shot=[{prompt: a, answer: b}, {prompt: a, anwser: b}]"], ["prompt.few_shot.1.anwser", "'answer'"]),
+    (["task.train={pth: a}"], ["task.train.pth", "did you mean 'path'"]),
     (["learner.learning_rate=1"], ["learner.learning_rate", "did you mean model.make.supervised.learning_rate"]),
     (["samplr.num_workers=2"], ["samplr", "did you mean 'sampler'"]),
     (["rl.steps=-1"], ["rl.steps", "-1", "greater than or equal to 0"]),
@@ -53,6 +77,8 @@ WRONG = [
     (["rl.sampling.top_p=0.9"], ["rl.sampling", "top_p: 1.0"]),
     (["rl.sampling.top_k=20"], ["rl.sampling", "top_k: -1"]),
     (["rl.sampling.temperature=0"], ["rl.sampling.temperature", "greater than or equal to 0.01"]),
+    (["rl.advantages={baseline: none, normalise: std}"], ["rl.advantages", "baseline: none", "normalise: none"]),
+    (["rewards.format_pattern='(a'"], ["rewards.format_pattern", "no regular expression", "missing )"]),
     (["rl.loss.name=grpo"], ["rl.loss.name", "importance_sampling", "'grpo'"]),
     (["lora.rank=64"], ["lora.rank 64", "sampler.max_lora_rank=64"]),
     (["lora.train_attn=false", "lora.train_mlp=false"], ["lora trains nothing", "train_unembed"]),

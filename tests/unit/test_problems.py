@@ -37,6 +37,32 @@ def test_a_prompt_without_tokens_is_refused_by_number() -> None:
         encode([Problem("a", "1"), Problem("", "2")], letters)
 
 
+def test_longer_prompts_are_dropped_and_counted_and_ids_stay_dense() -> None:
+    problems = encode(WORDS, letters, max_tokens=2)
+    assert (problems.prompts, problems.answers, problems.dropped) == (("ab", "f"), ("1", "3"), 2)
+    assert problems.select([1])[0].tolist() == letters("f")
+    assert encode(WORDS, letters, max_tokens=4).dropped == 0 == encode(WORDS, letters).dropped
+
+
+def test_a_filter_that_leaves_nothing_is_refused_with_the_shortest() -> None:
+    with pytest.raises(ConfigError, match=r"prompt\.max_tokens: found 1; wanted at least 2, the shortest of 2 prompts"):
+        encode(WORDS[:2], letters, max_tokens=1)
+
+
+def test_the_digest_is_of_texts_answers_and_tokens_in_their_order() -> None:
+    digest = encode(WORDS, letters).digest
+    assert digest == encode(list(WORDS), letters).digest
+    others = [
+        encode(WORDS[::-1], letters),
+        encode(WORDS[:3], letters),
+        encode([Problem("ab", "9"), *WORDS[1:]], letters),
+        encode([Problem("ba", "1"), *WORDS[1:]], letters),
+        encode(WORDS, lambda prompt: [*letters(prompt), 0]),
+        encode([Problem("a", "b1"), *WORDS[1:]], letters),
+    ]
+    assert len({digest, *(other.digest for other in others)}) == 7
+
+
 def test_a_set_without_problems_is_refused() -> None:
     with pytest.raises(ConfigError, match="no problems"):
         encode([], letters)

@@ -1,11 +1,16 @@
 import itertools
+import json
 import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlsys import tasks
-from rlsys.config import SupervisedSection, TaskSection
+from rlsys.config import ColumnSection, SourceSection, SupervisedSection, TaskSection, parse_config
 from rlsys.errors import ConfigError
+from rlsys.problem_sets import problem_sets
 from rlsys.problems import Problem
 from rlsys.tasks.arithmetic import Arithmetic
 
@@ -123,3 +128,193 @@ def test_a_range_of_operations_upside_down_is_refused() -> None:
     section = TaskSection(supervised_min_operations=3, supervised_max_operations=2)
     with pytest.raises(ConfigError, match="supervised_min_operations: found 3; wanted at most"):
         Arithmetic(section, seed=0)
+
+
+SHIPPED = Path(__file__).parent / "data" / "gsm8k_like.jsonl"
+COLUMNS = ColumnSection()
+
+
+def shipped(**section: Any) -> tasks.Task:
+    source = SourceSection(path=str(SHIPPED))
+    return tasks.build(TaskSection(**{"name": "gsm8k", "train": source, "eval": source, **section}), seed=0)
+
+
+def numbered(path: Path, count: int) -> SourceSection:
+    path.write_text("".join(json.dumps({"question": f"{i} + 1?", "answer": i + 1}) + "\n" for i in range(count)))
+    return SourceSection(path=str(path))
+
+
+def numbers(problems: Sequence[Problem]) -> list[int]:
+    return [int(problem.prompt.split()[0]) for problem in problems]
+
+
+def test_a_job_that_says_nothing_gets_4096_problems_and_200_held_out() -> None:
+    task = tasks.build(TaskSection(), seed=0)
+    assert (len(task.problems("train")), len(task.problems("eval"))) == (4096, 200)
+
+
+def test_the_answer_of_a_worked_solution_is_what_its_mark_says() -> None:
+    task = shipped()
+    assert [problem.answer for problem in task.problems("train")] == ["15", "245", "1,500", "16", "65", "-2"]
+
+
+def test_each_reference_solution_is_right_by_its_own_answer_and_by_no_other() -> None:
+    task = shipped()
+    solutions = [json.loads(line)["answer"] for line in SHIPPED.read_text().splitlines()]
+    answers = [problem.answer for problem in task.problems("train")]
+    grades = [[task.grade(solution, answer) for answer in answers] for solution in solutions]
+    assert grades == [[float(i == j) for j in range(len(answers))] for i in range(len(answers))]
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math", "deepscaler"])
+def test_what_a_task_names_of_its_own_can_be_replaced(name: str) -> None:
+    columns = ColumnSection(prompt="question", answer="answer")
+    task = shipped(name=name, columns=columns)
+    assert len(task.problems("train")) == 6
+    assert task.grade("so \\boxed{1500}", task.problems("train")[2].answer) == 1.0
+
+
+def test_any_data_set_is_a_task_once_its_columns_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "words.jsonl"
+    path.write_text('{"q": "half of one?", "a": "\\\\frac{1}{2}"}\n{"q": "two?", "a": 2}\n{"q": "none?", "a": null}\n')
+    source, columns = SourceSection(path=str(path)), ColumnSection(prompt="q", answer="a")
+    task = tasks.build(TaskSection(name="dataset", train=source, eval=source, columns=columns), seed=0)
+    assert task.problems("eval") == (Problem("half of one?", "\\frac{1}{2}"), Problem("two?", "2"))
+    assert task.grade("\\boxed{0.5}", "\\frac{1}{2}") == 1.0
+    assert isinstance(task, tasks.CountingTask)
+    assert task.facts() == {"task/train_unusable": 1.0, "task/eval_unusable": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({}, r"task\.train is required: .*train: \{path: problems\.jsonl\}"),
+        ({"train": SourceSection(path=str(SHIPPED))}, r"task\.columns is required: .*columns: \{prompt: question"),
+    ],
+)
+def test_a_data_set_that_is_not_fully_named_is_refused_with_what_to_write(section: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tasks.build(TaskSection(name="dataset", **section), seed=0)
+
+
+def test_without_a_held_out_set_a_part_of_train_is_kept_apart_for_every_seed(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "numbers.jsonl", 400)
+    section = TaskSection(name="dataset", train=source, columns=COLUMNS, eval_share=0.25)
+    one, other = tasks.build(section, seed=0), tasks.build(section, seed=1)
+    train, held_out = numbers(one.problems("train")), numbers(one.problems("eval"))
+    assert 70 < len(held_out) < 130
+    assert sorted(train + held_out) == list(range(400))
+    assert (train, held_out) == (numbers(other.problems("train")), numbers(other.problems("eval")))
+
+
+def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "numbers.jsonl", 2)
+    with pytest.raises(ConfigError, match=r"task\.eval_share: 0\.01 .* 0 to evaluate on"):
+        tasks.build(TaskSection(name="dataset", train=source, columns=COLUMNS, eval_share=0.01), seed=0)
+
+
+def test_fewer_problems_are_drawn_by_the_seed_and_held_out_ones_by_none(tmp_path: Path) -> None:
+    source = numbered(tmp_path / "numbers.jsonl", 200)
+    section = TaskSection(
+        name="dataset", train=source, eval=source, columns=COLUMNS, train_problems=20, eval_problems=10
+    )
+    drawn = {seed: tasks.build(section, seed) for seed in (0, 1)}
+    train = {seed: numbers(task.problems("train")) for seed, task in drawn.items()}
+    assert train[0] != train[1]
+    assert all(len(ids) == 20 and ids == sorted(ids) for ids in train.values())
+    assert train[0] != list(range(20))  # data sets are sorted: the first ones are no sample
+    assert drawn[0].problems("eval") == drawn[1].problems("eval")
+    assert tasks.build(section, 0).problems("train") == drawn[0].problems("train")
+
+
+def test_more_problems_than_a_data_set_has_are_all_of_them() -> None:
+    assert len(shipped(train_problems=1000).problems("train")) == 6
+
+
+class OwnTask:
+    def __init__(self, section: TaskSection, seed: int) -> None:
+        self.options = section.options
+
+    def problems(self, split: tasks.Split) -> Sequence[Problem]:
+        return [Problem(f"{split}?", str(self.options["right"]))]
+
+    @staticmethod
+    def grade(completion: str, answer: str) -> float:
+        return float(completion == answer)
+
+
+class NoGrade:
+    def __init__(self, section: TaskSection, seed: int) -> None:
+        pass
+
+    def problems(self, split: tasks.Split) -> Sequence[Problem]:
+        return []
+
+
+class NoSeed:
+    def __init__(self, section: TaskSection) -> None:
+        pass
+
+
+def test_a_task_of_the_users_own_is_named_by_path_and_gets_its_options() -> None:
+    task = tasks.build(TaskSection(name="tests.unit.test_tasks:OwnTask", options={"right": 7}), seed=0)
+    assert task.problems("eval") == [Problem("eval?", "7")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gsm8", r"found 'gsm8'; wanted one of .*'package\.module:Class'; did you mean 'gsm8k'"),
+        ("tests.unit.test_tasks:", r"found 'tests.unit.test_tasks:'; wanted one of"),
+        ("no.such.module:Task", r"importing no\.such\.module raised ModuleNotFoundError.*PYTHONPATH"),
+        ("tests.unit.test_tasks:OwnTsk", r"tests\.unit\.test_tasks has no 'OwnTsk'; did you mean 'OwnTask'"),
+        ("tests.unit.test_tasks:values_of", r"is a function; wanted a class"),
+        ("tests.unit.test_tasks:NoGrade", r"has no method grade; see docs/extending\.md"),
+        ("tests.unit.test_tasks:NoSeed", r"cannot be made as NoSeed\(section, seed\): too many positional"),
+    ],
+)
+def test_a_wrong_path_is_refused_with_what_is_wrong(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"task\.name: .*{message}"):
+        tasks.build(TaskSection(name=name), seed=0)
+
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def snippet(document: str, first_line: str) -> str:
+    """The block of a document that begins with this line."""
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", (DOCS / document).read_text(encoding="utf-8"), re.DOTALL)
+    return next(block for block in blocks if block.startswith(first_line))
+
+
+def test_the_task_that_the_docs_show_is_a_task_in_under_twenty_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = snippet("extending.md", "# my_tasks.py")
+    assert len([line for line in code.splitlines() if line.strip()]) < 20
+    (tmp_path / "my_tasks.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    task = tasks.build(TaskSection(name="my_tasks:Doubling", train_problems=500), seed=0)
+    sets = problem_sets(task, lambda prompt: [ord(character) for character in prompt])
+    assert (len(sets.train), len(sets.eval)) == (500, 100)
+    assert task.grade("It is 14", sets.eval.answers[7]) == 1.0
+    assert len(tasks.build(TaskSection(name="my_tasks:Doubling", options={"count": 7}), 0).problems("train")) == 7
+
+
+def test_the_data_set_that_the_docs_show_is_a_task_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_sets.py").write_text(snippet("extending.md", "# my_sets.py"))
+    (tmp_path / "data").mkdir()
+    rows = [{"problem": f"What is {i} + {i}?", "solution": f"It is \\boxed{{{2 * i}}}."} for i in range(200)]
+    (tmp_path / "data" / "olympiad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    task = tasks.build(TaskSection(name="my_sets:Olympiad"), seed=0)
+    assert len(task.problems("train")) + len(task.problems("eval")) == 200
+    assert task.grade("\\boxed{0}", task.problems("train")[0].answer) == 1.0
+
+
+def test_the_data_set_section_that_the_docs_show_loads() -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", (DOCS / "tasks.md").read_text(encoding="utf-8"), re.DOTALL)
+    job = parse_config("run: {name: a}\nmodel: {make: {}}\n" + "".join(blocks))
+    assert job.task.name == "dataset"
+    assert job.prompt.max_tokens == 512

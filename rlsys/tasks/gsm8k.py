@@ -1,0 +1,18 @@
+"""GSM8K: grade-school word problems, 7,473 to train on and 1,319 to test. Cobbe et al. 2021, arXiv:2110.14168."""
+
+from __future__ import annotations
+
+from rlsys.config import ColumnSection, SourceSection
+from rlsys.rewards.extraction import extract
+from rlsys.tasks.dataset import DataSet
+
+
+class Gsm8k(DataSet):
+    train = SourceSection(path="openai/gsm8k", subset="main")
+    held_out = SourceSection(path="openai/gsm8k", subset="main", split="test")
+    columns = ColumnSection(prompt="question", answer="answer")
+
+    def answer(self, text: str) -> str:
+        """What follows #### in a worked solution; a text without the mark is the answer itself."""
+        found = extract(text)
+        return text if found is None else found.strip()
