@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
@@ -17,6 +18,8 @@ class SamplerActor:
     def __init__(self, config: JobConfig, index: int) -> None:
         from rlsys import sampler
 
+        if config.sampler.cores:
+            os.sched_setaffinity(0, config.sampler.cores)  # the engine's processes inherit it
         sampler.prepare_environment(config.sampler, config.sampler_device)
         self.config, self.index = config, index
 
@@ -27,10 +30,12 @@ class SamplerActor:
 
     async def start(self, base: Any, train: Any, held_out: Any) -> None:
         from actors.base_folder import local_folder
+        from rlsys.conversation import Conversations
         from rlsys.sampler import Sampler
 
         config = self.config
         self.problems = {"train": train, "eval": held_out}
+        self.moves = config.overlap.continue_on_new_weights
         with local_folder(base) as folder:
             self.sampler = Sampler(
                 name=str(self.index),
@@ -40,6 +45,7 @@ class SamplerActor:
                 seed=config.run.seed * 1000 + self.index,
                 device=config.sampler_device,
             )
+            self.conversations = Conversations.start(config, folder, self.sampler)
             await self.sampler.start()
 
     async def replace(
@@ -52,9 +58,17 @@ class SamplerActor:
 
     @ray.method(num_returns=2)
     async def sample(self, split: str, problems: Array, n: int, params: SamplingParams, version: int) -> Any:
-        tokens, offsets = self.problems[split].select(problems)
-        rollouts = await self.sampler.sample(problems, tokens, offsets, n, params, self.config.run.name, version)
-        return rollouts, rollouts.counts()
+        known, run = self.problems[split], self.config.run.name
+        moves = self.moves and split == "train"  # an evaluation is of one version
+        tokens, offsets = known.select(problems)
+        if self.conversations is None:
+            rollouts = await self.sampler.sample(problems, tokens, offsets, n, params, run, version, moves)
+            return rollouts, rollouts.counts()
+        answers = [known.answers[i] for i in problems]
+        rollouts, counts = await self.conversations.sample(
+            problems, tokens, offsets, answers, n, params, run, version, moves
+        )
+        return rollouts, {**rollouts.counts(), **counts}
 
     async def load(self, update: WeightUpdate, bound: float, anew: bool = False) -> Attestation:
         """`anew`: forget every version of the run first; the learner went back, and numbers come a second time."""
@@ -73,9 +87,14 @@ class SamplerActor:
 
     async def progress(self) -> Any:
         """Changes whenever the engine moves; nothing yet before it has started."""
-        return await self.sampler.progress() if hasattr(self, "sampler") else None
+        if not hasattr(self, "conversations"):  # the last thing before the engine starts
+            return None
+        replies = 0 if self.conversations is None else self.conversations.progress()
+        return *await self.sampler.progress(), replies
 
     async def stop(self) -> None:
         """Also where `start` was never reached."""
-        if hasattr(self, "sampler"):
+        if hasattr(self, "conversations"):
+            if self.conversations is not None:
+                self.conversations.close()
             await self.sampler.stop()

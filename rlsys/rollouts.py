@@ -14,6 +14,7 @@ import numpy as np
 from rlsys.types import Array
 
 STOP, LENGTH = 0, 1  # values of Rollouts.stop_reasons
+ENVIRONMENT = -2  # value of Rollouts.versions: no model wrote the token, a reply did; its log-probability is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Rollouts:
     group: Array  # (R,) int32, row of `problems`; ascending
     tokens: Array  # (T,) int32, the R completions end to end
     logprobs: Array  # (T,) float32
-    versions: Array  # (T,) int32, the adapter version that produced each token
+    versions: Array  # (T,) int32, the adapter version that produced each token, or ENVIRONMENT
     offsets: Array  # (R + 1,) int64, completion r is [offsets[r]:offsets[r + 1]]
     stop_reasons: Array  # (R,) int8, STOP or LENGTH
 
@@ -38,14 +39,25 @@ class Rollouts:
 
     @property
     def lengths(self) -> Array:
-        """(R,) completion lengths in tokens."""
+        """(R,) completion lengths in tokens, replies of an environment included."""
         return np.diff(self.offsets)
+
+    @property
+    def sampled(self) -> Array:
+        """(T,) bool, the tokens that a model wrote: those that are trained on."""
+        return self.versions != ENVIRONMENT
+
+    @property
+    def sampled_lengths(self) -> Array:
+        """(R,) tokens of each completion that a model wrote."""
+        written = np.concatenate([[0], np.cumsum(self.sampled)])
+        return np.diff(written[self.offsets])
 
     def counts(self) -> dict[str, float]:
         """Sums, so that several samplers' add up."""
         return {
             "completions": float(len(self.group)),
-            "tokens": float(len(self.tokens)),
+            "tokens": float(np.count_nonzero(self.sampled)),
             "truncated": float(np.count_nonzero(self.stop_reasons == LENGTH)),
         }
 

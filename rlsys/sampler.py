@@ -10,17 +10,32 @@ import itertools
 import time
 from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlsys.config import ModelSection, SamplerSection
+from rlsys.drawn import Drawn, gathered, joined
+from rlsys.engine.arguments import UNEMBEDDING, engine_arguments
 from rlsys.engine.attest import attest, distance
+from rlsys.engine.live import BASE_VERSION, Adapter, Hold, LiveVersions, kept
 from rlsys.engine.postmortem import EngineLog
 from rlsys.engine.pulse import EnginePulse
-from rlsys.engine.requests import BaseModel, check_sequences, columns, engine_params, group_seeds, score_params
+from rlsys.engine.requests import (
+    BaseModel,
+    check_sequences,
+    child_seeds,
+    columns,
+    engine_params,
+    finished,
+    group_seeds,
+    later_seed,
+    score_params,
+    so_far,
+)
+from rlsys.engine.seam import stop_across
 from rlsys.engine.shards import proven_digest
 from rlsys.engine.start import Device, engine_processes, preload, prepare_environment
 from rlsys.engine.workers import values
@@ -29,28 +44,11 @@ from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import AdapterSnapshot, Attestation, WeightUpdate
 
-__all__ = ["Sampler", "SamplerStats", "preload", "prepare_environment"]
+__all__ = ["BASE_VERSION", "Sampler", "SamplerStats", "preload", "prepare_environment"]
 
-BASE_VERSION = -1
-ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-UNEMBEDDING = "lm_head"
-CPU_BLOCK_TOKENS = 32  # of the prefix cache: the smallest that the CPU attention takes; vLLM's own default is 128
 WARM_UP_TOKENS = 64  # a fresh bf16 CPU engine dies of an illegal instruction when its first prompt is a few tokens
 DEATH_POLL_S = 1.0
-GIB = 2**30
 ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9}  # relative error of one rounding
-
-
-@dataclass(slots=True)
-class Adapter:
-    """One version in the engine. Its id is never used again, so no cached prefix can outlive it."""
-
-    id: int
-    request: Any  # vLLM's LoRARequest
-    running: int = 0
-    work: set[asyncio.Future[Any]] = field(default_factory=set)  # of its running calls
-    rewound: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +77,9 @@ class Sampler:
         self._name, self._base, self._model, self._section, self._device = name, base, model, section, device
         self._seed = seed
         self._draws = itertools.count()
-        self._ids = itertools.count(1)
         self._request_ids = itertools.count()
         self._calls = itertools.count()
-        self._live: dict[tuple[str, int], Adapter] = {}
+        self._live = LiveVersions(f"sampler {name}", section.max_live_adapters)
         self._strays: dict[str, float] = {}  # run id -> distance to the learner when last attested
         self._loading = asyncio.Lock()
         self._asleep = False
@@ -96,6 +93,11 @@ class Sampler:
             raise ConfigError(
                 f"model.max_length: found {model.max_length}; {base} has positions for {self._about.max_positions}"
             )
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """Tokens that end a completion where `SamplingParams.stop` is None."""
+        return self._about.eos
 
     async def start(self) -> None:
         """Start the engine, warm it up, and measure how far it strays from itself."""
@@ -119,49 +121,8 @@ class Sampler:
 
     def engine_arguments(self) -> dict[str, Any]:
         """What vLLM is started with; its own `LLM` takes the same."""
-        section, cpu, parallel = self._section, self._device == "cpu", self._section.tensor_parallel_size
-        # One position more than promised: vLLM wants to generate a token even where a full-length sequence is only
-        # scored. That token is never fed back, so its position is never computed.
-        max_model_len = self._model.max_length + 1
-        by_device: dict[str, Any] = (
-            {
-                "distributed_executor_backend": "uni" if parallel == 1 else "rlsys.engine.parallel.CpuExecutor",
-                "worker_cls": "rlsys.engine.cpu.CpuWorker",
-                "block_size": CPU_BLOCK_TOKENS,
-                "kv_cache_memory_bytes": int(section.kv_cache_gb * GIB) // parallel,  # of each worker
-                # a seeded request whose prefill is cut in two kills the CPU engine ("does not use offset")
-                "enable_chunked_prefill": False,
-            }
-            if cpu
-            else {
-                "gpu_memory_utilization": section.gpu_memory_utilization,
-                "enable_sleep_mode": section.colocate,
-                # left to itself, vLLM would ask Ray for workers in our placement group, where no GPU is left
-                **({"distributed_executor_backend": "mp"} if parallel > 1 else {}),
-            }
-        )
-        return {
-            "model": str(self._base),
-            "dtype": self._model.dtype,
-            "seed": self._seed,
-            "tensor_parallel_size": parallel,
-            "max_model_len": max_model_len,
-            "max_num_seqs": section.max_num_seqs,
-            "max_num_batched_tokens": max(section.max_num_batched_tokens, max_model_len),
-            "enforce_eager": cpu or section.enforce_eager,
-            "enable_prefix_caching": True,
-            "skip_tokenizer_init": not self._about.has_tokenizer,
-            "generation_config": "vllm",  # else the model's own file would change temperature, top_k and top_p
-            "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
-            "enable_lora": True,
-            "max_loras": section.max_live_adapters,
-            "max_cpu_loras": section.max_live_adapters,
-            "max_lora_rank": next(rank for rank in ENGINE_RANKS if rank >= section.max_lora_rank),
-            "lora_target_modules": [*LINEARS, UNEMBEDDING] if cpu else [*LINEARS],
-            "worker_extension_cls": "rlsys.engine.adapters.AdapterExtension",
-            "disable_log_stats": True,
-            **by_device,
-        }
+        has_tokenizer = self._about.has_tokenizer
+        return engine_arguments(self._base, self._model, self._section, self._seed, self._device, has_tokenizer)
 
     async def _measure_noise(self) -> float:
         """Mean |difference| of one sequence scored alone and in company, and at least one rounding of its values.
@@ -183,12 +144,14 @@ class Sampler:
         params: SamplingParams,
         run_id: str | None,
         version: int,
+        move_on: bool = False,
     ) -> Rollouts:
         """n completions of each of P prompts under one version (`run_id` None and version -1: the base).
 
-        A group is one engine request. `params.seed` None draws from this sampler's own sequence; else the same problems
-        draw the same. Greedy requests (temperature 0) are computed once and copied; their log-probabilities are those
-        at temperature 1. Stop tokens, but not stop strings' tails, are part of a completion.
+        `params.seed` None draws from this sampler's own sequence; else the same problems draw the same. Greedy requests
+        (temperature 0) are computed once and copied; their log-probabilities are those at temperature 1. Stop tokens,
+        but not stop strings' tails, are part of a completion. `move_on`: whenever a newer version of the run is loaded,
+        what is not done goes on under that one; only then do versions differ inside a completion.
 
         Raises:
             SamplingError: nothing was started.
@@ -198,17 +161,80 @@ class Sampler:
         max_length, vocab_size = self._model.max_length, self._about.vocab_size
         names = problems.tolist()
         check_sequences("problem", names, prompt_tokens, prompt_offsets, params.max_tokens, max_length, vocab_size)
-        seed = params.seed if params.seed is not None else self._own_seed()
+        seed = params.seed if params.seed is not None else self.own_seed()
         children = n if params.temperature > 0 else 1
+        prompts = _rows(prompt_tokens, prompt_offsets)
+        if move_on and run_id is not None:
+            seeds = iter(child_seeds(seed, problems, children))
+            with self.hold(run_id, version, len(prompts), moves=True) as hold:
+                ones = [replace(params, seed=next(seeds)) for _ in range(len(prompts) * children)]
+                rows = [prompt for prompt in prompts for _ in range(children)]
+                draws = [self.draw(hold, row, one) for row, one in zip(rows, ones, strict=True)]
+                done = [one for one in await _together(draws) for _ in range(n // children)]
+            return gathered(problems, prompt_tokens, prompt_offsets, done)
         requests = [engine_params(params, children, group, self._about) for group in group_seeds(seed, problems)]
         with self._using(run_id, version, len(requests)) as adapter:
-            prompts = _rows(prompt_tokens, prompt_offsets)
             outputs = await self._work(
                 [self._generate(*pair, adapter) for pair in zip(prompts, requests, strict=True)], adapter
             )
         rollouts = columns(problems, prompt_tokens, prompt_offsets, n, outputs, version)
         self._tokens_generated += len(rollouts.tokens)
         return rollouts
+
+    @contextmanager
+    def hold(self, run_id: str | None, version: int, requests: int, moves: bool = False) -> Iterator[Hold]:
+        """For calls of `draw` that belong together: inside, the version stays, unless they move to newer ones anyway.
+
+        Raises:
+            SamplingError: it is not live.
+        """
+        self._refuse_asleep()
+        hold = self._live.hold(run_id, version, moves)
+        self._running += requests
+        try:
+            with kept(None if moves else hold.adapter, requests):
+                yield hold
+        finally:
+            self._running -= requests
+
+    async def draw(self, hold: Hold, prompt: list[int], params: SamplingParams, also_stop: Sequence[str] = ()) -> Drawn:
+        """One completion of one prompt; `params.seed` is its own, and `also_stop` adds to `params.stop`.
+
+        Raises:
+            SamplingError: the run went back, or there is no room for `params.max_tokens`.
+        """
+        assert params.seed is not None
+        length = np.array([0, len(prompt)], np.int64)
+        check_sequences(
+            "prompt", [0], np.asarray(prompt), length, params.max_tokens, self._model.max_length, self._about.vocab_size
+        )
+        parts: list[Drawn] = []
+        done, seed, before = 0, params.seed, list[int]()
+        while True:
+            adapter = self._live.serving(hold)
+            left = replace(params, max_tokens=params.max_tokens - done)
+            request = engine_params(left, 1, seed, self._about, also_stop)
+            with kept(adapter, 1):
+                (output,) = await self._work([self._generate(prompt + before, request, adapter, hold.moves)], adapter)
+            if output is None:
+                continue
+            (completion,) = output.outputs
+            version = hold.version if adapter is None else adapter.version
+            moves_on = hold.moves and completion.finish_reason == "abort"
+            part = so_far(completion, version) if moves_on else finished(completion, version)
+            self._tokens_generated += len(part.tokens)
+            tail = part.tokens.tolist()
+            cut = stop_across(self._decode, before, tail, request.stop) if parts and request.stop else None
+            parts.append(part if cut is None else part.head(cut, stopped=True))
+            if cut is not None or not moves_on:
+                return joined(parts)
+            before = before + tail
+            done = len(before)
+            seed = later_seed(params.seed, done)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text: str = self._engine.get_tokenizer().decode(tokens, skip_special_tokens=True)
+        return text
 
     async def logprobs(self, tokens: Array, offsets: Array, run_id: str | None, version: int) -> Array:
         """(T,) float32: log-probability of each token of each sequence given those before it; 0.0 for each first one.
@@ -241,8 +267,9 @@ class Sampler:
             snapshot = update.snapshot
             self._refuse_asleep()
             self._refuse_unloadable(snapshot)
-            await self._make_room(snapshot.run_id)
-            adapter = self._new_adapter(snapshot)
+            while (key := self._live.in_the_way(snapshot.run_id)) is not None:
+                await self.unload(*key)
+            adapter = self._live.make(snapshot)
             try:
                 digest = await self._install(snapshot, adapter)
                 scored = await self._alive(self._score(update.canary_tokens, adapter))
@@ -252,8 +279,9 @@ class Sampler:
             except BaseException:
                 await asyncio.shield(self._call("rlsys_remove_adapter", adapter.id))
                 raise
-            self._live[snapshot.run_id, snapshot.version] = adapter
             self._strays[snapshot.run_id] = attestation.distance_new
+            if moving := self._live.add(snapshot.run_id, adapter):
+                await self._alive(self._engine.abort(moving))  # what they have comes back as their output
             return attestation
 
     async def probe(self, update: WeightUpdate, bound: float) -> Attestation:
@@ -277,13 +305,7 @@ class Sampler:
         Raises:
             SamplingError: it is not there, or requests still run on it.
         """
-        adapter = self._adapter(run_id, version)
-        if adapter.running:
-            raise SamplingError(
-                f"sampler {self._name}: run {run_id!r} version {version} still has {adapter.running} running requests"
-            )
-        del self._live[run_id, version]
-        await self._call("rlsys_remove_adapter", adapter.id)
+        await self._call("rlsys_remove_adapter", self._live.drop(run_id, version).id)
 
     async def rewind(self, run_id: str) -> None:
         """Abort the run's requests and take all its versions out; the same versions may then be loaded anew.
@@ -291,14 +313,9 @@ class Sampler:
         A learner that went back to a checkpoint gives other weights the numbers that these had.
         """
         async with self._loading:
-            mine = {key: adapter for key, adapter in self._live.items() if key[0] == run_id}
-            for key, adapter in mine.items():
-                del self._live[key]
-                adapter.rewound = True
-                for work in adapter.work:
-                    work.cancel()
+            mine = self._live.rewind(run_id)
             self._strays.pop(run_id, None)
-            for adapter in mine.values():
+            for adapter in mine:
                 await asyncio.gather(*adapter.work, return_exceptions=True)  # until the engine has let go of them
                 await self._call("rlsys_remove_adapter", adapter.id)
 
@@ -349,48 +366,39 @@ class Sampler:
         return self._pulse.advanced, self._pulse.answered
 
     def stats(self) -> SamplerStats:
-        live = tuple(self._live)
+        live = self._live.keys()
         return SamplerStats(self._name, self._tokens_generated, self._running, live, self._noise, self._start_s)
 
-    def _own_seed(self) -> int:
+    def own_seed(self) -> int:
+        """For a call whose params name none."""
         words = [self._seed, next(self._draws)]
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
-
-    def _adapter(self, run_id: str, version: int) -> Adapter:
-        adapter = self._live.get((run_id, version))
-        if adapter is None:
-            live = ", ".join(f"{run!r} {v}" for run, v in self._live) or "none"
-            raise SamplingError(
-                f"sampler {self._name}: run {run_id!r} version {version} is not loaded; live run and version: {live}"
-            )
-        return adapter
 
     @contextmanager
     def _using(self, run_id: str | None, version: int, requests: int) -> Iterator[Adapter | None]:
         """The adapter of a version, which is not evicted while inside; None for the base."""
-        if run_id is None and version != BASE_VERSION:
-            raise SamplingError(f"version: found {version} without a run; the base is version {BASE_VERSION}")
-        self._refuse_asleep()
-        adapter = None if run_id is None else self._adapter(run_id, version)
-        self._running += requests
-        if adapter is not None:
-            adapter.running += requests
-        try:
-            yield adapter
-        finally:
-            self._running -= requests
-            if adapter is not None:
-                adapter.running -= requests
+        with self.hold(run_id, version, requests) as hold:
+            yield hold.adapter
 
-    async def _generate(self, prompt: list[int], params: Any, adapter: Adapter | None) -> Any:
-        """One finished engine request; aborted in the engine when this task is cancelled."""
+    async def _generate(self, prompt: list[int], params: Any, adapter: Adapter | None, moves: bool = False) -> Any:
+        """One finished engine request, aborted when this task is cancelled.
+
+        `moves`: also when a newer version comes; None where that was before it began.
+        """
         request_id = f"{self._name}-{next(self._request_ids)}"
         lora = None if adapter is None else adapter.request
         # "type" marks the prompt as rendered, which spares it vLLM's preprocessing threads
         inputs = {"type": "token", "prompt_token_ids": prompt}
         final = None
-        async for output in self._engine.generate(inputs, params, request_id, lora_request=lora):
-            final = output
+        movable = adapter.movable if adapter is not None and moves else set()
+        if adapter is not None and moves and adapter.overtaken:
+            return None
+        movable.add(request_id)
+        try:
+            async for output in self._engine.generate(inputs, params, request_id, lora_request=lora):
+                final = output
+        finally:
+            movable.discard(request_id)
         return final
 
     async def _score(self, tokens: Array, adapter: Adapter | None) -> Array:
@@ -409,10 +417,7 @@ class Sampler:
             task = asyncio.current_task()
             assert task is not None
             if adapter is not None and adapter.rewound and not task.cancelling():
-                raise SamplingError(
-                    f"sampler {self._name}: adapter {adapter.request.lora_name} was taken out while it worked, because "
-                    "its run went back to an earlier step"
-                ) from None
+                raise self._live.rewound(adapter) from None
             raise
         finally:
             held.discard(work)
@@ -464,25 +469,6 @@ class Sampler:
                 f"{where}: holds {UNEMBEDDING} tensors; vLLM's GPU LoRA has no mapping for the rows of prompt "
                 "log-probabilities there and would score them wrong; set lora.train_unembed: false"
             )
-
-    async def _make_room(self, run_id: str) -> None:
-        """Evict the oldest idle versions that are not the last of their run."""
-        while len(self._live) >= self._section.max_live_adapters:
-            last = dict(self._live.keys())  # run id -> version loaded last
-            idle = [key for key, adapter in self._live.items() if not adapter.running and last[key[0]] != key[1]]
-            if not idle:
-                raise WeightSyncError(
-                    f"sampler {self._name}: no room for run {run_id!r}: {len(self._live)} versions are live, each "
-                    "the last of its run or with running requests; raise sampler.max_live_adapters"
-                )
-            await self.unload(*idle[0])
-
-    def _new_adapter(self, snapshot: AdapterSnapshot) -> Adapter:
-        from vllm.lora.request import LoRARequest
-
-        number = next(self._ids)
-        name = f"{snapshot.run_id}/{snapshot.version}#{number}"  # part of the prefix cache's key
-        return Adapter(number, LoRARequest(lora_name=name, lora_int_id=number, lora_path=name))
 
     async def _install(self, snapshot: AdapterSnapshot, adapter: Adapter) -> str:
         """The digest of the engine's slots after installing; of several workers' slots, once each proved its part."""

@@ -25,7 +25,7 @@ from rlsys.errors import ConfigError, QualityError
 from rlsys.learner import BASE_RUN, Learner
 from rlsys.problems import Epochs, Problem
 from rlsys.rollouts import offsets_of, spans
-from rlsys.tasks import TeachableTask
+from rlsys.tasks import ConversationTask, TeachableTask
 from rlsys.tokenizer import build_tokenizer
 from rlsys.types import AdamParams, Array
 
@@ -40,20 +40,22 @@ class Examples:
     """E texts as token ids, end to end; each is at least two tokens long."""
 
     tokens: Array  # (T,) int32
+    taught: Array  # (T,) bool; False: a reply of an environment, which is read and not learned
     offsets: Array  # (E + 1,) int64
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def batch(self, ids: Array) -> DatumBatch:
-        """The examples `ids`, each position predicting the next; the weights make the loss a mean over tokens.
+        """The examples `ids`, each position predicting the next; the weights make the loss a mean over taught tokens.
 
         example  a b c   ->   tokens a b, targets b c
         """
         lengths = np.diff(self.offsets)[ids] - 1
         offsets = offsets_of(lengths)
         at = spans(self.offsets[ids], lengths)
-        weights = np.full(len(at), 1.0 / len(at), np.float32)
+        taught = self.taught[at + 1]
+        weights = (taught / max(1, np.count_nonzero(taught))).astype(np.float32)
         return DatumBatch(self.tokens[at], self.tokens[at + 1], offsets, {"weights": weights})
 
 
@@ -64,14 +66,43 @@ class Gate:
     problems: Sequence[Problem]  # with the worked steps begun
     grade: Callable[[str, str], float]  # of (completion, answer)
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int  # of a completion
+    max_tokens: int  # of one turn
+    environment: Replies | None = None
 
     def accuracy(self, learner: Learner) -> float:
         """Mean grade of the greedy completions."""
-        prompts = [np.array(ids, np.int32) for ids in _encode(self.tokenizer, [p.prompt for p in self.problems])]
-        completions = learner.greedy(prompts, self.max_tokens, [self.tokenizer.eos_token_id])
+        turns: list[list[str]] = [[] for _ in self.problems]
+        open_prompts = {i: problem.prompt for i, problem in enumerate(self.problems)}
+        for _ in range(self.environment.max_turns if self.environment else 1):
+            written = self._written(learner, list(open_prompts.values()))
+            for (i, prompt), text in zip(list(open_prompts.items()), written, strict=True):
+                del open_prompts[i]
+                turns[i].append(text)
+                reply = self.environment.reply(turns[i], self.problems[i].answer) if self.environment else None
+                if reply is not None:
+                    open_prompts[i] = prompt + text + reply
+            if not open_prompts:
+                break
+        graded = zip(turns, self.problems, strict=True)
+        return float(np.mean([self.grade("\n".join(said), problem.answer) for said, problem in graded]))
+
+    def _written(self, learner: Learner, prompts: Sequence[str]) -> list[str]:
+        """One turn of each, up to the end of the first stop text."""
+        encoded = [np.array(ids, np.int32) for ids in _encode(self.tokenizer, prompts)]
+        stops = self.environment.stop if self.environment else ()
+        single = [ids[0] for ids in _encode(self.tokenizer, list(stops)) if len(ids) == 1] if stops else []
+        completions = learner.greedy(encoded, self.max_tokens, [self.tokenizer.eos_token_id, *single])
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        return float(np.mean([self.grade(text, p.answer) for text, p in zip(texts, self.problems, strict=True)]))
+        return [_up_to(text, stops) for text in texts]
+
+
+@dataclass(frozen=True, slots=True)
+class Replies:
+    """A task's environment; it is called in this process, as only tasks that write their own examples are."""
+
+    reply: Callable[[Sequence[str], str], str | None]
+    stop: Sequence[str]
+    max_turns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +135,17 @@ def make_base(config: JobConfig, out: Path, on_step: OnStep) -> SupervisedResult
         )
     section = make.supervised
     model_seed, example_seed, order_seed = map(int, np.random.SeedSequence(seed).generate_state(3))
-    pairs = task.supervised_examples(section.problems, section.worked_share, example_seed)
-    tokenizer = build_tokenizer([prompt + answer for prompt, answer in pairs[:TOKENIZER_TEXTS]], make.vocab_size)
-    examples = encode_examples(tokenizer, pairs)
+    texts = task.supervised_examples(section.problems, section.worked_share, example_seed)
+    tokenizer = build_tokenizer(["".join(parts) for parts in texts[:TOKENIZER_TEXTS]], make.vocab_size)
+    examples = encode_examples(tokenizer, texts)
     longest = int(np.diff(examples.offsets).max())
     if longest > config.model.max_length:
         raise ConfigError(f"model.max_length: found {config.model.max_length}; wanted {longest}, the longest example")
     problems = [task.force_steps(problem) for problem in task.gate_problems(section.gate_problems)]
-    gate = Gate(problems, task.grade, tokenizer, config.eval.max_tokens)
+    environment = None
+    if isinstance(task, ConversationTask):
+        environment = Replies(task.reply, tuple(getattr(task, "stop", ())), config.turns.max_turns)
+    gate = Gate(problems, task.grade, tokenizer, config.eval.max_tokens, environment)
     with new_folder(out) as folder:
         initial_model(make, tokenizer, config.model.max_length, model_seed, folder / "initial")
         learner = Learner(folder / "initial", config.model, config.learner, "all", section.optimizer)
@@ -164,13 +198,26 @@ def learning_rate(section: SupervisedSection, step: int, decay_from: int | None)
     return section.learning_rate * warm * (1.0 - (1.0 - FINAL_SHARE) * decayed)
 
 
-def encode_examples(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]) -> Examples:
-    """(prompt, answer) texts -> ids of prompt, answer and end. Each part by itself, as sampling will see the prompt."""
-    prompts, answers = (_encode(tokenizer, texts) for texts in zip(*pairs, strict=True))
-    rows = [[*prompt, *answer, tokenizer.eos_token_id] for prompt, answer in zip(prompts, answers, strict=True)]
-    offsets = offsets_of(np.array([len(row) for row in rows]))
-    tokens = np.fromiter(itertools.chain.from_iterable(rows), np.int32, count=int(offsets[-1]))
-    return Examples(tokens, offsets)
+def encode_examples(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]]) -> Examples:
+    """(prompt, answer) or (prompt, turn, reply, turn, ...) -> ids of all parts and the end.
+
+    Each part is encoded by itself, as sampling will see the prompt and the replies.
+    """
+    counts = np.array([len(parts) for parts in texts])
+    pieces = _encode(tokenizer, list(itertools.chain.from_iterable(texts)))
+    ends = np.cumsum(counts) - 1
+    for end in ends:
+        pieces[end] = [*pieces[end], tokenizer.eos_token_id]
+    place = np.arange(len(pieces)) - np.repeat(ends + 1 - counts, counts)  # within its example
+    lengths = np.array([len(piece) for piece in pieces])
+    tokens = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, count=int(lengths.sum()))
+    taught = np.repeat((place == 0) | (place % 2 == 1), lengths)
+    return Examples(tokens, taught, offsets_of(lengths)[np.concatenate([[0], ends + 1])])
+
+
+def _up_to(text: str, stops: Sequence[str]) -> str:
+    found = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    return text[: min(found)] if found else text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from rlsys.drawn import Drawn, drawn, gathered
 from rlsys.errors import ConfigError, SamplingError
-from rlsys.rollouts import LENGTH, STOP, Rollouts, offsets_of
+from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 
 MIN_TEMPERATURE = (
@@ -77,8 +78,8 @@ def stop_rules(stop: str | Sequence[str] | Sequence[int] | None, model: BaseMode
     return strings, [] if strings else [int(item) for item in given]
 
 
-def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel) -> Any:
-    """vLLM's parameters of one group; completion i draws with seed + i."""
+def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel, also_stop: Sequence[str] = ()) -> Any:
+    """vLLM's parameters of one group; completion i draws with seed + i. `also_stop` adds to what `params` says."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
@@ -87,6 +88,7 @@ def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel) -
             f"SamplingParams.temperature: found {params.temperature}; wanted 0 (greedy) or at least {MIN_TEMPERATURE}"
         )
     strings, ids = stop_rules(params.stop, model)
+    strings = [*strings, *also_stop]
     return vllm.SamplingParams(
         n=n,
         max_tokens=params.max_tokens,
@@ -134,33 +136,36 @@ def group_seeds(seed: int, problems: Array) -> list[int]:
     return seeds
 
 
+def child_seeds(seed: int, problems: Array, n: int) -> list[int]:
+    """(R,) seeds of P * n completions: those that vLLM gives the children of a group's request."""
+    return [group + child for group in group_seeds(seed, problems) for child in range(n)]
+
+
+def later_seed(seed: int, *where: int) -> int:
+    """Of a completion that goes on in a further request; `where` it does so."""
+    return int(np.random.SeedSequence([seed & SEED_WORDS, *where]).generate_state(1, np.uint64)[0] >> 2)
+
+
 def columns(
     problems: Array, prompt_tokens: Array, prompt_offsets: Array, n: int, outputs: Sequence[Any], version: int
 ) -> Rollouts:
     """P finished requests as R = P * n columnar completions; a greedy request answered once and counts n times."""
     done = [
-        completion
+        finished(completion, version)
         for output in outputs
         for completion in sorted(output.outputs, key=lambda completion: completion.index) * (n // len(output.outputs))
     ]
-    strange = {completion.finish_reason for completion in done} - {"stop", "length"}
-    if strange:
-        raise SamplingError(f"the engine ended requests with {sorted(strange)}; wanted 'stop' or 'length'")
-    lengths = [len(completion.token_ids) for completion in done]
-    offsets = offsets_of(lengths)
-    return Rollouts(
-        problems=np.asarray(problems, np.int64),
-        prompt_tokens=np.asarray(prompt_tokens, np.int32),
-        prompt_offsets=np.asarray(prompt_offsets, np.int64),
-        group=np.repeat(np.arange(len(problems), dtype=np.int32), n),
-        tokens=_joined([completion.token_ids for completion in done], lengths, np.int32),
-        logprobs=_joined([completion.logprobs.logprobs for completion in done], lengths, np.float32),
-        versions=np.full(int(offsets[-1]), version, np.int32),
-        offsets=offsets,
-        stop_reasons=np.array([STOP if completion.finish_reason == "stop" else LENGTH for completion in done], np.int8),
-    )
+    return gathered(problems, prompt_tokens, prompt_offsets, done)
 
 
-def _joined(parts: Sequence[Sequence[Any]], lengths: Sequence[int], dtype: Any) -> Array:
-    assert [len(part) for part in parts] == list(lengths)  # one log-probability per token
-    return np.concatenate([np.asarray(part, dtype) for part in parts]) if parts else np.zeros(0, dtype)
+def finished(completion: Any, version: int) -> Drawn:
+    """vLLM's completion, which has to have come to its own end."""
+    if completion.finish_reason not in ("stop", "length"):
+        raise SamplingError(f"the engine ended a request with {completion.finish_reason!r}; wanted 'stop' or 'length'")
+    return so_far(completion, version)
+
+
+def so_far(completion: Any, version: int) -> Drawn:
+    """vLLM's completion, which may have been stopped from outside."""
+    logprobs = completion.logprobs.logprobs
+    return drawn(completion.token_ids, logprobs, version, stopped=completion.finish_reason == "stop")

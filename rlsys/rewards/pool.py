@@ -12,11 +12,8 @@ import importlib
 import math
 import multiprocessing
 import numbers
-import os
 import pickle
-import resource
 import signal
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -27,6 +24,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from rlsys.config import RewardSection
 from rlsys.errors import ConfigError, GradingError, StalledError, did_you_mean
+from rlsys.killable import TEXT_TAIL, begin_killable, ending
 from rlsys.types import Array
 
 RIGHT, WRONG, TIMEOUT, ERROR = 0, 1, 2, 3  # values of Grades.outcome
@@ -34,13 +32,10 @@ KILLED = 4  # no outcome: the grade is repeated, and counts as ERROR when that h
 
 Grader = Callable[[str, str], float]
 
-# What one grader process may allocate: powers of powers would take the machine's memory before their time is up.
-MEMORY_LIMIT_BYTES = 4 * 2**30
 # Beyond two time limits, what the next grade may need: processes to start, with a grader's own heavy imports.
 START_S = 120.0
 # Rebuilding a broken pool, per batch. Pebble gives a pool up when its only process dies outside a call.
 MAX_REBUILDS = 3
-_TEXT_TAIL = 2000  # characters of a traceback that are kept
 _HEAD = 200  # characters of a completion that an error shows
 
 
@@ -207,7 +202,7 @@ class GraderPool:
             return 0.0, TIMEOUT, f"no reward within rewards.timeout_s = {self._section.timeout_s:g} s"
         if isinstance(error, ProcessExpired):
             killed = error.exitcode == -signal.SIGKILL
-            return 0.0, KILLED if killed else ERROR, f"the grader's process died: {_ending(error.exitcode)}"
+            return 0.0, KILLED if killed else ERROR, f"the grader's process died: {ending(error.exitcode)}"
         raise error
 
     def _too_many(
@@ -243,21 +238,11 @@ _start_error = ""
 def _initialise(source: str | bytes) -> None:
     """Runs once in each grader process; one that cannot load its grader lives on to say so."""
     global _grader, _start_error
-    threading.Thread(target=_end_with_owner, daemon=True).start()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would wait for a long call into C to return
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    begin_killable()
     try:
         _grader = resolve(source) if isinstance(source, str) else pickle.loads(source)  # our owner pickled it
     except Exception:  # an import of the user's may raise anything
-        _start_error = traceback.format_exc()[-_TEXT_TAIL:]
-
-
-def _end_with_owner() -> None:
-    """A grader that never returns would outlive an owner that was killed and could not kill it."""
-    owner = multiprocessing.parent_process()
-    assert owner is not None
-    owner.join()
-    os._exit(1)
+        _start_error = traceback.format_exc()[-TEXT_TAIL:]
 
 
 def _grade_one(completion: str, answer: str) -> _Answer:
@@ -267,7 +252,7 @@ def _grade_one(completion: str, answer: str) -> _Answer:
     try:
         return _number(_grader(completion, answer)), ""
     except BaseException:  # also SystemExit, and what libraries derive from BaseException
-        return 0.0, traceback.format_exc()[-_TEXT_TAIL:]
+        return 0.0, traceback.format_exc()[-TEXT_TAIL:]
 
 
 def _number(reward: object) -> float:
@@ -279,9 +264,3 @@ def _number(reward: object) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the grader returned {value}; wanted a finite number")
     return value
-
-
-def _ending(exitcode: int | None) -> str:
-    if exitcode is None or exitcode >= 0:
-        return f"exit code {exitcode}"
-    return f"signal {-exitcode} ({signal.strsignal(-exitcode)})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rlsys.config import JobConfig, LearnerSection, MakeSection, ModelSection, S
 from rlsys.errors import ConfigError, QualityError
 from rlsys.learner import Learner
 from rlsys.problems import Problem
-from rlsys.supervised import Examples, Gate, encode_examples, learning_rate, make_base, train_base
+from rlsys.supervised import Examples, Gate, Replies, encode_examples, learning_rate, make_base, train_base
 from rlsys.tasks import TeachableTask
 from rlsys.tokenizer import build_tokenizer
 
@@ -113,7 +114,8 @@ def test_no_warm_up_begins_at_the_full_rate() -> None:
 
 
 def test_a_batch_predicts_every_next_token_within_an_example_and_none_across() -> None:
-    examples = Examples(np.array([1, 2, 3, 7, 8, 4, 5, 6, 9], np.int32), np.array([0, 3, 5, 9]))
+    tokens = np.array([1, 2, 3, 7, 8, 4, 5, 6, 9], np.int32)
+    examples = Examples(tokens, np.ones(9, np.bool_), np.array([0, 3, 5, 9]))
     batch = examples.batch(np.array([2, 0]))
     assert batch.tokens.tolist() == [4, 5, 6, 1, 2]
     assert batch.targets.tolist() == [5, 6, 9, 2, 3]
@@ -126,6 +128,42 @@ def test_an_example_is_prompt_answer_and_end_each_encoded_by_itself() -> None:
         expected = TOKENIZER.encode(prompt) + TOKENIZER.encode(answer) + [TOKENIZER.eos_token_id]
         assert EXAMPLES.tokens[start:stop].tolist() == expected
     assert len(EXAMPLES) == len(PAIRS)
+    assert EXAMPLES.taught.all()
+
+
+def test_replies_are_read_and_not_learned() -> None:
+    examples = encode_examples(TOKENIZER, [("1+2\n", "3+4", "=7\n", "7"), ("5\n", "6")])
+    end = TOKENIZER.eos_token_id
+    first, second = TOKENIZER.encode("1+2\n3+4=7\n7"), TOKENIZER.encode("5\n6")  # no token spans two of these parts
+    assert examples.tokens.tolist() == [*first, end, *second, end]
+    assert examples.taught.tolist() == [True] * 4 + [True] * 3 + [False] * 3 + [True] * 2 + [True] * 4
+    batch = examples.batch(np.array([0, 1]))
+    weights = batch.columns["weights"]
+    assert (weights == 0).tolist() == [False] * 6 + [True] * 3 + [False] * 5  # shifted: a position predicts the next
+    assert weights.sum() == pytest.approx(1.0)
+
+
+def test_the_gate_lets_the_environment_answer_until_it_has_nothing_to_say(learner: Learner) -> None:
+    """The model is taught turns that lead to the answer, and never the replies between them."""
+    section = SupervisedSection(
+        batch_size=2, warmup_steps=0, learning_rate=0.02, first_check_step=80, gate_accuracy=0, decay_steps=10
+    )
+    texts = [("1\n", "7;", "=5\n", "8;", "=6\n", "9"), ("2\n", "3;", "=4\n", "2;", "=1\n", "5")]
+    said: list[list[str]] = []
+
+    def reply(turns: Sequence[str], answer: str) -> str | None:
+        said.append(list(turns))
+        of = {"7;": "=5\n", "8;": "=6\n", "3;": "=4\n", "2;": "=1\n"}
+        return of.get(turns[-1])
+
+    problems = [Problem("1\n", "7;\n8;\n9"), Problem("2\n", "3;\n2;\n5")]
+    gate = Gate(problems, lambda said, answer: float(said == answer), TOKENIZER, 6, Replies(reply, (";",), 5))
+    train_base(learner, encode_examples(TOKENIZER, texts), gate, section, 0, ignore)
+    said.clear()
+    assert gate.accuracy(learner) == 1.0
+    assert ["7;", "8;", "9"] in said and ["3;", "2;", "5"] in said
+    short = replace(gate, environment=Replies(reply, (";",), 2))
+    assert short.accuracy(learner) == 0.0
 
 
 def test_the_gate_grades_each_problems_own_completion_against_its_own_answer(learner: Learner) -> None:

@@ -1,0 +1,178 @@
+"""Requests that go on under each newer version: every token is of the version that it says, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_sampler import prompts
+from tiny_engine import BOUND, EOS, Reference
+
+from rlsys.engine.seam import stop_across
+from rlsys.errors import SamplingError
+from rlsys.rollouts import LENGTH, STOP, Rollouts
+from rlsys.sampler import Sampler
+from rlsys.types import SamplingParams
+
+Run = Callable[..., Any]
+LONG = SamplingParams(max_tokens=90, seed=3, stop=[])
+
+
+@pytest.fixture(scope="module")
+def adapters(reference: Reference) -> list[dict[str, torch.Tensor]]:
+    return [reference.adapter(4, seed) for seed in range(3)]
+
+
+async def under_way(sampler: Sampler, tokens: int) -> None:
+    """Until the engine has made about so many steps more."""
+    until = sampler._pulse.advanced + tokens
+    while sampler._pulse.advanced < until:
+        await asyncio.sleep(0.001)
+
+
+async def sample_while_loading(
+    sampler: Sampler, reference: Reference, adapters: list[dict[str, torch.Tensor]], params: SamplingParams, n: int = 3
+) -> Rollouts:
+    """Two prompts, and a newer version twice while they are sampled."""
+    await sampler.load(reference.update("a", 0, adapters[0]), BOUND)
+    batch = prompts(20, 9)
+    task = asyncio.create_task(sampler.sample(**batch, n=n, params=params, run_id="a", version=0, move_on=True))
+    for version in (1, 2):
+        await under_way(sampler, 20 * n)
+        await sampler.load(reference.update("a", version, adapters[version], adapters[version - 1]), BOUND)
+    return await task
+
+
+def test_versions_change_inside_a_completion_and_each_token_scores_as_under_its_own(
+    sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
+) -> None:
+    rollouts = run(sample_while_loading(sampler, reference, adapters, LONG))
+    assert (rollouts.lengths == 90).all() and (rollouts.stop_reasons == LENGTH).all()
+    assert list(rollouts.group) == [0, 0, 0, 1, 1, 1]
+    foreign = []
+    for r, p in enumerate(rollouts.group):
+        rows = slice(rollouts.offsets[r], rollouts.offsets[r + 1])
+        versions, found, prompt = rollouts.versions[rows], rollouts.logprobs[rows], rollouts.prompt(p)
+        assert (np.diff(versions) >= 0).all() and set(versions.tolist()) == {0, 1, 2}
+        whole = np.concatenate([prompt, rollouts.completion(r)])
+        scores = [reference.logprobs(whole, adapter)[len(prompt) - 1 :] for adapter in adapters]
+        for version in range(3):
+            np.testing.assert_allclose(found[versions == version], scores[version][versions == version], atol=BOUND)
+            foreign.append(np.abs(found - scores[version])[versions != version].mean())
+    assert min(foreign) > 100 * BOUND, "the versions are too alike for this test to tell them apart"
+
+
+def test_nothing_is_left_running_and_the_versions_left_behind_make_room(
+    sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
+) -> None:
+    async def check() -> None:
+        await sample_while_loading(sampler, reference, adapters, LONG)
+        assert sampler._engine.get_num_unfinished_requests() == 0
+        assert sampler.stats().running_requests == 0
+        for key in (("a", 3), ("a", 4)):
+            await sampler.load(reference.update(*key, adapters[0]), BOUND)
+        assert sampler.stats().live == (("a", 1), ("a", 2), ("a", 3), ("a", 4))
+        await sampler.unload("a", 1)
+
+    run(check())
+
+
+def test_without_a_newer_version_the_same_is_drawn_as_by_group_requests(
+    sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
+) -> None:
+    run(sampler.load(reference.update("a", 0, adapters[0]), BOUND))
+    call: dict[str, Any] = {**prompts(20, 9), "n": 3, "run_id": "a", "version": 0}
+    for params in (LONG, replace(LONG, temperature=0.0)):
+        stays, moves = (run(sampler.sample(**call, params=params, move_on=on)) for on in (False, True))
+        np.testing.assert_array_equal(stays.tokens, moves.tokens)
+        np.testing.assert_array_equal(stays.group, moves.group)
+        np.testing.assert_allclose(stays.logprobs, moves.logprobs, atol=BOUND)
+
+
+def test_a_call_that_moves_begins_with_the_newest_version(
+    sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
+) -> None:
+    for version in (0, 1):
+        run(sampler.load(reference.update("a", version, adapters[version]), BOUND))
+    batch = prompts(20)
+    rollouts = run(sampler.sample(**batch, n=2, params=LONG, run_id="a", version=0, move_on=True))
+    assert set(rollouts.versions.tolist()) == {1}
+    with pytest.raises(SamplingError, match="run 'a' version 2 is not loaded"):
+        run(sampler.sample(**batch, n=2, params=LONG, run_id="a", version=2, move_on=True))
+
+
+def test_completions_that_have_ended_are_left_alone_while_others_of_their_group_go_on(
+    sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
+) -> None:
+    rollouts = run(sample_while_loading(sampler, reference, adapters, replace(LONG, stop=None), n=24))
+    ended = rollouts.stop_reasons == STOP
+    assert ended.any() and not ended.all()
+    for r in range(48):
+        completion = rollouts.completion(r)
+        assert EOS not in completion[:-1]
+        assert (completion[-1] == EOS) == bool(ended[r])
+    last = rollouts.versions[rollouts.offsets[1:] - 1]
+    assert len(set(last[ended].tolist())) > 1, "all ended under one version: nothing was told apart"
+
+
+def test_a_run_that_goes_back_ends_what_would_have_moved(
+    sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
+) -> None:
+    async def check() -> None:
+        await sampler.load(reference.update("a", 5, adapters[0]), BOUND)
+        with sampler.hold("a", 5, 1, moves=True) as hold:
+            task = asyncio.create_task(sampler.draw(hold, [3, 4, 5], LONG))
+            await under_way(sampler, 5)
+            await sampler.rewind("a")
+            await sampler.load(reference.update("a", 5, adapters[1]), BOUND)  # the same number, other weights
+            with pytest.raises(SamplingError, match="went back to an earlier step"):
+                await task
+            with pytest.raises(SamplingError, match="went back to an earlier step"):
+                await sampler.draw(hold, [3, 4, 5], LONG)
+        assert sampler._engine.get_num_unfinished_requests() == 0
+
+    run(check())
+
+
+def test_a_stop_string_across_the_seam_ends_the_completion(
+    sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
+) -> None:
+    """Greedy, and both versions have the same weights, so that only the seam differs; it lies within the string."""
+    greedy = replace(LONG, temperature=0.0)
+
+    async def check() -> None:
+        await sampler.load(reference.update("a", 0, adapters[0]), BOUND)
+        free = await sampler.sample(**prompts(20), n=1, params=greedy, run_id="a", version=0)
+        words = [f"w{token}" for token in free.tokens]
+        stop = " ".join(words[10:70])
+        wanted = next(count for count in range(90) if stop in " ".join(words[:count]))
+        ends = replace(greedy, stop=[stop])
+        task = asyncio.create_task(sampler.sample(**prompts(20), n=1, params=ends, run_id="a", version=0, move_on=True))
+        await under_way(sampler, 30)
+        await sampler.load(reference.update("a", 1, adapters[0], adapters[0]), BOUND)
+        cut = await task
+        np.testing.assert_array_equal(cut.tokens, free.tokens[:wanted])
+        assert cut.stop_reasons[0] == STOP
+        assert set(cut.versions.tolist()) == {0, 1} and set(cut.versions[10:wanted].tolist()) == {0, 1}
+
+    run(check())
+
+
+def test_a_stop_string_is_seen_from_both_sides_of_the_seam_and_from_no_other() -> None:
+    texts = {1: "a", 2: ">", 3: ">>", 4: "b>", 5: "", 6: ">>="}
+
+    def decode(tokens: list[int]) -> str:
+        return "".join(texts[token] for token in tokens)
+
+    assert stop_across(decode, [1, 2], [2, 1], [">>"]) == 1
+    assert stop_across(decode, [1, 2], [5, 6, 1], [">>"]) == 2  # a token without text in between
+    assert stop_across(decode, [1, 1], [3, 1], [">>"]) is None  # all of it after the seam: the engine's own business
+    assert stop_across(decode, [1, 2], [1, 3], [">>"]) is None
+    assert stop_across(decode, [1, 4, 1], [2], [">>"]) is None
+    assert stop_across(decode, [2, 2], [2, 2, 1], ["<<", ">>>>"]) == 2
+    assert stop_across(decode, [2], [], [">>"]) is None
