@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import ray
-
-from rlsys.config import AdvantageSection
-from rlsys.types import Array
+from actors.columns import split
+from rlsys.config import RlSection
 
 
 class GroupAdvantageActor:
-    def __init__(self, section: AdvantageSection) -> None:
+    def __init__(self, section: RlSection) -> None:
         self.section = section
 
-    @ray.method(num_returns=2)
-    def centre(self, rewards: Array, reference: Array | None, *rollouts: Any) -> Any:
-        from rlsys.advantages import group_outcomes, to_datums
+    def centre(self, pieces: int, sizes: Sequence[int], *columns: Any) -> Any:
+        """The pieces' datums, whose completions they are, and (facts, outcomes)."""
+        import numpy as np
+
+        from rlsys.advantages import to_pieces
         from rlsys.rollouts import concatenate
 
-        whole = concatenate(rollouts)
-        datums, facts = to_datums(whole, rewards, self.section, reference)
-        return datums, (facts, group_outcomes(whole, rewards, self.section))
+        rollouts, rewards, reference = split(sizes, columns)
+        logprobs = np.concatenate(reference) if reference else None
+        batches, rows, facts, outcomes = to_pieces(
+            concatenate(rollouts), np.concatenate(rewards), self.section, pieces, logprobs
+        )
+        return *batches, *rows, (facts, outcomes)
 
     def progress(self) -> None:
         """Nothing to tell: a call is one pass over arrays."""

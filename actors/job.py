@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,23 +19,26 @@ from actors.interrupts import Interrupts
 from actors.keeper import CheckpointKeeper
 from actors.learner_group import Given, LearnerGroup
 from actors.light_stages import RestartedAdvantages, RestartedGraders
-from actors.logs import Failures
+from actors.logs import Failures, process_of
 from actors.placement import Placement
 from actors.sampler_pool import Needed, SamplerPool
-from rlsys import loop, losses
+from rlsys import loop, losses, overlap
 from rlsys.base import pack_folder
-from rlsys.checkpoints import CONFIG, WEIGHTS
+from rlsys.checkpoints import CONFIG, MANIFEST, WEIGHTS
 from rlsys.config import JobConfig
-from rlsys.errors import RlsysError
+from rlsys.errors import RlsysError, RunExistsError
+from rlsys.facts import Facts
 from rlsys.ledger import Ledger
 from rlsys.problems import Epochs
-from rlsys.progress import Progress
+from rlsys.progress import Progress, stage_times
+from rlsys.recording import forget_after
+from rlsys.records import ERRORS, RolloutRow, read_metrics
 from rlsys.report import write_report
 from rlsys.run_store import RunStore
-from rlsys.stages import Facts, Made, Published, Rewound, Stages
-from rlsys.tracking import RolloutRow, Tracker, read_metrics
+from rlsys.stages import Graded, Made, Published, Rewound, Stages, Trained
+from rlsys.system import System
+from rlsys.tracking import Tracker
 
-ERRORS = "errors.log"  # what went wrong on the way, with tracebacks and log tails
 EVAL_ROWS = 12  # completions of the held-out problems in the report, before and after
 
 
@@ -68,6 +71,7 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
         accuracies = _accuracies(store)
         if store.finished:
             return _as_it_was(store, accuracies, progress)
+        forget_after(store.run_dir, -1 if store.resume is None else store.resume.step)
         failures = Failures(store.run_dir / ERRORS)
         interrupts = Interrupts(progress.note)
         tracker = _tracker(config, store, progress)
@@ -101,7 +105,7 @@ def save_adapter(store: RunStore) -> None:
     """The adapter of the newest checkpoint, where people look for it."""
     latest = store.latest()
     if latest is not None:
-        store.put("adapter", {name: latest.files[name] for name in (CONFIG, WEIGHTS)})
+        store.put("adapter", {name: latest.files[name] for name in (CONFIG, WEIGHTS, MANIFEST)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +117,15 @@ class Crew:
     graders: RestartedGraders
     advantages: RestartedAdvantages
     keeper: CheckpointKeeper
+
+    def pids(self) -> dict[str, int]:
+        """Processes of the actors that live on the driver's node, by name; engines under their sampler's."""
+        here = ray.get_runtime_context().get_node_id()
+        actors = {f"sampler{member.index}": member.actor for member in self.samplers.members}
+        actors |= {f"learner{rank}": actor for rank, actor in enumerate(self.learner.ranks)}
+        actors |= {"rewards": self.graders.actor}
+        found = {name: process_of(actor) for name, actor in actors.items()}
+        return {name: process.pid for name, process in found.items() if process and process.node == here}
 
 
 @contextmanager
@@ -155,18 +168,21 @@ def _run(
         with progress.stage("starting engines", None):
             _start(cast, base)
         observer.graders = cast.graders
-        epochs = Epochs(config.task.train_problems, config.rl.problems_per_step, config.run.seed)
+        observer.pids = cast.pids
+        counts = _task_facts(config, cast, store, observer)
+        epochs = Epochs(counts["train"], config.rl.problems_per_step, config.run.seed)
         ledger = Ledger(epochs) if store.resume is None else Ledger.from_bytes(store.resume.ledger, epochs)
         cast.samplers.resampled = ledger.resampled
         stages = Stages(cast.samplers, cast.graders, cast.advantages, cast.learner, cast.keeper)
-        held_out = np.arange(config.task.eval_problems)
+        held_out = np.arange(counts["eval"])
+        run = loop.run if config.overlap.max_policy_lag is None else overlap.run
         with progress.stage("reinforcement learning", config.rl.steps), interrupts.between_steps() as requested:
 
             def should_stop() -> bool:
                 control.listen()
                 return requested()
 
-            steps = loop.run(config, stages, ledger, held_out, observer, should_stop)
+            steps = run(config, stages, ledger, held_out, observer, should_stop)
         cast.keeper.flush()
         return steps
     finally:
@@ -198,6 +214,27 @@ def _start(cast: Crew, base: Any) -> None:
         return Needed(base, train, held_out, cast.learner.probe()), cast.learner.publish()
 
     cast.samplers.renew = renew
+
+
+def _task_facts(config: JobConfig, cast: Crew, store: RunStore, observer: JobObserver) -> dict[str, int]:
+    """How many problems each split has; written down, and compared where the run goes on.
+
+    Raises:
+        RunExistsError: the problems are others than those that the run began with.
+    """
+    facts, digest = cast.graders.facts(), cast.graders.digest()
+    before = store.info.get("problems")
+    if before not in (None, digest) and store.resume is not None:
+        raise RunExistsError(
+            f"{store.run_dir}: the training problems are not those that this run began with (hash {digest}, then "
+            f"{before}): the data, the prompt section or the tokenizer has changed. Give this job another run.name, or "
+            "start over with --fresh"
+        )
+    store.note(problems=digest, train_problems=int(facts["task/train_problems"]))
+    cast.graders.write_problems(str(store.run_dir.absolute()))
+    if store.resume is None:
+        observer.tracker.log(0, facts)
+    return {split: int(facts[f"task/{split}_problems"]) for split in ("train", "eval")}
 
 
 def _probe(learner: LearnerGroup) -> Any:
@@ -271,7 +308,10 @@ class JobObserver:
     ) -> None:
         self.config, self.tracker, self.progress, self.failures = config, tracker, progress, failures
         self.accuracies = accuracies
+        self.run_dir = config.run_dir
+        self.system = System(self.run_dir, progress.note)
         self.graders: RestartedGraders  # set once the actors are up; nothing is observed before
+        self.pids: Callable[[], dict[str, int]] = dict
 
     def on_supervised(self, news: list[dict[str, float]]) -> None:
         for figures in news:
@@ -286,23 +326,43 @@ class JobObserver:
 
     def on_rewind(self, step: int) -> None:
         self.tracker.rewind(step)
+        forget_after(self.run_dir, step)
         self.accuracies = {at: accuracy for at, accuracy in self.accuracies.items() if at <= step}
 
-    def on_step(self, step: int, facts: Facts, rollouts: Made, rewards: Made) -> None:
+    def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
         self.failures.forget()
-        self.tracker.log(step, facts)
-        self._show("train", "train", step, rollouts, rewards, self.config.tracking.rollouts_per_step)
-        self.progress.update(step, reward=facts["reward/mean"], tokens_per_s=facts["sampler/tokens_per_s"])
+        self.system.watch(self.pids())
+        self.tracker.log(step, {**facts, **self.system.figures()})
+        self.tracker.groups(step, trained.problems.tolist(), trained.rewards.solved.tolist())
+        if self.config.tracking.rollout_steps:
+            self.graders.record(str(self.run_dir.absolute()), step, trained)
+        count = self.config.tracking.rollouts_per_step
+        self._show("train", "train", step, count, trained.rollouts, trained.rewards, trained)
+        self.progress.update(
+            step,
+            reward=facts["reward/mean"],
+            tokens_per_s=facts["sampler/tokens_per_s"],
+            times=stage_times(facts),
+        )
 
-    def on_eval(self, step: int, facts: Facts, rollouts: Made, rewards: Made) -> None:
+    def on_eval(self, step: int, facts: Facts, rollouts: Made, rewards: Graded) -> None:
         self.tracker.log(step, facts)
         self.accuracies[step] = facts["eval/accuracy"]
         self.progress.update(step, accuracy=facts["eval/accuracy"])
         if step in (0, self.config.rl.steps):
             phase = "before" if step == 0 else "after"
-            self._show("eval", phase, step, rollouts, rewards, EVAL_ROWS)
+            self._show("eval", phase, step, EVAL_ROWS, rollouts, rewards)
 
-    def _show(self, split: str, phase: Any, step: int, rollouts: Made, rewards: Made, rows: int) -> None:
+    def _show(
+        self,
+        split: str,
+        phase: Any,
+        step: int,
+        rows: int,
+        rollouts: Made,
+        rewards: Made,
+        trained: Trained | None = None,
+    ) -> None:
         if rows:
-            shown = self.graders.show(split, rollouts, rewards, rows)
+            shown = self.graders.show(split, rows, rollouts, rewards, trained)
             self.tracker.rollouts(step, [RolloutRow(step=step, phase=phase, **asdict(row)) for row in shown])

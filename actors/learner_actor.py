@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -68,6 +69,8 @@ class LearnerActor:
         from rlsys.ranks import ALONE, Ranks
 
         section = self.config.learner
+        if section.cores:
+            os.sched_setaffinity(0, section.cores)
         ranks = ALONE
         if meeting_point is not None:
             limit = 2 * self.config.watchdog.learn_s  # the driver's watchdog speaks first: it sees which rank is stuck
@@ -92,8 +95,11 @@ class LearnerActor:
 
         return self.policy.reference(concatenate(rollouts)), {}
 
-    def step(self, datums: Any, step: int) -> Facts:
-        return self.policy.step(datums, step)
+    @ray.method(num_returns=2)
+    def learn(self, datums: Any, place: Any) -> tuple[Array, Facts]:
+        return self.policy.learn(
+            datums, place.step, place.substep, first=place.first, last=place.last, on_policy=place.on_policy
+        )
 
     @ray.method(num_returns=2)
     def publish(self) -> tuple[Any, dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import ray
 
@@ -15,8 +16,8 @@ from actors.placement import Seat
 from actors.watchdog import Waiting, Watchdog, value
 from rlsys.config import JobConfig
 from rlsys.errors import ActorDiedError, DataLostError, RlsysError, WeightSyncError
-from rlsys.run_store import RunStore
-from rlsys.stages import Facts, Made, Published, Rewound
+from rlsys.run_store import Resume
+from rlsys.stages import Made, Place, Published, Rewound
 
 POLL_S = 0.5
 ROOT_CAUSE_S = 3.0  # for the rank that died to be heard, where another one first says that it lost a peer
@@ -30,21 +31,34 @@ class Given:
     train: Any
 
 
-class LearnerGroup:
-    """The loop's ``Learner``. ``flush``: waits for the checkpoint that is being written, if one is."""
+class Saved(Protocol):
+    """What the ranks come back from: a run's store, or what an evaluation was given."""
 
-    def __init__(self, config: JobConfig, store: RunStore, failures: Failures, note: Callable[[str], None]) -> None:
+    def latest(self) -> Resume | None: ...
+
+
+class LearnerGroup:
+    """The loop's ``Learner``. ``flush``: waits for the checkpoint that is being written, if one is.
+
+    Two threads may use it at once: one call is made at a time, and a death that two of them see is healed once.
+    """
+
+    def __init__(self, config: JobConfig, store: Saved, failures: Failures, note: Callable[[str], None]) -> None:
         self.config, self.store, self.failures, self.note = config, store, failures, note
         self.ranks: list[Any] = []
         self.seats: Sequence[Seat] = ()
         self.given: Given | None = None
         self.deaths = 0  # since the last step that was made
         self.flush: Callable[[], None] = lambda: None
+        self.lives = 0  # how often the ranks were made
+        self.ended = False
+        self._one_at_a_time = threading.RLock()
 
     # the job's beginning and end
 
     def launch(self, seats: Sequence[Seat]) -> None:
         self.seats = seats
+        self.lives += 1
         remote = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
         self.ranks = [remote.options(**seat.ray_options()).remote(self.config, i) for i, seat in enumerate(seats)]
 
@@ -78,11 +92,17 @@ class LearnerGroup:
 
     def probe(self) -> Any:
         """A reference to an adapter that no sampler can overlook. Raises Rewound where the learner had to come back."""
-        refs = [rank.probe.remote() for rank in self.ranks]
-        self._or_recover(refs, "start", "making the probe adapter")
-        return refs[0]
+        with self._one_at_a_time:
+            refs = [rank.probe.remote() for rank in self.ranks]
+            self._or_recover(refs, "start", "making the probe adapter")
+            return refs[0]
 
     def close(self) -> None:
+        """At the job's end: from now on nobody brings it back."""
+        self.ended = True
+        self._kill()
+
+    def _kill(self) -> None:
         for rank in self.ranks:
             ray.kill(rank)
         self.ranks = []
@@ -90,43 +110,56 @@ class LearnerGroup:
     # the loop's stages
 
     def reference(self, rollouts: Made) -> Made:
-        calls = [rank.reference.remote(*rollouts.ref) for rank in self.ranks]
-        self._or_recover([facts for _, facts in calls], "reference", "log-probabilities under the base")
-        return Made(calls[0][0], {})
+        with self._one_at_a_time:
+            calls = [rank.reference.remote(*rollouts.refs) for rank in self.ranks]
+            self._or_recover([facts for _, facts in calls], "reference", "log-probabilities under the reference")
+            return Made((calls[0][0],), {})
 
-    def step(self, datums: Made, step: int) -> Facts:
-        calls = [rank.step.remote(datums.ref, step) for rank in self.ranks]
-        facts: Facts = self._or_recover(calls, "learn", f"step {step}")[0]
-        self.deaths = 0
-        return facts
+    def learn(self, datums: Any, place: Place) -> Made:
+        with self._one_at_a_time:
+            calls = [rank.learn.remote(datums, place) for rank in self.ranks]
+            facts = self._or_recover([facts for _, facts in calls], "learn", f"step {place.step}")[0]
+            self.deaths = 0
+            return Made((calls[0][0],), facts)
 
     def publish(self) -> Published:
-        calls = [rank.publish.remote() for rank in self.ranks]
-        label = self._or_recover([label for _, label in calls], "sync", "publishing the adapter")[0]
-        if len(self.ranks) > 1:
-            digests = self._or_recover([rank.digest.remote() for rank in self.ranks], "sync", "comparing adapters")
-            self._refuse_apart(digests, label["version"])
-        return Published(calls[0][0], **label)
+        with self._one_at_a_time:
+            calls = [rank.publish.remote() for rank in self.ranks]
+            label = self._or_recover([label for _, label in calls], "sync", "publishing the adapter")[0]
+            if len(self.ranks) > 1:
+                digests = self._or_recover([rank.digest.remote() for rank in self.ranks], "sync", "comparing adapters")
+                self._refuse_apart(digests, label["version"])
+            return Published(calls[0][0], **label)
 
-    def state_files(self) -> Waiting:
-        """The checkpoint's files on their way, as of now: later steps do not touch them."""
-        ref = self.ranks[0].state_files.remote()
-        return Waiting(ref, self._name(0), "packing a checkpoint", self.ranks[0])
+    def state(self) -> Waiting:
+        """The checkpoint's files on their way, as of now."""
+        with self._one_at_a_time:
+            ref = self.ranks[0].state_files.remote()
+            return Waiting(ref, self._name(0), "packing a checkpoint", self.ranks[0])
 
-    def recover(self, error: ActorDiedError | DataLostError) -> NoReturn:
-        """Start every rank again from the last checkpoint.
+    def restore(self) -> NoReturn:
+        self.recover(DataLostError("the learner: is in the middle of a step whose data is lost"))
+
+    def recover(self, error: ActorDiedError | DataLostError, life: int | None = None) -> NoReturn:
+        """Start every rank again from the last checkpoint; not where another thread has since the `life` that died.
 
         Raises:
             Rewound: always, with the step that the learner now stands after.
-            ActorDiedError: too many ranks died without a step in between.
+            ActorDiedError: too many ranks died without a step in between, or the job is over.
         """
-        self._relaunch(error)
-        assert self.given is not None
-        self.start(self.given)
+        with self._one_at_a_time:
+            if self.ended:
+                raise error
+            if life is None or life == self.lives:
+                self._relaunch(error)
+                assert self.given is not None
+                self.start(self.given)
+                self.note(f"the learner is back, after step {max(self._saved_step(), 0)}")
+            raise Rewound(self._saved_step())
+
+    def _saved_step(self) -> int:
         resume = self.store.latest()
-        step = -1 if resume is None else resume.step
-        self.note(f"the learner is back, after step {max(step, 0)}")
-        raise Rewound(step)
+        return -1 if resume is None else resume.step
 
     # small parts
 
@@ -141,6 +174,8 @@ class LearnerGroup:
         self._results(refs, "start", "loading the base")
 
     def _relaunch(self, error: ActorDiedError | DataLostError) -> None:
+        if self.ended:
+            raise error
         self.deaths += 1
         limit = self.config.cluster.max_restarts
         if self.deaths > limit:
@@ -149,8 +184,10 @@ class LearnerGroup:
             f"the learner is started again from the last checkpoint ({self.deaths} of {limit}): "
             f"{str(error).splitlines()[0]}"
         )
+        gone, self.ranks = self.ranks, []  # from here on nobody begins a checkpoint of what they were
         self.flush()
-        self.close()
+        for rank in gone:
+            ray.kill(rank)
         self.launch(self.seats)
 
     def _or_recover(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from actors.reward_actor import RewardActor
 from actors.watchdog import Watchdog, watched
 from rlsys.config import JobConfig
 from rlsys.errors import ActorDiedError, DataLostError
-from rlsys.stages import Centred, Made, Rewound
+from rlsys.stages import Centred, Graded, Made, Rewound, Trained
 
 STOP_TIMEOUT_S = 5.0  # for the grader processes to end by themselves
 
@@ -27,7 +28,10 @@ def light() -> dict[str, Any]:
 
 
 class Restarted:
-    """An actor that is made again when it dies, and its call repeated: nothing that it does is lost with it."""
+    """An actor that is made again when it dies, and its call repeated: nothing that it does is lost with it.
+
+    Two threads may use it at once: a death that both see is healed once.
+    """
 
     def __init__(
         self, who: str, make: Callable[[], Any], config: JobConfig, failures: Failures, note: Callable[[str], None]
@@ -35,20 +39,23 @@ class Restarted:
         self.who, self.make, self.config, self.failures, self.note = who, make, config, failures, note
         self.actor = make()
         self.deaths = 0  # without a call that was answered in between
+        self.ended = False
+        self._healing = threading.RLock()
 
-    def call(self, stage: str, what: str, method: str, *arguments: Any) -> tuple[Any, Any]:
-        """(reference to the first result, the second result) of a method with two.
+    def call(self, stage: str, what: str, method: str, *arguments: Any, results: int = 2) -> tuple[list[Any], Any]:
+        """(references to all results but the last, the last result) of a method with so many.
 
         Raises:
             Rewound: what it was to work on is lost with its node; the step has to be done again.
             ActorDiedError: it died more often than cluster.max_restarts allows.
         """
         while True:
-            made, facts = getattr(self.actor, method).remote(*arguments)
+            actor = self._whole()
+            *made, facts = getattr(actor, method).options(num_returns=results).remote(*arguments)
             try:
-                answer = self._wait(facts, stage, what)
+                answer = self._wait(facts, stage, what, actor)
             except ActorDiedError as error:
-                self._restart(error)
+                self._restart(error, actor)
             except DataLostError as error:
                 self.note(f"{self.who}: {what}: the step is done again, what it worked on is lost: {error}")
                 raise Rewound(None) from error
@@ -58,31 +65,43 @@ class Restarted:
 
     def ask(self, stage: str, what: str, method: str, *arguments: Any) -> Any:
         """The only result of a method."""
-        return self._wait(getattr(self.actor, method).remote(*arguments), stage, what)
+        actor = self._whole()
+        return self._wait(getattr(actor, method).remote(*arguments), stage, what, actor)
 
     def close(self) -> None:
+        """At the job's end: from now on nobody makes it again, whatever thread still waits for it."""
+        self.ended = True
         ray.kill(self.actor)
 
     def started(self) -> None:
         """Called once the actor has been made anew; what else it needs to be whole again."""
 
-    def _wait(self, ref: Any, stage: str, what: str) -> Any:
-        limit = getattr(self.config.watchdog, f"{stage}_s")
-        return watched(ref, Watchdog(stage, limit, self.failures), self.who, what, self.actor)
+    def _whole(self) -> Any:
+        """The actor; where a thread is making it anew, once that is done."""
+        with self._healing:
+            return self.actor
 
-    def _restart(self, error: ActorDiedError) -> None:
-        while True:
-            ray.kill(self.actor)
-            self.deaths += 1
-            limit = self.config.cluster.max_restarts
-            if self.deaths > limit:
-                raise self.failures.gone(f"{self.who} died {self.deaths} times without finishing a call", limit)
-            self.note(f"{self.who} died and is replaced ({self.deaths} of {limit}): {str(error).splitlines()[0]}")
-            self.actor = self.make()
-            try:
-                return self.started()
-            except ActorDiedError as again:
-                error = again
+    def _wait(self, ref: Any, stage: str, what: str, actor: Any) -> Any:
+        limit = getattr(self.config.watchdog, f"{stage}_s")
+        return watched(ref, Watchdog(stage, limit, self.failures), self.who, what, actor)
+
+    def _restart(self, error: ActorDiedError, dead: Any) -> None:
+        """In the place of the actor that died; not where another thread has made a new one since."""
+        with self._healing:
+            while self.actor is dead:
+                if self.ended:
+                    raise error
+                ray.kill(dead)
+                self.deaths += 1
+                limit = self.config.cluster.max_restarts
+                if self.deaths > limit:
+                    raise self.failures.gone(f"{self.who} died {self.deaths} times without finishing a call", limit)
+                self.note(f"{self.who} died and is replaced ({self.deaths} of {limit}): {str(error).splitlines()[0]}")
+                self.actor = self.make()
+                try:
+                    self.started()
+                except ActorDiedError as again:
+                    error, dead = again, self.actor
 
 
 class RestartedGraders(Restarted):
@@ -98,7 +117,7 @@ class RestartedGraders(Restarted):
         try:
             self.started()
         except ActorDiedError as error:
-            self._restart(error)
+            self._restart(error, self.actor)
 
     def started(self) -> None:
         self.ask("start", "starting", "start", self.base)
@@ -107,21 +126,53 @@ class RestartedGraders(Restarted):
         """A reference to a problem set."""
         return self.actor.problems.remote(split)
 
-    def grade(self, split: str, rollouts: Made) -> Made:
-        return Made(*self.call("grade", "grading completions", "grade", split, *rollouts.ref))
+    def facts(self) -> dict[str, float]:
+        """Of the task: problems, and those that were left out."""
+        facts: dict[str, float] = self.ask("start", "counting problems", "task_facts")
+        return facts
 
-    def show(self, split: str, rollouts: Made, rewards: Made, rows: int) -> list[Any]:
-        """The first rows as text with reward and advantage: a few, for people. None where they are lost."""
+    def digest(self) -> str:
+        """Of the problems that are trained on."""
+        digest: str = self.ask("start", "hashing the problems", "digest")
+        return digest
+
+    def grade(self, split: str, rollouts: Made) -> Graded:
+        rewards, (facts, *groups) = self.call("grade", "grading completions", "grade", split, *rollouts.refs)
+        return Graded(tuple(rewards), facts, *groups)
+
+    def show(self, split: str, rows: int, rollouts: Made, rewards: Made, trained: Trained | None = None) -> list[Any]:
+        """Some completions as text with reward and advantages: a few, for people. None where they are lost."""
+        columns = [rollouts.refs, rewards.refs, *(_learned_from(trained) if trained else ((), (), ()))]
+        firsts = first_rows(trained, self.config.rl.samples_per_problem) if trained else []
+        shown = self._told("shown", "show", split, rows, firsts, columns)
+        return shown or []
+
+    def record(self, run_dir: str, step: int, trained: Trained) -> None:
+        """Have the step's rollouts written into the run directory, which is on this actor's machine."""
+        reference = trained.reference.refs if trained.reference else ()
+        pieces = self.config.rl.substeps * self.config.overlap.minibatches
+        columns = [trained.rollouts.refs, trained.rewards.refs, reference]
+        self._told("recorded", "record", run_dir, step, trained.version, pieces, columns)
+
+    def write_problems(self, run_dir: str) -> None:
+        self.ask("start", "writing the problems down", "write_problems", run_dir)
+
+    def _told(self, what: str, method: str, *arguments: Any) -> Any:
+        """What a run can do without: said where it is lost. The last argument: tuples of references."""
+        *others, columns = arguments
+        sizes = [len(column) for column in columns]
+        flat = [ref for column in columns for ref in column]
+        actor = self.actor
         try:
-            shown: list[Any] = self.ask("grade", "showing completions", "show", split, rows, rewards.ref, *rollouts.ref)
+            return self.ask("grade", f"completions are {what}", method, *others, sizes, *flat)
         except (ActorDiedError, DataLostError) as error:
-            self.note(f"rewards: the rollouts of this step cannot be shown: {error}")
+            self.note(f"rewards: the rollouts of this step cannot be {what}: {error}")
             if isinstance(error, ActorDiedError):
-                self._restart(error)
-            return []
-        return shown
+                self._restart(error, actor)
+            return None
 
     def close(self) -> None:
+        self.ended = True
         ray.wait([self.actor.stop.remote()], timeout=STOP_TIMEOUT_S)
         super().close()
 
@@ -131,10 +182,31 @@ class RestartedAdvantages(Restarted):
 
     def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
         remote = ray.remote(GroupAdvantageActor).options(**light())
-        super().__init__("advantages", lambda: remote.remote(config.rl.advantages), config, failures, note)
+        super().__init__("advantages", lambda: remote.remote(config.rl), config, failures, note)
 
-    def centre(self, rollouts: Made, rewards: Made, reference: Made | None) -> Centred:
-        datums, (facts, outcomes) = self.call(
-            "advantage", "centring rewards", "centre", rewards.ref, reference and reference.ref, *rollouts.ref
+    def centre(self, rollouts: Made, rewards: Made, reference: Made | None, pieces: int) -> Centred:
+        columns = [rollouts.refs, rewards.refs, reference.refs if reference else ()]
+        sizes = [len(column) for column in columns]
+        flat = [ref for column in columns for ref in column]
+        made, (facts, outcomes) = self.call(
+            "advantage", "centring rewards", "centre", pieces, sizes, *flat, results=2 * pieces + 1
         )
-        return Centred(datums, facts, outcomes)
+        return Centred(tuple(made[:pieces]), facts, tuple(made[pieces:]), outcomes)
+
+
+def first_rows(trained: Trained, samples: int) -> list[int]:
+    """The step's number of the completion that each piece's rows call 0: they count within what was centred at once."""
+    firsts, before = list[int](), 0
+    for one in trained.datums:
+        firsts += [before] * len(one.refs)
+        before += len(one.outcomes) * samples
+    return firsts
+
+
+def _learned_from(trained: Trained) -> list[tuple[Any, ...]]:
+    """References to the pieces' datums, to whose completions they are, and to the learner's p of them."""
+    return [
+        tuple(ref for one in trained.datums for ref in one.refs),
+        tuple(ref for one in trained.datums for ref in one.rows),
+        tuple(ref for one in trained.learned for ref in one.refs),
+    ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
+from actors.columns import split as parts_of
 from rlsys.config import JobConfig
 from rlsys.types import Array
 
@@ -24,16 +27,43 @@ class RewardActor:
     def problems(self, split: str) -> Any:
         return self.grading.problems[split]
 
-    @ray.method(num_returns=2)
-    def grade(self, split: str, *rollouts: Any) -> tuple[Array, dict[str, float]]:
+    def task_facts(self) -> dict[str, float]:
+        return dict(self.grading.facts)
+
+    def digest(self) -> str:
+        return self.grading.problems["train"].digest
+
+    def grade(self, split: str, *rollouts: Any) -> tuple[Array, Any]:
         from rlsys.rollouts import concatenate
 
-        return self.grading.grade(split, concatenate(rollouts))
+        grades = self.grading.grade(split, concatenate(rollouts))
+        return grades.rewards, (grades.facts, grades.solved, grades.passed, grades.agreeing)
 
-    def show(self, split: str, rows: int, rewards: Array, *rollouts: Any) -> list[Any]:
+    def show(self, split: str, rows: int, firsts: Sequence[int], sizes: Sequence[int], *columns: Any) -> list[Any]:
+        """`firsts`: what to add to each piece's numbers of completions to have those of the step."""
+        import numpy as np
+
         from rlsys.rollouts import concatenate
 
-        return self.grading.show(split, concatenate(rollouts), rewards, rows)
+        rollouts, rewards, datums, rows_of, logprobs = parts_of(sizes, columns)
+        of_step = [numbers + first for numbers, first in zip(rows_of, firsts, strict=True)]
+        whole, rewards_R = concatenate(rollouts), np.concatenate(rewards)
+        return self.grading.show(split, rows, whole, rewards_R, datums, of_step, logprobs)
+
+    def write_problems(self, run_dir: str) -> None:
+        """The training problems' texts, beside what is told of them by number."""
+        self.grading.write_problems(Path(run_dir))
+
+    def record(self, run_dir: str, step: int, version: int, pieces: int, sizes: Sequence[int], *columns: Any) -> None:
+        import numpy as np
+
+        from rlsys.recording import Recorded, save_step
+        from rlsys.rollouts import concatenate
+
+        rollouts, rewards, reference = parts_of(sizes, columns)
+        logprobs = np.concatenate(reference) if reference else None
+        recorded = Recorded(step, version, pieces, concatenate(rollouts), np.concatenate(rewards), logprobs)
+        save_step(Path(run_dir), recorded, self.config.tracking.rollout_steps)
 
     @ray.method(concurrency_group="watch")
     def progress(self) -> Any:

@@ -1,11 +1,12 @@
 """Samplers as one stage: whole groups go to the one with least work; who dies is replaced, and its groups drawn again.
 
-A member serves only once it has attested the current version. The pool is tended from the driver's one thread, whenever
-the loop waits here: nothing happens behind its back.
+A member serves only once it has attested the current version. The pool is tended from the one thread in which the loop
+waits here: nothing happens behind its back.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,7 +22,8 @@ from actors.sampler_actor import SamplerActor
 from actors.watchdog import Waiting, Watchdog, value
 from rlsys.config import JobConfig
 from rlsys.errors import ActorDiedError, ClusterError, DataLostError, RlsysError, StalledError, WeightSyncError
-from rlsys.stages import Facts, Made, Published
+from rlsys.facts import Facts
+from rlsys.stages import Made, Published
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import Attestation
 
@@ -29,6 +31,10 @@ POLL_S = 0.5
 STOP_TIMEOUT_S = 5.0  # for an engine to end by itself before its actor is killed
 UNITS_EACH = 4  # calls per sampler and step where there are several: fine enough to even out, coarse enough to be cheap
 AHEAD = 2  # times max_num_seqs completions wait at a sampler, so that its engine is never short of work
+# Where the learner learns meanwhile, an engine has no more than it can run, in calls of this share of it: what has not
+# begun starts on newer weights, and a version that is loaded does not wait behind a queue for its proof.
+FINE = 16
+LOAD_POLL_S = 0.01
 NAMED = 8  # problems in a message
 
 
@@ -43,6 +49,30 @@ class Needed:
 
 
 @dataclass(eq=False)
+class Task:
+    """Groups that somebody waits for, cut into units that samplers are called with."""
+
+    split: str
+    n: int
+    params: SamplingParams
+    units: list[Array]  # problems of each
+    queue: deque[int]  # units that no sampler has
+    rollouts: list[Any]  # by unit
+    counts: list[dict[str, float]]
+    left: int  # units without an answer
+    again: int = 0  # groups that were sampled once more
+
+
+@dataclass(eq=False)
+class Flight:
+    """A unit at a sampler."""
+
+    member: Member
+    task: Task
+    unit: int
+
+
+@dataclass(eq=False)
 class Member:
     """One sampler of the pool, whichever process serves as it at the moment."""
 
@@ -52,7 +82,8 @@ class Member:
     joining: Waiting | None = None  # until this is done it gets no work
     unproven: bool = False
     newcomer: bool = False  # came by `resize` and has not served yet: the job can do without it
-    groups: int = 0  # in its hands
+    held: int = 0  # completions in its hands
+    version: int = -1  # that it has attested last
     leaving: bool = False
 
     @property
@@ -82,6 +113,11 @@ class SamplerPool:
         self.current: Published | None = None
         self.deaths = 0  # since the last version that was loaded
         self.asleep = False
+        self.tasks: dict[int, Task] = {}  # by ticket, in the order in which they are dealt
+        self.flying: dict[Waiting, Flight] = {}
+        self.finished: dict[int, Made] = {}
+        self._tickets = itertools.count()
+        self._dog = Watchdog("sample", config.watchdog.sample_s, failures)
         self.renew: Callable[[], tuple[Needed, Published]]
         self.between: Callable[[], None] = lambda: None
         self.resampled: Callable[[Array], None] = lambda ids: None
@@ -117,66 +153,99 @@ class SamplerPool:
 
     # the loop's stages
 
+    @property
+    def version(self) -> int:
+        assert self.current is not None
+        return self.current.version
+
     def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> Made:
-        began = time.perf_counter()
-        self._wake()
-        units = self._units(problems, n)
-        queue, flying = deque(range(len(units))), dict[Waiting, tuple[Member, int]]()
-        rollouts: list[Any] = [None] * len(units)
-        counts: list[Any] = [None] * len(units)
-        dog = Watchdog("sample", self.config.watchdog.sample_s, self.failures)
-        again = 0
+        ticket = self.submit(split, problems, n, params, urgent=True)
         try:
-            while queue or flying:
-                self.tend()
-                self._deal(queue, flying, rollouts, units, (split, n, params))
-                if not flying:
-                    self._wait_for_joining()
-                    continue
-                for waiting in dog.wait_any(list(flying), POLL_S):
-                    if waiting in flying:  # else lost with its sampler a moment ago
-                        lost = self._landed(waiting, flying, queue, units, counts)
-                        again += len(lost)
-                        if split == "train" and len(lost):
-                            self.resampled(lost)
+            while ticket in self.tasks:
+                self._move(POLL_S)
         finally:
-            for member in self.members:  # what an error leaves behind is of no use to anybody
-                member.groups = 0
+            self.tasks.pop(ticket, None)  # after an error nobody waits for it
+        made = self.finished.pop(ticket)
         if self._shares_gpus:
             self._all("sleep", "giving the GPU's memory to the learner")
             self.asleep = True
-        seconds = time.perf_counter() - began
-        total = {key: sum(part[key] for part in counts) for key in counts[0]}
-        facts = {
-            "sampler/completion_tokens_mean": total["tokens"] / total["completions"],
-            "sampler/truncated_share": total["truncated"] / total["completions"],
-            "sampler/tokens_per_s": total["tokens"] / seconds,
-            "sampler/workers": float(sum(member.serves for member in self.members)),
-            "sampler/resampled_groups": float(again),
-        }
-        return Made(tuple(rollouts), facts)
+        return made
 
-    def _landed(
-        self,
-        waiting: Waiting,
-        flying: dict[Waiting, tuple[Member, int]],
-        queue: deque[int],
-        units: Sequence[Array],
-        counts: list[Any],
-    ) -> Array:
-        """Take a call's answer; where its sampler died, all it held goes to the front of the queue: those problems."""
-        member, unit = flying[waiting]
+    def submit(self, split: str, problems: Array, n: int, params: SamplingParams, urgent: bool = False) -> int:
+        """`urgent`: before what no sampler has begun yet."""
+        self._wake()
+        units = self._units(problems, n)
+        task = Task(
+            split, n, params, units, deque(range(len(units))), [None] * len(units), [{}] * len(units), len(units)
+        )
+        ticket = next(self._tickets)
+        self.tasks = {ticket: task, **self.tasks} if urgent else {**self.tasks, ticket: task}
+        if not self.flying:
+            self._dog = Watchdog("sample", self.config.watchdog.sample_s, self.failures)
+        self.tend()
+        self._deal()
+        return ticket
+
+    def collect(self, timeout_s: float) -> list[tuple[int, Made]]:
+        if not self.finished:
+            self._move(timeout_s)
+        done = list(self.finished.items())
+        self.finished.clear()
+        return done
+
+    def forget(self) -> None:
+        for task in self.tasks.values():
+            task.queue.clear()
+        self.tasks, self.finished = {}, {}
+
+    def _move(self, timeout_s: float) -> None:
+        """Deal what is waiting, and take in what has landed, waiting for it up to the timeout."""
+        self.tend()
+        self._deal()
+        if self.flying:
+            for waiting in self._dog.wait_any(list(self.flying), timeout_s):
+                if waiting in self.flying:  # else lost with its sampler a moment ago
+                    self._landed(waiting)
+            self._deal()
+        elif any(task.queue for task in self.tasks.values()):
+            self._wait_for_joining()
+        else:
+            time.sleep(timeout_s)
+        for ticket, task in list(self.tasks.items()):
+            if not task.left:
+                del self.tasks[ticket]
+                self.finished[ticket] = _made(task, sum(member.serves for member in self.members))
+
+    def _landed(self, waiting: Waiting) -> None:
+        """Take a call's answer."""
+        flight = self.flying[waiting]
+        task, unit = flight.task, flight.unit
+        is_wanted = any(task is other for other in self.tasks.values())
         try:
-            counts[unit] = value(waiting, self.failures)
+            counts = value(waiting, self.failures)
         except ActorDiedError as error:
-            lost = [other for other, (holder, _) in flying.items() if holder is member]
-            back = sorted(flying.pop(other)[1] for other in lost)
-            queue.extendleft(reversed(back))
-            self._replace(member, error)
-            return np.concatenate([units[i] for i in back])
-        del flying[waiting]
-        member.groups -= len(units[unit])
-        return units[unit][:0]
+            self._replace(flight.member, error)
+            return
+        except RlsysError:
+            if is_wanted:
+                raise
+            counts = {}  # a learner that went back took its versions out, and what ran on them is of no use to anybody
+        del self.flying[waiting]
+        flight.member.held -= len(task.units[unit]) * task.n
+        task.counts[unit] = counts
+        task.left -= 1
+
+    def _requeue(self, member: Member) -> None:
+        """All that a dead sampler held goes to the front again."""
+        lost = [waiting for waiting, flight in self.flying.items() if flight.member is member]
+        flights = [self.flying.pop(waiting) for waiting in lost]
+        for flight in sorted(flights, key=lambda one: one.unit, reverse=True):
+            problems = flight.task.units[flight.unit]
+            if any(flight.task is task for task in self.tasks.values()):
+                flight.task.queue.appendleft(flight.unit)
+                flight.task.again += len(problems)
+                if flight.task.split == "train":
+                    self.resampled(problems)
 
     def load(self, update: Published) -> Facts:
         if self._is_current(update.version, update.digest):
@@ -187,19 +256,28 @@ class SamplerPool:
         dog = Watchdog("sync", self.config.watchdog.sync_s, self.failures)
         asked = {self._loading(member, anew): member for member in self.members if member.serves}
         found: list[Attestation] = []
-        names: list[str] = []
         while asked:
-            for waiting in dog.wait_any(list(asked), POLL_S):
+            if self.flying:
+                self._move(LOAD_POLL_S)  # the others go on, each on what it has attested
+            for waiting in dog.wait_any(list(asked), 0.0 if self.flying else POLL_S):
                 member = asked.pop(waiting)
                 try:
                     found.append(value(waiting, self.failures))
-                    names.append(member.name)
                 except ActorDiedError as error:
-                    self._replace(member, error)
+                    if member.joining is None:  # else it has been replaced already
+                        self._replace(member, error)
                 except DataLostError as error:
                     self._renew(error)
-                    asked[self._loading(member, anew)] = member
-        refuse_unattested(found, names, update, self.config.run.name)
+                    update = self.current  # the learner may have gone on, or back, meanwhile
+                    asked = {
+                        self._loading(other, update.version <= other.version): other
+                        for other in self.members
+                        if other.serves and other.version != update.version
+                    }
+                    break
+                else:
+                    refuse_unattested(found[-1], member.name, update, self.config.run.name)
+                    member.version = update.version
         while not any(member.serves for member in self.members):
             self._wait_for_joining()
         self.deaths = 0
@@ -259,7 +337,7 @@ class SamplerPool:
         return f"{len(self.members) - more} samplers -> {len(self.members)}; new ones serve once they have attested"
 
     def _dismiss_idle(self) -> None:
-        for member in [one for one in self.members if one.leaving and not one.groups]:
+        for member in [one for one in self.members if one.leaving and not one.held]:
             self.members.remove(member)
             self.spare.append(member.seat)
             ray.wait([member.actor.stop.remote()], timeout=STOP_TIMEOUT_S)
@@ -273,7 +351,8 @@ class SamplerPool:
             ActorDiedError: the first death, when more than cluster.max_restarts came without a version in between.
         """
         ray.kill(member.actor)  # its engine may be dead and the actor not
-        member.groups = 0
+        member.held = 0
+        self._requeue(member)
         if member.leaving or member.newcomer:
             self.members.remove(member)
             self.spare.append(member.seat)
@@ -326,6 +405,7 @@ class SamplerPool:
         if self.current is None or (attested and self._is_current(attested.version, attested.digest)):
             member.joining, member.newcomer = None, False
             if self.current is not None:
+                member.version = self.current.version
                 self.note(f"{member.name} serves version {self.current.version}")
             return
         ref = member.actor.load.remote(self.current.ref, self.config.max_canary_diff, True)
@@ -397,36 +477,58 @@ class SamplerPool:
 
     def _units(self, problems: Array, n: int) -> list[Array]:
         """Problems in the order given, cut into calls."""
-        most = max(1, AHEAD * self.config.sampler.max_num_seqs // n)
-        pieces = -(-len(problems) // most)
-        if len(self.members) > 1:
+        pieces = -(-len(problems) // max(1, self._most // n))
+        if self._overlapped:
+            pieces = -(-len(problems) // max(1, self.config.sampler.max_num_seqs // FINE // n))
+        elif len(self.members) > 1:
             pieces = max(pieces, min(len(problems), UNITS_EACH * len(self.members)))
         return [unit for unit in np.array_split(problems, pieces) if len(unit)]
 
-    def _deal(
-        self,
-        queue: deque[int],
-        flying: dict[Waiting, tuple[Member, int]],
-        rollouts: list[Any],
-        units: Sequence[Array],
-        how: tuple[str, int, SamplingParams],
-    ) -> None:
+    @property
+    def _overlapped(self) -> bool:
+        return self.config.overlap.max_policy_lag is not None
+
+    @property
+    def _most(self) -> int:
+        """Completions that a sampler may hold."""
+        return (1 if self._overlapped else AHEAD) * self.config.sampler.max_num_seqs
+
+    def _deal(self) -> None:
         """Hand out what fits, always to the member with least work."""
-        split, n, params = how
-        most = max(1, AHEAD * self.config.sampler.max_num_seqs // n)
-        while queue:
-            able = [member for member in self.members if member.serves]
-            member = min(able, key=lambda one: one.groups, default=None)
-            if member is None or (member.groups and member.groups + len(units[queue[0]]) > most):
-                break
-            unit = queue.popleft()
-            assert self.current is not None
-            refs = member.actor.sample.remote(split, units[unit], n, params, self.current.version)
-            rollouts[unit], counts = refs
-            member.groups += len(units[unit])
-            what = f"sampling {n} completions of {_named(units[unit])}"
-            flying[Waiting(counts, member.name, what, member.actor)] = (member, unit)
+        for task in list(self.tasks.values()):
+            while task.queue:
+                able = [member for member in self.members if member.serves]
+                member = min(able, key=lambda one: one.held, default=None)
+                more = len(task.units[task.queue[0]]) * task.n
+                if member is None or (member.held and member.held + more > self._most):
+                    break
+                self._hand_out(task, task.queue.popleft(), member)
         self._dismiss_idle()
+
+    def _hand_out(self, task: Task, unit: int, member: Member) -> None:
+        problems = task.units[unit]
+        refs = member.actor.sample.remote(task.split, problems, task.n, task.params, member.version)
+        task.rollouts[unit], counts = refs
+        member.held += len(problems) * task.n
+        what = f"sampling {task.n} completions of {_named(problems)}"
+        self.flying[Waiting(counts, member.name, what, member.actor)] = Flight(member, task, unit)
+
+
+def _made(task: Task, workers: int) -> Made:
+    total = {key: sum(part[key] for part in task.counts) for key in task.counts[0]}
+    completions = total["completions"]
+    facts = {
+        "sampler/completions": completions,
+        "sampler/completion_tokens": total["tokens"],
+        "sampler/completion_tokens_mean": total["tokens"] / completions,
+        "sampler/truncated_share": total["truncated"] / completions,
+        "sampler/workers": float(workers),
+        "sampler/resampled_groups": float(task.again),
+    }
+    if "turns" in total:
+        facts["sampler/turns_mean"] = total["turns"] / completions
+        facts |= {f"sampler/{key}": total[key] for key in ("reply_timeouts", "reply_errors", "out_of_turns")}
+    return Made(tuple(task.rollouts), facts)
 
 
 def _named(problems: Array) -> str:
@@ -435,18 +537,15 @@ def _named(problems: Array) -> str:
     return f"problem{'s' if len(problems) > 1 else ''} {shown}{more}"
 
 
-def refuse_unattested(
-    attestations: Sequence[Attestation], names: Sequence[str], update: Published, run_id: str
-) -> None:
-    """Every sampler must have answered for this version and hold the bits that the learner published.
+def refuse_unattested(found: Attestation, name: str, update: Published, run_id: str) -> None:
+    """A sampler must have answered for this version and hold the bits that the learner published.
 
     Raises:
-        WeightSyncError: the sampler that does not.
+        WeightSyncError: it does not.
     """
-    for name, found in zip(names, attestations, strict=True):
-        if (found.run_id, found.version, found.digest) != (run_id, update.version, update.digest):
-            raise WeightSyncError(
-                f"{name} serves version {found.version} of {found.run_id!r} with hash {found.digest}; wanted version "
-                f"{update.version} of {run_id!r} with hash {update.digest}. It missed a weight sync, so its "
-                "completions would come from other weights than the learner's; the run stops here"
-            )
+    if (found.run_id, found.version, found.digest) != (run_id, update.version, update.digest):
+        raise WeightSyncError(
+            f"{name} serves version {found.version} of {found.run_id!r} with hash {found.digest}; wanted version "
+            f"{update.version} of {run_id!r} with hash {update.digest}. It missed a weight sync, so its "
+            "completions would come from other weights than the learner's; the run stops here"
+        )

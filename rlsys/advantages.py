@@ -1,6 +1,13 @@
-"""Rewards of a group -> advantages -> datums; a KL penalty is folded in when asked.
+"""Rewards of a group -> advantages -> datums; docs/algorithms.md has the formulas with their sources.
 
-Axes: R completions, T completion tokens end to end, as in ``rlsys.rollouts``. Arithmetic is float64, results float32.
+    A_t = (reward minus the group's baseline, over its std if asked  +  KL term of token t) / aggregate
+
+The aggregate divides last and divides all, as 1/|o| in GRPO (arXiv:2402.03300, equation 3) stands before policy and KL
+terms alike; so ``kl_coef`` means the same under every aggregate. Tokens of an environment have no advantage and are in
+no mean.
+
+Axes: P groups, R completions, T completion tokens end to end, as in ``rlsys.rollouts``. Arithmetic is float64, results
+float32.
 """
 
 from __future__ import annotations
@@ -9,14 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlsys.datums import DatumBatch, shift
+from rlsys.datums import DatumBatch, learned_rows, shift
 from rlsys.errors import ConfigError, DatumError
 from rlsys.ledger import AGREED, EMPTY, TRAINED
-from rlsys.rollouts import Rollouts
+from rlsys.rollouts import LENGTH, Rollouts
 from rlsys.types import Array
 
 if TYPE_CHECKING:
-    from rlsys.config import AdvantageSection
+    from rlsys.config import AdvantageSection, RlSection
 
 STD_EPSILON = 1e-6  # far below any real spread; keeps rewards that differ by rounding from being blown up to +-1
 
@@ -25,9 +32,10 @@ def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) 
     """((R,) float32 advantages, (R,) bool whether the completion's group agrees).
 
     Reward minus the baseline: ``mean``, the group's mean (GRPO, arXiv:2402.03300, without its std; Dr. GRPO,
-    arXiv:2503.20783), or ``leave_one_out``, the mean of the others (RLOO, arXiv:2402.14740), n/(n-1) times the same.
-    ``normalise: std`` divides by the group's standard deviation (GRPO); the paper leaves open which, here it is the
-    sample's (n - 1), torch.std's default. A group whose rewards are all equal is exactly 0 under every choice.
+    arXiv:2503.20783), ``leave_one_out``, the mean of the others (RLOO, arXiv:2402.14740), n/(n-1) times the same, or
+    ``none``, 0 (REINFORCE). ``normalise: std`` divides by the group's standard deviation (GRPO); the paper leaves open
+    which, here it is the sample's (n - 1), torch.std's default. A group whose rewards are all equal is exactly 0 under
+    every baseline.
     """
     rewards_R = np.asarray(rewards_R, np.float64)
     if not np.isfinite(rewards_R).all():
@@ -37,8 +45,15 @@ def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) 
     if section.baseline == "leave_one_out" and (count_G < 2).any():
         r = int(first_G[count_G < 2][0])
         raise ConfigError(
-            f"advantages.baseline 'leave_one_out': found a group of one, completion {r}; wanted at least two per group"
+            f"rl.advantages.baseline 'leave_one_out': found a group of one, completion {r}; wanted at least two per "
+            "group"
         )
+    highest_G, lowest_G = np.full(len(count_G), -np.inf), np.full(len(count_G), np.inf)
+    np.maximum.at(highest_G, of_R, rewards_R)
+    np.minimum.at(lowest_G, of_R, rewards_R)
+    agreeing_R = (highest_G == lowest_G)[of_R]
+    if section.baseline == "none":
+        return rewards_R.astype(np.float32), agreeing_R
     centred_R = rewards_R - (np.bincount(of_R, rewards_R) / count_G)[of_R]
     advantages_R = centred_R
     if section.baseline == "leave_one_out":
@@ -46,10 +61,6 @@ def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) 
     if section.normalise == "std":
         std_G = np.sqrt(np.bincount(of_R, centred_R**2) / np.maximum(count_G - 1, 1))
         advantages_R = advantages_R / (std_G + STD_EPSILON)[of_R]
-    highest_G, lowest_G = np.full(len(count_G), -np.inf), np.full(len(count_G), np.inf)
-    np.maximum.at(highest_G, of_R, rewards_R)
-    np.minimum.at(lowest_G, of_R, rewards_R)
-    agreeing_R = (highest_G == lowest_G)[of_R]
     return np.where(agreeing_R, 0.0, advantages_R).astype(np.float32), agreeing_R
 
 
@@ -74,7 +85,7 @@ def fold_kl(
     if not np.isfinite(d_T).all():
         t = int(np.flatnonzero(~np.isfinite(d_T))[0])
         raise DatumError(
-            f"reference_logprobs: completion token {t}: found {reference_logprobs_T[t]} with a sampler's "
+            f"reference_logprobs: completion token {t} of the batch: found {reference_logprobs_T[t]} with a sampler's "
             f"log-probability of {logprobs_T[t]}; wanted finite values"
         )
     mean = float((w_T * d_T).sum() / w_T.sum()) if w_T.any() else 0.0
@@ -100,25 +111,74 @@ def discounted_future_sum(values_T: Array, offsets: Array, discount: float) -> A
     return total_T
 
 
-def group_outcomes(rollouts: Rollouts, rewards_R: Array, section: AdvantageSection) -> Array:
-    """(P,) int8, what became of each group in `to_datums`: TRAINED, AGREED (left out) or EMPTY (without a token)."""
-    P = len(rollouts.problems)
-    tokens_P = np.bincount(rollouts.group, rollouts.lengths, minlength=P)
-    outcomes_P = np.where(tokens_P > 0, TRAINED, EMPTY).astype(np.int8)
-    if section.drop_agreeing and section.kl_coef == 0:
-        _, agreeing_R = group_advantages(rewards_R, rollouts.group, section)
-        outcomes_P[np.unique(rollouts.group[agreeing_R])] = AGREED
-    return outcomes_P
+def to_pieces(
+    rollouts: Rollouts, rewards_R: Array, rl: RlSection, pieces: int, reference_logprobs_T: Array | None = None
+) -> tuple[tuple[DatumBatch, ...], tuple[Array, ...], dict[str, float], Array]:
+    """A step's groups, split in draw order into so many batches that are learned from one after the other.
 
-
-def to_datums(
-    rollouts: Rollouts, rewards_R: Array, section: AdvantageSection, reference_logprobs_T: Array | None = None
-) -> tuple[DatumBatch, dict[str, float]]:
-    """The step's training batch and its figures; no datums when every group agrees and agreeing groups are dropped.
+    Returns the batches; for each (D,) which completion a datum is; the figures of all; and (P,) int8 what became of
+    each group: TRAINED, AGREED (left out) or EMPTY (without a token to learn from). A batch may be without datums.
 
     ``reference_logprobs_T``: (T,) log-probabilities of the completion tokens under the reference, with a KL
-    coefficient only. A coefficient keeps agreeing groups, since their tokens differ from the reference all the same.
+    coefficient only. A coefficient keeps agreeing groups, since their tokens differ from the reference all the same;
+    its mean is each batch's own.
     """
+    section, lengths_R = rl.advantages, rollouts.lengths
+    _refuse_unpaired(rollouts, rewards_R, section, reference_logprobs_T)
+    rewards_R = np.asarray(rewards_R, np.float64)
+    advantages_R, agreeing_R = group_advantages(rewards_R, rollouts.group, section)
+    dropped_R = agreeing_R & (section.drop_agreeing and section.kl_coef == 0)
+    kept_R = ~dropped_R
+    if rl.overlong.handling == "mask":
+        kept_R = kept_R & (rollouts.stop_reasons != LENGTH)
+    trained_T = rollouts.sampled & np.repeat(kept_R, lengths_R)
+    facts = {
+        "reward/mean": float(rewards_R.mean()),
+        "reward/std": float(rewards_R.std()),
+        "reward/completions": float(len(rewards_R)),
+        "reward/groups": float(len(np.unique(rollouts.group))),
+        "reward/agreeing_groups": float(len(np.unique(rollouts.group[agreeing_R]))),
+    }
+    row_ranges = _row_ranges(rollouts, pieces)
+    advantages_T = np.repeat(advantages_R, lengths_R)
+    if reference_logprobs_T is not None:
+        means, tokens = [], []
+        for first, end in row_ranges:
+            of = slice(rollouts.offsets[first], rollouts.offsets[end])
+            advantages_T[of], mean = fold_kl(
+                advantages_T[of],
+                rollouts.logprobs[of],
+                reference_logprobs_T[of],
+                rollouts.offsets[first : end + 1] - rollouts.offsets[first],
+                section.kl_coef,
+                section.kl_discount,
+                trained_T[of],
+            )
+            means.append(mean)
+            tokens.append(np.count_nonzero(trained_T[of]))
+        facts["policy/kl_reference"] = float(np.dot(means, tokens) / max(1, sum(tokens)))
+    advantages_T = (advantages_T / np.repeat(_divisors(rollouts, rl), lengths_R)).astype(np.float32)
+    row = np.arange(len(rewards_R))
+    kept = [kept_R & (first <= row) & (row < end) for first, end in row_ranges]
+    batches = tuple(shift(rollouts, advantages_T, keep_R) for keep_R in kept)
+    rows = tuple(learned_rows(rollouts, keep_R) for keep_R in kept)
+    if trained_T.any():
+        facts["sampler/version_mean"] = float(rollouts.versions[trained_T].mean())
+        facts["sampler/version_min"] = float(rollouts.versions[trained_T].min())
+    if rollouts.sampled.any():
+        facts["advantages/mean_abs"] = float(np.abs(advantages_T[rollouts.sampled]).mean(dtype=np.float64))
+    facts["policy/tokens"] = float(np.count_nonzero(trained_T))
+    facts["datums/count"] = float(sum(batch.num_datums for batch in batches))
+    facts["datums/tokens"] = float(sum(len(batch.tokens) for batch in batches))
+    outcomes_P = np.full(len(rollouts.problems), EMPTY, np.int8)
+    outcomes_P[rollouts.group[np.concatenate(rows)]] = TRAINED
+    outcomes_P[rollouts.group[dropped_R]] = AGREED
+    return batches, rows, facts, outcomes_P
+
+
+def _refuse_unpaired(
+    rollouts: Rollouts, rewards_R: Array, section: AdvantageSection, reference_logprobs_T: Array | None
+) -> None:
     R, T = len(rollouts.group), len(rollouts.tokens)
     if len(rewards_R) != R or R == 0:
         raise DatumError(f"rewards: found {len(rewards_R)} for {R} completions; wanted one each, of at least one")
@@ -126,31 +186,19 @@ def to_datums(
         found = "none" if reference_logprobs_T is None else "some"
         wanted = "one per completion token" if section.kl_coef > 0 else "none, they would be computed for nothing"
         raise DatumError(f"reference_logprobs: found {found}, with kl_coef {section.kl_coef:g}; wanted {wanted}")
-    rewards_R = np.asarray(rewards_R, np.float64)
-    advantages_R, agreeing_R = group_advantages(rewards_R, rollouts.group, section)
-    advantages_T = np.repeat(advantages_R, rollouts.lengths)
-    metrics = {
-        "reward/mean": float(rewards_R.mean()),
-        "reward/std": float(rewards_R.std()),
-        "reward/groups": float(len(np.unique(rollouts.group))),
-        "reward/agreeing_groups": float(len(np.unique(rollouts.group[agreeing_R]))),
-    }
-    keep_R = None
-    if reference_logprobs_T is None:
-        keep_R = ~agreeing_R if section.drop_agreeing else None
-    else:
-        if np.shape(reference_logprobs_T) != (T,):
-            raise DatumError(f"reference_logprobs: found shape {np.shape(reference_logprobs_T)}; wanted ({T},)")
-        advantages_T, metrics["policy/kl_reference"] = fold_kl(
-            advantages_T,
-            rollouts.logprobs,
-            reference_logprobs_T,
-            rollouts.offsets,
-            section.kl_coef,
-            section.kl_discount,
-        )
-    batch = shift(rollouts, advantages_T, keep_R)
-    metrics["advantages/mean_abs"] = float(np.abs(advantages_T).mean(dtype=np.float64)) if T else 0.0
-    metrics["datums/count"] = float(batch.num_datums)
-    metrics["datums/tokens"] = float(len(batch.tokens))
-    return batch, metrics
+    if reference_logprobs_T is not None and np.shape(reference_logprobs_T) != (T,):
+        raise DatumError(f"reference_logprobs: found shape {np.shape(reference_logprobs_T)}; wanted ({T},)")
+
+
+def _row_ranges(rollouts: Rollouts, pieces: int) -> list[tuple[int, int]]:
+    """First completion and end of each piece: a group's completions are adjacent, and groups are in draw order."""
+    shares = np.array_split(np.arange(len(rollouts.problems)), pieces)
+    ends = np.searchsorted(rollouts.group, np.cumsum([len(share) for share in shares]))
+    return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+
+
+def _divisors(rollouts: Rollouts, rl: RlSection) -> Array:
+    """(R,) what a completion's advantages are divided by."""
+    if rl.advantages.aggregate == "length":
+        return np.maximum(rollouts.sampled_lengths, 1)
+    return np.full(len(rollouts.group), rl.sampling.max_tokens if rl.advantages.aggregate == "max_tokens" else 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -57,6 +57,44 @@ def train(
     progress.summary("Interrupted; what there was is saved" if outcome.interrupted else "Done", rows)
     if outcome.interrupted:
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command("eval")
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="The job's YAML.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A run's directory, a checkpoint of one, or a merged model; none: the base.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Completions of each problem for pass@k; none: eval.samples.", min=0)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of JSON and table; none: the run's, in eval/.")] = None,
+) -> None:
+    """Evaluate a policy on the job's held-out problems: greedy accuracy and pass@k, with confidence intervals.
+
+    Trains nothing, and changes nothing of a run but its eval/, so that the run may be at work meanwhile.
+    """
+    job = load_config(config, [*(overrides or ()), *([] if samples is None else [f"eval.samples={samples}"])])
+
+    from rlsys.candidates import find
+
+    candidate = find(job, checkpoint)
+
+    from actors.evaluation import evaluate as run_evaluation  # Ray is loaded once there is something to evaluate
+    from rlsys.evaluation_record import text, write
+    from rlsys.progress import Progress
+
+    progress = Progress()
+    try:
+        record = run_evaluation(job, candidate, progress)
+    except KeyboardInterrupt:
+        progress.note("Interrupted: nothing was written")
+        raise typer.Exit(INTERRUPTED) from None
+    data, table = write(record, out or job.run_dir / "eval")
+    print(f"\n{text(record)}\n{data}\n{table}")
 
 
 @app.command()
@@ -162,17 +200,56 @@ def ledger(
     """What has become of every problem that a run has drawn, as its last checkpoint has it."""
     from rlsys.ledger import Ledger, describe
     from rlsys.problems import Epochs
-    from rlsys.run_store import newest
+    from rlsys.run_store import newest, read_info
 
     job = load_config(run / "config.yaml")
     latest = newest(run)
     if latest is None:
         raise ConfigError(f"{run}: has no checkpoint yet")
-    epochs = Epochs(job.task.train_problems, job.rl.problems_per_step, job.run.seed)
+    epochs = Epochs(read_info(run)["train_problems"], job.rl.problems_per_step, job.run.seed)
     book = Ledger.from_bytes(latest.ledger, epochs)
     print(f"{run}: {len(book)} problems drawn up to step {book.step}")
     for state, reason, count in describe(book):
         print(f"{count:8}  {state}{f': {reason}' if reason else ''}")
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    step: Annotated[int, typer.Option(help="Of the steps whose rollouts are kept (tracking.rollout_steps).")],
+    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="None: the learner's own.")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Relative; none: 1e-5.", min=0.0)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A JSON file: figures, and p, q and advantage of each token.")
+    ] = None,
+) -> None:
+    """Compute a step of a run again, from the rollouts and the checkpoint that it kept, and compare every figure.
+
+    Needs no Ray and no vLLM, and changes nothing in the run. Exit code 1: a figure differs by more than the tolerance.
+    """
+    from rich.console import Console
+
+    from rlsys.replay import TOLERANCE
+    from rlsys.replay import replay as compute
+    from rlsys.replay_view import show, write
+
+    found = compute(run, step, device)
+    bound = TOLERANCE if tolerance is None else tolerance
+    show(found, bound, Console())
+    if out is not None:
+        write(found, out)
+    if found.differing(bound):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's directory; it may be running, or have died.")],
+) -> None:
+    """Write a run's report.html anew, from what it has written down so far: one page that needs no network."""
+    from rlsys.report import report_of
+
+    print(report_of(run))
 
 
 @app.command()

@@ -9,6 +9,9 @@
                                       weights    0 1 1
                                       logprobs   0 q q
                                       advantages 0 A A
+
+A reply that an environment wrote in the midst of a sample is read and is a target too, with weight, logprob and
+advantage 0.
 """
 
 from __future__ import annotations
@@ -128,14 +131,18 @@ def _refuse_where(bad_T: Array, values_T: Array, offsets: Array, key: str, wante
         raise DatumError(f"datum {d}: {key}: found {values_T[t]!s} at position {t - offsets[d]}; wanted {wanted}")
 
 
-def shift(rollouts: Rollouts, advantages_T: Array, keep_R: Array | None = None) -> DatumBatch:
-    """One datum per kept completion, as in the picture above; ``advantages_T`` has one value per completion token.
+def learned_rows(rollouts: Rollouts, keep_R: Array | None = None) -> Array:
+    """(D,) the completions that make a datum: those kept, but for ones in which no token is a model's."""
+    has_tokens_R = rollouts.sampled_lengths > 0
+    return np.flatnonzero(has_tokens_R if keep_R is None else has_tokens_R & keep_R)
 
-    A completion without tokens has nothing to learn from and makes no datum.
+
+def shift(rollouts: Rollouts, advantages_T: Array, keep_R: Array | None = None) -> DatumBatch:
+    """One datum per completion of ``learned_rows``, in that order, as in the picture above; ``advantages_T`` has one
+    value per completion token.
     """
-    lengths_R = rollouts.lengths
-    kept = np.flatnonzero(lengths_R > 0 if keep_R is None else (lengths_R > 0) & keep_R)
-    completion_lengths, starts = lengths_R[kept], rollouts.offsets[:-1][kept]
+    kept = learned_rows(rollouts, keep_R)
+    completion_lengths, starts = rollouts.lengths[kept], rollouts.offsets[:-1][kept]
     prompt_lengths = np.diff(rollouts.prompt_offsets)[rollouts.group[kept]]
     if (prompt_lengths == 0).any():
         r = int(kept[prompt_lengths == 0][0])
@@ -149,11 +156,12 @@ def shift(rollouts: Rollouts, advantages_T: Array, keep_R: Array | None = None) 
     tokens[spans(whole[:-1] + prompt_lengths, completion_lengths)] = rollouts.tokens[from_completion]
 
     offsets = whole - np.arange(len(whole))  # one prediction fewer than tokens
-    sampled = spans(offsets[:-1] + prompt_lengths - 1, completion_lengths)
+    predicted = spans(offsets[:-1] + prompt_lengths - 1, completion_lengths)
     columns = {key: np.zeros(offsets[-1], np.float32) for key in ("weights", "logprobs", "advantages")}
-    columns["weights"][sampled] = 1.0
-    columns["logprobs"][sampled] = rollouts.logprobs[from_completion]
-    columns["advantages"][sampled] = advantages_T[from_completion]
+    by_model = rollouts.sampled[from_completion]
+    columns["weights"][predicted] = by_model
+    columns["logprobs"][predicted] = np.where(by_model, rollouts.logprobs[from_completion], 0.0)
+    columns["advantages"][predicted] = np.where(by_model, advantages_T[from_completion], 0.0)
     return DatumBatch(
         tokens=tokens[spans(whole[:-1], np.diff(offsets))],
         targets=tokens[spans(whole[:-1] + 1, np.diff(offsets))],

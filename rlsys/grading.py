@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -12,96 +13,119 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlsys import tasks
 from rlsys.config import JobConfig
 from rlsys.errors import ConfigError
-from rlsys.problems import ProblemSet, encode
+from rlsys.problem_sets import problem_sets
+from rlsys.problems import ProblemSet
+from rlsys.records import write_problems
+from rlsys.rendering import Renderer
 from rlsys.rewards.pool import GraderPool
-from rlsys.rollouts import LENGTH, Rollouts
+from rlsys.rewards.terms import total_rewards
+from rlsys.rollouts import Rollouts
+from rlsys.showing import Learned, Shown, best_and_worst, first_of_groups, show, turn_texts
 from rlsys.types import Array
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """One completion as a person reads it."""
+class GroupGrades:
+    """R rewards and their P groups; ``facts`` are figures of the step."""
 
-    prompt: str
-    completion: str
-    answer: str
-    reward: float
-    advantage: float | None  # reward minus the group's mean, before any normalising; None for a group of one
-    tokens: int
-    stop_reason: str
+    rewards: Array  # (R,) float32
+    solved: Array  # (P,) float64, mean grade of the task
+    passed: Array  # (P,) int64, completions with a whole grade
+    agreeing: Array  # (P,) bool, whose rewards are all the same
+    facts: dict[str, float]
 
 
 class Grading:
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, problems: Mapping[str, ProblemSet], pool: GraderPool, run_id: str
+        self,
+        config: JobConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        problems: Mapping[str, ProblemSet],
+        pool: GraderPool,
+        facts: Mapping[str, float],
     ) -> None:
-        self.tokenizer, self.problems, self.pool, self.run_id = tokenizer, problems, pool, run_id
+        """`facts`: of the task, once per run."""
+        self.config, self.tokenizer, self.problems, self.pool, self.facts = config, tokenizer, problems, pool, facts
 
     @classmethod
     def start(cls, config: JobConfig, base: Path) -> Grading:
         """Load the tokenizer, make the task's problem sets and start the graders.
 
         Raises:
-            ConfigError: the base has no tokenizer, rewards.function cannot be imported, or a prompt leaves no room for
-                its completion.
+            ConfigError: the base has no tokenizer, rewards.function cannot be imported, the task has no problems, or a
+                prompt leaves no room for its completion.
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(base)
         except (OSError, ValueError) as error:
             raise ConfigError(f"model.path: no tokenizer in {base}: {str(error).strip().splitlines()[0]}") from error
         task = tasks.build(config.task, config.run.seed)
-        problems = {split: encode(task.problems(split), tokenizer.encode) for split in ("train", "eval")}
-        longest = max(int(np.diff(part.prompt_offsets).max()) for part in problems.values())
-        room = config.model.max_length - max(config.rl.sampling.max_tokens, config.eval.max_tokens)
-        if longest > room:
-            raise ConfigError(
-                f"model.max_length {config.model.max_length} leaves {room} tokens for a prompt, the longest has "
-                f"{longest}; raise model.max_length, or lower rl.sampling.max_tokens and eval.max_tokens"
-            )
+        sets = problem_sets(task, Renderer(tokenizer, config.prompt).ids, config.prompt.max_tokens)
+        problems = {"train": sets.train, "eval": sets.eval}
+        _refuse_too_long(config, problems)
         pool = GraderPool(config.rewards, config.rewards.function or task.grade)
-        return cls(tokenizer, problems, pool, config.run.name)
+        return cls(config, tokenizer, problems, pool, sets.facts)
 
-    def grade(self, split: str, rollouts: Rollouts) -> tuple[Array, dict[str, float]]:
-        """(R,) rewards and their facts.
+    def grade(self, split: str, rollouts: Rollouts) -> GroupGrades:
+        """Rewards of training completions; of held-out ones the task's grade alone.
 
         Raises:
             GradingError: more graders failed than rewards.max_failed_share allows.
         """
-        grades = self.pool.grade(self._texts(rollouts), self._answers(split, rollouts))
-        facts = {
-            "reward/mean": float(grades.rewards.mean(dtype=np.float64)),
-            "reward/std": float(grades.rewards.std(dtype=np.float64)),
-        }
-        return grades.rewards, facts | grades.counts()
-
-    def show(self, split: str, rollouts: Rollouts, rewards: Array, rows: int) -> list[Shown]:
-        """The first completion of each of the first groups."""
-        firsts = np.unique(rollouts.group, return_index=True)[1][:rows]
-        sizes = np.bincount(rollouts.group)
-        means = np.bincount(rollouts.group, rewards) / sizes
-        problems = self.problems[split]
-        texts = self.tokenizer.batch_decode([rollouts.completion(r) for r in firsts], skip_special_tokens=True)
-        return [
-            Shown(
-                prompt=problems.prompts[rollouts.problems[rollouts.group[r]]],
-                completion=text,
-                answer=problems.answers[rollouts.problems[rollouts.group[r]]],
-                reward=float(rewards[r]),
-                advantage=float(rewards[r] - means[rollouts.group[r]]) if sizes[rollouts.group[r]] > 1 else None,
-                tokens=int(rollouts.lengths[r]),
-                stop_reason="length" if rollouts.stop_reasons[r] == LENGTH else "stop",
+        texts = self._texts(rollouts)
+        grades = self.pool.grade(texts, self._answers(split, rollouts))
+        rewards, facts = grades.rewards, {"reward/mean": float(grades.rewards.mean(dtype=np.float64))}
+        if split == "train":
+            rl = self.config.rl
+            rewards, facts = total_rewards(
+                grades.rewards, rollouts, texts, self.config.rewards, rl.overlong, rl.sampling.max_tokens
             )
-            for r, text in zip(firsts, texts, strict=True)
-        ]
+        P = len(rollouts.problems)
+        count_P = np.bincount(rollouts.group, minlength=P)
+        facts = {**facts, **grades.counts(), "reward/completions": float(len(texts))}
+        return GroupGrades(
+            rewards=rewards,
+            solved=np.bincount(rollouts.group, grades.rewards, minlength=P) / count_P,
+            passed=np.bincount(rollouts.group, grades.rewards >= 1, minlength=P).astype(np.int64),
+            agreeing=_agree(rewards, rollouts.group, P),
+            facts=facts,
+        )
+
+    def show(self, split: str, count: int, rollouts: Rollouts, rewards: Array, *learned: Sequence[Any]) -> list[Shown]:
+        """The best and the worst completions of a step; of held-out problems the first."""
+        seen = Learned(*learned) if learned and learned[0] else None
+        chosen = first_of_groups(rollouts, count) if split == "eval" else best_and_worst(rewards, count)
+        return show(self.tokenizer, self.problems[split], rollouts, rewards, chosen, seen)
+
+    def write_problems(self, run_dir: Path) -> None:
+        train = self.problems["train"]
+        write_problems(run_dir, train.prompts, train.answers)
 
     def close(self) -> None:
         self.pool.close()
 
     def _texts(self, rollouts: Rollouts) -> list[str]:
-        completions = np.split(rollouts.tokens, rollouts.offsets[1:-1])
-        texts: list[str] = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        return texts
+        """What the model wrote, replies of an environment left out: turns on lines of their own."""
+        return turn_texts(self.tokenizer, rollouts)
 
     def _answers(self, split: str, rollouts: Rollouts) -> list[str]:
         answers = self.problems[split].answers
         return [answers[problem] for problem in rollouts.problems[rollouts.group]]
+
+
+def _agree(rewards_R: Array, group: Array, P: int) -> Array:
+    highest_P, lowest_P = np.full(P, -np.inf), np.full(P, np.inf)
+    np.maximum.at(highest_P, group, rewards_R)
+    np.minimum.at(lowest_P, group, rewards_R)
+    return highest_P == lowest_P
+
+
+def _refuse_too_long(config: JobConfig, problems: Mapping[str, ProblemSet]) -> None:
+    longest = max(int(np.diff(part.prompt_offsets).max()) for part in problems.values())
+    room = config.model.max_length - max(config.rl.sampling.max_tokens, config.eval.max_tokens)
+    if longest > room:
+        raise ConfigError(
+            f"model.max_length {config.model.max_length} leaves {room} tokens for a prompt, the longest has "
+            f"{longest}; raise model.max_length, or lower rl.sampling.max_tokens and eval.max_tokens, or leave longer "
+            f"prompts out with prompt.max_tokens={room}"
+        )

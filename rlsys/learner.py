@@ -202,6 +202,14 @@ class Learner:
         self._adapters.drop(adapter)
         del self._runs[run_id]
 
+    def copy_run(self, run_id: str, copy_id: str) -> None:
+        """Make `copy_id` a run with the weights that the run has now, without its moments; a new one, or as it stands.
+        What is only to be read costs its weights alone."""
+        if copy_id not in self._runs:
+            self.create_run(copy_id, self._adapter(run_id)[1], seed=0)  # its weights are replaced at once
+        state = self.run_state(run_id)
+        self.restore(copy_id, RunState(state.version, state.weights, None))
+
     def version(self, run_id: str) -> int:
         """Optimizer steps applied so far."""
         return self._run(run_id).version
@@ -344,6 +352,12 @@ class Learner:
     def has_gradient(self, run_id: str) -> bool:
         """Whether anything has accumulated since the last step."""
         return self._run(run_id).has_gradient
+
+    def forget_gradient(self, run_id: str) -> None:
+        """What has accumulated since the last step counts no more."""
+        run = self._run(run_id)
+        run.take_gradients()
+        run.has_gradient = False
 
     def run_state(self, run_id: str) -> RunState:
         """Views onto what the run has learned, gradients accumulated since its last step not included."""

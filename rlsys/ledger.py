@@ -1,8 +1,9 @@
 """What has become of every problem that a run has drawn: the memory that makes a resume exact.
 
 One row per draw, in the order of ``Epochs``: row i is the problem at place i. A row is pending, in flight, or settled
-with an outcome. Rows are handed out in order, and going back to step s makes every row of a later step pending again,
-so that the steps after it draw the very ids that they would have drawn without an interruption.
+with an outcome. Pending rows are handed out first, in order, and going back to step s makes every row of a later step
+pending again, so that the steps after it draw the very ids that they would have drawn without an interruption. Several
+steps may be in flight, and one that is may draw again (dynamic sampling).
 
     row      0 1 2 3 4 5 6 7        settled up to step 2, step 3 in flight
     step     1 1 2 2 3 3 - -        rewind(1) makes rows 2 to 5 pending; rows 6 and 7 were so from a rewind before
@@ -26,7 +27,7 @@ MEANING = {  # code -> (state, reason)
     IN_FLIGHT: ("in flight", ""),
     TRAINED: ("trained", ""),
     AGREED: ("filtered", "all rewards of the group agree, so it teaches nothing"),
-    EMPTY: ("filtered", "no completion of the group has a token"),
+    EMPTY: ("filtered", "no completion of the group has a token to learn from"),
     UNGRADED: ("dropped", "no completion of the group could be graded"),
 }
 FORMAT_VERSION = 1
@@ -53,12 +54,11 @@ class Ledger:
     def draw(self, step: int, count: int) -> Array:
         """(count,) int64 ids for a step that is not settled: pending rows first, then new ones."""
         assert count >= 1 and step > self._step, f"draws of step {step} come after step {self._step} is settled"
-        assert step >= self._steps.max(initial=0), "steps are drawn for in order"
-        first = len(self) - int(np.count_nonzero(self._state == PENDING))
-        rows = slice(first, first + count)
-        new = rows.stop - len(self)
+        assert step >= self._steps.max(initial=0) or len(self._flying(step)), "steps are drawn for in order"
+        new = count - int(np.count_nonzero(self._state == PENDING))
         if new > 0:
             self._append(new)
+        rows = np.flatnonzero(self._state == PENDING)[:count]
         self._steps[rows], self._state[rows] = step, IN_FLIGHT
         self._attempts[rows] += 1
         return self._problem[rows].copy()
@@ -121,10 +121,9 @@ class Ledger:
         settled = states != IN_FLIGHT
         claims = {
             "a state is none that the ledger knows": np.isin(self._state, list(MEANING)).all(),
-            "a pending draw lies before one that was handed out": len(given) == 0 or given[-1] == len(given) - 1,
             "a pending draw has a step": not self._steps[self._state == PENDING].any(),
             "a draw in flight or settled was never attempted": (self._attempts[given] > 0).all(),
-            "draws are not in the order of their steps": (np.diff(steps) >= 0).all(),
+            "first draws of steps are not in the order of the steps": _firsts_ascend(steps),
             f"a draw of a step after {self._step} is settled": (steps[settled] <= self._step).all(),
             f"a draw of step {self._step} or before is in flight": (steps[~settled] > self._step).all(),
             f"a step up to {self._step} has no draw": len(np.unique(steps[settled])) == self._step,
@@ -180,6 +179,11 @@ class Ledger:
 
     def _flying(self, step: int) -> Array:
         return np.flatnonzero((self._steps == step) & (self._state == IN_FLIGHT))
+
+
+def _firsts_ascend(steps: Array) -> bool:
+    """Whether each step's first row comes after the first rows of the steps before it."""
+    return bool((np.diff(np.unique(steps, return_index=True)[1]) > 0).all())
 
 
 def describe(ledger: Ledger) -> list[tuple[str, str, int]]:

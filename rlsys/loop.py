@@ -10,9 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 from rlsys.config import JobConfig
+from rlsys.facts import Facts, combine
 from rlsys.ledger import Ledger
-from rlsys.stages import Facts, Observer, Rewound, Stages
+from rlsys.measuring import measure
+from rlsys.stages import Centred, Graded, Made, Observer, Place, Rewound, Stages, Trained, joined, joined_grades
 from rlsys.types import Array, SamplingParams
 
 
@@ -33,7 +37,7 @@ def run(
     while not over() or done != stages.keeper.done:
         try:
             if over():
-                stages.keeper.save(done, ledger)
+                stages.keeper.save(done, ledger, stages.learner.state())
                 continue
             if not loaded:
                 stages.samplers.load(stages.learner.publish())
@@ -44,7 +48,7 @@ def run(
                 train(config, stages, ledger, held_out, observer, done + 1)
             done += 1
             if done % config.checkpoint.every_steps == 0:
-                stages.keeper.save(done, ledger)
+                stages.keeper.save(done, ledger, stages.learner.state())
         except Rewound as back:
             done, loaded = (done, loaded) if back.step is None else (back.step, False)
             ledger.rewind(max(done, 0))
@@ -54,48 +58,73 @@ def run(
 
 def train(config: JobConfig, stages: Stages, ledger: Ledger, held_out: Array, observer: Observer, step: int) -> None:
     """One step, from problems to an adapter that every sampler serves."""
-    samplers, learner = stages.samplers, stages.learner
-    clock = Clock()
-    with clock("sample"):
-        problems = ledger.draw(step, config.rl.problems_per_step)
-        params = config.rl.sampling.params(seed=config.run.seed * 1_000_003 + step)
-        rollouts = samplers.sample("train", problems, config.rl.samples_per_problem, params)
-    with clock("grade"):
-        rewards = stages.graders.grade("train", rollouts)
+    learner, clock, version = stages.learner, Clock(), stages.samplers.version
+    problems, rollouts, rewards = gather(config, stages, ledger, step, clock)
     with clock("reference"):
         reference = learner.reference(rollouts) if config.rl.advantages.kl_coef > 0 else None
     with clock("advantage"):
-        datums = stages.advantages.centre(rollouts, rewards, reference)
+        datums = stages.advantages.centre(rollouts, rewards, reference, config.rl.substeps)
     with clock("learn"):
-        learned = learner.step(datums, step)
+        learned = learn(stages, datums, step)
         ledger.settle(step, datums.outcomes)
     with clock("sync"):
-        synced = samplers.load(learner.publish())
-    facts = {**rollouts.facts, **rewards.facts, **datums.facts, **learned, **synced, **clock.facts()}
-    observer.on_step(step, facts, rollouts, rewards)
-    if step == config.rl.steps or (config.eval.every_steps and step % config.eval.every_steps == 0):
+        synced = stages.samplers.load(learner.publish())
+    speed = {"sampler/tokens_per_s": rollouts.facts["sampler/completion_tokens"] / clock.seconds["sample"]}
+    updated = combine([piece.facts for piece in learned])
+    facts = {**rollouts.facts, **speed, **rewards.facts, **datums.facts, **updated, **synced, **clock.facts()}
+    observer.on_step(step, facts, Trained(version, problems, rollouts, rewards, reference, [datums], learned))
+    if is_evaluated(config, step):
         evaluate(config, stages, held_out, step, observer)
 
 
+def gather(config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: Clock) -> tuple[Array, Made, Graded]:
+    """A batch of groups with their rewards; those that agree are replaced in up to ``rl.refill_rounds`` more rounds."""
+    problems, rollouts, rewards = list[Array](), list[Made](), list[Graded]()
+    wanted = config.rl.problems_per_step
+    while wanted and len(rollouts) <= config.rl.refill_rounds:
+        with clock("sample"):
+            problems.append(ledger.draw(step, wanted))
+            params = training_params(config, step, len(rollouts))
+            rollouts.append(stages.samplers.sample("train", problems[-1], config.rl.samples_per_problem, params))
+        with clock("grade"):
+            rewards.append(stages.graders.grade("train", rollouts[-1]))
+        wanted = int(rewards[-1].agreeing.sum())
+    return np.concatenate(problems), joined(rollouts), joined_grades(rewards)
+
+
+def learn(stages: Stages, datums: Centred, step: int) -> list[Made]:
+    """An optimizer step of each piece; what is lost after the first takes the learner back, as it is half way."""
+    learned = list[Made]()
+    for k, piece in enumerate(datums.refs):
+        try:
+            learned.append(stages.learner.learn(piece, Place(step, k, first=True, last=True, on_policy=k == 0)))
+        except Rewound as back:
+            if back.step is None and k > 0:
+                stages.learner.restore()
+            raise
+    return learned
+
+
+def training_params(config: JobConfig, step: int, sampling_round: int) -> SamplingParams:
+    """Seeded by step and round; the samplers go on from there by problem."""
+    return config.rl.sampling.params(seed=config.run.seed * 1_000_003 + step + 1_000_000_007 * sampling_round)
+
+
+def is_evaluated(config: JobConfig, step: int) -> bool:
+    every = config.eval.every_steps
+    return step == config.rl.steps or bool(every and step % every == 0)
+
+
 def evaluate(config: JobConfig, stages: Stages, held_out: Array, step: int, observer: Observer) -> None:
-    """Greedy accuracy on the held-out problems; nothing here is trained on, so what is lost is only repeated."""
-    clock = Clock()
-    params = SamplingParams(max_tokens=config.eval.max_tokens, temperature=0.0, stop=config.rl.sampling.stop)
+    """On the held-out problems; nothing here is trained on, so what is lost is only repeated."""
     while True:
         try:
-            with clock("eval"):
-                rollouts = stages.samplers.sample("eval", held_out, 1, params)
-                rewards = stages.graders.grade("eval", rollouts)
+            found = measure(config, stages.samplers, stages.graders, held_out)
             break
         except Rewound as back:
             if back.step is not None:
                 raise
-    facts = {
-        "eval/accuracy": rewards.facts["reward/mean"],
-        "eval/mean_tokens": rollouts.facts["sampler/completion_tokens_mean"],
-        "time/eval_s": clock.seconds["eval"],
-    }
-    observer.on_eval(step, facts, rollouts, rewards)
+    observer.on_eval(step, found.facts, found.rollouts, found.grades)
 
 
 class Clock:
@@ -108,7 +137,7 @@ class Clock:
     def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def facts(self) -> Facts:
         return {f"time/{stage}_s": s for stage, s in self.seconds.items()} | {"time/step_s": sum(self.seconds.values())}

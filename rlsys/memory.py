@@ -232,7 +232,10 @@ def _loading(config: JobConfig, dims: Dimensions) -> Phase:
 def _trained(config: JobConfig, dims: Dimensions) -> dict[str, int]:
     adapter = FP32 * adapter_parameters(config.lora, dims)
     flat = {"gradients of all ranks": adapter} if config.learner.num_workers > 1 else {}
-    return {"adapter": adapter, "gradients": adapter, "AdamW": 2 * adapter, **flat}
+    copies = int(config.rl.advantages.reference_refresh_steps > 0)
+    copies += config.rl.loss.importance_cap is not None and config.rl.substeps > 1
+    copied = {"copies of the adapter": copies * adapter} if copies else {}
+    return {"adapter": adapter, "gradients": adapter, "AdamW": 2 * adapter, **flat, **copied}
 
 
 def _updating(config: JobConfig, dims: Dimensions) -> Phase:
@@ -293,7 +296,8 @@ def _slots(config: JobConfig, dims: Dimensions) -> int:
 def sampled_at_once(config: JobConfig) -> int:
     """Sequences of one decoding step of one sampler."""
     completions = config.rl.problems_per_step * config.rl.samples_per_problem
-    wanted = max(completions, config.task.eval_problems)
+    held_out = config.task.eval_problems or config.sampler.max_num_seqs  # None: all there are, maybe as many as fit
+    wanted = max(completions, held_out)
     return min(config.sampler.max_num_seqs, math.ceil(wanted / config.sampler.num_workers))
 
 

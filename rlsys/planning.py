@@ -190,11 +190,8 @@ def _groups(config: JobConfig) -> list[tuple[str, list[dict[str, float]], str]]:
     learner, sampler = config.learner, config.sampler
     ranks = [needs(learner, i) for i in range(learner.num_workers)]
     samplers = [needs(sampler, i) for i in range(sampler.num_workers)]
-    if sampler.colocate:  # they share the GPU and take turns
-        pairs = [
-            _sum([rank, one]) | ({"GPU": max(rank.get("GPU", 0.0), one.get("GPU", 0.0))} if "GPU" in one else {})
-            for rank, one in zip(ranks, samplers, strict=True)
-        ]
+    if sampler.colocate:  # their shares of the GPU add up to it, as the placement asks for them; they take turns
+        pairs = [_sum([rank, one]) for rank, one in zip(ranks, samplers, strict=True)]
         return [("learner rank with its sampler", pairs, learner.placement)]
     return [("learner rank", ranks, learner.placement), ("sampler", samplers, sampler.placement)]
 

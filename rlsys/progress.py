@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -26,6 +26,8 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 LINE_EVERY_S = 1.0  # where stdout is no terminal: a log file should not grow by every step of a fast stage
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARK_STEPS = 24  # newest rewards that are drawn
 
 Row = tuple[str, str]  # label, value
 
@@ -59,11 +61,12 @@ class Progress:
         tokens_per_s: float | None = None,
         accuracy: float | None = None,
         loss: float | None = None,
+        times: Mapping[str, float] | None = None,
     ) -> None:
-        """The stage has made `step` steps; a figure left out keeps the value shown."""
+        """The stage has made `step` steps; what is left out stays as shown. `times`: seconds by part of a step."""
         assert self._stage is not None, "update() outside of a stage"
         figures = {"reward": reward, "accuracy": accuracy, "loss": loss, "tokens/s": tokens_per_s}
-        self._stage.update(step, {name: value for name, value in figures.items() if value is not None})
+        self._stage.update(step, {name: value for name, value in figures.items() if value is not None}, times)
 
     def note(self, text: str) -> None:
         """One sentence for the user, above the bar."""
@@ -90,11 +93,16 @@ class _Stage(ABC):
         self._console = console
         self._step = 0
         self._figures: dict[str, float] = {}
+        self._times: dict[str, float] = {}
+        self._rewards: dict[int, float] = {}  # by step, so that one done again counts once
         self._started = time.monotonic()
 
-    def update(self, step: int, figures: dict[str, float]) -> None:
+    def update(self, step: int, figures: dict[str, float], times: Mapping[str, float] | None) -> None:
         self._step = step
         self._figures.update(figures)
+        self._times = dict(times) if times else self._times
+        if "reward" in figures:
+            self._rewards[step] = figures["reward"]
         self._show()
 
     @abstractmethod
@@ -104,26 +112,39 @@ class _Stage(ABC):
     def _show(self) -> None: ...
 
 
+class _View(RichProgress):
+    """The bar, and lines below it."""
+
+    below: Sequence[Text] = ()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield from self.below
+
+
 class _BarStage(_Stage):
     def __init__(self, name: str, total: int | None, console: Console) -> None:
         super().__init__(name, total, console)
-        self._bar = RichProgress(
+        self._bar = _View(
             SpinnerColumn(finished_text="[green]✓[/]"),
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TextColumn("[dim]left[/]"),
             TimeRemainingColumn(compact=True),
             TextColumn("[dim]of[/]"),
             TimeElapsedColumn(),
             console=console,
         )
-        self._task = self._bar.add_task(escape(name), total=total, figures="")
+        self._task = self._bar.add_task(escape(name), total=total)
         self._bar.start()
 
     def _show(self) -> None:
-        self._bar.update(self._task, completed=self._step, figures=shown(self._figures))
+        steps = [value for step, value in sorted(self._rewards.items()) if step <= self._step][-SPARK_STEPS:]
+        drawn = "" if self._console.options.ascii_only else sparkline(steps)
+        lines = ("  ".join(filter(None, [shown(self._figures), drawn])), spent(self._times))
+        self._bar.below = [Text(f"  {line}", style="dim", no_wrap=True, overflow="ellipsis") for line in lines if line]
+        self._bar.update(self._task, completed=self._step)
 
     def end(self, ended_well: bool) -> None:
         if ended_well:  # also a stage that reached its aim before its last step
@@ -151,9 +172,10 @@ class _LineStage(_Stage):
     def _print_step(self) -> None:
         self._printed_at, self._printed_step = time.monotonic(), self._step
         words = [f"{self._name}: step {self._step}" + (f"/{self._total}" if self._total else ""), shown(self._figures)]
+        words.append(spent(self._times))
         if self._total and self._step:
-            spent = time.monotonic() - self._started
-            words.append(f"left {duration(spent / self._step * (self._total - self._step))}")
+            so_far = time.monotonic() - self._started
+            words.append(f"left {duration(so_far / self._step * (self._total - self._step))}")
         self._print("  ".join(word for word in words if word))
 
     def _print(self, line: str) -> None:
@@ -165,6 +187,30 @@ def shown(figures: dict[str, float]) -> str:
     return "  ".join(
         f"{name} {value:.0f}" if abs(value) >= 100 else f"{name} {value:.3f}" for name, value in figures.items()
     )
+
+
+def stage_times(facts: Mapping[str, float]) -> dict[str, float]:
+    """``time/sample_s`` and its like as ``{"sample": seconds}``; the whole step is their sum and is left out."""
+    names = {name: name.removeprefix("time/").removesuffix("_s") for name in facts if name.startswith("time/")}
+    return {short: facts[name] for name, short in names.items() if short != "step"}
+
+
+def spent(times: Mapping[str, float]) -> str:
+    """``step 1.52 s: sample 1.21, learn 0.31``: what took longest comes first, what took no time is left out."""
+    if not times:
+        return ""
+    parts = sorted(times.items(), key=lambda item: -item[1])
+    said = ", ".join(f"{name} {seconds:.2f}" for name, seconds in parts if seconds >= 0.005)
+    return f"step {sum(times.values()):.2f} s" + (f": {said}" if said else "")
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """From the lowest to the highest of the values; one alone says nothing."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return ""
+    low, room = min(finite), max(finite) - min(finite)
+    return "".join(SPARKS[round((value - low) / room * (len(SPARKS) - 1)) if room else 0] for value in finite)
 
 
 def duration(seconds: float) -> str:

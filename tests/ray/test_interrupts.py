@@ -16,7 +16,7 @@ import pytest
 
 from actors.interrupts import Interrupts
 from rlsys.config import JobConfig, dump_config
-from rlsys.tracking import read_metrics
+from rlsys.records import read_metrics
 
 LIMIT_S = 150.0
 

@@ -13,7 +13,7 @@ from actors import job as jobs
 from rlsys.config import JobConfig
 from rlsys.errors import ClusterError, StalledError
 from rlsys.progress import Progress
-from rlsys.tracking import read_metrics
+from rlsys.records import read_metrics
 from tests.ray.test_recovery import STEPS, actors_of, killing, ledger_of, steps
 
 Job = Callable[..., JobConfig]

@@ -20,8 +20,8 @@ from rlsys.errors import ActorDiedError, ClusterError
 from rlsys.ledger import Ledger
 from rlsys.problems import Epochs
 from rlsys.progress import Progress
+from rlsys.records import read_metrics
 from rlsys.run_store import RunStore, newest
-from rlsys.tracking import read_metrics
 
 Job = Callable[..., JobConfig]
 STEPS = 8

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlsys.config import JobConfig, dump_config
-from rlsys.tracking import read_metrics
+from rlsys.records import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

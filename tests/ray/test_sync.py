@@ -16,8 +16,8 @@ from actors.sampler_pool import refuse_unattested
 from rlsys.config import JobConfig
 from rlsys.errors import ActorDiedError, WeightSyncError
 from rlsys.progress import Progress
+from rlsys.records import read_metrics
 from rlsys.stages import Published
-from rlsys.tracking import read_metrics
 from rlsys.weights import Attestation
 
 
@@ -75,6 +75,6 @@ PUBLISHED = Published(ref=None, version=3, digest="d3", nbytes=8)
 
 @pytest.mark.parametrize("lie", [{"version": 2}, {"digest": "d2"}, {"run_id": "b"}])
 def test_an_answer_for_another_version_run_or_content_is_refused(lie: dict[str, Any]) -> None:
-    refuse_unattested([HONEST, HONEST], ["sampler 0", "sampler 1"], PUBLISHED, "a")
+    refuse_unattested(HONEST, "sampler 1", PUBLISHED, "a")
     with pytest.raises(WeightSyncError, match="sampler 1"):
-        refuse_unattested([HONEST, replace(HONEST, **lie)], ["sampler 0", "sampler 1"], PUBLISHED, "a")
+        refuse_unattested(replace(HONEST, **lie), "sampler 1", PUBLISHED, "a")

@@ -22,7 +22,7 @@ import pytest
 
 from rlsys.checkpoints import read_adapter
 from rlsys.config import JobConfig, dump_config, parse_config
-from rlsys.tracking import read_metrics
+from rlsys.records import read_metrics
 from tests.ray.conftest import JOB, micro_base, ray_cluster
 from tests.ray.test_recovery import actors_of, engines, ledger_of, steps, weights
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.advantages import discounted_future_sum, fold_kl, group_advantages, group_outcomes, to_datums
-from rlsys.config import AdvantageSection
+from rlsys.advantages import discounted_future_sum, fold_kl, group_advantages, to_pieces
+from rlsys.config import AdvantageSection, OverlongSection, RlSection, SamplingSection
+from rlsys.datums import DatumBatch, concatenate, take
 from rlsys.errors import ConfigError, DatumError
 from rlsys.ledger import AGREED, EMPTY, TRAINED
-from rlsys.rollouts import Rollouts, offsets_of
+from rlsys.rollouts import ENVIRONMENT, LENGTH, Rollouts, offsets_of
 
 MEAN = AdvantageSection()
 RLOO = AdvantageSection(baseline="leave_one_out")
@@ -35,6 +36,12 @@ def made(lengths, group, seed=0) -> Rollouts:
         offsets=offsets_of(lengths),
         stop_reasons=np.zeros(len(lengths), np.int8),
     )
+
+
+def to_datums(rollouts, rewards, section=MEAN, reference=None, **options) -> tuple[DatumBatch, dict[str, float]]:
+    """All in one piece."""
+    (batch,), _, facts, _ = to_pieces(rollouts, rewards, RlSection(advantages=section, **options), 1, reference)
+    return batch, facts
 
 
 groups_of_rewards = st.lists(
@@ -170,9 +177,13 @@ def test_to_datums_drops_agreeing_groups_whole():
     assert metrics == {
         "reward/mean": 0.75,
         "reward/std": pytest.approx(np.sqrt(3) / 4),
+        "reward/completions": 4,
         "reward/groups": 2,
         "reward/agreeing_groups": 1,
+        "sampler/version_mean": 0,
+        "sampler/version_min": 0,
         "advantages/mean_abs": pytest.approx(0.3),
+        "policy/tokens": 6,
         "datums/count": 2,
         "datums/tokens": 8,
     }
@@ -209,7 +220,7 @@ def test_reference_logprobs_come_exactly_with_a_coefficient():
         to_datums(rollouts, rewards, kl, rollouts.logprobs[:3])
     broken = rollouts.logprobs.copy()
     broken[2] = -np.inf
-    with pytest.raises(DatumError, match="completion token 2: found -inf"):
+    with pytest.raises(DatumError, match="completion token 2 of the batch: found -inf"):
         to_datums(rollouts, rewards, kl, broken)
 
 
@@ -218,13 +229,108 @@ def test_rewards_and_completions_have_to_pair_up():
         to_datums(made([3, 1], [0, 0]), np.array([0.0]), MEAN)
 
 
+def outcomes(rollouts, rewards, section=MEAN, **options) -> list[int]:
+    reference = np.zeros(len(rollouts.tokens)) if section.kl_coef else None
+    return to_pieces(rollouts, rewards, RlSection(advantages=section, **options), 2, reference)[3].tolist()
+
+
 def test_the_outcome_of_each_group_says_whether_it_became_datums_and_why_not():
     rollouts = made([2, 1, 3, 1, 0, 0, 2, 0], [0, 0, 1, 1, 2, 2, 3, 3])
     rewards = np.array([0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0])
-    assert group_outcomes(rollouts, rewards, AdvantageSection()).tolist() == [TRAINED, AGREED, EMPTY, TRAINED]
-    batch, _ = to_datums(rollouts, rewards, AdvantageSection())
+    assert outcomes(rollouts, rewards) == [TRAINED, AGREED, EMPTY, TRAINED]
+    batch, _ = to_datums(rollouts, rewards)
     assert batch.num_datums == 3, "two of group 0, none of 1 and 2, one of 3: its other completion has no token"
-    kept = group_outcomes(rollouts, rewards, AdvantageSection(drop_agreeing=False))
-    assert kept.tolist() == [TRAINED, TRAINED, EMPTY, TRAINED]
-    with_kl = group_outcomes(rollouts, rewards, AdvantageSection(kl_coef=0.1))
-    assert with_kl.tolist() == kept.tolist()
+    assert outcomes(rollouts, rewards, AdvantageSection(drop_agreeing=False)) == [TRAINED, TRAINED, EMPTY, TRAINED]
+    assert outcomes(rollouts, rewards, AdvantageSection(kl_coef=0.1)) == [TRAINED, TRAINED, EMPTY, TRAINED]
+    rollouts.stop_reasons[[0, 1, 6]] = LENGTH
+    mask = OverlongSection(handling="mask")
+    assert outcomes(rollouts, rewards, overlong=mask) == [EMPTY, AGREED, EMPTY, EMPTY], "nothing of them is left"
+
+
+def test_what_an_environment_wrote_is_in_no_mean_and_has_no_advantage():
+    rollouts = made([4, 2], [0, 0])
+    rollouts.versions[:] = [3, ENVIRONMENT, ENVIRONMENT, 5, 4, 4]
+    rewards, reference = np.array([1.0, 0.0]), rollouts.logprobs - np.array([1, np.nan, 99, 3, 5, 7])
+    batch, facts = to_datums(rollouts, rewards, AdvantageSection(kl_coef=0.5), reference)
+    assert facts["policy/kl_reference"] == pytest.approx((1 + 3 + 5 + 7) / 4, abs=1e-6)
+    wanted = [0, 0.5 + 0.5 * 3, 0, 0, 0.5 + 0.5 * 1, 0, -0.5 + 0.5 * -1, -0.5 + 0.5 * -3]
+    np.testing.assert_allclose(batch.columns["advantages"], wanted, atol=1e-6)
+    assert batch.columns["weights"].tolist() == [0, 1, 0, 0, 1, 0, 1, 1]
+    assert (facts["sampler/version_mean"], facts["sampler/version_min"], facts["policy/tokens"]) == (4, 3, 4)
+    assert facts["advantages/mean_abs"] == pytest.approx((2 + 1 + 1 + 2) / 4)
+    batch, _ = to_datums(rollouts, rewards, AdvantageSection(aggregate="length"))
+    # each completion has two tokens of the model's own
+    assert batch.columns["advantages"].tolist() == [0, 0.25, 0, 0, 0.25, 0, -0.25, -0.25]
+
+
+shapes = st.lists(st.lists(st.integers(0, 5), min_size=2, max_size=4), min_size=1, max_size=6)
+
+
+@given(shape=shapes, pieces=st.integers(1, 8), seed=st.integers(0, 99), aggregate=st.sampled_from(["sum", "length"]))
+@settings(max_examples=60, deadline=None)
+def test_pieces_end_to_end_are_the_one_batch_and_name_their_completions(shape, pieces, seed, aggregate):
+    rng = np.random.default_rng(seed)
+    lengths = [length for group in shape for length in group]
+    rollouts = made(lengths, np.repeat(np.arange(len(shape)), [len(group) for group in shape]).tolist(), seed)
+    rollouts.versions[rng.random(len(rollouts.tokens)) < 0.3] = ENVIRONMENT
+    rewards = rng.integers(0, 2, len(lengths)).astype(float)
+    rl = RlSection(advantages=AdvantageSection(aggregate=aggregate))
+    (whole,), (all_rows,), facts, settled = to_pieces(rollouts, rewards, rl, 1)
+    batches, rows, facts_of_pieces, settled_of_pieces = to_pieces(rollouts, rewards, rl, pieces)
+    assert len(batches) == len(rows) == pieces
+    assert facts_of_pieces == facts and settled_of_pieces.tolist() == settled.tolist()
+    assert np.concatenate(rows).tolist() == all_rows.tolist()
+    joined = concatenate(batches)
+    assert joined.tokens.tolist() == whole.tokens.tolist() and joined.offsets.tolist() == whole.offsets.tolist()
+    for key, column in whole.columns.items():
+        assert joined.columns[key].tolist() == column.tolist()
+    shares = np.array_split(np.arange(len(shape)), pieces)
+    for batch, of, share in zip(batches, rows, shares, strict=True):
+        assert set(rollouts.group[of].tolist()) <= set(share.tolist()), "groups go in draw order, as np.array_split"
+        for d, r in enumerate(of):
+            assert take(batch, [d]).targets[1:].tolist() == rollouts.completion(r).tolist()
+
+
+def test_each_piece_has_a_kl_mean_of_its_own():
+    rollouts, rewards = made([1, 1, 1, 1], [0, 0, 1, 1]), np.array([1.0, 0.0, 1.0, 0.0])
+    reference = rollouts.logprobs - np.array([1, 3, 5, 9.0])  # d; its means are 2 and 7, of all 4.5
+    rl = RlSection(advantages=AdvantageSection(kl_coef=0.1))
+    batches, _, facts, _ = to_pieces(rollouts, rewards, rl, 2, reference)
+    found = [batch.columns["advantages"][batch.columns["weights"] > 0] for batch in batches]
+    np.testing.assert_allclose(found, [[0.5 + 0.1, -0.5 - 0.1], [0.5 + 0.2, -0.5 - 0.2]], atol=1e-6)
+    assert facts["policy/kl_reference"] == pytest.approx(4.5, abs=1e-6)
+
+
+@given(shape=shapes, seed=st.integers(0, 99), limit=st.integers(5, 50))
+@settings(max_examples=60, deadline=None)
+def test_aggregates_divide_the_same_advantages_each_by_its_own_count(shape, seed, limit):
+    lengths = [length for group in shape for length in group]
+    rollouts = made(lengths, np.repeat(np.arange(len(shape)), [len(group) for group in shape]).tolist(), seed)
+    rng = np.random.default_rng(seed)
+    rewards, reference = rng.normal(size=len(lengths)), -rng.exponential(1.0, len(rollouts.tokens))
+    found = {}
+    for aggregate in ("sum", "length", "max_tokens"):
+        section = AdvantageSection(aggregate=aggregate, kl_coef=0.2, kl_discount=0.5)
+        batch, _ = to_datums(rollouts, rewards, section, reference, sampling=SamplingSection(max_tokens=limit))
+        found[aggregate] = batch.columns["advantages"]
+    tokens = np.repeat([length for length in lengths if length], [length + 1 for length in lengths if length])
+    np.testing.assert_allclose(found["length"] * tokens, found["sum"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found["max_tokens"] * limit, found["sum"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_masked_completion_is_in_the_baseline_and_in_no_datum():
+    rollouts, rewards = made([2, 1, 1], [0, 0, 0]), np.array([0.0, 1.0, 0.5])
+    rollouts.stop_reasons[0] = LENGTH
+    kept, _ = to_datums(rollouts, rewards)
+    masked, facts = to_datums(rollouts, rewards, overlong=OverlongSection(handling="mask"))
+    assert kept.num_datums == 3 and masked.num_datums == facts["datums/count"] == 2
+    assert masked.columns["advantages"].tolist() == take(kept, [1, 2]).columns["advantages"].tolist() == [0, 0.5, 0, 0]
+    assert facts["reward/mean"] == 0.5
+
+
+def test_without_a_baseline_the_advantage_is_the_reward():
+    rewards, section = np.array([1.0, 1.0, 0.0, 0.5]), AdvantageSection(baseline="none", drop_agreeing=False)
+    advantages, agreeing = group_advantages(rewards, np.array([0, 0, 1, 1]), section)
+    assert (advantages.tolist(), agreeing.tolist()) == (rewards.tolist(), [True, True, False, False])
+    with pytest.raises(ValueError, match="with baseline: none set normalise: none"):
+        AdvantageSection(baseline="none", normalise="std")

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.datums import DatumBatch, collate, concatenate, shift, take
+from rlsys.datums import DatumBatch, collate, concatenate, learned_rows, shift, take
 from rlsys.errors import DatumError, MissingInputError
 from rlsys.losses import resolve
-from rlsys.rollouts import Rollouts, offsets_of
+from rlsys.rollouts import ENVIRONMENT, Rollouts, offsets_of
 from rlsys.types import Datum, ModelInput, TensorData
 
 
@@ -176,6 +176,24 @@ def test_shift_draws_the_picture():
     assert batch.tokens.dtype == batch.targets.dtype == np.int32
     assert batch.offsets.dtype == np.int64
     assert {column.dtype for column in batch.columns.values()} == {np.dtype(np.float32)}
+
+
+def test_a_reply_within_a_completion_is_read_and_predicted_and_counts_for_nothing():
+    made = rollouts([[1, 2]], [[[3, 7, 8, 4]]])
+    made.versions[1:3] = ENVIRONMENT
+    batch = shift(made, np.array([0.5, 9, 9, 0.25], np.float32))
+    assert batch.tokens.tolist() == [1, 2, 3, 7, 8]
+    assert batch.targets.tolist() == [2, 3, 7, 8, 4]
+    assert batch.columns["weights"].tolist() == [0, 1, 0, 0, 1]
+    assert batch.columns["logprobs"].tolist() == [0, -1, 0, 0, -4]
+    assert batch.columns["advantages"].tolist() == [0, 0.5, 0, 0, 0.25]
+
+
+def test_a_completion_in_which_no_token_is_a_models_makes_no_datum():
+    made = rollouts([[1, 2]], [[[3], [4, 5], []]])
+    made.versions[1:] = ENVIRONMENT
+    assert learned_rows(made).tolist() == [0]
+    assert shift(made, np.zeros(3, np.float32)).num_datums == 1
 
 
 def slowly(made, advantages, keep) -> list[tuple[list, ...]]:

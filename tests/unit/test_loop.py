@@ -1,32 +1,40 @@
-"""The loop against small stages that really compute something, and lose it now and then."""
+"""Both loops against small stages that really compute something, and lose it now and then."""
 
 from __future__ import annotations
 
 import hashlib
+import random
+import threading
+import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys import loop
+from rlsys import loop, overlap
 from rlsys.config import JobConfig, parse_config
-from rlsys.ledger import TRAINED, Ledger
+from rlsys.facts import Facts
+from rlsys.ledger import AGREED, TRAINED, Ledger
 from rlsys.problems import Epochs
-from rlsys.stages import Centred, Facts, Made, Published, Rewound, Stages
+from rlsys.stages import Centred, Graded, Made, Place, Published, Rewound, Stages, Trained
 from rlsys.types import Array, SamplingParams
 
 STEPS, BATCH = 6, 3
 
 
-def job(every_steps: int = 1) -> JobConfig:
+def job(every_steps: int = 1, lag: int | None = None, rl: str = "", minibatches: int = 1) -> JobConfig:
+    overlapped = f"overlap: {{max_policy_lag: {lag}, minibatches: {minibatches}}}" if lag is not None else ""
     text = f"""
     run: {{name: toy, seed: 4}}
     model: {{path: x}}
     checkpoint: {{every_steps: {every_steps}}}
-    rl: {{steps: {STEPS}, problems_per_step: {BATCH}}}
+    rl: {{steps: {STEPS}, problems_per_step: {BATCH}{rl}}}
     eval: {{every_steps: 2}}
+    {overlapped}
+    sampler: {{max_live_adapters: 5}}
     """
     return parse_config(text)
 
@@ -39,77 +47,133 @@ def ledger() -> Ledger:
 class World:
     """A learner whose state is a hash over everything it was ever trained on, and stages that fail by a plan.
 
-    `plan`: what the n-th call of any stage loses: nothing, the work in hand, or the learner.
+    `plan`: what the n-th call of any stage loses: nothing, the work in hand, or the learner. `agreeing`: problems whose
+    rewards always agree. Samplers answer in the order asked, one ticket a call, each under the weights at its start.
     """
 
     config: JobConfig
     plan: list[str]
-    state: str = "base"
-    version: int = 0
+    state_hash: str = "base"
+    version: int = 0  # that the samplers serve
+    made: int = 0  # that the learner has
     done: int = -1
     saved: tuple[str, int, bytes] = ("base", 0, b"")
-    loaded: tuple[int, str] = (-1, "")
+    loaded: str = ""
     lines: list[tuple[str, int]] = field(default_factory=list)
+    agreeing: frozenset[int] = frozenset()
+    trained: dict[int, Trained] = field(default_factory=dict)
+    tickets: dict[int, Made] = field(default_factory=dict)
+    batch: list[Any] = field(default_factory=list)
+    lock: Any = field(default_factory=threading.Lock)
+    life: int = 0  # of the learner
+    saving: Any = field(default_factory=threading.RLock)
 
     def loses(self, may_lose_data: bool = True) -> None:
-        what = self.plan.pop(0) if self.plan else ""
+        with self.lock:
+            what = self.plan.pop(0) if self.plan else ""
         if what == "learner":
-            self.state, self.version = self.saved[:2]
-            raise Rewound(self.done)
+            self.restore()
         if what == "data" and may_lose_data:
             raise Rewound(None)
 
     # samplers
     def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> Made:
-        assert self.loaded == (self.version, self.state), "samplers serve something else than the learner's weights"
         self.loses()
-        return Made((split, tuple(problems), params.seed, self.state), {"sampler/completion_tokens_mean": 1.0})
+        if split == "train" and self.config.overlap.max_policy_lag is None:
+            assert self.loaded == self.state_hash, "samplers serve something else than the learner's weights"
+        facts = {
+            "sampler/completion_tokens_mean": 1.0,
+            "sampler/completion_tokens": 8.0,
+            "sampler/truncated_share": 0.0,
+        }
+        return Made(((split, tuple(problems), params.seed, self.loaded, self.version),), facts)
+
+    def submit(self, split: str, problems: Array, n: int, params: SamplingParams) -> int:
+        ticket = max(self.tickets, default=-1) + 1
+        self.tickets[ticket] = self.sample(split, problems, n, params)
+        return ticket
+
+    def collect(self, timeout_s: float) -> list[tuple[int, Made]]:
+        return [(first := min(self.tickets), self.tickets.pop(first))] if self.tickets else []
+
+    def forget(self) -> None:
+        self.tickets = {}
 
     def load(self, update: Published) -> Facts:
-        self.loaded = (update.version, update.digest)
+        self.version, self.loaded = update.version, update.digest
         return {}
 
     # graders, advantages
-    def grade(self, split: str, rollouts: Made) -> Made:
+    def grade(self, split: str, rollouts: Made) -> Graded:
         self.loses()
-        return Made(rollouts.ref, {"reward/mean": 0.5})
+        problems = rollouts.refs[0][1]
+        agreeing = np.array([problem in self.agreeing for problem in problems])
+        zeros = np.zeros(len(problems))
+        return Graded(rollouts.refs, {"reward/mean": 0.5}, zeros, zeros.astype(np.int64), agreeing)
 
-    def centre(self, rollouts: Made, rewards: Made, reference: Made | None) -> Centred:
+    def centre(self, rollouts: Made, rewards: Graded, reference: Made | None, pieces: int) -> Centred:
         self.loses()
-        return Centred(rewards.ref, {}, np.full(BATCH, TRAINED, np.int8))
+        problems = [problem for ref in rollouts.refs for problem in ref[1]]
+        outcomes = np.array([AGREED if problem in self.agreeing else TRAINED for problem in problems], np.int8)
+        shares = [tuple(share) for share in np.array_split(problems, pieces)]
+        drawn_by = [ref[2:] for ref in rewards.refs]
+        versions = [ref[4] for ref in rollouts.refs]
+        facts = {"sampler/version_min": float(min(versions)), "sampler/version_mean": float(np.mean(versions))}
+        return Centred(tuple((share, drawn_by) for share in shares), facts, (), outcomes)
 
     # learner
     def reference(self, rollouts: Made) -> Made:
         raise AssertionError("there is no KL penalty")
 
-    def step(self, datums: Made, step: int) -> Facts:
+    def learn(self, datums: Any, place: Place) -> Made:
         self.loses()
-        self.state = hashlib.sha1(f"{self.state}{datums.ref}{step}".encode()).hexdigest()
-        self.version += 1
-        return {}
+        assert place.first == (not self.batch)
+        self.batch.append(datums)
+        if place.last:
+            self.state_hash = hashlib.sha1(f"{self.state_hash}{self.batch}{place.step}".encode()).hexdigest()
+            self.made += 1
+            self.batch = []
+        return Made((), {"policy/version": float(self.made)})
 
     def publish(self) -> Published:
         self.loses(may_lose_data=False)
-        return Published(None, self.version, self.state, 0)
+        return Published(None, self.made, self.state_hash, 0)
+
+    def state(self) -> Any:
+        return self.life, self.state_hash, self.made
+
+    def restore(self) -> None:
+        with self.saving:
+            self.life += 1
+            self.state_hash, self.made, self.batch = *self.saved[:2], []
+            raise Rewound(self.done)
 
     # keeper
-    def save(self, step: int, ledger: Ledger) -> None:
-        self.loses(may_lose_data=False)
-        self.saved, self.done = (self.state, self.version, ledger.to_bytes()), step
+    def save(self, step: int, ledger: Ledger, state: Any) -> None:
+        if self.config.overlap.max_policy_lag is None:
+            self.loses(may_lose_data=False)
+        with self.saving:
+            if state[0] != self.life:  # the learner has gone back since
+                raise Rewound(self.done)
+            self.saved, self.done = (*state[1:], ledger.to_bytes()), step
 
     # observer
     def on_rewind(self, step: int) -> None:
         self.lines = [line for line in self.lines if line[1] <= step]
 
-    def on_step(self, step: int, facts: Facts, rollouts: Made, rewards: Made) -> None:
+    def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
         self.lines.append(("step", step))
+        self.trained[step] = trained
 
-    def on_eval(self, step: int, facts: Facts, rollouts: Made, rewards: Made) -> None:
+    def on_eval(self, step: int, facts: Facts, rollouts: Made, rewards: Graded) -> None:
         self.lines.append(("eval", step))
 
     def run(self, book: Ledger, stop_after: int = STEPS) -> int:
         stages = Stages(self, self, self, self, self)
-        return loop.run(self.config, stages, book, np.arange(2), self, lambda: self.version >= stop_after)
+        run = loop.run if self.config.overlap.max_policy_lag is None else overlap.run
+        return run(
+            self.config, stages, book, np.arange(2), self, lambda: self.version >= stop_after * self.config.rl.substeps
+        )
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +193,7 @@ def test_whatever_is_lost_the_run_ends_as_if_nothing_had_been(
 ) -> None:
     book, world = ledger(), World(job(every_steps), list(plan))
     assert world.run(book) == STEPS
-    assert world.state == undisturbed.state
+    assert world.state_hash == undisturbed.state_hash
     assert world.lines == undisturbed.lines
     book.audit()
     assert book.counts()["trained"] == STEPS * BATCH
@@ -145,9 +209,9 @@ def test_a_run_that_is_stopped_and_gone_on_with_equals_one_that_never_was(
     done = first.run(ledger(), stop_after)
     assert done == first.done >= stop_after
     state, version, content = first.saved
-    second = World(job(every_steps), [], state, version, first.done, first.saved, lines=first.lines)
+    second = World(job(every_steps), [], state, version, version, first.done, first.saved, lines=first.lines)
     second.run(Ledger.from_bytes(content, Epochs(num_problems=7, batch=BATCH, seed=4)))
-    assert second.state == undisturbed.state
+    assert second.state_hash == undisturbed.state_hash
     assert second.lines == undisturbed.lines
 
 
@@ -155,3 +219,173 @@ def test_without_a_step_to_make_the_base_is_evaluated_and_saved_once() -> None:
     world = World(parse_config("run: {name: toy}\nmodel: {path: x}\nrl: {steps: 0}"), [])
     assert world.run(ledger()) == 0
     assert world.lines == [("eval", 0)] and world.done == 0
+
+
+def test_groups_that_agree_are_replaced_until_the_batch_is_full_or_the_rounds_are_over() -> None:
+    world, book = World(job(rl=", refill_rounds: 2"), [], agreeing=frozenset({0, 1, 2, 3})), ledger()
+    world.run(book)
+    book.audit()
+    assert {len(one.rollouts.refs) for one in world.trained.values()} <= {1, 2, 3}
+    for step, one in world.trained.items():
+        wanted = BATCH
+        drawn = book.ids(step)
+        assert one.problems.tolist() == drawn.tolist()
+        for ref in one.rollouts.refs:
+            assert len(ref[1]) == wanted > 0
+            wanted = sum(problem in world.agreeing for problem in ref[1])
+        assert wanted == 0 or len(one.rollouts.refs) == 3
+    seeds = [ref[2] for one in world.trained.values() for ref in one.rollouts.refs]
+    assert len(set(seeds)) == len(seeds), "a problem that comes in two rounds of a step would be drawn the same twice"
+    assert book.counts()["filtered"] == sum(
+        problem in world.agreeing for one in world.trained.values() for problem in one.problems
+    )
+
+
+def test_substeps_share_the_groups_and_only_the_first_is_on_policy() -> None:
+    world = World(job(rl=", substeps: 2"), [])
+    assert world.run(ledger()) == STEPS
+    assert world.made == 2 * STEPS
+
+
+@settings(max_examples=60, deadline=None)
+@given(plan=PLANS, every_steps=st.integers(1, 4))
+def test_with_lag_0_the_overlapped_loop_makes_the_same_steps_of_the_same_datums(
+    undisturbed: World, plan: list[str], every_steps: int
+) -> None:
+    book, world = ledger(), World(job(every_steps, lag=0), list(plan))
+    assert world.run(book) == STEPS
+    assert world.state_hash == undisturbed.state_hash
+    assert world.lines == undisturbed.lines
+    book.audit()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    plan=PLANS,
+    lag=st.integers(0, 2),
+    pieces=st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (1, 3)]),
+    every_steps=st.integers(1, 3),
+)
+def test_no_token_is_older_than_the_lag_allows_and_every_step_is_made_once(
+    plan: list[str], lag: int, pieces: tuple[int, int], every_steps: int
+) -> None:
+    substeps, minibatches = pieces
+    book, world = ledger(), World(job(every_steps, lag, f", substeps: {substeps}", minibatches), list(plan))
+    assert world.run(book) == STEPS
+    assert [line for line in world.lines if line[0] == "step"] == [("step", step) for step in range(1, STEPS + 1)]
+    assert [line for line in world.lines if line[0] == "eval"] == [("eval", step) for step in range(0, STEPS + 1, 2)]
+    book.audit()
+    assert book.counts()["trained"] == STEPS * BATCH and world.done == STEPS
+    for step, one in world.trained.items():
+        assert one.problems.tolist() == book.ids(step).tolist()
+        for ref in one.rollouts.refs:
+            assert (step - 1 - lag) * substeps <= ref[4] <= (step - 1) * substeps
+
+
+def test_the_samplers_are_ahead_by_the_whole_lag_when_nothing_holds_them_up() -> None:
+    world = World(job(lag=2), [])
+    world.run(ledger())
+    assert world.trained[STEPS].rollouts.refs[0][4] < STEPS - 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(stop_after=st.integers(1, STEPS), lag=st.integers(0, 2), plan=PLANS)
+def test_an_overlapped_run_that_is_stopped_goes_on_with_the_problems_it_had_drawn(
+    stop_after: int, lag: int, plan: list[str]
+) -> None:
+    first = World(job(lag=lag), list(plan))
+    done = first.run(ledger(), stop_after)
+    assert done == first.done >= stop_after
+    state, version, content = first.saved
+    book = Ledger.from_bytes(content, Epochs(num_problems=7, batch=BATCH, seed=4))
+    second = World(job(lag=lag), [], state, version, version, first.done, first.saved, lines=first.lines)
+    assert second.run(book) == STEPS
+    book.audit()
+    assert [line for line in second.lines if line[0] == "step"] == [("step", step) for step in range(1, STEPS + 1)]
+
+
+def test_in_overlapped_running_groups_that_agree_are_replaced_too() -> None:
+    world, book = World(job(lag=1, rl=", refill_rounds: 3"), [], agreeing=frozenset({0, 1})), ledger()
+    world.run(book)
+    book.audit()
+    for step, one in world.trained.items():
+        assert one.problems.tolist() == book.ids(step).tolist()
+        assert sum(problem not in world.agreeing for problem in one.problems) == BATCH
+
+
+def test_an_error_in_a_thread_ends_the_overlapped_run_with_that_error() -> None:
+    class Broken(World):
+        def learn(self, datums: Any, place: Place) -> Made:
+            raise ValueError("cannot learn")
+
+    with pytest.raises(ValueError, match="cannot learn"):
+        Broken(job(lag=1), []).run(ledger())
+
+
+def test_a_learner_that_went_back_is_not_taught_what_was_already_waiting_for_it() -> None:
+    class Slow(World):
+        calls = 0
+
+        def learn(self, datums: Any, place: Place) -> Made:
+            self.calls += 1
+            time.sleep(0.1)  # the steps after it are whole by then
+            if self.calls == 3:
+                self.restore()
+            return super().learn(datums, place)
+
+    world = Slow(job(lag=2), [])
+    assert world.run(ledger()) == STEPS == world.made
+    assert [world.trained[step].version for step in range(1, STEPS + 1)] == list(range(STEPS))
+
+
+def test_an_error_of_a_steps_first_piece_is_heard_before_its_last_piece_is_there() -> None:
+    class Broken(World):
+        calls = 0
+
+        def learn(self, datums: Any, place: Place) -> Made:
+            raise ValueError("cannot learn")
+
+        def collect(self, timeout_s: float) -> list[tuple[int, Made]]:
+            self.calls += 1
+            assert self.calls < 1000, "the error was not heard"
+            time.sleep(0.001)
+            return super().collect(timeout_s) if self.calls == 1 else []
+
+    with pytest.raises(ValueError, match="cannot learn"):
+        Broken(job(lag=0, minibatches=3), []).run(ledger())
+
+
+def test_a_step_is_told_and_evaluated_though_something_is_lost_when_the_next_one_begins(undisturbed: World) -> None:
+    class Loses(World):
+        lost = False
+
+        def submit(self, split: str, problems: Array, n: int, params: SamplingParams) -> int:
+            if self.version == 2 and not self.lost:
+                self.lost = True
+                raise Rewound(None)
+            return super().submit(split, problems, n, params)
+
+    world = Loses(job(lag=0), [])
+    assert world.run(ledger()) == STEPS
+    assert world.lost and world.lines == undisturbed.lines
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_losses_in_any_thread_at_any_moment_leave_every_step_made_once(seed: int) -> None:
+    rng = random.Random(seed)
+
+    class Uneven(World):
+        def learn(self, datums: Any, place: Place) -> Made:
+            time.sleep(rng.random() * 0.004)
+            return super().learn(datums, place)
+
+        def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
+            time.sleep(rng.random() * 0.004)
+            super().on_step(step, facts, trained)
+
+    plan = [rng.choice(["", "", "", "", "", "data", "learner"]) for _ in range(60)]
+    config = job(rng.choice([1, 2, 3]), lag=rng.choice([0, 1, 2]), minibatches=rng.choice([1, 3]))
+    world, book = Uneven(config, plan), ledger()
+    assert world.run(book) == STEPS == world.made == world.done
+    book.audit()
+    assert [world.trained[step].version for step in range(1, STEPS + 1)] == list(range(STEPS))

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from rlsys import progress
-from rlsys.progress import Progress, closing_rows, duration, shown
+from rlsys.progress import Progress, closing_rows, duration, shown, sparkline, spent, stage_times
 
 
 def console(terminal: bool) -> Console:
@@ -63,14 +63,47 @@ def test_a_stage_that_fails_says_stopped_and_another_can_begin() -> None:
     assert "saving: step 1" in lines_of(out), "no total, so no time left"
 
 
-def test_a_terminal_gets_one_bar_that_shows_everything() -> None:
+def test_a_log_file_says_where_the_time_of_a_step_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    out = console(terminal=False)
+    bars = Progress(out)
+    with bars.stage("rl", 4):
+        bars.update(1, reward=0.25, times={"sample": 1.25, "learn": 2.5, "reference": 0.0})
+        bars.update(1, accuracy=0.5)
+    assert "rl: step 1/4  reward 0.250  step 3.75 s: learn 2.50, sample 1.25  left" in lines_of(out)[1]
+    assert "accuracy 0.500  step 3.75 s" in lines_of(out)[2], "an evaluation leaves the times of the step"
+
+
+def test_a_terminal_gets_a_bar_and_below_it_everything_that_is_known() -> None:
     out = console(terminal=True)
     bars = Progress(out)
     with bars.stage("rl [lora]", 4):
-        bars.update(2, reward=0.5, tokens_per_s=900.0, accuracy=0.75)
-    final = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written(out).replace("\r", "\n")).strip().splitlines()[-1]
-    for part in ("✓", "rl [lora]", "2/2", "reward 0.500", "accuracy 0.750", "tokens/s 900", "left"):
-        assert part in final
+        bars.update(1, reward=0.25)
+        bars.update(2, reward=0.5, tokens_per_s=900.0, accuracy=0.75, times={"sample": 1.0, "learn": 0.5})
+    bar, figures, times = plain(out).strip().splitlines()[-3:]
+    for part in ("✓", "rl [lora]", "2/2", "left"):
+        assert part in bar
+    assert figures.strip() == "reward 0.500  accuracy 0.750  tokens/s 900  ▁█"
+    assert times.strip() == "step 1.50 s: sample 1.00, learn 0.50"
+
+
+def test_a_narrow_terminal_keeps_one_line_for_each_and_one_without_these_signs_gets_none_of_them() -> None:
+    narrow = Console(file=io.StringIO(), force_terminal=True, width=30, highlight=False, _environ={"TERM": "xterm"})
+    ascii_only = console(terminal=True)
+    ascii_only.file = io.TextIOWrapper(io.BytesIO(), "ascii", errors="replace", write_through=True)
+    for out in (narrow, ascii_only):
+        bars = Progress(out)
+        with bars.stage("rl", 4):
+            bars.update(1, reward=0.25, tokens_per_s=900.0, accuracy=0.75)
+            bars.update(2, reward=0.5)
+    assert "reward 0.500" in plain(narrow) and max(map(len, plain(narrow).splitlines())) <= 30
+    assert isinstance(ascii_only.file, io.TextIOWrapper) and isinstance(ascii_only.file.buffer, io.BytesIO)
+    assert b"reward 0.500  accuracy 0.750  tokens/s 900\x1b" in ascii_only.file.buffer.getvalue()
+
+
+def plain(out: Console) -> str:
+    """Without the terminal's commands."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written(out).replace("\r", "\n"))
 
 
 def test_what_others_print_appears_above_the_bar_in_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,9 +115,9 @@ def test_what_others_print_appears_above_the_bar_in_whole_lines(monkeypatch: pyt
         print("(SamplerActor pid=12) a line of Ray")
         bars.note("wandb: offline, in [run]/wandb")
         bars.update(2)
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written(out).replace("\r", "\n")).splitlines()
-    assert "(SamplerActor pid=12) a line of Ray" in plain
-    assert "wandb: offline, in [run]/wandb" in plain
+    lines = plain(out).splitlines()
+    assert "(SamplerActor pid=12) a line of Ray" in lines
+    assert "wandb: offline, in [run]/wandb" in lines
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -134,3 +167,16 @@ def test_an_online_run_is_pointed_to_and_an_accuracy_that_is_not_there_is_not_ma
 def test_durations_and_figures_are_short() -> None:
     assert [duration(seconds) for seconds in (0.4, 61, 3723)] == ["0:00", "1:01", "1:02:03"]
     assert shown({"reward": 0.5123, "tokens/s": 18304.4}) == "reward 0.512  tokens/s 18304"
+
+
+def test_times_are_found_among_the_facts_of_a_step_and_the_longest_is_said_first() -> None:
+    times = stage_times({"time/sample_s": 1.0, "time/learn_s": 2.0, "time/step_s": 3.0, "reward/mean": 9.0})
+    assert times == {"sample": 1.0, "learn": 2.0}
+    assert spent(times) == "step 3.00 s: learn 2.00, sample 1.00"
+    assert spent({}) == "" and spent({"sync": 0.001}) == "step 0.00 s"
+
+
+def test_a_sparkline_goes_from_the_lowest_to_the_highest_and_is_silent_about_one_value() -> None:
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([1.0]) == sparkline([]) == sparkline([float("nan"), 1.0]) == ""

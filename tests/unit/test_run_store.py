@@ -20,8 +20,9 @@ from rlsys.config import JobConfig, dump_config, load_config
 from rlsys.errors import CheckpointError, ConfigError, RunExistsError
 from rlsys.ledger import TRAINED, Ledger
 from rlsys.problems import Epochs
+from rlsys.records import read_metrics
 from rlsys.run_store import FIXED, RunStore, newest, refuse_changes
-from rlsys.tracking import Tracker, read_metrics
+from rlsys.tracking import Tracker
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 FILES = {"adapter_model.safetensors": b"weights" * 100, "optimizer.safetensors": b"moments" * 200, "a/b.json": b"{}"}
@@ -32,7 +33,7 @@ def config(folder: Path, *overrides: str) -> JobConfig:
 
 
 def ledger_at(step: int, job: JobConfig) -> Ledger:
-    ledger = Ledger(Epochs(job.task.train_problems, job.rl.problems_per_step, job.run.seed))
+    ledger = Ledger(Epochs(job.task.train_problems or 4096, job.rl.problems_per_step, job.run.seed))
     for done in range(1, step + 1):
         ledger.draw(done, job.rl.problems_per_step)
         ledger.settle(done, np.full(job.rl.problems_per_step, TRAINED))

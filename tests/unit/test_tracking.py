@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,29 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from rollout_rows import in_tokens, rollout
 
 from rlsys.config import TrackingSection
 from rlsys.errors import CheckpointError, RlsysError
-from rlsys.report import CHARTS
-from rlsys.tracking import METRICS, RolloutRow, Tracker, read_metrics, read_rollouts
+from rlsys.records import (
+    METRICS,
+    TOKEN_FIELDS,
+    UNKNOWN,
+    GroupsRow,
+    ProblemRow,
+    read_groups,
+    read_metrics,
+    read_problems,
+    read_rollouts,
+    write_problems,
+)
+from rlsys.report_charts import SECTIONS
+from rlsys.tracking import Tracker
 
 DISABLED = TrackingSection(wandb="disabled")
 OFFLINE = TrackingSection(wandb="offline", tags=["tested"], log_adapter=True)
 CONFIG = {"run": {"name": "tracked"}, "rl": {"steps": 2}}
-ROW = RolloutRow(0, "before", "1 + 1 =", " 3 <|end|> \ud83d é", "2", 0.0, None, 4, "length")
+ROW = rollout(0, "before", "1 + 1 =", " 3 <|end|> \ud83d é", "2", 0.0, None, 4, "length")
 FAKE_KEY = "0123456789" * 4
 CONNECT_TIMEOUT_S = 5.0
 HELD_UP_S = 2.5  # half of that; a call as slow as this waited for wandb, not for a busy machine
@@ -86,7 +99,40 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_before_it_is_named(tmp_pa
 
 def test_a_run_that_wrote_nothing_reads_as_nothing(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-    assert read_rollouts(tmp_path) == []
+    assert read_rollouts(tmp_path) == read_groups(tmp_path) == []
+    assert read_problems(tmp_path) == {}
+
+
+def test_tokens_of_a_rollout_come_back_as_they_were(tmp_path: Path) -> None:
+    row = in_tokens([" 3", "\n", "\ud83d", ""], 0.5, [math.inf, 1.0, 0.25, None], reply=(1,))
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        tracker.rollouts(1, [row])
+    assert read_rollouts(tmp_path) == [row]
+
+
+def test_rollouts_of_a_run_from_before_tokens_were_shown_are_read_and_gone_on_with(tmp_path: Path) -> None:
+    old = {name: value for name, value in asdict(ROW).items() if name not in (*TOKEN_FIELDS, "problem")}
+    (tmp_path / "rollouts.jsonl").write_text(json.dumps(old) + "\n")
+    with Tracker(tmp_path, DISABLED, "r", CONFIG, resume_from=0) as tracker:
+        tracker.rollouts(1, [replace(ROW, step=1)])
+    assert read_rollouts(tmp_path) == [replace(ROW, problem=UNKNOWN), replace(ROW, step=1)]
+
+
+def test_groups_are_on_the_disk_when_the_call_returns_and_are_cut_back_as_figures_are(tmp_path: Path) -> None:
+    with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
+        for step in (1, 2, 3):
+            tracker.groups(step, np.array([step, 9]), np.array([0.25, 1.0], np.float32))
+        assert [row.step for row in read_groups(tmp_path)] == [1, 2, 3]
+        tracker.rewind(2)
+        tracker.groups(3, [5], [0.5])
+    with Tracker(tmp_path, DISABLED, "r", CONFIG, resume_from=1) as tracker:
+        tracker.groups(2, [6], [0.0])
+    assert read_groups(tmp_path) == [GroupsRow(1, [1, 9], [0.25, 1.0]), GroupsRow(2, [6], [0.0])]
+
+
+def test_problems_are_written_once_and_found_by_their_place(tmp_path: Path) -> None:
+    write_problems(tmp_path, ["1 + 1 =", "\ud83d?"], ["2", "3"])
+    assert read_problems(tmp_path) == {0: ProblemRow(0, "1 + 1 =", "2"), 1: ProblemRow(1, "\ud83d?", "3")}
 
 
 def test_supervised_figures_count_steps_of_their_own_and_never_share_a_call_with_others(tmp_path: Path) -> None:
@@ -121,12 +167,12 @@ def test_an_offline_run_read_back_holds_config_metrics_table_and_artifact(tmp_pa
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    after = RolloutRow(2, "after", "1 + 1 =", " 2", "2", 1.0, None, 2, "stop")
+    after = rollout(2, "after", "1 + 1 =", " 2", "2", 1.0, None, 2, "stop")
     with Tracker(tmp_path, OFFLINE, "tracked", CONFIG, note=notes.append) as tracker:
         tracker.log(500, {"sft/loss": 2.5})
         tracker.log(510, {"sft/loss": 2.25})
         tracker.log(0, {"eval/accuracy": 0.25})
-        tracker.rollouts(0, [RolloutRow(0, "before", "1 + 1 =", " 3", "2", 0.0, None, 4, "length")])
+        tracker.rollouts(0, [rollout(0, "before", "1 + 1 =", " 3", "2", 0.0, None, 4, "length")])
         for step in (1, 2):
             tracker.log(step, {"reward/mean": step / 4})
             tracker.log(step, {"time/step_s": 1.5})
@@ -157,6 +203,8 @@ def test_an_offline_run_read_back_holds_config_metrics_table_and_artifact(tmp_pa
     last = [row for row in rows if "rollouts/path" in row][-1]
     table = json.loads((tracker.wandb_dir / "files" / last["rollouts/path"]).read_text())
     assert [dict(zip(table["columns"], line, strict=True))["completion"] for line in table["data"]] == [" 3", " 2"]
+    columns = set(table["columns"])
+    assert {"problem", "prompt"} <= columns and not {*TOKEN_FIELDS} & columns, "for people: no token lists"
     artifacts = [record.artifact for kind, record in found if kind == "artifact"]
     assert any((a.name, a.type) == ("tracked-adapter", "model") for a in artifacts)
     (end,) = (record.exit for kind, record in found if kind == "exit")
@@ -231,7 +279,7 @@ def steps_of(tracker: Tracker, steps: range, offset: float = 0.0) -> None:
     """A step's figures, its rollouts and, every second step, an evaluation, as a job logs them."""
     for step in steps:
         tracker.log(step, {"reward/mean": step + offset})
-        tracker.rollouts(step, [RolloutRow(step, "train", "p", f"{step + offset}", "a", 1.0, 0.5, 1, "stop")])
+        tracker.rollouts(step, [rollout(step, "train", "p", f"{step + offset}", "a", 1.0, 0.5, 1, "stop")])
         if step % 2 == 0:
             tracker.log(step, {"eval/accuracy": step + offset})
 
@@ -354,18 +402,23 @@ def test_a_killed_run_that_goes_on_is_one_wandb_run_with_every_step_once(tmp_pat
     assert steps == list(range(9)), "the table at the end shows the whole run"
 
 
-def test_every_metric_that_the_report_draws_is_documented() -> None:
+def test_every_metric_that_the_report_draws_is_documented_once() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    documented = re.findall(r"^\| `([a-z]+/[a-z_0-9]+)` \|", page, re.MULTILINE)
-    assert len(documented) == len(set(documented)) == 46
-    assert {metric for chart in CHARTS for metric in chart.lines} <= set(documented)
+    documented = re.findall(r"^\| `([a-z]+/[a-zA-Z_0-9]+)` \|", page, re.MULTILINE)
+    assert len(documented) == len(set(documented)) > 60
+    specs = [spec for some in SECTIONS.values() for spec in some]
+    assert {metric for spec in specs for metric in spec.lines} <= set(documented)
+    for pattern in (spec.pattern for spec in specs if spec.pattern):
+        assert [name for name in documented if re.fullmatch(pattern, name.replace("_K", "_8").replace("gpuN", "gpu0"))]
 
 
 TRACKED = """
 import pathlib, sys, time
 from rlsys import tracking
 from rlsys.config import TrackingSection
-from rlsys.tracking import RolloutRow, Tracker
+from rlsys.tracking import Tracker
+sys.path.insert(0, sys.argv[3])
+from rollout_rows import rollout
 
 tracking.FINISH_TIMEOUT_S = 3.0
 def note(text): print(text, flush=True)
@@ -376,7 +429,7 @@ for step in range(50):
     start = time.monotonic()
     tracker.log(step, {"reward/mean": step})
     if step % 10 == 0:
-        tracker.rollouts(step, [RolloutRow(step, "train", "p", "c", "a", 1.0, 0.5, 1, "stop")])
+        tracker.rollouts(step, [rollout(step, "train", "p", "c", "a", 1.0, 0.5, 1, "stop")])
     slowest = max(slowest, time.monotonic() - start)
     time.sleep(0.06)
 start = time.monotonic()
@@ -432,7 +485,8 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tro
 def tracked(run_dir: Path, port: int, extra: dict[str, str], isolate: Sequence[str] = ()) -> subprocess.Popen[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     env |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "NETRC": str(run_dir / "none"), **extra}
-    command = [*isolate, sys.executable, "-c", TRACKED, str(run_dir), str(CONNECT_TIMEOUT_S)]
+    here = str(Path(__file__).parent)
+    command = [*isolate, sys.executable, "-c", TRACKED, str(run_dir), str(CONNECT_TIMEOUT_S), here]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
 
 

@@ -1,0 +1,99 @@
+"""The reward of a completion, from the task's grade and further terms; docs/algorithms.md has them with their sources.
+
+    reward = correct * grade + format * form + length * brevity - overlong penalty
+
+Axes: P groups, R completions, as in ``rlsys.rollouts``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import regex
+
+from rlsys.config import OverlongSection, RewardSection
+from rlsys.errors import GradingError
+from rlsys.rewards.extraction import extract
+from rlsys.rollouts import Rollouts
+from rlsys.types import Array
+
+# A pattern that backtracks may take years for a text that a model has written. `regex` stops in its midst, the standard
+# library's `re` cannot; a text that it was stopped for has not the form. All together must not outlast the watchdog.
+FORMAT_TIMEOUT_S = 0.1
+MAX_FORMAT_TIMEOUTS = 200
+_HEAD = 200  # characters of a completion that an error shows
+
+
+def total_rewards(
+    grades_R: Array,
+    rollouts: Rollouts,
+    texts: Sequence[str],
+    config: RewardSection,
+    overlong: OverlongSection,
+    max_tokens: int,
+) -> tuple[Array, dict[str, float]]:
+    """(R,) float32 rewards, and the mean of each weighted term that is in use: they add up to the mean reward.
+
+    ``grades_R``: the task's, 0 to 1. ``texts``: what the model wrote.
+
+    Raises:
+        GradingError: rewards.format_pattern took too long for too many texts.
+    """
+    assert len(grades_R) == len(texts) == len(rollouts.group)
+    grades_R = np.asarray(grades_R, np.float64)
+    terms, facts = {"correct": config.correct * grades_R}, dict[str, float]()
+    if config.format != 0:
+        form_R, timeouts = forms(texts, config)
+        terms["format"] = config.format * form_R
+        facts["reward/format_timeouts"] = float(timeouts)
+    if config.length != 0:
+        terms["length"] = config.length * brevity(rollouts.sampled_lengths, grades_R >= 1, rollouts.group)
+    if overlong.handling == "penalty":
+        terms["overlong"] = -overlong.penalty * overlong_share(rollouts.lengths, max_tokens, overlong.buffer_tokens)
+    rewards_R = np.sum(list(terms.values()), axis=0)
+    if len(rewards_R):
+        facts |= {f"reward/{name}": float(values_R.mean()) for name, values_R in terms.items()}
+        facts |= {"reward/mean": float(rewards_R.mean()), "reward/std": float(rewards_R.std())}
+    return rewards_R.astype(np.float32), facts
+
+
+def forms(texts: Sequence[str], config: RewardSection) -> tuple[Array, int]:
+    """((R,) 1.0 for a text of the right form, else 0.0, number of texts that took too long and count as 0.0)."""
+    if config.format_pattern is None:
+        return np.array([extract(text) is not None for text in texts], np.float64), 0
+    pattern = regex.compile(config.format_pattern)
+    form_R, timeouts = np.zeros(len(texts)), 0
+    for r, text in enumerate(texts):
+        try:
+            form_R[r] = pattern.search(text, timeout=FORMAT_TIMEOUT_S) is not None
+        except TimeoutError:
+            timeouts += 1
+            if timeouts > min(config.max_failed_share * len(texts), MAX_FORMAT_TIMEOUTS):
+                raise GradingError(
+                    f"rewards.format_pattern {config.format_pattern!r}: {timeouts} of {r + 1} completions tried took "
+                    f"longer than {FORMAT_TIMEOUT_S:g} s each, above rewards.max_failed_share = "
+                    f"{config.max_failed_share:g} of {len(texts)} or {MAX_FORMAT_TIMEOUTS}; the last, for "
+                    f"{text[:_HEAD]!r}. Write it without repetitions inside of repetitions, such as (a+)+"
+                ) from None
+    return form_R, timeouts
+
+
+def brevity(lengths_R: Array, correct_R: Array, group: Array) -> Array:
+    """(R,) Kimi k1.5's length reward (arXiv:2501.12599, section 2.3.3), from 1/2 for a group's shortest completion to
+    -1/2 for its longest; what is not correct gets no more than 0. Where all lengths of a group are the same, 0."""
+    P = int(group.max(initial=-1)) + 1
+    longest_P, shortest_P = np.zeros(P), np.full(P, np.inf)
+    np.maximum.at(longest_P, group, lengths_R)
+    np.minimum.at(shortest_P, group, lengths_R)
+    span_R = (longest_P - shortest_P)[group]
+    lambda_R = 0.5 - (lengths_R - shortest_P[group]) / np.maximum(span_R, 1)
+    found_R = np.where(correct_R, lambda_R, np.minimum(0.0, lambda_R))
+    return np.where(span_R > 0, found_R, 0.0)
+
+
+def overlong_share(lengths_R: Array, max_tokens: int, buffer_tokens: int) -> Array:
+    """(R,) from 0, up to max_tokens - buffer_tokens, to 1 at max_tokens, linear in between. DAPO, arXiv:2503.14476,
+    equation 13, with the sign turned round."""
+    share: Array = np.clip((np.asarray(lengths_R) - (max_tokens - buffer_tokens)) / buffer_tokens, 0.0, 1.0)
+    return share
