@@ -10,8 +10,10 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml --fresh
 
+# The unit tests share nothing, so they use both cores; the others share one cluster and few engines.
 test: $(READY) check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/unit -n 2
+	$(BIN)/python -m pytest tests --ignore tests/unit --durations 20
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -20,9 +22,10 @@ check: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit -n 2
 
 soak: $(READY)
+	GRADING_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/unit/test_grading_fuzz.py
 	$(BIN)/python -m pytest -m soak -rA tests/soak tests/ray tests/nodes tests/deploy tests/engine
 
 bench: $(READY)

@@ -94,7 +94,7 @@ class Grading:
     def show(self, split: str, count: int, rollouts: Rollouts, rewards: Array, *learned: Sequence[Any]) -> list[Shown]:
         """The best and the worst completions of a step; of held-out problems the first."""
         seen = Learned(*learned) if learned and learned[0] else None
-        chosen = first_of_groups(rollouts, count) if split == "eval" else best_and_worst(rewards, count)
+        chosen = first_of_groups(rollouts, count) if split == "eval" else best_and_worst(rollouts, rewards, count)
         return show(self.tokenizer, self.problems[split], rollouts, rewards, chosen, seen)
 
     def write_problems(self, run_dir: Path) -> None:

@@ -7,7 +7,7 @@ state, the problems drawn and the seed, so one that is lost is simply done again
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -89,7 +89,13 @@ def gather(config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: 
         with clock("grade"):
             rewards.append(stages.graders.grade("train", rollouts[-1]))
         wanted = int(rewards[-1].agreeing.sum())
-    return np.concatenate(problems), joined(rollouts), joined_grades(rewards)
+    return np.concatenate(problems), in_rounds(config, rollouts, len(rollouts) - 1), joined_grades(rewards)
+
+
+def in_rounds(config: JobConfig, parts: Sequence[Made], refills: int) -> Made:
+    """A batch's rollouts, saying how many rounds of refilling there were, where there may be any."""
+    whole = joined(parts)
+    return Made(whole.refs, {**whole.facts, "sampler/refill_rounds": refills}) if config.rl.refill_rounds else whole
 
 
 def learn(stages: Stages, datums: Centred, step: int) -> list[Made]:

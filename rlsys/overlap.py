@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,7 @@ import numpy as np
 from rlsys.config import JobConfig
 from rlsys.facts import Facts, combine
 from rlsys.ledger import Ledger
-from rlsys.loop import evaluate, is_evaluated, training_params
+from rlsys.loop import evaluate, in_rounds, is_evaluated, training_params
 from rlsys.stages import (
     Centred,
     Graded,
@@ -215,7 +215,8 @@ class Pipeline:
         start = time.perf_counter()
         synced = self.stages.samplers.load(last.published)
         now = time.perf_counter()
-        rollouts = joined([part for piece in pieces for part in piece.rollouts])
+        parts = [part for piece in pieces for part in piece.rollouts]
+        rollouts = in_rounds(self.config, parts, len(parts) - len(pieces))
         rewards = joined_grades([part for piece in pieces for part in piece.rewards])
         reference = joined([one.reference for one in learned if one.reference is not None])
         outcomes = np.concatenate([one.datums.outcomes for one in learned])
@@ -260,7 +261,7 @@ class Pipeline:
     def _learn(self, piece: Piece) -> Learned:
         """In order, and none after one that failed: a learner that went back must not go on with what came later."""
         if self.failed is not None:
-            raise CancelledError
+            raise self.failed
         try:
             return self._learned(piece)
         except BaseException as error:

@@ -41,12 +41,25 @@ class Learned:
     logprobs: Sequence[Array]  # one per position of each piece
 
 
-def best_and_worst(rewards_R: Array, count: int) -> Array:
-    """Numbers of completions: half of them with the highest rewards, half with the lowest, best first."""
-    order = np.argsort(-rewards_R, kind="stable")
+def best_and_worst(rollouts: Rollouts, rewards_R: Array, count: int) -> Array:
+    """Numbers of completions: half of them with the highest rewards, half with the lowest, best first.
+
+    Of equal rewards those that stand out of their group come first, and a group is shown by one completion of each kind
+    before it is by two.
+    """
+    P = len(rollouts.problems)
+    means_P = np.bincount(rollouts.group, rewards_R, P) / np.bincount(rollouts.group, minlength=P)
+    order = np.lexsort((np.arange(len(rewards_R)), -(rewards_R - means_P[rollouts.group]), -rewards_R))
     count = min(count, len(order))
-    best = (count + 1) // 2
-    return np.concatenate([order[:best], order[len(order) - (count - best) :]])
+    best = _one_of_each_group_first(order, rollouts.group)[: (count + 1) // 2]
+    rest = order[~np.isin(order, best)][::-1]
+    worst = _one_of_each_group_first(rest, rollouts.group)[: count - len(best)]
+    return np.concatenate([best, worst[::-1]])
+
+
+def _one_of_each_group_first(order: Array, group: Array) -> Array:
+    first = np.sort(np.unique(group[order], return_index=True)[1])
+    return np.concatenate([order[first], np.delete(order, first)])
 
 
 def first_of_groups(rollouts: Rollouts, count: int) -> Array:

@@ -8,7 +8,6 @@ on.
 from __future__ import annotations
 
 import concurrent.futures
-import importlib
 import math
 import multiprocessing
 import numbers
@@ -23,7 +22,8 @@ import numpy as np
 from pebble import ProcessExpired, ProcessPool
 
 from rlsys.config import RewardSection
-from rlsys.errors import ConfigError, GradingError, StalledError, did_you_mean
+from rlsys.errors import ConfigError, GradingError, StalledError
+from rlsys.imports import named
 from rlsys.killable import TEXT_TAIL, begin_killable, ending
 from rlsys.types import Array
 
@@ -62,21 +62,7 @@ def resolve(path: str) -> Grader:
     Raises:
         ConfigError: the path has another form, the module does not import, or has no such function.
     """
-    module_name, colon, name = path.partition(":")
-    if not (module_name and colon and name):
-        raise ConfigError(f"rewards.function: found {path!r}; wanted 'package.module:function'")
-    try:
-        found = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything
-        raise ConfigError(
-            f"rewards.function: {path!r}: importing {module_name} raised {type(error).__name__}: {error}; "
-            "it has to be importable where the graders run (install it, or put its folder on PYTHONPATH)"
-        ) from error
-    for part in name.split("."):
-        if not hasattr(found, part):
-            hint = did_you_mean(part, dir(found))
-            raise ConfigError(f"rewards.function: {path!r}: {found.__name__} has no {part!r}{hint}")
-        found = getattr(found, part)
+    found = named(path, "rewards.function", "'package.module:function'")
     if not callable(found):
         raise ConfigError(f"rewards.function: {path!r} is a {type(found).__name__}; wanted a function")
     function: Grader = found

@@ -22,7 +22,7 @@ PIECES = ["12", "+", "30", "=", "calculate(12+30)", "42", "\n", "So ", "\\boxed{
 REPLY = 5  # the piece that the environment wrote
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its event loop would be in the way of other folders' tests
 def browser() -> Iterator[Browser]:
     program = find_chromium()
     if program is None:

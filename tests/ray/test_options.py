@@ -80,6 +80,7 @@ def test_event_files_for_tensorboard_are_written(straight: JobConfig) -> None:
     assert list((straight.run_dir / "tensorboard" / "rl").glob("events.out.tfevents.*"))
 
 
+@pytest.mark.soak
 def test_a_run_with_all_options_that_is_gone_on_with_equals_one_that_was_not_interrupted(
     straight: JobConfig, job: Job
 ) -> None:
@@ -90,6 +91,7 @@ def test_a_run_with_all_options_that_is_gone_on_with_equals_one_that_was_not_int
     assert (config.run_dir / weights).read_bytes() == (straight.run_dir / weights).read_bytes()
 
 
+@pytest.mark.soak
 def test_groups_that_agree_are_replaced_by_further_problems(ray_cluster: str, job: Job) -> None:
     config = job("rl.refill_rounds=2", "rl.steps=2", "rewards.function=tests.ray.graders:half_agree")
     jobs.train(config, Progress())

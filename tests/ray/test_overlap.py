@@ -93,6 +93,7 @@ def test_evaluations_come_at_their_steps_and_groups_are_written_down(ahead: JobC
     assert [row.step for row in read_groups(ahead.run_dir)] == [1, 2, 3, 4]
 
 
+@pytest.mark.soak
 def test_an_overlapped_run_goes_on_where_it_ended(ray_cluster: str, job: Job) -> None:
     trained(job("overlap.max_policy_lag=1", "rl.steps=2"))
     longer = trained(job("overlap.max_policy_lag=1", "rl.steps=4"))

@@ -189,7 +189,7 @@ def test_a_run_in_two_parts_equals_one_in_one_part_to_the_bit_and_in_its_figures
     second = job(f"rl.steps={STEPS}")
     assert jobs.train(second, Progress()).steps == STEPS
     check_whole(second, undisturbed)
-    timed = ("time", "sampler/tokens_per_s", "row")
+    timed = ("time", "sampler/tokens_per_s", "row", "system/")
     parts, whole = (
         [
             {name: value for name, value in line.items() if not name.startswith(timed)}

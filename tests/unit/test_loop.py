@@ -68,9 +68,11 @@ class World:
     life: int = 0  # of the learner
     saving: Any = field(default_factory=threading.RLock)
 
-    def loses(self, may_lose_data: bool = True) -> None:
+    def loses(self, may_lose_data: bool = True, may_lose_learner: bool = True) -> None:
         with self.lock:
             what = self.plan.pop(0) if self.plan else ""
+        if what == "learner" and not may_lose_learner:
+            what = "data"
         if what == "learner":
             self.restore()
         if what == "data" and may_lose_data:
@@ -105,7 +107,7 @@ class World:
 
     # graders, advantages
     def grade(self, split: str, rollouts: Made) -> Graded:
-        self.loses()
+        self.loses(may_lose_learner=False)  # graders do not know it
         problems = rollouts.refs[0][1]
         agreeing = np.array([problem in self.agreeing for problem in problems])
         zeros = np.zeros(len(problems))
