@@ -1,4 +1,4 @@
-"""The same examples in every run: a test that finds something new belongs to a soak run, which sets a profile of its own."""
+"""The same examples in every run; HYPOTHESIS_PROFILE=new draws others, for a soak run."""
 
 from __future__ import annotations
 
