@@ -35,6 +35,7 @@ def test_head_and_worker_commands_of_each_file_make_a_cluster_that_stops(name: s
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.soak
 def test_a_job_submitted_to_the_launchers_nodes_trains_and_strangers_are_refused(
     site: Callable[..., Site], job: Callable[..., JobConfig], tmp_path: Path
 ) -> None:

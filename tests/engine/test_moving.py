@@ -20,7 +20,7 @@ from rlsys.sampler import Sampler
 from rlsys.types import SamplingParams
 
 Run = Callable[..., Any]
-LONG = SamplingParams(max_tokens=90, seed=3, stop=[])
+LONG = SamplingParams(max_tokens=200, seed=3, stop=[])
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,9 @@ def adapters(reference: Reference) -> list[dict[str, torch.Tensor]]:
 async def under_way(sampler: Sampler, tokens: int) -> None:
     """Until the engine has made about so many steps more."""
     until = sampler._pulse.advanced + tokens
-    while sampler._pulse.advanced < until:
-        await asyncio.sleep(0.001)
+    async with asyncio.timeout(30):  # what is sampled may be over already
+        while sampler._pulse.advanced < until:
+            await asyncio.sleep(0.001)
 
 
 async def sample_while_loading(
@@ -43,7 +44,7 @@ async def sample_while_loading(
     batch = prompts(20, 9)
     task = asyncio.create_task(sampler.sample(**batch, n=n, params=params, run_id="a", version=0, move_on=True))
     for version in (1, 2):
-        await under_way(sampler, 20 * n)
+        await under_way(sampler, 4 * n)  # two tokens of each: loading takes some thirty more
         await sampler.load(reference.update("a", version, adapters[version], adapters[version - 1]), BOUND)
     return await task
 
@@ -52,7 +53,7 @@ def test_versions_change_inside_a_completion_and_each_token_scores_as_under_its_
     sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
 ) -> None:
     rollouts = run(sample_while_loading(sampler, reference, adapters, LONG))
-    assert (rollouts.lengths == 90).all() and (rollouts.stop_reasons == LENGTH).all()
+    assert (rollouts.lengths == 200).all() and (rollouts.stop_reasons == LENGTH).all()
     assert list(rollouts.group) == [0, 0, 0, 1, 1, 1]
     foreign = []
     for r, p in enumerate(rollouts.group):
@@ -149,11 +150,11 @@ def test_a_stop_string_across_the_seam_ends_the_completion(
         await sampler.load(reference.update("a", 0, adapters[0]), BOUND)
         free = await sampler.sample(**prompts(20), n=1, params=greedy, run_id="a", version=0)
         words = [f"w{token}" for token in free.tokens]
-        stop = " ".join(words[10:70])
-        wanted = next(count for count in range(90) if stop in " ".join(words[:count]))
+        stop = " ".join(words[10:150])
+        wanted = next(count for count in range(200) if stop in " ".join(words[:count]))
         ends = replace(greedy, stop=[stop])
         task = asyncio.create_task(sampler.sample(**prompts(20), n=1, params=ends, run_id="a", version=0, move_on=True))
-        await under_way(sampler, 30)
+        await under_way(sampler, 12)
         await sampler.load(reference.update("a", 1, adapters[0], adapters[0]), BOUND)
         cut = await task
         np.testing.assert_array_equal(cut.tokens, free.tokens[:wanted])

@@ -142,8 +142,8 @@ def test_completions_end_where_asked(sampler: Sampler, run: Run) -> None:
 
 def test_what_cannot_be_served_is_refused_by_name(sampler: Sampler, reference: Reference, run: Run) -> None:
     base: dict[str, Any] = {"n": 2, "run_id": None, "version": -1}
-    with pytest.raises(SamplingError, match=r"problem 101: found 120 tokens \+ max_tokens 12; wanted at most .*= 128"):
-        run(sampler.sample(**prompts(5, 120), params=NEVER, **base))
+    with pytest.raises(SamplingError, match=r"problem 101: found 248 tokens \+ max_tokens 12; wanted at most .*= 256"):
+        run(sampler.sample(**prompts(5, 248), params=NEVER, **base))
     wrong = prompts(5, 5)
     wrong["prompt_tokens"][2] = VOCAB
     with pytest.raises(SamplingError, match=r"problem 100: found token id 160; wanted 0 to 159"):
@@ -152,8 +152,8 @@ def test_what_cannot_be_served_is_refused_by_name(sampler: Sampler, reference: R
         run(sampler.sample(**prompts(5, 0), params=NEVER, **base))
     with pytest.raises(SamplingError, match=r"temperature: found 0.001"):
         run(sampler.sample(**prompts(5), params=replace(NEVER, temperature=0.001), **base))
-    with pytest.raises(SamplingError, match=r"sequence 1: found 129 tokens; wanted at most .*= 128"):
-        run(sampler.logprobs(np.zeros(134, np.int32), offsets_of([5, 129]), None, -1))
+    with pytest.raises(SamplingError, match=r"sequence 1: found 257 tokens; wanted at most .*= 256"):
+        run(sampler.logprobs(np.zeros(262, np.int32), offsets_of([5, 257]), None, -1))
     run(sampler.load(reference.update("a", 4, reference.adapter(2, 1)), BOUND))
     with pytest.raises(SamplingError, match=r"sampler-0: run 'a' version 5 is not loaded; live run and version: 'a' 4"):
         run(sampler.sample(**prompts(5), n=2, params=NEVER, run_id="a", version=5))

@@ -13,7 +13,7 @@ from rlsys.config import SamplerSection
 from rlsys.types import Array
 from rlsys.weights import AdapterSnapshot, WeightUpdate, snapshot_of
 
-VOCAB, EOS, MAX_LENGTH = 160, 1, 128
+VOCAB, EOS, MAX_LENGTH = 160, 1, 256
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SECTION = SamplerSection(
     kv_cache_gb=0.1,

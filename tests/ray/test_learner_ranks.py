@@ -35,6 +35,7 @@ def test_two_ranks_with_a_shared_base_and_two_samplers_survive_the_death_of_a_ra
     assert all(line["policy/logprob_diff_max"] < 1e-3 for line in lines), "both ranks' tokens, against both samplers"
 
 
+@pytest.mark.soak
 def test_a_rank_that_stands_still_stops_the_run_and_is_named(ray_cluster: str, job: Job) -> None:
     config = job("rl.steps=100000", *TWO, "watchdog.learn_s=6", "watchdog.sync_s=6")
     stopped: list[float] = []
