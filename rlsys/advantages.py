@@ -12,6 +12,7 @@ float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,10 +49,7 @@ def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) 
             f"rl.advantages.baseline 'leave_one_out': found a group of one, completion {r}; wanted at least two per "
             "group"
         )
-    highest_G, lowest_G = np.full(len(count_G), -np.inf), np.full(len(count_G), np.inf)
-    np.maximum.at(highest_G, of_R, rewards_R)
-    np.minimum.at(lowest_G, of_R, rewards_R)
-    agreeing_R = (highest_G == lowest_G)[of_R]
+    agreeing_R = groups_agree(rewards_R, of_R, len(count_G))[of_R]
     if section.baseline == "none":
         return rewards_R.astype(np.float32), agreeing_R
     centred_R = rewards_R - (np.bincount(of_R, rewards_R) / count_G)[of_R]
@@ -62,6 +60,14 @@ def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) 
         std_G = np.sqrt(np.bincount(of_R, centred_R**2) / np.maximum(count_G - 1, 1))
         advantages_R = advantages_R / (std_G + STD_EPSILON)[of_R]
     return np.where(agreeing_R, 0.0, advantages_R).astype(np.float32), agreeing_R
+
+
+def groups_agree(rewards_R: Array, group: Array, groups: int) -> Array:
+    """(P,) bool, whether all rewards of a group are the same; `group`: (R,) numbers below `groups`."""
+    highest_P, lowest_P = np.full(groups, -np.inf), np.full(groups, np.inf)
+    np.maximum.at(highest_P, group, rewards_R)
+    np.minimum.at(lowest_P, group, rewards_R)
+    return highest_P == lowest_P
 
 
 def fold_kl(
@@ -142,21 +148,8 @@ def to_pieces(
     row_ranges = _row_ranges(rollouts, pieces)
     advantages_T = np.repeat(advantages_R, lengths_R)
     if reference_logprobs_T is not None:
-        means, tokens = [], []
-        for first, end in row_ranges:
-            of = slice(rollouts.offsets[first], rollouts.offsets[end])
-            advantages_T[of], mean = fold_kl(
-                advantages_T[of],
-                rollouts.logprobs[of],
-                reference_logprobs_T[of],
-                rollouts.offsets[first : end + 1] - rollouts.offsets[first],
-                section.kl_coef,
-                section.kl_discount,
-                trained_T[of],
-            )
-            means.append(mean)
-            tokens.append(np.count_nonzero(trained_T[of]))
-        facts["policy/kl_reference"] = float(np.dot(means, tokens) / max(1, sum(tokens)))
+        kl = _fold_kl_by_piece(advantages_T, rollouts, reference_logprobs_T, section, trained_T, row_ranges)
+        facts["policy/kl_reference"] = kl
     advantages_T = (advantages_T / np.repeat(_divisors(rollouts, rl), lengths_R)).astype(np.float32)
     row = np.arange(len(rewards_R))
     kept = [kept_R & (first <= row) & (row < end) for first, end in row_ranges]
@@ -174,6 +167,32 @@ def to_pieces(
     outcomes_P[rollouts.group[np.concatenate(rows)]] = TRAINED
     outcomes_P[rollouts.group[dropped_R]] = AGREED
     return batches, rows, facts, outcomes_P
+
+
+def _fold_kl_by_piece(
+    advantages_T: Array,
+    rollouts: Rollouts,
+    reference_logprobs_T: Array,
+    section: AdvantageSection,
+    trained_T: Array,
+    row_ranges: Sequence[tuple[int, int]],
+) -> float:
+    """``fold_kl`` into the advantages, in place, each piece with its own mean; the mean over all trained tokens."""
+    means, tokens = [], []
+    for first, end in row_ranges:
+        of = slice(rollouts.offsets[first], rollouts.offsets[end])
+        advantages_T[of], mean = fold_kl(
+            advantages_T[of],
+            rollouts.logprobs[of],
+            reference_logprobs_T[of],
+            rollouts.offsets[first : end + 1] - rollouts.offsets[first],
+            section.kl_coef,
+            section.kl_discount,
+            trained_T[of],
+        )
+        means.append(mean)
+        tokens.append(np.count_nonzero(trained_T[of]))
+    return float(np.dot(means, tokens) / max(1, sum(tokens)))
 
 
 def _refuse_unpaired(

@@ -11,6 +11,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlsys import tasks
+from rlsys.advantages import groups_agree
 from rlsys.config import JobConfig
 from rlsys.errors import ConfigError
 from rlsys.problem_sets import problem_sets
@@ -87,7 +88,7 @@ class Grading:
             rewards=rewards,
             solved=np.bincount(rollouts.group, grades.rewards, minlength=P) / count_P,
             passed=np.bincount(rollouts.group, grades.rewards >= 1, minlength=P).astype(np.int64),
-            agreeing=_agree(rewards, rollouts.group, P),
+            agreeing=groups_agree(rewards, rollouts.group, P),
             facts=facts,
         )
 
@@ -111,13 +112,6 @@ class Grading:
     def _answers(self, split: str, rollouts: Rollouts) -> list[str]:
         answers = self.problems[split].answers
         return [answers[problem] for problem in rollouts.problems[rollouts.group]]
-
-
-def _agree(rewards_R: Array, group: Array, P: int) -> Array:
-    highest_P, lowest_P = np.full(P, -np.inf), np.full(P, np.inf)
-    np.maximum.at(highest_P, group, rewards_R)
-    np.minimum.at(lowest_P, group, rewards_R)
-    return highest_P == lowest_P
 
 
 def _refuse_too_long(config: JobConfig, problems: Mapping[str, ProblemSet]) -> None:
