@@ -6,10 +6,9 @@ be off on others of that kind; completions of one problem stay together in it.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -43,15 +42,6 @@ class Evaluation:
         for name, found in named.items():
             facts |= {f"eval/{name}": found.value, f"eval/{name}_low": found.low, f"eval/{name}_high": found.high}
         return facts
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Evaluation:
-        found = json.loads(text)
-        pass_at = {int(k): Interval(**one) for k, one in found.pop("pass_at").items()}
-        return cls(Interval(**found.pop("accuracy")), pass_at, **found)
 
 
 def evaluation_of(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from rlsys.evaluation import (
-    Evaluation,
     difference,
     evaluation_of,
     over_problems,
@@ -163,11 +162,6 @@ def test_facts_carry_every_figure_by_name() -> None:
 def test_without_sampled_completions_there_is_no_pass_at_k() -> None:
     facts = evaluation_of(np.array([1.0, 0.0]), None, 0, [1], 0.95).facts()
     assert facts["eval/samples"] == 0 and not any("pass_at" in name for name in facts)
-
-
-def test_an_evaluation_comes_back_from_json_as_it_was() -> None:
-    found = evaluation_of(np.array([1.0, 0.0, 0.3]), np.array([3, 0, 1]), 4, [1, 4], 0.9)
-    assert Evaluation.from_json(found.to_json()) == found
 
 
 def test_two_policies_that_differ_on_few_problems_are_told_apart_by_pairs_alone() -> None:
