@@ -24,6 +24,17 @@ class Problem:
     answer: str
 
 
+def distinct(draw: Callable[[], Problem], count: int) -> tuple[Problem, ...]:
+    """So many problems with different prompts; fewer where drawing does not come upon them."""
+    found: dict[str, Problem] = {}
+    for _ in range(20 * count + 1000):
+        problem = draw()
+        found.setdefault(problem.prompt, problem)
+        if len(found) == count:
+            break
+    return tuple(found.values())
+
+
 @dataclass(frozen=True, slots=True)
 class ProblemSet:
     """N problems; the prompts' tokens lie end to end."""

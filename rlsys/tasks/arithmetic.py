@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from rlsys.config import TaskSection
 from rlsys.errors import ConfigError
-from rlsys.problems import Problem
+from rlsys.problems import Problem, distinct
 from rlsys.rewards.extraction import extract, plain_number
 
 NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
@@ -95,12 +95,14 @@ class Arithmetic:
 
     def _distinct(self, part: Part, n: int, seed: int, what: str) -> tuple[Problem, ...]:
         section, rng = self._section, random.Random(f"{part} {seed}")
-        found: dict[str, Problem] = {}
-        for _ in range(20 * n + 1000):
+
+        def draw() -> Problem:
             story = self._draw(rng, part, section.min_operations, section.max_operations)
-            found.setdefault(story.prompt, Problem(story.prompt, str(story.answer)))
-            if len(found) == n:
-                return tuple(found.values())
+            return Problem(story.prompt, str(story.answer))
+
+        found = distinct(draw, n)
+        if len(found) == n:
+            return found
         raise ConfigError(
             f"task.{what}: found {len(found)} distinct problems of {section.min_operations} to "
             f"{section.max_operations} operations up to {section.max_value}; wanted {n}: "

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from rlsys.config import TaskSection
 from rlsys.errors import ConfigError
-from rlsys.problems import Problem
+from rlsys.problems import Problem, distinct
 from rlsys.tasks.arithmetic import ITEMS, NAMES, Arithmetic, Part, part_of
 
 GAINS, LOSSES = ("finds {} more", "buys {} more"), ("loses {}", "gives away {}")
@@ -97,12 +97,14 @@ class Calculator:
 
     def _distinct(self, part: Part, n: int, seed: int) -> tuple[Problem, ...]:
         section, rng = self._section, random.Random(f"{part} {seed}")
-        found: dict[str, Problem] = {}
-        for _ in range(20 * n + 1000):
+
+        def draw() -> Problem:
             story = self._draw(rng, part, section.min_operations, section.max_operations)
-            found.setdefault(story.prompt, Problem(story.prompt, str(story.answer)))
-            if len(found) == n:
-                return tuple(found.values())
+            return Problem(story.prompt, str(story.answer))
+
+        found = distinct(draw, n)
+        if len(found) == n:
+            return found
         raise ConfigError(
             f"task: found {len(found)} distinct problems of {section.min_operations} to {section.max_operations} "
             f"operations for the {part} part; wanted {n}: ask for fewer, or raise task.max_operations"
