@@ -39,6 +39,7 @@ from rlsys.stages import Graded, Made, Published, Rewound, Stages, Trained
 from rlsys.system import System
 from rlsys.tracking import Tracker
 
+WATCH_EVERY = 10  # steps between two looks for the actors' processes
 EVAL_ROWS = 12  # completions of the held-out problems in the report, before and after
 
 
@@ -166,10 +167,11 @@ def _run(
     try:
         base = _base(config, cast, store, observer, progress)
         with progress.stage("starting engines", None):
+            cast.graders.start(base)
+            counts = _task_facts(cast, store, observer)
             _start(cast, base)
         observer.graders = cast.graders
         observer.pids = cast.pids
-        counts = _task_facts(config, cast, store, observer)
         epochs = Epochs(counts["train"], config.rl.problems_per_step, config.run.seed)
         ledger = Ledger(epochs) if store.resume is None else Ledger.from_bytes(store.resume.ledger, epochs)
         cast.samplers.resampled = ledger.resampled
@@ -203,7 +205,6 @@ def _base(config: JobConfig, cast: Crew, store: RunStore, observer: JobObserver,
 
 def _start(cast: Crew, base: Any) -> None:
     """Load the base everywhere, and have every sampler prove that adapters reach its forward pass."""
-    cast.graders.start(base)
     train, held_out = (cast.graders.problems(split) for split in ("train", "eval"))
     cast.samplers.begin(base, train, held_out)
     cast.learner.start(Given(base, train))
@@ -216,8 +217,8 @@ def _start(cast: Crew, base: Any) -> None:
     cast.samplers.renew = renew
 
 
-def _task_facts(config: JobConfig, cast: Crew, store: RunStore, observer: JobObserver) -> dict[str, int]:
-    """How many problems each split has; written down, and compared where the run goes on.
+def _task_facts(cast: Crew, store: RunStore, observer: JobObserver) -> dict[str, int]:
+    """How many problems each split has; written down, and compared where the run goes on, before any engine starts.
 
     Raises:
         RunExistsError: the problems are others than those that the run began with.
@@ -312,6 +313,7 @@ class JobObserver:
         self.system = System(self.run_dir, progress.note)
         self.graders: RestartedGraders  # set once the actors are up; nothing is observed before
         self.pids: Callable[[], dict[str, int]] = dict
+        self._look_at = 0
 
     def on_supervised(self, news: list[dict[str, float]]) -> None:
         for figures in news:
@@ -331,7 +333,9 @@ class JobObserver:
 
     def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
         self.failures.forget()
-        self.system.watch(self.pids())
+        if step >= self._look_at:  # asking who runs where takes longer than reading their memory
+            self.system.watch(self.pids())
+            self._look_at = step + WATCH_EVERY
         self.tracker.log(step, {**facts, **self.system.figures()})
         self.tracker.groups(step, trained.problems.tolist(), trained.rewards.solved.tolist())
         if self.config.tracking.rollout_steps:

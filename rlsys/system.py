@@ -26,16 +26,18 @@ class System:
     def __init__(self, run_dir: Path, note: Callable[[str], None] = print) -> None:
         self._disk = run_dir
         self._driver = psutil.Process()
-        self._others: dict[str, psutil.Process] = {}
+        self._others: dict[str, list[psutil.Process]] = {}
         self._gpus = _gpu_handles(note)
         psutil.cpu_percent()  # the first call only starts the clock
 
     def watch(self, pids: Mapping[str, int]) -> None:
-        """Processes of this node to follow from now on, by name; those of other nodes have no figures."""
+        """Processes of this node to follow from now on, by name, each with the children that it has by now; those of
+        other nodes have no figures."""
         self._others = {}
         for name, pid in pids.items():
             with contextlib.suppress(psutil.NoSuchProcess):
-                self._others[name] = psutil.Process(pid)
+                process = psutil.Process(pid)
+                self._others[name] = [process, *process.children(recursive=True)]
 
     def figures(self) -> dict[str, float]:
         """``system/...``; the share of the cores is that since the last call."""
@@ -48,9 +50,9 @@ class System:
             "system/driver_memory_gb": self._driver.memory_info().rss / GIB,
             "system/disk_free_gb": shutil.disk_usage(self._disk).free / GIB,
         }
-        for name, process in self._others.items():
-            with contextlib.suppress(psutil.NoSuchProcess):  # it died; its successor is watched once it is named
-                found[f"system/{name}_memory_gb"] = process.memory_info().rss / GIB
+        for name, family in self._others.items():
+            with contextlib.suppress(psutil.NoSuchProcess):  # one died; its successor is watched once it is named
+                found[f"system/{name}_memory_gb"] = sum(process.memory_info().rss for process in family) / GIB
         return found | _gpu_figures(self._gpus)
 
 

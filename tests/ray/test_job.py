@@ -161,3 +161,22 @@ def test_json_lines_of_a_run_are_plain_json(finished: tuple[JobConfig, Outcome])
     lines = (finished[0].run_dir / "metrics.jsonl").read_text().splitlines()
     values = [value for line in lines for value in json.loads(line).values() if not isinstance(value, str)]
     assert np.isfinite([value for value in values if value is not None]).all()
+
+
+def test_a_run_on_a_data_set_of_the_users_refuses_to_go_on_once_its_problems_have_changed(
+    ray_cluster: str, job: Job, tmp_path: Path
+) -> None:
+    rows = [
+        {"ask": f"Tom has {i} books, buys 2 more. How many books does Tom have?", "say": str(i + 2)} for i in range(40)
+    ]
+    data = tmp_path / "problems.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = f"task={{name: dataset, train: {{path: {data}}}, columns: {{prompt: ask, answer: say}}, eval_share: 0.2}}"
+    first = job(task, "rl.steps=1")
+    assert jobs.train(first, Progress()).steps == 1
+    facts = next(line for line in read_metrics(first.run_dir) if "task/train_problems" in line)
+    assert facts["task/train_problems"] + facts["task/eval_problems"] == 40
+    rows[3]["say"] = "1000"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunExistsError, match="the training problems are not those that this run began with"):
+        jobs.train(job(task, "rl.steps=2"), Progress())
