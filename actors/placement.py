@@ -21,6 +21,7 @@ from rlsys.planning import needs
 LIGHT = {"num_cpus": 0}
 POLL_S = 0.2
 TOLD_AFTER_S = 5.0  # of waiting for resources that others hold
+ROOM_S = 10.0  # for what is free already: a running job waits no longer for one more sampler
 
 Needs = Mapping[str, float]
 
@@ -75,7 +76,11 @@ class Placement:
                  if free.get(name, 0.0) < n]  # fmt: skip
         if short:
             raise ClusterError(f"no room for one more sampler now: {'; '.join(short)}")
-        return _seats(self._group(wanted, "PACK", f"sampler {index}"), section, wanted)[0]
+        try:
+            group = self._group(wanted, "PACK", f"sampler {index}", ROOM_S)
+        except StalledError as error:  # what is free was reported before others had taken it
+            raise ClusterError(f"no room for one more sampler now: {error}") from error
+        return _seats(group, section, wanted)[0]
 
     def lacking(self, seat: Seat) -> str | None:
         """What a seat waits for whose node is gone; None where it has a place."""
@@ -89,7 +94,9 @@ class Placement:
             remove_placement_group(group)
         self._groups.clear()
 
-    def _group(self, bundles: Sequence[Needs], strategy: str, what: str) -> PlacementGroup:
+    def _group(
+        self, bundles: Sequence[Needs], strategy: str, what: str, limit_s: float | None = None
+    ) -> PlacementGroup:
         group = placement_group([dict(bundle) for bundle in bundles], strategy=strategy)
         self._groups.append(group)
         asked = ", ".join(_told(bundle) for bundle in bundles[:4]) + (", ..." if len(bundles) > 4 else "")
@@ -100,9 +107,12 @@ class Placement:
                 raise ClusterError(
                     f"{what}: {len(bundles)} places ({asked}) with placement {strategy} can never be had on {_has()}"
                 )
-            if waited > self.config.watchdog.start_s:
+            if waited > (limit_s or self.config.watchdog.start_s):
+                limit = f"{limit_s:g}" if limit_s else "watchdog.start_s"
+                self._groups.remove(group)
+                remove_placement_group(group)
                 raise StalledError(
-                    f"{what}: waited {waited:.0f} s (watchdog.start_s) for {len(bundles)} places ({asked}) on {_has()}"
+                    f"{what}: waited {waited:.0f} s ({limit}) for {len(bundles)} places ({asked}) on {_has()}"
                     f"; free now: {_told(ray.available_resources())}. Another job holds the rest"
                 )
             if waited > TOLD_AFTER_S and not told:
