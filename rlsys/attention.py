@@ -1,23 +1,33 @@
-"""Causal attention over sequences packed end to end, as an attention function of transformers; no flash-attn needed.
+"""Causal attention over a pack (rlsys/segments.py), as an attention function of transformers; no flash-attn needed.
 
-The segments travel as a keyword argument of the model's forward down to here, so there is no global state. On CUDA in
-half precision it is torch's own variable-length kernel; elsewhere the segments are laid out as right-padded rectangles
-of similar lengths, one SDPA call each. Measured on one CPU core, forward + backward, 64 segments of 15 to 60 tokens:
-38 ms with one call per segment, 14 ms as one rectangle, 11 ms in five; 13 segments of 120 to 500: 231, 246 and 204 ms.
+The segments travel as a keyword argument of the model's forward down to here, so there is no global state.
+
+    CPU                       torch's flash kernel on rectangles of similar lengths, and once more for shared prompts
+    CUDA, half precision      torch's own variable-length kernel; a shared prompt's keys are repeated for its readers
+    elsewhere                 scaled_dot_product_attention under a mask
+
+Of tokens that see their own segment (1) and a prompt (2), with outputs o and L = log sum exp of their scores:
+
+    L = log(e^L1 + e^L2)        o = e^(L1 - L) o1 + e^(L2 - L) o2
+
+and the gradient of each part is what the kernel's backward gives for the common o and L: its probabilities are then
+exp(score - L), and its correction <do, o> that of the whole (FlashAttention-2, arXiv:2307.08691, section 3.1.2).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from rlsys.errors import ConfigError
-from rlsys.packing import Bucket, Segments, segment
+from rlsys.segments import ALONE, Rectangle, Segments
 
 NAME = "rlsys_packed"
 SEGMENTS = "rlsys_segments"  # the keyword argument of the model's forward
@@ -51,77 +61,108 @@ def packed_attention(
             f"{name} has a sliding window of {window} tokens and a sequence has {rlsys_segments.longest}; "
             "packed attention has no window: wanted model.max_length within the window"
         )
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, head_dim)
+    if query.device.type == "cpu":
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, head_dim)
+        return _two_part_attention(q, k, v, rlsys_segments, scaling)[None], None
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, rlsys_segments, scaling)[None], None
-    sizes = [bucket.tokens for bucket in rlsys_segments.buckets]
-    pieces = zip(rlsys_segments.buckets, query.split(sizes), key.split(sizes), value.split(sizes), strict=True)
-    attended = [_rectangle(bucket, q, k, v, scaling) for bucket, q, k, v in pieces]
-    return (attended[0] if len(attended) == 1 else torch.cat(attended))[None], None
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        return _varlen(q, k, v, rlsys_segments, scaling)[None], None
+    attended = scaled_dot_product_attention(
+        query, key, value, attn_mask=rlsys_segments.mask(), scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return attended.transpose(1, 2), None
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None) -> Tensor:
-    # Written after torch's documentation; no GPU was at hand to run it.
+    # Written after torch's documentation; no GPU was at hand to run it. `make gpu-check` does, and `prove_packing` sees
+    # at every load whether a reader's last query stands at its last key.
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = segments.longest
+    # Before torch 2.12 there is no such argument, and fewer heads of keys need none.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    lists = segments.key_lists
+    if lists.keys is not None:
+        key, value = key.index_select(0, lists.keys), value.index_select(0, lists.keys)
     attended = varlen_attn(
-        query, key, value, segments.offsets, segments.offsets, longest, longest,
-        scale=scaling, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, lists.offsets, lists.key_offsets, lists.longest, lists.longest_keys,
+        scale=scaling, window_size=(-1, 0), **grouped,
     )  # fmt: skip
     return cast(Tensor, attended)
 
 
-def _rectangle(bucket: Bucket, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """(tokens of the bucket, Hq, head_dim). Causal without a mask: padding is behind every real token of its row."""
-    attended = scaled_dot_product_attention(
-        _pad(query, bucket),
-        _pad(key, bucket),
-        _pad(value, bucket),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    flat = attended.transpose(1, 2).reshape(bucket.rows * bucket.length, *query.shape[1:])
-    return flat if bucket.scatter is None else _unpad_function(flat, bucket.gather, bucket.scatter)
-
-
-def _pad(tensor: Tensor, bucket: Bucket) -> Tensor:
-    """(n, H, L, head_dim) of a bucket's (tokens, H, head_dim)."""
-    if bucket.gather is not None:
-        tensor = _pad_function(tensor, bucket.gather, bucket.scatter)
-    return tensor.reshape(bucket.rows, bucket.length, *tensor.shape[1:]).transpose(1, 2)
-
-
-class _Pad(torch.autograd.Function):
-    """Tokens to cells. No real token reads a padding cell: their gradient is zero, and the way back a gather too."""
+class _TwoPartAttention(torch.autograd.Function):
+    """The formulas of the module's docstring. Kept for the way back: q, k, v, the output and L, nothing padded."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
-        ctx.scatter = scatter
-        return tokens.index_select(0, gather)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
+        out = torch.empty(query.shape, dtype=query.dtype)
+        total = torch.empty(query.shape[:2], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+        for shape in segments.rectangles:
+            o, logsumexp = _flash(*(_rows(x, shape) for x in (query, key, value)), 0.0, True, scale=scale)
+            _put_rows(out, shape, o.transpose(1, 2))
+            _put_rows(total, shape, logsumexp.transpose(1, 2))
+        for reading in segments.readings:
+            readers, read = slice(reading.start, reading.stop), slice(reading.first, reading.last)
+            o, logsumexp = _flash(_heads(query[readers]), _heads(key[read]), _heads(value[read]), scale=scale)
+            own = total[readers]
+            gap = logsumexp[0].T - own
+            out[readers] += (o[0].transpose(0, 1) - out[readers]) * gap.sigmoid()[..., None].to(o.dtype)
+            own += torch.nn.functional.softplus(gap)
+        ctx.save_for_backward(query, key, value, out, total)
+        ctx.segments, ctx.scale = segments, scale
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0].index_select(0, ctx.scatter), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, total = ctx.saved_tensors
+        of_query, of_key, of_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+        for shape in ctx.segments.rectangles:
+            found = _flash_backward(
+                _rows(grads[0], shape, padding=0.0), *(_rows(x, shape) for x in (query, key, value, out)),
+                _rows(total[..., None], shape)[..., 0], 0.0, True, scale=ctx.scale,
+            )  # fmt: skip
+            for whole, part in zip((of_query, of_key, of_value), found, strict=True):
+                _put_rows(whole, shape, part.transpose(1, 2))
+        for reading in ctx.segments.readings:
+            readers, read = slice(reading.start, reading.stop), slice(reading.first, reading.last)
+            found = _flash_backward(
+                _heads(grads[0][readers]), _heads(query[readers]), _heads(key[read]), _heads(value[read]),
+                _heads(out[readers]), total[readers].T[None].contiguous(), 0.0, False, scale=ctx.scale,
+            )  # fmt: skip
+            for whole, part in zip((of_query[readers], of_key[read], of_value[read]), found, strict=True):
+                whole += part[0].transpose(0, 1)
+        return of_query, of_key, of_value, None, None
 
 
-class _Unpad(torch.autograd.Function):
-    """Cells to tokens; what pads is dropped."""
-
-    @staticmethod
-    def forward(ctx: Any, cells: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
-        ctx.scatter, ctx.cells = scatter, len(gather)
-        return cells.index_select(0, scatter)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cells = grads[0].new_zeros(ctx.cells, *grads[0].shape[1:])
-        return cells.index_copy_(0, ctx.scatter, grads[0]), None, None
+_two_part_attention: Callable[..., Tensor] = _TwoPartAttention.apply
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-_pad_function: Callable[..., Tensor] = _Pad.apply
-_unpad_function: Callable[..., Tensor] = _Unpad.apply
+def _heads(tokens: Tensor) -> Tensor:
+    """(t, H, head_dim) as one row of a batch, (1, H, t, head_dim)."""
+    return tokens.transpose(0, 1)[None]
+
+
+def _rows(tokens: Tensor, shape: Rectangle, padding: float | None = None) -> Tensor:
+    """(n, H, L, ...) of the pack's (T, H, ...). Padding repeats a row's last token, unless it is to be a number."""
+    if shape.span:
+        cells = tokens[slice(*shape.span)]
+    elif padding is None:
+        cells = tokens.index_select(0, shape.cells)
+    else:
+        cells = tokens.new_full((shape.rows * shape.length, *tokens.shape[1:]), padding)
+        cells.index_copy_(0, shape.places, tokens.index_select(0, shape.tokens))
+    return cells.reshape(shape.rows, shape.length, *tokens.shape[1:]).transpose(1, 2)
+
+
+def _put_rows(tokens: Tensor, shape: Rectangle, rows: Tensor) -> None:
+    """(n, L, H, ...) into their places of the pack's (T, H, ...)."""
+    cells = rows.reshape(shape.rows * shape.length, *tokens.shape[1:])
+    if shape.span:
+        tokens[slice(*shape.span)] = cells
+    else:
+        tokens.index_copy_(0, shape.tokens, cells.index_select(0, shape.places))
 
 
 def prove_packing(model: PreTrainedModel) -> None:
@@ -138,22 +179,22 @@ def prove_packing(model: PreTrainedModel) -> None:
         raise ConfigError(f"{name} has no exchangeable attention function, which packing needs")
     device = model.device
     embed = model.get_input_embeddings()
-    tokens = torch.arange(5, device=device)[None] % embed.weight.shape[0]
+    tokens = torch.arange(7, device=device)[None] % embed.weight.shape[0]
     inputs = embed(tokens).detach().requires_grad_()
-    packed = {
-        "position_ids": torch.tensor([[0, 1, 2, 0, 1]], device=device),
+    segments = Segments(np.array([2, 2, 1, 2]), np.array([ALONE, 0, 0, ALONE]), device)
+    packed = {  # a b | c d | e | f g, where c d and e go on from a b
+        "position_ids": torch.tensor([[0, 1, 2, 3, 2, 0, 1]], device=device),
         "use_cache": False,
-        SEGMENTS: segment(torch.tensor([3, 2]).numpy(), device),
+        SEGMENTS: segments,
     }
     hidden = model.base_model(inputs_embeds=inputs, **packed).last_hidden_state
-    mixed_T = hidden[0] @ torch.arange(hidden.shape[-1], device=device).cos().to(
-        hidden.dtype
-    )  # a sum is blind to norms
-    (of_second,) = torch.autograd.grad(mixed_T[3:].sum(), inputs, retain_graph=True)
-    (of_last,) = torch.autograd.grad(mixed_T[4], inputs)
-    if of_second[0, :3].any():
+    mix = torch.arange(hidden.shape[-1], device=device).cos().to(hidden.dtype)  # a sum is blind to norms
+    sees = torch.stack(
+        [torch.autograd.grad(each, inputs, retain_graph=True)[0][0].ne(0).any(-1) for each in hidden[0] @ mix]
+    )
+    if (sees & ~segments.mask()).any():
         raise ConfigError(f"{name} lets a token see another sequence of the same pack; it cannot be trained packed")
-    if not of_last[0, 3].any():
+    if not sees[[1, 2, 3, 4, 6], [0, 1, 2, 1, 5]].all():
         raise ConfigError(f"{name}: a token does not see the one before it; its attention ignores {NAME}")
     head = model.get_output_embeddings()
     with torch.no_grad():

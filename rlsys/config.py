@@ -206,6 +206,7 @@ class LearnerSection(Section):
     threads: int = Field(1, ge=1)  # torch intra-op threads
     cores: list[int] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
     token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch of its own
+    share_prompts: bool = True  # sequences that begin alike run over their common beginning once
     logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits that exist at once
 
 

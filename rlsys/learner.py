@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlsys import attention, losses
-from rlsys.config import LearnerSection, LoraSection, ModelSection
+from rlsys.budget import TokenBudget
 from rlsys.custom import CustomLoss, evaluate, result_metrics
 from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, GradientError
@@ -36,10 +36,13 @@ from rlsys.lora import Adapters
 from rlsys.losses import Loss
 from rlsys.norms import replace_norms
 from rlsys.optim import Kind, Stepper, clip, global_norm, require_like
-from rlsys.packing import MicroBatch, bins, filler, pack
+from rlsys.packing import MicroBatch, bins, families, filler, micro_batch
 from rlsys.ranks import ALONE, Ranks, local
 from rlsys.types import AdamParams, Array, Datum
 from rlsys.weights import AdapterSnapshot, snapshot_of
+
+if TYPE_CHECKING:  # a learner only reads them: what checks a GPU has no pydantic
+    from rlsys.config import LearnerSection, LoraSection, ModelSection
 
 BASE_RUN = "base"  # the run id of trainable="all"
 
@@ -131,6 +134,7 @@ class Learner:
         self._moved = 0
         self._base_name = base_name or model.path or str(base)
         self._section = section
+        self._budget = TokenBudget(section.token_budget, ranks)
         self._saved_dtype: torch.dtype = dtype or getattr(torch, model.dtype)
         self._trained_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         loaded_dtype = self._saved_dtype if trainable == "lora" else self._trained_dtype
@@ -177,6 +181,10 @@ class Learner:
         """Of the base's weights that are in this process."""
         return _bytes(map(local, self._base))
 
+    @property
+    def token_budget(self) -> TokenBudget:
+        return self._budget
+
     def progress(self) -> int:
         """Micro-batches begun and finished, and steps; for another thread that wants to know whether anything moves."""
         return self._moved
@@ -214,19 +222,46 @@ class Learner:
         """Optimizer steps applied so far."""
         return self._run(run_id).version
 
-    def forward(self, run_id: str | None, batch: DatumBatch, loss: Loss, temperature: float = 1.0) -> BatchResult:
-        """The loss without gradients; None is the base with every adapter off."""
+    def forward(
+        self,
+        run_id: str | None,
+        batch: DatumBatch,
+        loss: Loss,
+        temperature: float = 1.0,
+        *,
+        where: Literal["all", "weighted"] = "all",
+    ) -> BatchResult:
+        """The loss without gradients; None is the base with every adapter off. `where` as in forward_backward."""
         self._select(run_id)
-        with torch.no_grad():
-            return self._pass(batch, loss, temperature, backward=False)
 
-    def forward_backward(self, run_id: str, batch: DatumBatch, loss: Loss, temperature: float = 1.0) -> BatchResult:
+        def work() -> BatchResult:
+            with torch.no_grad():
+                return self._pass(batch, loss, temperature, where, backward=False)
+
+        return self._budget.fitting(work)
+
+    def forward_backward(
+        self,
+        run_id: str,
+        batch: DatumBatch,
+        loss: Loss,
+        temperature: float = 1.0,
+        *,
+        where: Literal["all", "weighted"] = "all",
+    ) -> BatchResult:
         """Add the gradient of the summed loss to what has accumulated since the last step.
+
+        ``where="weighted"``: log-probabilities are computed only where the weight is not 0, and are 0.0 elsewhere; the
+        loss, its gradient and the metrics are the same, and prompts cost no output layer.
 
         If anything fails on the way, the accumulated gradient is as it was before the call.
         """
-        with self._accumulating(run_id):
-            return self._pass(batch, loss, temperature, backward=True)
+
+        def work() -> BatchResult:
+            with self._accumulating(run_id):
+                return self._pass(batch, loss, temperature, where, backward=True)
+
+        return self._budget.fitting(work)
 
     def forward_backward_custom(
         self, run_id: str, batch: DatumBatch, data: Sequence[Datum], fn: CustomLoss, temperature: float = 1.0
@@ -240,23 +275,7 @@ class Learner:
             LossError: `fn` raised or returned something else than a loss and metrics.
         """
         assert len(data) == batch.num_datums > 0
-        with self._accumulating(run_id):
-            micros, most = self._micro_batches(batch)
-            keep = most == 1
-            p_T = np.zeros(len(batch.tokens), np.float64 if self._trained_dtype == torch.float64 else np.float32)
-            with self._ranks.joint(p_T), torch.set_grad_enabled(keep):
-                graphs = [self._logprobs(micro, temperature) for micro in micros]
-                for micro, logp in zip(micros, graphs, strict=True):
-                    _put(p_T, micro, logp)
-            found = evaluate(fn, data, torch.from_numpy(p_T).split(batch.lengths.tolist()))
-            slope_T = torch.cat(found.slopes)
-            with self._ranks.joint(np.zeros(1)):
-                for micro, kept in zip(micros, graphs, strict=True):
-                    logp = kept if keep else self._logprobs(micro, temperature)
-                    slope = slope_T[torch.from_numpy(micro.index)] if len(micro.index) else torch.zeros(1)
-                    self._backward(logp, slope.to(logp))
-        metrics = result_metrics(found.loss, found.metrics, 1 if keep else 2)
-        return BatchResult(found.loss, metrics, p_T.astype(np.float32))
+        return self._budget.fitting(lambda: self._custom_pass(run_id, batch, data, fn, temperature))
 
     def optim_step(self, run_id: str, adam: AdamParams) -> dict[str, float]:
         """Apply the accumulated gradient and clear it. ``grad_norm`` is the global L2 norm before clipping.
@@ -290,21 +309,35 @@ class Learner:
             )
         return {"grad_norm": found}
 
-    def logprobs(self, run_id: str | None, tokens: Array, offsets: Array, temperature: float = 1.0) -> Array:
+    def logprobs(
+        self,
+        run_id: str | None,
+        tokens: Array,
+        offsets: Array,
+        temperature: float = 1.0,
+        *,
+        only: Array | None = None,
+    ) -> Array:
         """(T,) float32 nats of each token given those before it; 0.0 for a sequence's first, which nothing predicts.
 
-        `tokens` holds the sequences end to end, `offsets` is (S + 1,); None is the base with every adapter off.
+        `tokens` holds the sequences end to end, `offsets` is (S + 1,); None is the base with every adapter off. `only`:
+        token numbers, for all others 0.0 is given.
         """
         self._select(run_id)
         offsets = np.asarray(offsets, np.int64)
+        predicted = np.zeros(len(tokens), bool)  # those that something predicts and somebody asks for
+        predicted[slice(None) if only is None else only] = True
+        predicted[offsets[:-1][np.diff(offsets) > 0]] = False
         batch = DatumBatch(np.asarray(tokens), np.roll(tokens, -1), offsets, {})
-        found = np.zeros(len(tokens), np.float32)
-        with self._ranks.joint(found), torch.no_grad():
-            for micro in self._micro_batches(batch)[0]:
-                _put(found, micro, self._logprobs(micro, temperature).float())
-        predicted = np.roll(found, 1)  # position t - 1 predicts token t
-        predicted[offsets[:-1][np.diff(offsets) > 0]] = 0.0
-        return predicted
+
+        def work() -> Array:
+            found = np.zeros(len(tokens), np.float32)
+            with self._ranks.joint(found), torch.no_grad():
+                for micro in self._micro_batches(batch, np.roll(predicted, -1))[0]:
+                    _put(found, micro, self._logprobs(micro, temperature).float())
+            return np.roll(found, 1)  # position t - 1 predicts token t
+
+        return self._budget.fitting(work)
 
     def greedy(
         self, prompts: Sequence[Array], max_tokens: int, eos_ids: Sequence[int], run_id: str | None = None
@@ -399,11 +432,35 @@ class Learner:
             for weight, values in kept:
                 weight.data = values
 
-    def _pass(self, batch: DatumBatch, loss: Loss, temperature: float, *, backward: bool) -> BatchResult:
+    def _custom_pass(
+        self, run_id: str, batch: DatumBatch, data: Sequence[Datum], fn: CustomLoss, temperature: float
+    ) -> BatchResult:
+        with self._accumulating(run_id):
+            micros, most = self._micro_batches(batch)
+            keep = most == 1
+            p_T = np.zeros(len(batch.tokens), np.float64 if self._trained_dtype == torch.float64 else np.float32)
+            with self._ranks.joint(p_T), torch.set_grad_enabled(keep):
+                graphs = [self._logprobs(micro, temperature) for micro in micros]
+                for micro, logp in zip(micros, graphs, strict=True):
+                    _put(p_T, micro, logp)
+            found = evaluate(fn, data, torch.from_numpy(p_T).split(batch.lengths.tolist()))
+            slope_T = torch.cat(found.slopes)
+            with self._ranks.joint(np.zeros(1)):
+                for micro, kept in zip(micros, graphs, strict=True):
+                    logp = kept if keep else self._logprobs(micro, temperature)
+                    slope = slope_T[torch.from_numpy(micro.index)] if len(micro.index) else torch.zeros(1)
+                    self._backward(logp, slope.to(logp))
+        metrics = result_metrics(found.loss, found.metrics, 1 if keep else 2)
+        return BatchResult(found.loss, metrics, p_T.astype(np.float32))
+
+    def _pass(
+        self, batch: DatumBatch, loss: Loss, temperature: float, where: Literal["all", "weighted"], *, backward: bool
+    ) -> BatchResult:
+        wanted_T = batch.columns["weights"] != 0 if where == "weighted" else None
         logp_T = np.zeros(len(batch.tokens), np.float64)
         values_T = np.zeros(len(batch.tokens), np.float64)
         with self._ranks.joint(logp_T, values_T):
-            for micro in self._micro_batches(batch)[0]:
+            for micro in self._micro_batches(batch, wanted_T)[0]:
                 logp = self._logprobs(micro, temperature)
                 if len(micro.index) == 0:
                     values = 0.0 * logp
@@ -434,17 +491,18 @@ class Learner:
         run.add_gradients(earlier)
         run.has_gradient = True
 
-    def _micro_batches(self, batch: DatumBatch) -> tuple[list[MicroBatch], int]:
+    def _micro_batches(self, batch: DatumBatch, wanted_T: Array | None = None) -> tuple[list[MicroBatch], int]:
         """Those of this rank's share, and how many the busiest rank has. Where forward passes communicate, fillers make
         them as many on every rank."""
-        budget, device = self._section.token_budget, self._model.device
-        if self._ranks.size == 1:
-            micros = pack(batch, budget, device)
-            return micros, len(micros)
-        shares = self._ranks.shares(batch.lengths)
-        most = max(len(bins(batch.lengths[share], budget)) for share in shares)
-        micros = pack(batch, budget, device, shares[self._ranks.rank])
-        if self._ranks.shards:
+        device, ranks = self._model.device, self._ranks
+        limit = min(self._budget.tokens, -(-len(batch.tokens) // ranks.size))  # or one family would be one rank's work
+        parts = families(batch, wanted_T, limit, share=self._section.share_prompts)
+        costs = np.array([part.cost for part in parts], np.int64)
+        shares = [(share, bins(costs[share], self._budget.tokens)) for share in ranks.shares(costs)]
+        share, packs = shares[ranks.rank]
+        micros = [micro_batch(batch, [parts[share[i]] for i in pack], wanted_T, device) for pack in packs]
+        most = max(len(packs) for _, packs in shares)
+        if ranks.shards:
             micros += [filler(device)] * (most - len(micros))
         return micros, most
 
@@ -468,6 +526,8 @@ class Learner:
             use_cache=False,
             **{attention.SEGMENTS: micro.segments},
         ).last_hidden_state[0]
+        if micro.rows is not None:
+            hidden = hidden.index_select(0, micro.rows)
         chunk = self._section.logprob_chunk_tokens
         return token_logprobs(self._adapters.head(), hidden, micro.targets, temperature, chunk)
 

@@ -88,11 +88,11 @@ class Policy:
         cap = self.config.rl.loss.importance_cap
         if cap is not None:
             run_id = self._before if substep > 0 else self.run_id
-            old = self.learner.forward(run_id, batch, self.loss, self.temperature)
+            old = self.learner.forward(run_id, batch, self.loss, self.temperature, where="weighted")
             facts |= {METRICS[name]: value for name, value in old.metrics.items() if name in OF_SAMPLER}
             self._refuse_mismatch(facts, step, must_agree)
             batch, facts["policy/capped_share"] = cap_importance(batch, old.logprobs, cap)
-        result = self.learner.forward_backward(self.run_id, batch, self.loss, temperature=self.temperature)
+        result = self.learner.forward_backward(self.run_id, batch, self.loss, self.temperature, where="weighted")
         found = {METRICS[name]: value for name, value in result.metrics.items() if name in METRICS}
         facts = {**found, **facts, "loss/sum": result.loss_sum}
         if cap is None:
@@ -118,6 +118,9 @@ class Policy:
         every = self.config.rl.advantages.reference_refresh_steps
         if every and step % every == 0 and substep == self.config.rl.substeps - 1:
             self.learner.copy_run(self.run_id, self._reference)
+        budget = self.learner.token_budget
+        if budget.tokens < budget.most:  # it gave way to memory
+            facts["policy/token_budget"] = float(budget.tokens)
         return facts | {"policy/version": float(self.learner.version(self.run_id))}
 
     def reference(self, rollouts: Rollouts) -> Array:
@@ -125,7 +128,7 @@ class Policy:
         it was made the reference (rl.advantages.reference_refresh_steps), else the base, the adapter being off."""
         tokens, offsets, sampled = join_prompts(rollouts)
         run_id = self._reference if self._has_reference else None
-        return self.learner.logprobs(run_id, tokens, offsets, temperature=self.temperature)[sampled]
+        return self.learner.logprobs(run_id, tokens, offsets, self.temperature, only=sampled)[sampled]
 
     def publish(self) -> WeightUpdate:
         """The adapter as it is now, with the canary under it and under the version published before.

@@ -38,6 +38,13 @@ _FORWARD = "rlsys_forward"  # a method of the sharded model that counts as its f
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
+_FAILED, _OUT_OF_MEMORY = 1, 2  # what a rank tells the others of its share
+
+
+class _OutOfMemoryThereError(ActorFailedError):
+    """Another rank is."""
+
+
 class Ranks:
     """One process's place among the ranks. `ALONE` is the only one of a single process and communicates with nobody."""
 
@@ -78,7 +85,7 @@ class Ranks:
                 raise ClusterError(f"learner rank {rank}: {address} is taken; wanted a free port") from error
             raise StalledError(
                 f"learner rank {rank} of {size}: not all ranks met at {address}; waited {time.monotonic() - began:.0f} "
-                f"of {timeout_s:g} s: {_first_line(error)}"
+                f"of {timeout_s:g} s: {first_line(error)}"
             ) from error
         return ranks
 
@@ -136,19 +143,25 @@ class Ranks:
         parts = [torch.from_numpy(array) for array in (*arrays, failed)]
         try:
             yield
-        except Exception:
+        except Exception as error:
             # Sharded ranks are in the midst of a forward pass and would take this sum for a part of it.
             if not self.shards:
-                failed[self.rank] = 1
+                failed[self.rank] = _OUT_OF_MEMORY if is_out_of_memory(error) else _FAILED
                 with contextlib.suppress(StalledError, ActorFailedError):
                     self.sum_(parts)
+                if is_out_of_memory(error) and (failed == _FAILED).any():
+                    raise self._share_failed(failed) from error  # no rank begins anew without the others
             raise
         self.sum_(parts)
         if failed.any():
-            raise ActorFailedError(
-                f"learner rank {self.rank} of {self.size}: rank {', '.join(map(str, np.flatnonzero(failed)))} failed "
-                "in its share of the batch; its own error says why"
-            )
+            raise self._share_failed(failed)
+
+    def _share_failed(self, failed: Array) -> ActorFailedError:
+        ranks = ", ".join(map(str, np.flatnonzero(failed)))
+        where = f"learner rank {self.rank} of {self.size}: rank {ranks}"
+        if (failed == _FAILED).any():
+            return ActorFailedError(f"{where} failed in its share of the batch; its own error says why")
+        return _OutOfMemoryThereError(f"{where} is out of memory in its share of the batch")
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
@@ -162,9 +175,9 @@ class Ranks:
             waited = f"learner rank {self.rank} of {self.size}: {what}: after {time.monotonic() - began:.1f} s"
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 raise StalledError(
-                    f"{waited} another rank had not come (limit {self._timeout_s:g} s): {_first_line(error)}"
+                    f"{waited} another rank had not come (limit {self._timeout_s:g} s): {first_line(error)}"
                 ) from error
-            raise ActorDiedError(f"{waited} another rank is gone: {_first_line(error)}") from error
+            raise ActorDiedError(f"{waited} another rank is gone: {first_line(error)}") from error
 
     def shard(
         self, model: nn.Module, layers: Sequence[nn.Module], forward: Callable[..., Tensor]
@@ -238,6 +251,13 @@ def _is_of_transport(error: Any) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
 
 
-def _first_line(error: BaseException) -> str:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of this process or of another rank's. torch's CPU allocator has no error of its own, only these words."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | _OutOfMemoryThereError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -170,7 +170,7 @@ def train_base(
         step_start = time.perf_counter()
         rate = learning_rate(section, step, decay_from)
         batch = examples.batch(ids)
-        loss = learner.forward_backward(BASE_RUN, batch, loss_fn).loss_sum
+        loss = learner.forward_backward(BASE_RUN, batch, loss_fn, where="weighted").loss_sum
         learner.optim_step(
             BASE_RUN, AdamParams(rate, section.beta1, section.beta2, grad_clip_norm=section.grad_clip_norm)
         )

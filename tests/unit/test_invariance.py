@@ -28,10 +28,12 @@ from tiny_learner import (
 )
 from torch import Tensor
 
-from rlsys import losses, packing
+from rlsys import losses, segments
+from rlsys.budget import TokenBudget
 from rlsys.config import LearnerSection, LoraSection
 from rlsys.datums import DatumBatch, take
 from rlsys.learner import BASE_RUN, Learner
+from rlsys.ranks import ALONE
 from rlsys.types import Array
 
 CUSTOM = "custom"
@@ -77,6 +79,7 @@ def submit(learner: Learner, run: str, batch: DatumBatch, loss: str) -> None:
 def gradient_by(learner: Learner, run: str, loss: str) -> Callable[..., dict[str, Tensor]]:
     def gradient(budget: int, batches: list[DatumBatch], chunk: int = 1000) -> dict[str, Tensor]:
         learner._section = LearnerSection(token_budget=budget, logprob_chunk_tokens=chunk)
+        learner._budget = TokenBudget(budget, ALONE)
         for part in batches:
             submit(learner, run, part, loss)
         found = gradients(learner, run)
@@ -118,7 +121,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_submitted(
     assert_close(gradient(1000, [take(batch, range(4)), take(batch, range(4, 8))]), whole, bound)  # 8 = 4 + 4
     assert_close(gradient(30, [take(batch, pair) for pair in PAIRS]), whole, bound)
     assert_close(gradient(1000, [padded(batch, 7)]), whole, bound)  # tokens of weight 0
-    monkeypatch.setattr(packing, "SHORTEST_SHARE", 0.0)  # all rows in one rectangle, mostly padding
+    monkeypatch.setattr(segments, "SHORTEST_SHARE", 0.0)  # all rows in one rectangle, mostly padding
     assert_close(gradient(1000, [batch]), whole, bound)
 
 

