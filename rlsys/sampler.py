@@ -20,6 +20,7 @@ from rlsys.config import ModelSection, SamplerSection
 from rlsys.drawn import Drawn, gathered, joined
 from rlsys.engine.arguments import UNEMBEDDING, engine_arguments
 from rlsys.engine.attest import attest, distance
+from rlsys.engine.lent import lent
 from rlsys.engine.live import BASE_VERSION, Adapter, Hold, LiveVersions, kept
 from rlsys.engine.postmortem import EngineLog
 from rlsys.engine.pulse import EnginePulse
@@ -267,17 +268,19 @@ class Sampler:
             snapshot = update.snapshot
             self._refuse_asleep()
             self._refuse_unloadable(snapshot)
+            leaving = []
             while (key := self._live.in_the_way(snapshot.run_id)) is not None:
-                await self.unload(*key)
+                leaving.append(self._live.drop(*key).id)
             adapter = self._live.make(snapshot)
             try:
-                digest = await self._install(snapshot, adapter)
+                digest = await self._install(snapshot, adapter, leaving)
                 scored = await self._alive(self._score(update.canary_tokens, adapter))
                 noise = max(self._noise, self._strays.get(snapshot.run_id, 0.0))
                 seconds = time.perf_counter() - began
                 attestation = attest(self._name, update, digest, scored, noise, bound, seconds)
             except BaseException:
-                await asyncio.shield(self._call("rlsys_remove_adapter", adapter.id))
+                for gone in (*leaving, adapter.id):
+                    await asyncio.shield(self._call("rlsys_remove_adapter", gone))
                 raise
             self._strays[snapshot.run_id] = attestation.distance_new
             if moving := self._live.add(snapshot.run_id, adapter):
@@ -470,20 +473,21 @@ class Sampler:
                 "log-probabilities there and would score them wrong; set lora.train_unembed: false"
             )
 
-    async def _install(self, snapshot: AdapterSnapshot, adapter: Adapter) -> str:
+    async def _install(self, snapshot: AdapterSnapshot, adapter: Adapter, leaving: Sequence[int]) -> str:
         """The digest of the engine's slots after installing; of several workers' slots, once each proved its part."""
         where = f"sampler {self._name}, run {snapshot.run_id!r}, version {snapshot.version}"
         layout = [(slot.name, list(slot.shape), slot.offset, slot.nbytes) for slot in snapshot.layout]
-        add = (adapter.id, snapshot.rank, snapshot.dtype, layout, snapshot.buffer.tobytes())
-        alone = self._section.tensor_parallel_size == 1
+        is_alone = self._section.tensor_parallel_size == 1
         try:
-            await self._call("rlsys_add_adapter", *add)
-            held = await self._call("rlsys_read_back" if alone else "rlsys_read_part", adapter.id, layout)
+            with lent(snapshot.buffer) as path:
+                held = await self._call(
+                    "rlsys_install", adapter.id, snapshot.rank, snapshot.dtype, layout, path, leaving, is_alone
+                )
         except ActorDiedError:
             raise
         except Exception as error:
             raise WeightSyncError(f"{where}: not installed: {error}") from error
-        digest: str = held[0] if alone else await asyncio.to_thread(proven_digest, where, snapshot, held)
+        digest: str = held[0] if is_alone else await asyncio.to_thread(proven_digest, where, snapshot, held)
         return digest
 
 

@@ -7,13 +7,14 @@ over tensors read back from the engine proves that they arrived.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from rlsys.types import Array
+
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +82,24 @@ def snapshot_of(
     run_id: str, version: int, rank: int, tensors: Mapping[str, torch.Tensor], dtype: str
 ) -> AdapterSnapshot:
     """Lay named tensors (on any device, scale already folded into B) end to end in `dtype`, sorted by name."""
-    names = sorted(tensors)
-    ready = [tensors[name].detach().to("cpu", getattr(torch, dtype)).contiguous() for name in names]
-    sizes = [tensor.numel() * tensor.element_size() for tensor in ready]
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8)
-    layout, at = [], 0
-    for name, tensor, size in zip(names, ready, sizes, strict=True):
-        buffer[at : at + size] = tensor.reshape(-1).view(torch.uint8)
+    to = getattr(torch, dtype)
+    sizes = {name: tensors[name].numel() * to.itemsize for name in sorted(tensors)}
+    buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8)
+    layout, ready, at = [], [], 0
+    for name, size in sizes.items():
+        tensor = tensors[name].detach()
+        ready.append((name, buffer[at : at + size].view(to).view(tensor.shape).copy_(tensor)))
         layout.append(TensorSlot(name, tuple(tensor.shape), at, size))
         at += size
-    return AdapterSnapshot(
-        run_id, version, rank, dtype, tuple(layout), buffer.numpy(), digest_tensors(zip(names, ready, strict=True))
-    )
+    return AdapterSnapshot(run_id, version, rank, dtype, tuple(layout), buffer.numpy(), digest_tensors(ready))
 
 
 def digest_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A hash over names, shapes, dtypes and bytes, in the order given."""
-    sha = hashlib.blake2b(digest_size=16)
+    from blake3 import blake3  # not above: only who publishes or serves needs it, and the learner runs without
+
+    found = blake3()
     for name, tensor in named:
-        sha.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest(length=DIGEST_BYTES)

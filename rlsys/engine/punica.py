@@ -35,13 +35,15 @@ class SegmentedPunica(PunicaWrapperCPU):
     """One pair of matrix products per adapter and layer slice.
 
     Ranks and the adapters that train the unembedding are told by the worker that installs them. An adapter that is not
-    known here is multiplied at full slot width, which is as right, because slots are zero beyond the rank.
+    known here is multiplied at full slot width, which is as right, because slots are zero beyond the rank. An adapter
+    whose B is all zero, as before its first step and where a base is evaluated, adds nothing and costs nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ranks: dict[int, int] = {}
         self.unembedding: set[int] = set()
+        self.zero: set[int] = set()
         self._tokens: list[Block] = []
         self._samples: list[Block] = []
         self._slot_of: dict[int, int] = {}
@@ -67,7 +69,7 @@ class SegmentedPunica(PunicaWrapperCPU):
                 None if len(present) == 1 else torch.from_numpy(np.flatnonzero(adapters == adapter)),
             )
             for adapter in present
-            if adapter > 0
+            if adapter > 0 and int(adapter) not in self.zero
         ]
 
     def add_lora_linear(
@@ -83,6 +85,8 @@ class SegmentedPunica(PunicaWrapperCPU):
         **kwargs: Any,
     ) -> None:
         """y[rows] += scale * x[rows] @ A.T @ B.T for each block, slice by slice of a packed layer."""
+        if not self._tokens:
+            return
         _apply(self._tokens, y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), lora_a_stacked, lora_b_stacked, scale)
 
     def add_lora_logits(

@@ -10,9 +10,18 @@ from rlsys.sampler import Sampler
 
 class SpoiledExtension(AdapterExtension):
     rank: int
+    to_spoil: tuple[int, str] | None = None
 
-    def spoil(self, rank: int, module: str) -> None:
-        """Move one value of B, in the first slot in use of `module`, in the worker of that rank."""
+    def spoil(self, where: tuple[int, str] | None) -> None:
+        """Between installing and reading back: one value of B, in the first slot in use of a module, in the worker of
+        a rank."""
+        self.to_spoil = where
+
+    def rlsys_add_adapter(self, *args: Any) -> None:
+        super().rlsys_add_adapter(*args)
+        if self.to_spoil is None:
+            return
+        rank, module = self.to_spoil
         manager = self._rlsys_manager()
         slot = next(slot for slot, adapter in enumerate(manager.lora_index_to_id) if adapter is not None)
         if self.rank == rank:
@@ -25,7 +34,7 @@ class SpoiledExtension(AdapterExtension):
 
 
 class SpoiledSampler(Sampler):
-    """Spoils `module` in worker `rank` between installing an adapter and reading it back."""
+    """Spoils (worker's rank, module) of adapters from the moment that `spoil` is set."""
 
     spoil: tuple[int, str] | None = None
 
@@ -33,7 +42,6 @@ class SpoiledSampler(Sampler):
         return {**super().engine_arguments(), "worker_extension_cls": "spoiled.SpoiledExtension"}
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
-        answers = await super()._call(method, *args)
-        if method == "rlsys_add_adapter" and self.spoil is not None:
-            await super()._call("spoil", *self.spoil)
-        return answers
+        if method == "rlsys_install":
+            await super()._call("spoil", self.spoil)
+        return await super()._call(method, *args)

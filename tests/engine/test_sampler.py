@@ -52,6 +52,27 @@ def test_the_base_scores_a_sequence_as_transformers_does(sampler: Sampler, refer
         np.testing.assert_allclose(scores[start + 1 : end], expected, atol=BOUND)
 
 
+def test_an_adapter_that_was_never_trained_is_the_base_bit_for_bit_beside_one_that_was(
+    sampler: Sampler, reference: Reference, run: Run
+) -> None:
+    trained = reference.adapter(8, 1)
+    untrained = {name: tensor * (0.0 if name.endswith("lora_B") else 1.0) for name, tensor in trained.items()}
+    run(sampler.load(reference.update("untrained", 0, untrained), BOUND))
+    run(sampler.load(reference.update("trained", 1, trained), BOUND))
+    batch = prompts(40, 3, 70)
+    served = ((None, -1), ("untrained", 0), ("trained", 1))
+
+    async def all_at_once() -> list[Rollouts]:
+        return await asyncio.gather(
+            *(sampler.sample(**batch, n=3, params=NEVER, run_id=r, version=v) for r, v in served)
+        )
+
+    of_base, of_untrained, of_trained = run(all_at_once())
+    np.testing.assert_array_equal(of_base.tokens, of_untrained.tokens)
+    np.testing.assert_array_equal(of_base.logprobs, of_untrained.logprobs)
+    assert worst(of_trained, reference, trained) < BOUND
+
+
 def test_base_and_adapters_of_two_ranks_agree_with_peft_in_one_batch(
     sampler: Sampler, reference: Reference, run: Run
 ) -> None:

@@ -1,0 +1,227 @@
+"""Seconds from an optimizer step to the version that a sampler has attested, against what that cannot do without.
+
+    python -m benchmarks.weight_sync                   # S54 in bf16, ranks 8, 32 and 128: under 4 minutes
+    python -m benchmarks.weight_sync --ranks 8 --repeats 9
+
+One learner and one sampler, driven by the job's own stages: LearnerGroup.publish and SamplerPool.load, as they stand,
+with the sampler full of older versions, of which one has to go. Before every repetition the learner makes a real step
+(untimed). The floor is measured in the same repetition, in the same processes: a copy of the adapter's bytes (from one
+array to another, both written before), vLLM's own add_lora of the same adapter from a file in /dev/shm under a new id
+into the same engine (its eviction included, the writing of the file not), one empty Ray call, and the two forward
+passes of the canary that the proof needs: the learner's and the engine's. Beside it: the seconds from the sync's end
+until a first token under the new version has come back to the driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import ray
+
+import actors.learner_group
+import actors.sampler_pool
+from actors.calls import wait
+from actors.cluster import cluster
+from actors.evaluation import Loaded
+from actors.learner_actor import LearnerActor
+from actors.learner_group import Given, LearnerGroup
+from actors.logs import Failures
+from actors.placement import Placement
+from actors.sampler_actor import SamplerActor
+from actors.sampler_pool import Needed, SamplerPool
+from benchmarks.adapters import random_problems, write_adapter
+from benchmarks.rows import Row, Target, finish, spread
+from benchmarks.shapes import S54, TINY, write_model
+from rlsys import losses
+from rlsys.config import AdamParams, ClusterSection, JobConfig, LoraSection, ModelSection, RunSection, SamplerSection
+from rlsys.datums import DatumBatch
+from rlsys.types import SamplingParams
+from rlsys.weights import WeightUpdate
+
+MODELS = {"tiny": TINY, "s54": S54}
+LIMIT_S = 120.0
+RUN = "bench"
+FLOOR = ("copy of the bytes", "vLLM's add_lora", "empty Ray call", "canary in the engine", "canary in the learner")
+
+
+class MeasuredLearner(LearnerActor):
+    """The job's actor with what is measured apart."""
+
+    def step(self) -> None:
+        """A real optimizer step on a few random tokens."""
+        tokens = np.random.default_rng().integers(2, 1000, 65).astype(np.int32)
+        batch = DatumBatch(tokens[:-1], tokens[1:], np.array([0, 64]), {"weights": np.ones(64, np.float32)})
+        learner = self.policy.learner
+        learner.forward_backward(RUN, batch, losses.resolve("cross_entropy", {}))
+        learner.optim_step(RUN, AdamParams(learning_rate=1e-3))
+
+    def canary(self) -> float:
+        began = time.perf_counter()
+        self.policy._canary(RUN)
+        return time.perf_counter() - began
+
+    def snapshot(self) -> float:
+        began = time.perf_counter()
+        self.policy.learner.snapshot(RUN, self.config.model.dtype)
+        return time.perf_counter() - began
+
+    def copy(self, update: WeightUpdate) -> float:
+        source = update.snapshot.buffer.copy()
+        target = np.ones_like(source)
+        began = time.perf_counter()
+        np.copyto(target, source)
+        return time.perf_counter() - began
+
+
+class MeasuredSampler(SamplerActor):
+    """The same of the sampler's."""
+
+    async def empty(self) -> None:
+        pass
+
+    async def canary(self, update: WeightUpdate) -> float:
+        adapter = self.sampler._live.get(RUN, update.snapshot.version)
+        began = time.perf_counter()
+        await self.sampler._score(update.canary_tokens, adapter)
+        return time.perf_counter() - began
+
+    async def add_lora(self, folder: str, number: int) -> float:
+        """vLLM's own, into a full engine: the oldest adapter goes."""
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest(f"plain-{number}", 10_000 + number, folder)
+        engine = self.sampler._engine
+        began = time.perf_counter()
+        await engine.add_lora(request)
+        seconds = time.perf_counter() - began
+        await engine.remove_lora(request.lora_int_id)
+        return seconds
+
+    async def make_room(self) -> None:
+        """For `add_lora`, which would throw out what the sampler still counts on."""
+        while len(self.sampler._live.keys()) >= self.config.sampler.max_live_adapters:
+            await self.sampler.unload(*self.sampler._live.keys()[0])
+
+
+@contextmanager
+def stages(config: JobConfig) -> Iterator[tuple[LearnerGroup, SamplerPool]]:
+    """The job's, with nothing but a learner and a sampler."""
+    actors.learner_group.LearnerActor, actors.sampler_pool.SamplerActor = MeasuredLearner, MeasuredSampler  # type: ignore[misc]
+    failures, note = Failures(), print
+    placement = Placement(config, note)
+    learner = LearnerGroup(config, Loaded(None), failures, note)
+    samplers = SamplerPool(config, placement, failures, note)
+    try:
+        rank_seats, sampler_seats = placement.reserve()
+        learner.launch(rank_seats)
+        samplers.launch(sampler_seats)
+        assert config.model.path is not None
+        base, problems = config.model.path, ray.put(random_problems(8, 40, 1000))
+        samplers.begin(base, problems, problems)
+        learner.start(Given(base, problems))
+        samplers.start(Needed(base, problems, problems, learner.probe()))
+        samplers.load(learner.publish())
+        yield learner, samplers
+    finally:
+        samplers.close()
+        learner.close()
+        placement.release()
+
+
+def measure(name: str, dtype: str, rank: int, repeats: int) -> Row:
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory(prefix="rlsys-weights-", dir="/dev/shm") as folder:
+        base = Path(folder) / "base"
+        write_model(base, MODELS[name], dtype)
+        config = JobConfig(
+            run=RunSection(name=RUN),
+            model=ModelSection(path=str(base), dtype=dtype, max_length=128),
+            lora=LoraSection(rank=rank),
+            sampler=SamplerSection(kv_cache_gb=0.5, max_lora_rank=rank),
+        )
+        with stages(config) as (learner, samplers):
+            for repeat in range(-3, repeats):  # the first fill the engine and warm up
+                seconds, nbytes = once(learner, samplers, Path(folder) / f"adapter{repeat}", repeat + 3)
+                for part in seconds:
+                    if repeat >= 0:
+                        found[part].append(seconds[part])
+    total = "optimizer step to attested"
+    floors = [sum(parts) for parts in zip(*(found[part] for part in FLOOR), strict=True)]
+    engine_only = [floor - own for floor, own in zip(floors, found["canary in the learner"], strict=True)]
+    short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+    milli = {part: [1000 * value for value in values] for part, values in found.items()}
+    milli |= {"floor": [1000 * value for value in floors]}
+    milli |= {"floor without the learner's canary": [1000 * value for value in engine_only]}
+    parts = {part: spread(values) for part, values in milli.items() if part != total and "floor" not in part}
+    ratio = statistics.median(a / b for a, b in zip(found[total], engine_only, strict=True))
+    return Row(
+        name=f"weight_sync_{name}_{short}_r{rank:03d}",
+        title=f"weight sync, {name}, {short}, rank {rank}, {nbytes / 1e6:.1f} MB",
+        command=f"python -m benchmarks.weight_sync --models {name} --dtypes {dtype} --ranks {rank}",
+        unit="ms",
+        sides={side: milli[side] for side in (total, "floor", "floor without the learner's canary")},
+        targets=[Target(total, "floor", 1.5, "<=")],
+        equal={"model": MODELS[name], "dtype": dtype, "rank": rank, "bytes": nbytes, "threads": "1 each"},
+        more={"parts, ms": parts, "ratio to the floor without the learner's canary": round(ratio, 2)},
+    )
+
+
+def once(learner: LearnerGroup, samplers: SamplerPool, folder: Path, number: int) -> tuple[dict[str, float], int]:
+    """Seconds of the sync and of everything beside it, and the adapter's bytes."""
+    (trainer,), sampler = learner.ranks, samplers.members[0].actor
+    wait(trainer.step.remote(), LIMIT_S, "learner: a step")
+    began = time.perf_counter()
+    published = learner.publish()
+    halfway = time.perf_counter()
+    samplers.load(published)
+    done = time.perf_counter()
+    first = SamplingParams(max_tokens=1, seed=number, stop=[])
+    samplers.sample("train", np.array([number % 8]), 1, first)
+    token = time.perf_counter()
+    update = ray.get(published.ref)
+    write_adapter(update.snapshot, folder)
+    wait(sampler.make_room.remote(), LIMIT_S, "sampler: making room")
+    add_lora = wait(sampler.add_lora.remote(str(folder), number), LIMIT_S, "sampler: add_lora")
+    asked = time.perf_counter()
+    ray.get(sampler.empty.remote())
+    answered = time.perf_counter()
+    return {
+        "optimizer step to attested": done - began,
+        "its first half, until published": halfway - began,
+        "its second half, load": done - halfway,
+        "time to first token, after it": token - done,
+        "copy of the bytes": wait(trainer.copy.remote(published.ref), LIMIT_S, "learner: copying"),
+        "vLLM's add_lora": add_lora,
+        "empty Ray call": answered - asked,
+        "canary in the engine": wait(sampler.canary.remote(published.ref), LIMIT_S, "sampler: canary"),
+        "canary in the learner": wait(trainer.canary.remote(), LIMIT_S, "learner: canary"),
+        "snapshot in the learner": wait(trainer.snapshot.remote(), LIMIT_S, "learner: snapshot"),
+    }, published.nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["s54"])
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    os.environ.pop("RAY_ADDRESS", None)
+    with cluster(ClusterSection()):
+        for name in options.models:
+            for dtype in options.dtypes:
+                for rank in options.ranks:
+                    finish(measure(name, dtype, rank, options.repeats))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Claims about bytes that go from the sampler's process to its engine's."""
+
+from __future__ import annotations
+
+import multiprocessing
+from typing import Any
+
+import numpy as np
+
+from rlsys.engine.lent import borrowed, lent
+
+
+def _sum_after(path: str, opened: Any, returned: Any, answers: Any) -> None:
+    found = borrowed(path)
+    opened.set()
+    returned.wait()
+    found[0] += 1  # its own copy
+    answers.put(int(found.sum()))
+
+
+def test_what_another_process_has_borrowed_outlives_the_lending_and_is_its_own() -> None:
+    context = multiprocessing.get_context("spawn")
+    opened, returned, answers = context.Event(), context.Event(), context.Queue()
+    buffer = np.arange(100_000, dtype=np.uint32).view(np.uint8)
+    with lent(buffer) as path:
+        other = context.Process(target=_sum_after, args=(path, opened, returned, answers))
+        other.start()
+        assert opened.wait(60)
+        (mine := borrowed(path))[:] = 0
+    returned.set()
+    assert answers.get(timeout=60) == int(buffer.sum()) + 1
+    other.join()
+    assert not mine.any() and buffer.any()
+
+
+def test_a_read_only_buffer_as_ray_hands_it_out_can_be_lent(recwarn: Any) -> None:
+    buffer = np.arange(10, dtype=np.uint8)
+    buffer.flags.writeable = False
+    with lent(buffer) as path:
+        np.testing.assert_array_equal(borrowed(path), buffer)
+    assert not recwarn
