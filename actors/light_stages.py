@@ -10,6 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.advantage_actor import GroupAdvantageActor
+from actors.columns import by_reference
 from actors.logs import Failures
 from actors.reward_actor import RewardActor
 from actors.watchdog import Watchdog, watched
@@ -108,7 +109,7 @@ class RestartedGraders(Restarted):
     """The loop's ``Graders``."""
 
     def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
-        remote = ray.remote(concurrency_groups={"watch": 1})(RewardActor).options(**light())
+        remote = ray.remote(concurrency_groups={"watch": 1})(RewardActor).options(**by_reference(light()))
         super().__init__("rewards", lambda: remote.remote(config), config, failures, note)
         self.base: Any = None
 
@@ -181,7 +182,7 @@ class RestartedAdvantages(Restarted):
     """The loop's ``Advantages``."""
 
     def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
-        remote = ray.remote(GroupAdvantageActor).options(**light())
+        remote = ray.remote(GroupAdvantageActor).options(**by_reference(light()))
         super().__init__("advantages", lambda: remote.remote(config.rl), config, failures, note)
 
     def centre(self, rollouts: Made, rewards: Made, reference: Made | None, pieces: int) -> Centred:

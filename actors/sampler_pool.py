@@ -6,6 +6,7 @@ waits here: nothing happens behind its back.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.columns import by_reference
 from actors.logs import Failures
 from actors.placement import Placement, Seat
 from actors.sampler_actor import SamplerActor
@@ -457,7 +459,7 @@ class SamplerPool:
     # small parts
 
     def _actor(self, index: int, seat: Seat) -> Any:
-        options = ray.remote(SamplerActor).options(max_concurrency=1000, **seat.ray_options())
+        options = ray.remote(SamplerActor).options(max_concurrency=1000, **by_reference(seat.ray_options()))
         return options.remote(self.config, index)
 
     def _arguments(self) -> tuple[Any, ...]:
@@ -495,14 +497,16 @@ class SamplerPool:
 
     def _deal(self) -> None:
         """Hand out what fits, always to the member with least work."""
-        for task in list(self.tasks.values()):
-            while task.queue:
-                able = [member for member in self.members if member.serves]
-                member = min(able, key=lambda one: one.held, default=None)
+        able = [(member.held, i) for i, member in enumerate(self.members) if member.serves]
+        heapq.heapify(able)
+        for task in self.tasks.values():
+            while task.queue and able:
+                held, i = able[0]
                 more = len(task.units[task.queue[0]]) * task.n
-                if member is None or (member.held and member.held + more > self._most):
+                if held and held + more > self._most:
                     break
-                self._hand_out(task, task.queue.popleft(), member)
+                self._hand_out(task, task.queue.popleft(), self.members[i])
+                heapq.heapreplace(able, (held + more, i))
         self._dismiss_idle()
 
     def _hand_out(self, task: Task, unit: int, member: Member) -> None:

@@ -1,0 +1,306 @@
+"""What a group costs the driver: 64 sampler actors, 4,096 groups in flight, answers replayed from a real run.
+
+    python -m benchmarks.data_plane [--recorded RUN_DIR] [--samplers 64] [--groups 4096] [--repeats 5]
+
+Without --recorded the quickstart runs for two steps first, and what it recorded (steps/*.npz) is what is replayed.
+
+Real: the sampler pool, the loop in sync and in overlapped running, the stages of rewards, advantages and learner with
+their watchdogs, the advantage actor, the rewards actor's door and its recording of steps, ledger, checkpoints, metrics
+and what else the job's observer writes. Left out (benchmarks/replaying.py): engines, graders' processes and texts, the
+learner's model; rows of completions shown to people; wandb.
+
+A turn of each side is `--steps` steps of the loop, of `--groups` groups each. Measured is the CPU time of the whole
+driver process, Ray's threads in it included, per group. Beside it: bytes over all TCP connections of the driver, bytes
+that it deserialised, and its memory after every step. "10x longer" replays every completion ten times end to end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from rich.console import Console
+
+from actors.cluster import cluster
+from actors.columns import by_reference
+from actors.control import Control
+from actors.job import Crew, JobObserver, train
+from actors.keeper import CheckpointKeeper
+from actors.learner_group import Given, LearnerGroup
+from actors.light_stages import Restarted, RestartedAdvantages, RestartedGraders, light
+from actors.logs import Failures
+from actors.placement import Placement, Seat
+from actors.sampler_pool import Needed, SamplerPool
+from benchmarks.metering import Meter, Peaks, growth
+from benchmarks.replaying import WATCH, Recording, ReplayingLearner, ReplayingRewards, ReplayingSampler
+from benchmarks.rows import Row, Target, by_turns, finish
+from rlsys import loop, overlap
+from rlsys.config import JobConfig, load_config
+from rlsys.facts import Facts
+from rlsys.ledger import Ledger
+from rlsys.problems import Epochs
+from rlsys.progress import Progress
+from rlsys.recording import load_step, recorded_steps
+from rlsys.run_store import RunStore
+from rlsys.stages import Stages, Trained
+from rlsys.tracking import Tracker
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+LIMIT = "limit"
+SAMPLES = 8
+SEQUENCES = 512  # of an engine: 64 samplers hold 4,096 groups of 8 between them
+PACE_S = 0.005  # per token of a call's longest completion
+LEARN_S = 0.2  # of a piece
+ADAPTER_BYTES = 2**20
+HELD_OUT = 8  # problems of the evaluation that every run ends with
+WARM = 1  # turns of each side before what memory grows by is counted
+
+# side -> overlap.max_policy_lag, and how often each completion is repeated end to end
+SIDES: dict[str, tuple[int | None, int]] = {
+    "sync": (None, 1),
+    "overlapped": (1, 1),
+    "overlapped, 10x longer": (1, 10),
+}
+
+
+class ReplayedPool(SamplerPool):
+    def _actor(self, index: int, seat: Seat) -> Any:
+        options = ray.remote(ReplayingSampler).options(max_concurrency=1000, **by_reference(seat.ray_options()))
+        return options.remote(self.config.run.name)
+
+
+class ReplayedGraders(RestartedGraders):
+    def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
+        remote = ray.remote(concurrency_groups={"watch": 1})(ReplayingRewards).options(**by_reference(light()))
+        Restarted.__init__(self, "rewards", lambda: remote.remote(config), config, failures, note)
+        self.base: Any = None
+
+
+class ReplayedLearner(LearnerGroup):
+    def launch(self, seats: Any) -> None:
+        self.seats = seats
+        self.lives += 1
+        remote = ray.remote(concurrency_groups={WATCH: 1})(ReplayingLearner)
+        self.ranks = [remote.options(**seat.ray_options()).remote(ADAPTER_BYTES, LEARN_S) for seat in seats]
+
+
+class Watching(JobObserver):
+    """The job's observer; reads the meter after every step."""
+
+    meter: Meter
+    tokens: float = 0.0
+
+    def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
+        super().on_step(step, facts, trained)
+        self.tokens += facts["sampler/completion_tokens"]
+        self.meter.readings.append(self.meter.read())
+
+
+@dataclass
+class Bench:
+    """A job whose loop is run for some steps at a time."""
+
+    config: JobConfig
+    cast: Crew
+    stages: Stages
+    ledger: Ledger
+    observer: Watching
+    spent: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    longer: int = 1
+
+    def turn(self, side: str, lag: int | None, longer: int, steps: int) -> float:
+        """So many steps; milliseconds of the driver's CPU time per group."""
+        self._set(longer)
+        until = self.stages.keeper.done + steps
+        overlapping = self.config.overlap.model_copy(update={"max_policy_lag": lag})
+        of_rl = self.config.rl.model_copy(update={"steps": until})
+        config = self.config.model_copy(update={"overlap": overlapping, "rl": of_rl})
+        self.cast.samplers.config = config
+        run = loop.run if lag is None else overlap.run
+        before, tokens = self.observer.meter.read(), self.observer.tokens
+        assert run(config, self.stages, self.ledger, np.arange(HELD_OUT), self.observer) == until
+        spent = self.observer.meter.read().since(before) | {"tokens": self.observer.tokens - tokens}
+        groups = steps * config.rl.problems_per_step
+        per_group = {name: amount / groups for name, amount in spent.items()}
+        self.spent.setdefault(side, []).append(per_group)
+        return 1000 * per_group["cpu_s"]
+
+    def _set(self, longer: int) -> None:
+        if longer != self.longer:
+            ray.get([member.actor.set.remote(longer, PACE_S) for member in self.cast.samplers.members])
+            self.longer = longer
+
+
+@contextmanager
+def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
+    """The crew of a job, as `actors.job.crew` puts it together, with replaying actors."""
+    progress = Progress(Console(stderr=True, highlight=False))
+    with ExitStack() as ending:
+        store = ending.enter_context(RunStore.open(config, note=progress.note))
+        failures = Failures()
+        tracker = ending.enter_context(
+            Tracker(store.run_dir, config.tracking, config.run.name, config.model_dump(mode="json"))
+        )
+        ending.enter_context(cluster(config.cluster))
+        placement = Placement(config, progress.note)
+        ending.callback(placement.release)
+        rank_seats, sampler_seats = placement.reserve()
+        learner = ReplayedLearner(config, store, failures, progress.note)
+        keeper = CheckpointKeeper(config, store, learner)
+        ending.callback(keeper.close)
+        ending.callback(learner.close)
+        ending.callback(keeper.finish)
+        learner.launch(rank_seats)
+        graders = ReplayedGraders(config, failures, progress.note)
+        ending.callback(graders.close)
+        advantages = RestartedAdvantages(config, failures, progress.note)
+        ending.callback(advantages.close)
+        samplers = ReplayedPool(config, placement, failures, progress.note)
+        ending.callback(samplers.close)
+        samplers.launch(sampler_seats)
+        base = ray.put(recording)
+        graders.start(base)
+        samplers.begin(base, None, None)
+        learner.start(Given(base, None))
+        samplers.start(Needed(base, None, None, learner.probe()))
+        ray.get([member.actor.set.remote(1, PACE_S) for member in samplers.members])
+        ledger = Ledger(Epochs(config.rl.problems_per_step, config.rl.problems_per_step, config.run.seed))
+        samplers.resampled = ledger.resampled
+        control = Control(config.run.name, {})
+        ending.callback(control.close)
+        samplers.between = control.listen
+        observer = Watching(config, tracker, progress, failures, {})
+        cast = Crew(learner, samplers, graders, advantages, keeper)
+        observer.graders, observer.pids, observer.meter = graders, cast.pids, Meter()
+        stages = Stages(samplers, graders, advantages, learner, keeper)
+        keeper.done = max(keeper.done, 0)  # no evaluation before the first step
+        ending.enter_context(progress.stage("replaying", config.rl.steps))
+        yield Bench(config, cast, stages, ledger, observer)
+
+
+def recorded(run_dir: Path) -> Recording:
+    """The last step that a run has recorded."""
+    found = load_step(run_dir, recorded_steps(run_dir)[-1])
+    return Recording(found.rollouts, found.rewards)
+
+
+def quickstart(folder: Path) -> Path:
+    """Two steps of it; returns the run's directory."""
+    overrides = [f"run.dir={folder}", "rl.steps=2", "eval.every_steps=0", "tracking.wandb=disabled"]
+    config = load_config(CONFIG, overrides)
+    train(config, Progress(Console(stderr=True, highlight=False)))
+    return config.run_dir
+
+
+def job(folder: Path, samplers: int, groups: int, longest: int) -> JobConfig:
+    return load_config(
+        CONFIG,
+        [
+            "run.name=data-plane",
+            f"run.dir={folder}",
+            "cluster.num_cpus=2",
+            "cluster.object_store_gb=2",
+            "learner.num_cpus=0.01",
+            f"sampler.num_workers={samplers}",
+            "sampler.num_cpus=0.01",
+            f"sampler.max_num_seqs={SEQUENCES}",
+            f"rl.problems_per_step={groups}",
+            f"rl.samples_per_problem={SAMPLES}",
+            f"rl.sampling.max_tokens={longest}",
+            "rl.steps=1000000",
+            "eval.every_steps=0",
+            "tracking.wandb=disabled",
+            "tracking.rollouts_per_step=0",
+            "tracking.rollout_steps=1",
+        ],
+    )
+
+
+def profile(work: Callable[[], Any]) -> list[str]:
+    """Where the loop's thread spends its own time: the functions with most of it."""
+    profiler = cProfile.Profile(time.thread_time)
+    profiler.runcall(work)
+    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    heaviest = sorted(stats.items(), key=lambda one: -one[1][2])[:12]
+    return [
+        f"{own:.3f} s own, {whole:.3f} s with callees, {calls} calls: {Path(file).name}:{line} {name}"
+        for (file, line, name), (_, calls, own, whole, _) in heaviest
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recorded", type=Path)
+    parser.add_argument("--samplers", type=int, default=64)
+    parser.add_argument("--groups", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="rlsys-plane-") as scratch:
+        recording = recorded(arguments.recorded or quickstart(Path(scratch)))
+        lengths = recording.rollouts.lengths
+        config = job(Path(scratch), arguments.samplers, arguments.groups, int(lengths.max()))
+        with bench(config, recording) as bed:
+            row = measured(bed, arguments, lengths)
+    finish(row, arguments.out)
+
+
+def measured(bed: Bench, arguments: argparse.Namespace, lengths: Any) -> Row:
+    pool, meter = bed.cast.samplers, bed.observer.meter
+
+    def in_flight() -> dict[str, int]:
+        groups = sum(member.held for member in pool.members) // SAMPLES
+        return {"groups_in_flight": groups, "calls_in_flight": len(pool.flying)}
+
+    with Peaks(in_flight) as peaks:
+        found = by_turns(
+            {name: partial(bed.turn, name, *how, arguments.steps) for name, how in SIDES.items()}, arguments.repeats
+        )
+    settled = meter.readings[WARM * len(SIDES) * arguments.steps :]
+    per_group = {
+        name: {key: float(np.median([turn[key] for turn in turns])) for key in turns[0]}
+        for name, turns in bed.spent.items()
+    }
+    profiles = {
+        name: profile(partial(bed.turn, "profile", lag, 1, arguments.steps))
+        for name, (lag, longer) in SIDES.items()
+        if longer == 1
+    }
+    return Row(
+        name="data_plane",
+        title=f"driver, {arguments.samplers} sampler actors, {arguments.groups:,} groups in flight",
+        command="python -m benchmarks.data_plane",
+        unit="ms of driver CPU per group",
+        sides={**found, LIMIT: [1.0] * arguments.repeats},
+        targets=[Target(name, LIMIT, 1.0, "<=") for name in SIDES],
+        equal={
+            "samplers": arguments.samplers,
+            "groups_per_step": arguments.groups,
+            "completions_per_group": SAMPLES,
+            "recorded_tokens_per_completion": float(lengths.mean()),
+            "steps_per_turn": arguments.steps,
+            "checkpoint_bytes_per_step": 3 * ADAPTER_BYTES,
+        },
+        more={
+            **peaks.found,
+            "per_group": per_group,
+            "memory": growth(settled, arguments.groups),
+            "profile": profiles,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
