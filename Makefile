@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: quickstart test check unit soak bench clean
+.PHONY: quickstart test check unit soak bench gpu-check clean
 
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml --fresh
@@ -32,6 +32,10 @@ bench: $(READY)
 	$(BIN)/python benchmarks/sampler.py
 	$(BIN)/python benchmarks/client.py
 	$(BIN)/python -m benchmarks.sync
+
+# Wants CUDA, torch, transformers and peft, and no environment of its own: make gpu-check PYTHON=python3 ARGS=--skip-rows
+gpu-check:
+	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
 # Wheels only and no dependency resolution: the list is complete, and no compiler is needed.
 $(READY): requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml

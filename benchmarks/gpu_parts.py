@@ -1,0 +1,238 @@
+"""What the checks on a GPU share: sections without pydantic, random bases made on the device, batches, one result each.
+
+Nothing here or in what it imports needs more than torch, transformers and peft (tests/unit/test_gpu_check.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlsys.budget import TokenBudget
+from rlsys.datums import DatumBatch
+from rlsys.learner import BatchResult, Learner, RunState
+from rlsys.losses import Loss
+from rlsys.ranks import ALONE
+from rlsys.rollouts import offsets_of, spans
+from rlsys.types import Array, Datum, ModelInput
+
+RUN = "run"
+QUICK = {  # 0.3 million parameters
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_1_7B = {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN3_8B = {
+    "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ModelValues:
+    """Stands in for rlsys.config.ModelSection, which needs pydantic; names and defaults are the same."""
+
+    path: str | None = None
+    make: None = None
+    dtype: str = "float32"
+    max_length: int = 128
+
+
+@dataclass(frozen=True, slots=True)
+class LoraValues:
+    """For rlsys.config.LoraSection."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    train_attn: bool = True
+    train_mlp: bool = True
+    train_unembed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerValues:
+    """For rlsys.config.LearnerSection, without what says where its actors run."""
+
+    device: str = "cpu"
+    shard_base: bool = False
+    threads: int = 1
+    token_budget: int = 4096
+    share_prompts: bool = True
+    logprob_chunk_tokens: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One figure against its bound; NaN passes nowhere."""
+
+    name: str
+    found: float
+    bound: float
+    sense: Literal["<=", ">="] = "<="
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.found <= self.bound if self.sense == "<=" else self.found >= self.bound
+
+    def line(self) -> str:
+        verdict = "PASS" if self.passed else "FAIL"
+        note = f"   {self.note}" if self.note else ""
+        return f"{verdict}  {self.name}: {self.found:.3g}, wanted {self.sense} {self.bound:.3g}{note}"
+
+
+def error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
+    """||found - wanted|| / ||wanted|| over all of them together, in float64 on the CPU."""
+    ours, theirs = (torch.cat([part.detach().cpu().double().reshape(-1) for part in side]) for side in (found, wanted))
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def write_base(folder: Path, shape: dict[str, Any], dtype: str, device: str, max_length: int, spread: float) -> int:
+    """A Qwen3 of random weights, made on `device`; says how many parameters it has. `spread` is of the weights."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        **shape, max_position_embeddings=max_length, eos_token_id=0, pad_token_id=0, initializer_range=spread,
+        dtype=dtype,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with _default(getattr(torch, dtype)), torch.device(device):
+        model = Qwen3ForCausalLM(config)
+    count = sum(weight.numel() for weight in model.parameters())
+    model.save_pretrained(folder)
+    return count
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def learner_of(
+    base: Path, section: LearnerValues, saved: str, max_length: int, dtype: torch.dtype | None = None,
+    lora: LoraValues = LoraValues(), bold: bool = True,
+) -> Learner:  # fmt: skip
+    """With one run; a bold one's B is as large as makes a difference, and the same whatever the device."""
+    model = ModelValues(path=str(base), dtype=saved, max_length=max_length)
+    learner = Learner(base, model, section, dtype=dtype)  # type: ignore[arg-type]
+    learner.create_run(RUN, lora, seed=1)  # type: ignore[arg-type]
+    if bold:
+        generator = torch.Generator().manual_seed(2)
+        state = learner.run_state(RUN)
+        weights = {
+            name: _drawn(weight, generator) if name.endswith(".lora_B") else weight.clone()
+            for name, weight in sorted(state.weights.items())
+        }
+        learner.restore(RUN, RunState(0, weights, None))
+    return learner
+
+
+def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
+    return (0.05 * torch.randn(like.shape, generator=generator)).to(like.device, like.dtype)
+
+
+def settle(learner: Learner, **changed: Any) -> None:
+    """Other settings for a learner that is loaded already, and a token budget that nothing has reduced."""
+    learner._section = replace(learner._section, **changed)  # type: ignore[type-var]
+    learner._budget = TokenBudget(learner._section.token_budget, ALONE)
+
+
+def gradient(learner: Learner) -> dict[str, Tensor]:
+    """What has accumulated, in float64 on the CPU; it is forgotten in the learner."""
+    found = {}
+    for name, weight in learner._runs[RUN].parameters.items():
+        assert weight.grad is not None, f"{name} has no gradient"
+        found[name] = weight.grad.detach().cpu().double()
+    learner.forget_gradient(RUN)
+    return found
+
+
+def update(
+    learner: Learner, batch: DatumBatch, loss: Loss, where: Literal["all", "weighted"] = "all",
+    temperature: float = 1.0, **changed: Any,
+) -> tuple[BatchResult, dict[str, Tensor]]:  # fmt: skip
+    """One forward_backward under these settings, and its gradient."""
+    settle(learner, **changed)
+    result = learner.forward_backward(RUN, batch, loss, temperature, where=where)
+    return result, gradient(learner)
+
+
+def groups(prompts: Array, completions: list[Array], vocabulary: int, seed: int = 0) -> DatumBatch:
+    """One group per prompt length, with completions of the lengths given for it; prompts have weight 0."""
+    random = np.random.default_rng(seed)
+    rows, starts = [], []
+    for length, of_group in zip(prompts, completions, strict=True):
+        prompt = random.integers(1, vocabulary, length)
+        rows += [np.concatenate([prompt, random.integers(1, vocabulary, n)]) for n in of_group]
+        starts += [int(length) - 1] * len(of_group)
+    offsets = offsets_of([len(row) - 1 for row in rows])
+    weights = np.zeros(offsets[-1], np.float32)
+    lengths = np.concatenate(completions)
+    weights[spans(offsets[:-1] + np.array(starts), lengths)] = 1.0
+    columns = {
+        "weights": weights,
+        "logprobs": np.full(offsets[-1], -math.log(vocabulary), np.float32) * weights,
+        "advantages": random.normal(size=offsets[-1]).astype(np.float32) * weights,
+    }
+    tokens, targets = (
+        np.concatenate([row[cut] for row in rows]).astype(np.int32) for cut in (slice(-1), slice(1, None))
+    )
+    return DatumBatch(tokens, targets, offsets, columns)
+
+
+def near_policy(batch: DatumBatch, logprobs: Array, seed: int = 0) -> DatumBatch:
+    """The batch as if its sampler had been near `logprobs`: log-ratios of up to 0.5, none within 0.01 of a bound at
+    which ppo and cispo clip, so that rounding clips nothing."""
+    random = np.random.default_rng(seed)
+    ratios = random.uniform(-0.5, 0.5, len(logprobs))
+    for bound in (math.log(0.8), math.log(1.2)):
+        ratios = np.where(np.abs(ratios - bound) < 0.01, bound + 0.02, ratios)
+    columns = {**batch.columns, "logprobs": ((logprobs - ratios) * batch.columns["weights"]).astype(np.float32)}
+    return DatumBatch(batch.tokens, batch.targets, batch.offsets, columns)
+
+
+def datums_of(batch: DatumBatch) -> list[Datum]:
+    cuts = [slice(a, b) for a, b in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)]
+    return [
+        Datum(ModelInput.from_ints(batch.tokens[cut]), {"target_tokens": batch.targets[cut].astype(np.int64)})
+        for cut in cuts
+    ]
+
+
+@dataclass(slots=True)
+class Report:
+    """Checks as they come, each printed at once; what raises is a check that failed."""
+
+    checks: list[Check] = field(default_factory=list)
+
+    def run(self, name: str, work: Callable[[], Iterable[Check]]) -> None:
+        try:
+            for check in work():
+                self._add(check)
+        except Exception as caught:  # the others are still worth running
+            import traceback
+
+            where = traceback.extract_tb(caught.__traceback__)[-1]
+            told = f"{type(caught).__name__}: {str(caught)[:600]} ({Path(where.filename).name}:{where.lineno})"
+            self._add(Check(name, math.nan, 0.0, "<=", told))
+            traceback.print_exc()
+
+    def _add(self, check: Check) -> None:
+        self.checks.append(check)
+        print(check.line(), flush=True)

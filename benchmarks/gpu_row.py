@@ -1,0 +1,345 @@
+"""The H200 row: a LoRA learner on Qwen3 shapes against transformers + PEFT with SDPA, tokens of completions per second.
+
+Both sides make the same update of the same sequences from the same base, one after the other: bfloat16 base with random
+weights, fp32 adapter of rank 16 on the seven linears, importance sampling on completions, AdamW (fused) with a rate of
+0, prompts of about 100 tokens, completions of 20 to 400, groups of 8. Micro-batches have at most the same number of
+tokens, padding included on the other side, and neither checkpoints gradients. Where one side runs out of memory, that
+number is halved for both. The other side is what its users run: prompts padded on the left, completions on the right,
+output layer at completions only (``logits_to_keep``), log-probabilities in fp32; once in the order given, and once
+sorted by length, which pads least. Before each timed step the same side makes one that is not timed, so that the memory
+which the other side left behind in torch's cache counts for neither.
+
+Model FLOPs of an update, N of the body's linear weights, A of the adapter, V x H of the output layer, t tokens, c of
+completions, sequences of L tokens, n layers of h heads of size d:
+
+    4 N t + 6 A t + 4 V H c + 6 n h d sum(L^2)
+
+2 N per token forward and 2 N back, for a frozen weight has no gradient of its own; 2 A and 4 A; the output layer as
+the body; of attention's two products the causal half, 2 n h d L^2 forward, and twice that back. Nothing that is
+computed again counts, and neither does padding, so the share of the peak is of useful work. The peak is that of
+NVIDIA's data sheet, "H200 Tensor Core GPU", SXM, dense bfloat16: 989 TFLOP/s.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu_parts import QUICK, QWEN3_1_7B, QWEN3_8B, RUN, LearnerValues, groups, learner_of, settle, write_base
+from benchmarks.rows import Row, Target, by_turns, finish, spread
+from rlsys import losses
+from rlsys.datums import DatumBatch
+from rlsys.learner import Learner
+from rlsys.types import AdamParams
+
+PEAK = 989e12  # FLOP/s, see above
+SHAPES = {"quick": QUICK, "1.7b": QWEN3_1_7B, "8b": QWEN3_8B}
+OURS, SHARED = "rlsys", "rlsys, prompts shared"
+THEIRS, SORTED = "transformers + PEFT", "transformers + PEFT, sorted by length"
+LOSS = losses.resolve("importance_sampling")
+STILL = AdamParams(0.0, eps=1e-8)
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def batch_of(tokens: int, vocabulary: int) -> DatumBatch:
+    """About so many tokens: groups of 8, the last one cut short."""
+    random = np.random.default_rng(0)
+    prompts, completions, total = [], [], 0
+    while total < tokens:
+        prompts.append(int(random.integers(80, 121)))
+        completions.append([])
+        while len(completions[-1]) < 8 and total < tokens:
+            completions[-1].append(int(random.integers(20, 401)))
+            total += prompts[-1] + completions[-1][-1]
+    return groups(np.array(prompts), [np.array(c) for c in completions], vocabulary)
+
+
+@dataclass
+class PeftLoop:
+    """transformers + PEFT: the padded loop described above."""
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def load(cls, base: Path, device: str) -> PeftLoop:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
+        model.config.use_cache = False
+        config = LoraConfig(r=16, lora_alpha=32, target_modules=LINEARS, lora_dropout=0.0, task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)  # its adapters are fp32 on a bfloat16 base
+        model.train()
+        trained = [weight for weight in model.parameters() if weight.requires_grad]
+        assert all(weight.dtype == torch.float32 for weight in trained)
+        return cls(model, torch.optim.AdamW(trained, lr=0.0, fused=True))
+
+    def step(self, batch: DatumBatch, budget: int, by_length: bool) -> float:
+        """The summed loss of one update."""
+        total = torch.zeros((), device=self.model.device)
+        for rows in padded_batches(batch, budget, by_length):
+            loss = self._loss(batch, rows)
+            loss.backward()
+            total += loss.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return float(total)
+
+    def _loss(self, batch: DatumBatch, rows: list[int]) -> Tensor:
+        device = self.model.device
+        ids, mask, width, columns = padded(batch, rows)
+        ids, mask = ids.to(device), mask.to(device)
+        columns = {name: column.to(device) for name, column in columns.items()}
+        logits = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=width + 1).logits[:, :-1]
+        targets = ids[:, -width:, None]
+        by_row = [row.float().log_softmax(-1).gather(1, of) for row, of in zip(logits, targets, strict=True)]
+        logp = torch.stack(by_row)[..., 0]
+        ratio = torch.where(columns["weights"] != 0, logp - columns["logprobs"], 0.0).exp()
+        return -(ratio * columns["advantages"] * columns["weights"]).sum()
+
+
+def padded_batches(batch: DatumBatch, budget: int, by_length: bool) -> Iterator[list[int]]:
+    """Rows whose padded rectangle has at most `budget` tokens."""
+    prompts, completions = parts(batch)
+    order = np.argsort(-(prompts + completions), kind="stable") if by_length else np.arange(batch.num_datums)
+    rows: list[int] = []
+    for row in map(int, order):
+        more = [*rows, row]
+        if rows and len(more) * (prompts[more].max() + completions[more].max()) > budget:
+            yield rows
+            more = [row]
+        rows = more
+    yield rows
+
+
+def parts(batch: DatumBatch) -> tuple[np.ndarray, np.ndarray]:
+    """(D,) tokens of each prompt and of each completion."""
+    cuts = itertools.pairwise(batch.offsets)
+    completions = np.array([np.count_nonzero(batch.columns["weights"][a:b]) for a, b in cuts])
+    return batch.lengths + 1 - completions, completions
+
+
+def padded(batch: DatumBatch, rows: list[int]) -> tuple[Tensor, Tensor, int, dict[str, Tensor]]:
+    """ids and mask (n, P + C), C, and the columns at completions, (n, C)."""
+    prompts, completions = parts(batch)
+    left, width = int(prompts[rows].max()), int(completions[rows].max())
+    ids = np.zeros((len(rows), left + width), np.int64)
+    mask = np.zeros_like(ids)
+    columns = {name: np.zeros((len(rows), width), np.float32) for name in batch.columns}
+    for n, row in enumerate(rows):
+        cut = slice(batch.offsets[row], batch.offsets[row + 1])
+        tokens = np.append(batch.tokens[cut], batch.targets[cut][-1])
+        place = slice(left - prompts[row], left + completions[row])
+        ids[n, place], mask[n, place] = tokens, 1
+        for name, column in batch.columns.items():
+            columns[name][n, : completions[row]] = column[cut][-completions[row] :]
+    return torch.from_numpy(ids), torch.from_numpy(mask), width, {k: torch.from_numpy(v) for k, v in columns.items()}
+
+
+def flops(model: nn.Module, shape: dict[str, Any], batch: DatumBatch, rank: int = 16) -> float:
+    """Of one update: the formula above."""
+    linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]
+    assert linears
+    body = sum(m.weight.numel() for m in linears if m.weight.shape[0] != rank and m.weight.shape[1] != rank)
+    adapter = sum(m.weight.numel() for m in linears if rank in m.weight.shape)
+    _, completions = parts(batch)
+    tokens, lengths = float(batch.lengths.sum()), batch.lengths.astype(np.float64)
+    head = shape["vocab_size"] * shape["hidden_size"]
+    squares = 6 * shape["num_hidden_layers"] * shape["num_attention_heads"] * shape["head_dim"] * (lengths**2).sum()
+    return float(4 * body * tokens + 6 * adapter * tokens + 4 * head * completions.sum() + squares)
+
+
+@contextmanager
+def room(gigabytes: float) -> Iterator[Path]:
+    """A folder for a base, in memory where there is room for it twice."""
+    shm = Path("/dev/shm")
+    roomy = shm.is_dir() and shutil.disk_usage(shm).free > 2e9 * gigabytes
+    with tempfile.TemporaryDirectory(dir=shm if roomy else None) as folder:
+        yield Path(folder)
+
+
+def rows(kind: str, device: str, repeats: int, sizes: tuple[int, ...], out: Path | None) -> list[bool]:
+    """Measure one shape at each size of a step; whether each met its target."""
+    shape = SHAPES[kind]
+    gigabytes = 2e-9 * (3 if kind == "quick" else 1) * _parameters(shape)
+    met = []
+    with room(gigabytes) as folder:
+        began = time.perf_counter()
+        count = write_base(folder / "base", shape, "bfloat16", device, 4096, spread=0.02)
+        _free(device)
+        written = time.perf_counter()
+        ours = learner_of(folder / "base", LearnerValues(device=device), "bfloat16", 4096, bold=False)
+        loaded = time.perf_counter()
+        theirs = PeftLoop.load(folder / "base", device)
+        print(
+            f"{kind}: {count / 1e9:.2f} billion parameters; made and written in {written - began:.1f} s, loaded in "
+            f"{loaded - written:.1f} s by rlsys and {time.perf_counter() - loaded:.1f} s by transformers + PEFT",
+            flush=True,
+        )
+    ceiling = _ceiling(device)
+    for size in sizes:
+        row = _row(kind, shape, device, size, repeats, ours, theirs, ceiling)
+        finish(row, out / f"{row.name}.json" if out else None)
+        for side, values in row.more["share of 989 TFLOP/s"].items():
+            print(f"{row.name}: {side}: share of the bfloat16 peak {values}")
+        ratio = np.median([a / b for a, b in zip(row.sides[OURS], row.sides[THEIRS], strict=True)])
+        met.append(bool(row.targets[0].met(float(ratio))))
+    return met
+
+
+def _row(
+    kind: str, shape: dict[str, Any], device: str, size: int, repeats: int, ours: Learner, theirs: PeftLoop,
+    ceiling: float,
+) -> Row:  # fmt: skip
+    batch = batch_of(size, shape["vocab_size"])
+    completions = float(batch.columns["weights"].sum())
+    work = flops(ours._model, shape, batch)
+    budget, losses_of = _common_budget(batch, size, ours, theirs, device)
+
+    def of_rlsys(share: bool) -> None:
+        settle(ours, share_prompts=share, token_budget=budget)
+        ours.forward_backward(RUN, batch, LOSS, where="weighted")
+        ours.optim_step(RUN, STILL)
+        assert ours.token_budget.tokens == budget, "ran out of memory with a budget that had sufficed"
+
+    steps: dict[str, Callable[[], object]] = {
+        OURS: lambda: of_rlsys(False),
+        THEIRS: lambda: theirs.step(batch, budget, by_length=False),
+        SORTED: lambda: theirs.step(batch, budget, by_length=True),
+        SHARED: lambda: of_rlsys(True),
+    }
+    peaks: dict[str, float] = {}
+
+    def rate(name: str, step: Callable[[], object]) -> Callable[[], float]:
+        def side() -> float:
+            _free(device)
+            resident = _reset(device)
+            step()
+            _wait(device)
+            began = time.perf_counter()
+            step()
+            _wait(device)
+            seconds = time.perf_counter() - began
+            peaks[name] = max(peaks.get(name, 0.0), (_peak(device) - resident) / 2**30)
+            return completions / seconds
+
+        return side
+
+    sides = by_turns({name: rate(name, step) for name, step in steps.items()}, repeats)
+    share = {name: spread([work / (completions / value) / PEAK for value in values]) for name, values in sides.items()}
+    return Row(
+        f"h200_{kind}_{size}",
+        f"LoRA learner, Qwen3-{kind} shape, about {size} tokens per step, {_name(device)}",
+        f"make gpu-check (python -m benchmarks.gpu_check --row {kind})",
+        "tokens of completions/s",
+        sides,
+        [Target(OURS, THEIRS, 2.0, ">=")],
+        {
+            "base": "bfloat16, random weights", "adapter": "fp32, rank 16, seven linears",
+            "sequences": batch.num_datums, "tokens": int(batch.lengths.sum()),
+            "tokens of completions": int(completions),
+            "tokens of a micro-batch": budget, "gradient checkpointing": "neither side",
+            "optimizer": "AdamW, fused",
+        },
+        {
+            "share of 989 TFLOP/s": share,
+            "model TFLOP of a step": work / 1e12,
+            "a product of 8192 x 8192 x 8192 in bfloat16, TFLOP/s": ceiling / 1e12,
+            "peak memory of a step over what is resident, GiB": peaks,
+            "padded micro-batches": {
+                name: len(list(padded_batches(batch, budget, name == SORTED))) for name in (THEIRS, SORTED)
+            },
+            "loss of one step": losses_of,
+            "device": _name(device),
+        },
+    )  # fmt: skip
+
+
+def _common_budget(
+    batch: DatumBatch, size: int, ours: Learner, theirs: PeftLoop, device: str
+) -> tuple[int, dict[str, float]]:
+    """The most tokens of a micro-batch with which both sides have memory enough, and both sides' loss: they have to
+    agree, or they do not compute the same."""
+    budget = size
+    while True:
+        settle(ours, share_prompts=False, token_budget=budget)
+        found = ours.forward_backward(RUN, batch, LOSS, where="weighted").loss_sum
+        ours.optim_step(RUN, STILL)
+        budget = ours.token_budget.tokens
+        _free(device)
+        try:
+            wanted = [theirs.step(batch, budget, by_length) for by_length in (False, True)]
+        except torch.OutOfMemoryError:
+            theirs.optimizer.zero_grad(set_to_none=True)
+            _free(device)
+            budget //= 2
+            continue
+        scale = float(np.abs(batch.columns["advantages"]).sum())
+        # A log-probability of random weights differs by some hundredths of a nat in bfloat16, with either sign.
+        for value in wanted:
+            assert math.isclose(found, value, abs_tol=0.02 * scale), f"losses differ: {found} and {value} of {scale}"
+        return budget, {OURS: found, THEIRS: wanted[0], SORTED: wanted[1]}
+
+
+def _parameters(shape: dict[str, Any]) -> int:
+    ends = shape["vocab_size"] * shape["hidden_size"] * (1 if shape["tie_word_embeddings"] else 2)
+    of_heads = (shape["num_attention_heads"] * 2 + shape["num_key_value_heads"] * 2) * shape["head_dim"]
+    layer = shape["hidden_size"] * (of_heads + 3 * shape["intermediate_size"])
+    return int(ends + shape["num_hidden_layers"] * layer)
+
+
+def _ceiling(device: str) -> float:
+    """What a large product of random numbers reaches here, FLOP/s."""
+    width = 8192 if device == "cuda" else 256
+    a, b = (torch.randn(width, width, device=device, dtype=torch.bfloat16) for _ in range(2))
+    found = []
+    for _ in range(8):
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        _wait(device)
+        found.append(5 * 2 * width**3 / (time.perf_counter() - began))
+    return float(np.median(found[3:]))
+
+
+def _name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _free(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _reset(device: str) -> int:
+    """Bytes allocated now; the peak is counted from here."""
+    _wait(device)
+    if device != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def _peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
