@@ -70,6 +70,8 @@ class LearnerValues:
     token_budget: int = 4096
     share_prompts: bool = True
     logprob_chunk_tokens: int = 1024
+    gradient_checkpointing: bool = False
+    entropy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
     from torch.nn.attention.varlen import varlen_attn
 
     # Before torch 2.12 there is no such argument, and fewer heads of keys need none.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     lists = segments.key_lists
     if lists.keys is not None:
         key, value = key.index_select(0, lists.keys), value.index_select(0, lists.keys)
@@ -91,23 +91,26 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scali
 
 
 class _TwoPartAttention(torch.autograd.Function):
-    """The formulas of the module's docstring. Kept for the way back: q, k, v, the output and L, nothing padded."""
+    """The formulas of the module's docstring. Kept for the way back: q, k, v, the output and L, nothing padded
+    and nothing cast."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
-        out = torch.empty(query.shape, dtype=query.dtype)
-        total = torch.empty(query.shape[:2], dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+        wide = _wide(query.dtype)
+        out = torch.empty(query.shape, dtype=wide)
+        total = torch.empty(query.shape[:2], dtype=wide)
         for shape in segments.rectangles:
             o, logsumexp = _flash(*(_rows(x, shape) for x in (query, key, value)), 0.0, True, scale=scale)
             _put_rows(out, shape, o.transpose(1, 2))
             _put_rows(total, shape, logsumexp.transpose(1, 2))
         for reading in segments.readings:
             readers, read = slice(reading.start, reading.stop), slice(reading.first, reading.last)
-            o, logsumexp = _flash(_heads(query[readers]), _heads(key[read]), _heads(value[read]), scale=scale)
+            o, logsumexp = _flash(*(_heads(x) for x in (query[readers], key[read], value[read])), scale=scale)
             own = total[readers]
             gap = logsumexp[0].T - own
-            out[readers] += (o[0].transpose(0, 1) - out[readers]) * gap.sigmoid()[..., None].to(o.dtype)
+            out[readers] += (o[0].transpose(0, 1) - out[readers]) * gap.sigmoid()[..., None]
             own += torch.nn.functional.softplus(gap)
+        out = out.to(query.dtype)
         ctx.save_for_backward(query, key, value, out, total)
         ctx.segments, ctx.scale = segments, scale
         return out
@@ -115,7 +118,7 @@ class _TwoPartAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, total = ctx.saved_tensors
-        of_query, of_key, of_value = (torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value))
+        of_query, of_key, of_value = (torch.empty(x.shape, dtype=total.dtype) for x in (query, key, value))
         for shape in ctx.segments.rectangles:
             found = _flash_backward(
                 _rows(grads[0], shape, padding=0.0), *(_rows(x, shape) for x in (query, key, value, out)),
@@ -131,7 +134,7 @@ class _TwoPartAttention(torch.autograd.Function):
             )  # fmt: skip
             for whole, part in zip((of_query[readers], of_key[read], of_value[read]), found, strict=True):
                 whole += part[0].transpose(0, 1)
-        return of_query, of_key, of_value, None, None
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None
 
 
 _two_part_attention: Callable[..., Tensor] = _TwoPartAttention.apply
@@ -139,9 +142,14 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What the kernel computes in: on CPU it is slower in bfloat16 than in float32, casts included."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _heads(tokens: Tensor) -> Tensor:
     """(t, H, head_dim) as one row of a batch, (1, H, t, head_dim)."""
-    return tokens.transpose(0, 1)[None]
+    return tokens.to(_wide(tokens.dtype)).transpose(0, 1)[None]
 
 
 def _rows(tokens: Tensor, shape: Rectangle, padding: float | None = None) -> Tensor:
@@ -153,6 +161,7 @@ def _rows(tokens: Tensor, shape: Rectangle, padding: float | None = None) -> Ten
     else:
         cells = tokens.new_full((shape.rows * shape.length, *tokens.shape[1:]), padding)
         cells.index_copy_(0, shape.places, tokens.index_select(0, shape.tokens))
+    cells = cells.to(_wide(tokens.dtype))
     return cells.reshape(shape.rows, shape.length, *tokens.shape[1:]).transpose(1, 2)
 
 

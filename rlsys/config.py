@@ -207,7 +207,9 @@ class LearnerSection(Section):
     cores: list[int] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
     token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch of its own
     share_prompts: bool = True  # sequences that begin alike run over their common beginning once
-    logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits that exist at once
+    logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits that exist at once, fewer for a large vocabulary
+    gradient_checkpointing: bool = False  # layers keep their inputs alone and run again in the backward pass
+    entropy: bool = False  # of the policy at the tokens that are learned from, as policy/entropy
 
 
 class SamplerSection(Section):

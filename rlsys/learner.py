@@ -31,13 +31,14 @@ from rlsys.custom import CustomLoss, evaluate, result_metrics
 from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, GradientError
 from rlsys.identity import BaseIdentity, identity_of
-from rlsys.logprobs import token_logprobs
+from rlsys.logprobs import logprobs_and_entropy, token_logprobs
 from rlsys.lora import Adapters
 from rlsys.losses import Loss
 from rlsys.norms import replace_norms
 from rlsys.optim import Kind, Stepper, clip, global_norm, require_like
 from rlsys.packing import MicroBatch, bins, families, filler, micro_batch
 from rlsys.ranks import ALONE, Ranks, local
+from rlsys.recompute import keep_inputs_only
 from rlsys.types import AdamParams, Array, Datum
 from rlsys.weights import AdapterSnapshot, snapshot_of
 
@@ -141,9 +142,12 @@ class Learner:
         self._model = _load(base, loaded_dtype, "cpu" if shard else section.device)
         self._max_length = min(model.max_length, self._model.config.max_position_embeddings)
         self._identity = identity_of(self._model)
-        self._forward: Callable[[MicroBatch, float], Tensor] = self._bare_logprobs
+        self._forward: Callable[[MicroBatch, float], tuple[Tensor, Tensor]] = self._bare_logprobs
+        if section.gradient_checkpointing:
+            keep_inputs_only(_layers(self._model, "learner.gradient_checkpointing"))
         if shard:
-            self._forward = ranks.shard(self._model, _layers(self._model), self._bare_logprobs)
+            layers = _layers(self._model, "learner.shard_base")
+            self._forward = ranks.shard(self._model, layers, self._bare_logprobs)
         self._base = list(self._model.parameters())
         self._adapters = Adapters(self._model)
         self._runs: dict[str, _Run] = {}
@@ -459,9 +463,10 @@ class Learner:
         wanted_T = batch.columns["weights"] != 0 if where == "weighted" else None
         logp_T = np.zeros(len(batch.tokens), np.float64)
         values_T = np.zeros(len(batch.tokens), np.float64)
-        with self._ranks.joint(logp_T, values_T):
+        entropy_T = np.zeros(len(batch.tokens) if self._section.entropy else 0, np.float64)
+        with self._ranks.joint(logp_T, values_T, entropy_T):
             for micro in self._micro_batches(batch, wanted_T)[0]:
-                logp = self._logprobs(micro, temperature)
+                logp, entropy = self._logprobs_and_entropy(micro, temperature)
                 if len(micro.index) == 0:
                     values = 0.0 * logp
                 else:
@@ -474,7 +479,12 @@ class Learner:
                     self._backward(values.sum())
                 _put(logp_T, micro, logp.double())
                 _put(values_T, micro, values.double())
+                if self._section.entropy:
+                    _put(entropy_T, micro, entropy.double())
         metrics = {"loss:sum": float(values_T.sum()), **losses.metrics(loss, logp_T, batch.columns)}
+        if self._section.entropy:
+            counts_T = batch.columns["weights"] != 0
+            metrics["entropy:mean"] = float(entropy_T[counts_T].sum() / max(1, np.count_nonzero(counts_T)))
         return BatchResult(metrics["loss:sum"], metrics, logp_T.astype(np.float32))
 
     @contextmanager
@@ -513,13 +523,17 @@ class Learner:
 
     def _logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         """(T,) nats of the micro-batch's targets."""
+        return self._logprobs_and_entropy(micro, temperature)[0]
+
+    def _logprobs_and_entropy(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """The same, and (T,) nats of entropy where the section wants it, else (0,)."""
         self._moved += 1
         with self._ranks.guard("the forward pass"):
             found = self._forward(micro, temperature)
         self._moved += 1
         return found
 
-    def _bare_logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
+    def _bare_logprobs(self, micro: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
         hidden = self._model.base_model(
             input_ids=micro.tokens,
             position_ids=micro.positions,
@@ -528,8 +542,10 @@ class Learner:
         ).last_hidden_state[0]
         if micro.rows is not None:
             hidden = hidden.index_select(0, micro.rows)
-        chunk = self._section.logprob_chunk_tokens
-        return token_logprobs(self._adapters.head(), hidden, micro.targets, temperature, chunk)
+        arguments = (self._adapters.head(), hidden, micro.targets, temperature, self._section.logprob_chunk_tokens)
+        if self._section.entropy:
+            return logprobs_and_entropy(*arguments)
+        return token_logprobs(*arguments), hidden.new_zeros(0)
 
     def _select(self, run_id: str | None) -> None:
         self._adapters.activate(None if run_id is None else self._run(run_id).adapter)
@@ -568,12 +584,12 @@ def _load(base: Path | str, dtype: torch.dtype, device: str) -> PreTrainedModel:
     return model
 
 
-def _layers(model: PreTrainedModel) -> Sequence[nn.Module]:
+def _layers(model: PreTrainedModel, key: str) -> Sequence[nn.Module]:
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(
-            f"learner.shard_base: {type(model).__name__} has no list of decoder layers called 'layers'; wanted a model "
-            "that has, or learner.shard_base=false"
+            f"{key}: {type(model).__name__} has no list of decoder layers called 'layers'; wanted a model that has, or "
+            f"{key}=false"
         )
     return list(layers)
 

@@ -7,20 +7,29 @@ module's name alone: not on the global random state, on other adapters, or on wh
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, LoraModel
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlsys.config import LoraSection
+from rlsys.adapted import adapted_linear
 from rlsys.errors import ConfigError
 from rlsys.ranks import whole
+
+if TYPE_CHECKING:
+    from rlsys.config import LoraSection
+
+_logger = logging.getLogger(__name__)
 
 TARGETS = {
     "train_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -60,7 +69,9 @@ class Adapters:
             else:
                 self._tuner.peft_config[name] = config
                 self._tuner.inject_adapter(self._model, name)
+        earlier = self._layers
         self._layers = {path: layer for path, layer in self._model.named_modules() if isinstance(layer, LoraLayer)}
+        _fuse({path: layer for path, layer in self._layers.items() if path not in earlier})
         for path, layer in self._of(name).items():
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             bound = 1.0 / math.sqrt(a.shape[1])
@@ -142,6 +153,37 @@ class Adapters:
                 f"found {', '.join(sorted(present))}"
             )
         return wanted
+
+
+def _fuse(layers: Mapping[str, LoraLayer]) -> None:
+    """Replace PEFT's forward of layers that are plain linear ones; others keep it, and the log names them."""
+    left = []
+    for path, layer in layers.items():
+        if type(layer) is LoraLinear and type(layer.get_base_layer()) is nn.Linear:
+            layer.forward = _Fused(layer)
+        else:
+            left.append(path)
+    if left:
+        _logger.warning("adapters of %s run through PEFT's own forward, slower and larger", ", ".join(left))
+
+
+class _Fused:
+    """A layer's forward. It reads weights at each call: an optimizer changes them, and a base shared by ranks is whole
+    only now."""
+
+    def __init__(self, layer: LoraLinear) -> None:
+        self._layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self._layer
+        base = layer.get_base_layer()
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if not active:
+            found: Tensor = base(x)
+            return found
+        (name,) = active
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return adapted_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
 
 
 def _is_linear(module: nn.Module) -> bool:

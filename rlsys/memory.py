@@ -18,7 +18,8 @@ from rlsys.dimensions import SAVED_BYTES, Dimensions
 
 MIB, GIB = 2**20, 2**30
 FP32 = 4
-PADDING = 1.1  # cells per token of attention's rectangles: rows are at least 0.75 of the longest
+LOGIT_BYTES = 64 * MIB  # of a chunk of logits, whatever the vocabulary
+LOGIT_BLOCK = 262_144  # values of the softmax that a thread of a CPU works on at once
 CANARY_TOKENS = 64
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
 
@@ -132,7 +133,11 @@ def micro_batch_tokens(config: JobConfig) -> int:
 def activations(config: JobConfig, dims: Dimensions, tokens: int) -> int:
     """What autograd keeps of `tokens` packed tokens until the backward pass has used it."""
     layer = _resident(config, dims, _layer_blocks(config, dims), tokens)
-    return dims.num_layers * layer + _resident(config, dims, _end_blocks(config, dims), tokens)
+    ends = _resident(config, dims, _end_blocks(config, dims), tokens)
+    if not config.learner.gradient_checkpointing:
+        return dims.num_layers * layer + ends
+    inputs = _resident(config, dims, [(1, SAVED_BYTES[config.model.dtype] * dims.hidden_size)], tokens)
+    return dims.num_layers * inputs + layer + ends  # one layer at a time is run again
 
 
 def working(config: JobConfig, dims: Dimensions, tokens: int) -> int:
@@ -174,39 +179,38 @@ def _is_trained(lora: LoraSection, linear: str) -> bool:
 
 
 def _layer_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
-    """Kept of one layer.
+    """Kept of one layer, all in the model's dtype but for norms' and attention's figures per row.
 
-    float32: attention keeps q, k, v and its output as rectangles, its output again as tokens where an adapter reads it,
-    q and k before their norms; the two norms of the layer keep their inputs and the adapters those norms' outputs; the
-    MLP keeps gate, silu(gate), up and their product. bfloat16: an adapter reads an fp32 copy of its input, one copy
-    for each adapter, and norms keep their fp32 inputs.
+    Attention keeps q, k, v and its output, q and k also from before their norms; the two norms of the layer keep their
+    inputs and the adapters those norms' outputs; the MLP keeps gate, silu(gate), up and their product; every adapter
+    keeps x A'.
     """
     lora, size = config.lora, SAVED_BYTES[config.model.dtype]
     hidden, inner, query, kv = dims.hidden_size, dims.intermediate_size, dims.query_size, dims.kv_size
-    pad = PADDING if config.learner.device == "cpu" else 1.0
-    reads_attn, reads_mlp = (1, 1) if size == FP32 else (3, 2)
     small = FP32 * (2 * dims.num_heads + dims.num_kv_heads + 2)
-    blocks: Blocks = [(2, size * pad * query), (2, size * pad * kv), (3, size * inner), (2, FP32 * hidden), (1, small)]
+    blocks: Blocks = [(2, size * query), (2, size * kv), (3, size * inner), (2, size * hidden), (1, small)]
     if dims.qk_norm:
-        blocks += [(1, FP32 * query), (1, FP32 * kv)]
+        blocks += [(1, size * query), (1, size * kv)]
     if lora.train_attn:
-        blocks += [(reads_attn, FP32 * hidden), (1, FP32 * query), (4, FP32 * lora.rank)]
+        blocks += [(1, size * hidden), (4, size * lora.rank)]
     if lora.train_mlp:
-        blocks += [(reads_mlp, FP32 * hidden), (1, FP32 * inner), (3, FP32 * lora.rank)]
+        blocks += [(1, size * hidden), (1, size * inner), (3, size * lora.rank)]
     return blocks
 
 
 def _end_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
     """Kept outside of the layers: the last norm's input, the output layer's gradient, cosines and sines."""
     size = SAVED_BYTES[config.model.dtype]
-    return [(1, FP32 * dims.hidden_size), (1, size * dims.hidden_size), (2, size * dims.head_dim)]
+    return [(2, size * dims.hidden_size), (2, size * dims.head_dim)]
 
 
 def _head_bytes(config: JobConfig, dims: Dimensions, tokens: int) -> int:
-    """Logits, their log-softmax, and the chunk before, which is let go only when the next is done."""
-    chunk = config.learner.logprob_chunk_tokens
-    copies = 5 if config.lora.train_unembed else (3 if tokens > chunk else 2)
-    return copies * FP32 * min(chunk, tokens) * dims.vocab_size
+    """A chunk of logits and the fp32 blocks that go through its softmax; where the layer is trained, what its backward
+    pass keeps and makes of the chunk too."""
+    size, chunk = SAVED_BYTES[config.model.dtype], config.learner.logprob_chunk_tokens
+    rows = max(1, min(chunk, tokens, LOGIT_BYTES // (dims.vocab_size * size)))
+    copies = 5 if config.lora.train_unembed else 1
+    return copies * size * rows * dims.vocab_size + 2 * FP32 * LOGIT_BLOCK * config.learner.threads
 
 
 def _weights(config: JobConfig, dims: Dimensions) -> dict[str, int]:

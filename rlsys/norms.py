@@ -3,29 +3,37 @@
     y = w x r,  r = (mean(x^2) + eps)^(-1/2)       dx = r (w g) - x r^3 <w g, x> / n,   dw = sum over rows of g x r
 
 transformers computes it from six elementary operations, each with a gradient of its own, and in fp32 even where the
-model is float64. A module is replaced only where it is of that form and gives the same values.
+model is float64. Half precision is computed in fp32 and rounded where transformers rounds, x r and then w x r; what is
+kept is x as it is, no fp32 copy. On CPU a block of rows goes through all operations before the next, so that what is
+between them stays in the cache. A module is replaced only where it is of that form and gives the same values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+# Values of a block for each thread. Measured on one CPU core, forward and backward of 3,840 rows of 512 in bfloat16:
+# 8.6 ms in blocks of 65,536, 10.2 in these, 17.7 as one. Every operation on a block is a meeting of all threads, and
+# on a busy machine a late one holds up the others: few blocks cost less then.
+BLOCK = 262_144
+
 
 def replace_norms(model: nn.Module) -> int:
-    """How many RMS norms of an fp32 or float64 model now run here; half precision keeps its own roundings."""
+    """How many RMS norms of the model now run here."""
     count = 0
     for module in model.modules():
         weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-        if weight is None or eps is None or weight.ndim != 1 or weight.dtype not in (torch.float32, torch.float64):
+        if weight is None or eps is None or weight.ndim != 1 or not weight.is_floating_point():
             continue
         fused = _Bound(module, float(eps))
         sample = torch.linspace(-2, 3, 3 * len(weight), dtype=weight.dtype, device=weight.device).view(3, -1)
+        bound = max(1e-5, 2 * torch.finfo(weight.dtype).eps)  # a formula that differs, differs by far more
         with torch.no_grad():
-            same = torch.allclose(fused(sample), module(sample), rtol=1e-5, atol=1e-6)
+            same = torch.allclose(fused(sample), module(sample), rtol=bound, atol=0.1 * bound)
         if same:
             module.forward = fused
             count += 1
@@ -45,23 +53,41 @@ class _Bound:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        r = mean_square.add_(eps).rsqrt_()
+        wide = _wide(x.dtype)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        r = torch.empty(*x.shape[:-1], 1, dtype=wide, device=x.device)
+        for x_n, y_n, r_n in _blocks(x, y, r):
+            torch.linalg.vector_norm(x_n, dim=-1, keepdim=True, dtype=wide, out=r_n)
+            r_n.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            torch.mul(x_n, r_n, out=y_n) if x.dtype == wide else y_n.copy_(x_n * r_n)
+            y_n.mul_(weight)
         ctx.save_for_backward(x, weight, r)
-        y: Tensor = (x * r).mul_(weight)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (grad,) = grads
         x, weight, r = ctx.saved_tensors
-        product = grad * x
-        slope = (product @ weight)[..., None] * r.pow(3) / x.shape[-1]
-        of_weight = None
-        if ctx.needs_input_grad[1]:
-            of_weight = r.reshape(-1) @ product.reshape(-1, x.shape[-1])
-        of_x = (grad * weight).mul_(r).addcmul_(x, slope, value=-1) if ctx.needs_input_grad[0] else None
-        return of_x, of_weight, None
+        of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        of_weight = torch.zeros_like(weight, dtype=r.dtype) if ctx.needs_input_grad[1] else None
+        for g_n, x_n, r_n, of_x_n in _blocks(grads[0], x, r, of_x):
+            x_wide = x_n.to(r.dtype)
+            if of_weight is not None:
+                of_weight += r_n[:, 0] @ (g_n * x_wide)
+            g_wide = (g_n * weight).to(r.dtype)
+            slope = torch.linalg.vecdot(g_wide, x_wide)[:, None].mul_(r_n.pow(3)).div_(-x.shape[-1])
+            of_x_n.copy_(g_wide.mul_(r_n).addcmul_(x_wide, slope))
+        return of_x, None if of_weight is None else of_weight.to(weight.dtype), None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of all, a block at a time; on other devices than a CPU all at once."""
+    rows = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    size = len(rows[0]) if rows[0].device.type != "cpu" else BLOCK * torch.get_num_threads() // rows[0].shape[1]
+    return zip(*(tensor.split(max(1, size)) for tensor in rows), strict=True)
 
 
 _rms_norm: Callable[..., Tensor] = _RmsNorm.apply

@@ -29,6 +29,7 @@ METRICS = {
     "kl_k3:mean": "policy/kl_k3",
     "logprob_diff:mean": "policy/logprob_diff_mean",
     "logprob_diff:max": "policy/logprob_diff_max",
+    "entropy:mean": "policy/entropy",
 }
 # How far the sampler is from the learner, which truncated importance sampling separates from what the loss clips.
 OF_SAMPLER = ("kl_k1:mean", "kl_k3:mean", "logprob_diff:mean", "logprob_diff:max")

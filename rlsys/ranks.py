@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 import numpy as np
@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor
 from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, ConfigError, StalledError
 from rlsys.types import Array
 
+Found = TypeVar("Found")
 _FORWARD = "rlsys_forward"  # a method of the sharded model that counts as its forward
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
@@ -180,8 +181,8 @@ class Ranks:
             raise ActorDiedError(f"{waited} another rank is gone: {first_line(error)}") from error
 
     def shard(
-        self, model: nn.Module, layers: Sequence[nn.Module], forward: Callable[..., Tensor]
-    ) -> Callable[..., Tensor]:
+        self, model: nn.Module, layers: Sequence[nn.Module], forward: Callable[..., Found]
+    ) -> Callable[..., Found]:
         """Leave each rank its part of every parameter (FSDP2); returns `forward` as it has to be called from now on.
 
         A layer's parameters are whole only while it runs, those outside of layers during the whole of `forward`.
@@ -195,7 +196,7 @@ class Ranks:
         setattr(model, _FORWARD, forward)
         register_fsdp_forward_method(model, _FORWARD)
         self.shards = True
-        sharded: Callable[..., Tensor] = getattr(model, _FORWARD)
+        sharded: Callable[..., Found] = getattr(model, _FORWARD)
         return sharded
 
 

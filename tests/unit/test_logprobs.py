@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rlsys.logprobs import token_logprobs
+from rlsys import logprobs
+from rlsys.logprobs import chunk_rows, logprobs_and_entropy, token_logprobs
 
 T, H, V = 23, 12, 37
 
 
 class Adapted(nn.Module):
     """A frozen output layer with a low-rank adapter on it."""
+
+    out_features = V
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -52,6 +57,105 @@ def test_values_and_gradients_do_not_depend_on_the_chunk(
         strict=True,
     ):
         assert (got - right).norm() <= bound * right.norm()
+
+
+@pytest.mark.parametrize("kind", ["frozen", "frozen with bias", "trained", "adapted"])
+@pytest.mark.parametrize("chunk", [7, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_entropy_is_exact_at_any_temperature_and_leaves_log_probabilities_as_they_are(
+    kind: str, chunk: int, temperature: float, dtype: torch.dtype, bound: float
+) -> None:
+    torch.manual_seed(0)
+    head = make(kind, dtype)
+    hidden = (3 * torch.randn(T, H, dtype=dtype)).requires_grad_()
+    targets = torch.randint(V, (T,))
+    whole = torch.distributions.Categorical(logits=head(hidden) / temperature).entropy()
+    found, entropy = logprobs_and_entropy(head, hidden, targets, temperature, chunk)
+    assert (entropy - whole).norm() <= bound * whole.norm()
+    assert not entropy.requires_grad
+    plain = token_logprobs(head, hidden, targets, temperature, chunk)
+    assert torch.equal(found, plain)
+    (slope,) = torch.autograd.grad(found.sum(), hidden)
+    (wanted,) = torch.autograd.grad(plain.sum(), hidden)
+    assert torch.equal(slope, wanted)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_blocks_of_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    torch.manual_seed(0)
+    head, hidden, targets = make("frozen", torch.float32), torch.randn(T, H), torch.randint(V, (T,))
+    hidden.requires_grad_()
+    whole, entropy = logprobs_and_entropy(head, hidden, targets, temperature, 10)
+    (slope,) = torch.autograd.grad(whole.sum(), hidden)
+    monkeypatch.setattr(logprobs, "BLOCK", 3 * V)
+    found, again = logprobs_and_entropy(head, hidden, targets, temperature, 10)
+    torch.testing.assert_close((found, again), (whole, entropy))
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), hidden)[0], slope)
+
+
+def test_a_frozen_layer_gets_no_weight_gradient_and_none_is_computed() -> None:
+    seen: set[tuple[int, ...]] = set()
+
+    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in own:
+                seen.add(tuple(out.shape))
+            return out
+
+    head = make("frozen with bias", torch.float32)
+    own = {weight.untyped_storage().data_ptr() for weight in head.parameters()}
+    hidden = torch.randn(T, H, requires_grad=True)
+    with Shapes():
+        token_logprobs(head, hidden, torch.randint(V, (T,)), 1.0, 8).sum().backward()
+    assert all(weight.grad is None for weight in head.parameters())
+    assert seen and not seen & {(V, H), (H, V), (V,)}
+
+
+def most_alive(work: Callable[[], object]) -> int:
+    """The most bytes of tensors, made in `work`, that lived at one time, as torch's allocator counted them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    now = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("kind", ["frozen", "trained"])
+@pytest.mark.parametrize("entropy", [False, True])
+def test_memory_grows_neither_with_the_length_nor_with_the_vocabulary(
+    kind: str, entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_BYTES", 400_000)
+    monkeypatch.setattr(logprobs, "BLOCK", 20_000)
+    peaks = {}
+    for length, vocab in ((500, 2000), (4000, 2000), (500, 16_000)):
+        head = nn.Linear(4, vocab, bias=False).requires_grad_(kind == "trained")
+        hidden, targets = torch.randn(length, 4, requires_grad=True), torch.randint(vocab, (length,))
+
+        def work(head: nn.Module = head, hidden: Tensor = hidden, targets: Tensor = targets) -> None:
+            logprobs_and_entropy(head, hidden, targets, 0.7, 10**6)[0].sum().backward()
+
+        def bare(head: nn.Module = head, hidden: Tensor = hidden, targets: Tensor = targets) -> None:
+            token_logprobs(head, hidden, targets, 0.7, 10**6).sum().backward()
+
+        bare()  # gradients of weights exist from now on
+        peaks[length, vocab] = most_alive(work if entropy else bare)
+    of_rows, of_weight = 4 * 4 * (4000 - 500), 4 * 4 * (16_000 - 2000)  # (T, H) and (V, H) tensors, not (T, V)
+    assert peaks[4000, 2000] <= peaks[500, 2000] + 6 * of_rows
+    assert peaks[500, 16_000] <= 1.2 * peaks[500, 2000] + 3 * of_weight
+    assert peaks[4000, 2000] < 0.25 * 4 * 4000 * 2000
+
+
+def test_rows_of_a_chunk_follow_from_its_bytes() -> None:
+    assert chunk_rows(32_000, torch.bfloat16, 10**6) == logprobs.CHUNK_BYTES // 64_000
+    assert chunk_rows(32_000, torch.float32, 10**6) == logprobs.CHUNK_BYTES // 128_000
+    assert chunk_rows(32_000, torch.float32, 100) == 100
+    assert chunk_rows(10**9, torch.float32, 100) == 1
 
 
 @pytest.mark.parametrize("kind", ["frozen", "trained"])

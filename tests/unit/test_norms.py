@@ -8,6 +8,7 @@ from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from rlsys import norms
 from rlsys.norms import replace_norms
 
 
@@ -37,6 +38,53 @@ def test_values_and_gradients_are_those_of_transformers() -> None:
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("norm", [GemmaRMSNorm(6), fresh(torch.bfloat16), nn.LayerNorm(6)])
-def test_another_formula_and_half_precision_stay_as_they_are(norm: nn.Module) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_has_transformers_s_values_to_the_bit(dtype: torch.dtype) -> None:
+    norm, plain = fresh(dtype), fresh(dtype)
+    assert replace_norms(norm) == 1
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(norm(x), plain(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gradients_are_as_near_to_float64_as_those_of_transformers(dtype: torch.dtype) -> None:
+    norm, plain, exact = fresh(dtype), fresh(dtype), fresh(torch.float64)
+    replace_norms(norm)
+    replace_norms(exact)
+    exact.weight.data = norm.weight.data.double()
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    upstream = torch.randn(400, 6, generator=torch.Generator().manual_seed(1)).to(dtype)
+    slopes = {}
+    for name, module in (("ours", norm), ("theirs", plain), ("exact", exact)):
+        at = x.to(module.weight.dtype).requires_grad_()
+        slopes[name] = torch.autograd.grad(module(at), (at, module.weight), upstream.to(module.weight.dtype))
+    for ours, theirs, right in zip(slopes["ours"], slopes["theirs"], slopes["exact"], strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        errors = [float((some.double() - right).norm() / right.norm()) for some in (ours, theirs)]
+        assert errors[0] <= 1.05 * errors[1], errors
+
+
+def test_what_is_kept_has_no_copy_of_the_input() -> None:
+    norm = fresh(torch.bfloat16)
+    replace_norms(norm)
+    x = torch.randn(50, 6).bfloat16().requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        norm(x)
+    assert sorted(tuple(tensor.shape) for tensor in kept) == [(6,), (50, 1), (50, 6)]
+    assert all(tensor.data_ptr() == x.data_ptr() for tensor in kept if tensor.shape == x.shape)
+
+
+def test_rows_of_several_blocks_and_strides_are_as_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = fresh(torch.float32)
+    replace_norms(norm)
+    x = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0)).transpose(1, 2).requires_grad_()
+    upstream = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
+    whole = torch.autograd.grad(norm(x), (x, norm.weight), upstream)
+    monkeypatch.setattr(norms, "BLOCK", 7 * 6)
+    torch.testing.assert_close(torch.autograd.grad(norm(x), (x, norm.weight), upstream), whole)
+
+
+@pytest.mark.parametrize("norm", [GemmaRMSNorm(6), GemmaRMSNorm(6).bfloat16(), nn.LayerNorm(6)])
+def test_another_formula_stays_as_it_is(norm: nn.Module) -> None:
     assert replace_norms(norm) == 0

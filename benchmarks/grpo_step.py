@@ -1,0 +1,227 @@
+"""Seconds of one whole GRPO step, rlsys against TRL's GRPOTrainer, by turns on the same cores.
+
+    python -m benchmarks.grpo_step --row tiny [--trl .bench]      # also: tiny-fp32, 54m
+
+Both sides stay alive in processes of their own and make one step per turn, from the beginning of one step to that of
+the next: sampling, rewards, advantages, loss and gradient, AdamW, and for rlsys the adapter's way to the engine with
+its proof. rlsys is a job as `rlsys train` runs it. TRL generates with transformers' generate: with use_vllm (colocate)
+on vLLM 0.32 for CPU it was seen to fail in load_weights, when it hands its weights over ("'Parameter' object has no
+attribute 'weight_loader'"), and its server mode needs CUDA for that.
+
+Held equal: model folder, dtype of the frozen base (adapters in float32), cores, the very prompts of each step and
+their order, 16 of them with 8 completions of full length (the end token lies outside of the vocabulary), temperature 1
+without top-p and top-k, reward, group-normalised advantages, PPO clip at 0.2, each completion's mean, no KL, one AdamW
+step, LoRA of rank 16 on the seven linears, learning rate, gradient clipping, no evaluation, checkpoint or wandb in
+between. rlsys's step includes the sampler's log-probabilities of each token and the ratio to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.grpo_task import prompts
+from benchmarks.rows import Row, Target, by_turns, finish
+from benchmarks.shapes import S54, TINY, write_model
+from benchmarks.sides import Side
+from rlsys.problems import Epochs
+
+ROOT = Path(__file__).parents[1]
+PROMPTS, GROUP = 16, 8
+POOL = 512  # prompts, in an order that both sides follow
+THREADS = 2
+LEARNING_RATE, RANK, ALPHA = 1e-4, 16, 32.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`words`: of a prompt, uniformly. `micro_batch`: completions of one backward of TRL's, the fastest found."""
+
+    title: str
+    shape: dict[str, int]
+    dtype: str
+    words: tuple[int, int]
+    max_tokens: int
+    target: float
+    micro_batch: int
+
+
+CASES = {
+    "tiny": Case("2.9M model, 32 tokens", TINY, "bfloat16", (24, 40), 32, 1.5, 128),
+    "tiny-fp32": Case("2.9M model, 32 tokens, float32", TINY, "float32", (24, 40), 32, 1.5, 128),
+    "54m": Case("54M model, 128 tokens", S54, "bfloat16", (80, 120), 128, 2.0, 128),
+}
+
+
+def folder_of_model(case: Case, folder: Path) -> Path:
+    """As write_model makes it, with a tokenizer whose words are numbers, and an end that is never drawn."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    write_model(folder, case.shape, case.dtype)
+    size = case.shape["vocab_size"]
+    numbers = {str(i): i for i in range(1, size)}
+    words = Tokenizer(models.WordLevel({"<pad>": 0, **numbers, "</s>": size}, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**fields, "eos_token_id": None}))
+    return folder
+
+
+def options_of_prompts(case: Case) -> dict[str, int]:
+    shortest, longest = case.words
+    return {"count": POOL, "shortest": shortest, "longest": longest, "vocabulary": case.shape["vocab_size"]}
+
+
+def job(case: Case, model: Path, folder: Path, steps: int, changes: list[str]) -> list[str]:
+    """The job, as overrides of an empty configuration."""
+    set_to: dict[str, Any] = {
+        "run.name": "grpo-step",
+        "run.dir": str(folder),
+        "model.path": str(model),
+        "model.dtype": case.dtype,
+        "model.max_length": case.words[1] + case.max_tokens,
+        "task.name": "benchmarks.grpo_task:RandomWords",
+        "task.options": options_of_prompts(case),
+        "lora.rank": RANK,
+        "lora.alpha": ALPHA,
+        "learner.threads": THREADS,
+        "sampler.threads": THREADS,
+        "rl.steps": steps,
+        "rl.problems_per_step": PROMPTS,
+        "rl.samples_per_problem": GROUP,
+        "rl.sampling.max_tokens": case.max_tokens,
+        "rl.loss.name": "ppo",
+        "rl.loss.params": {"clip_ratio": 0.2},
+        "rl.advantages.normalise": "std",
+        "rl.advantages.aggregate": "length",
+        "rl.optim.learning_rate": LEARNING_RATE,
+        "rl.optim.warmup_steps": 0,
+        "rl.optim.beta2": 0.999,
+        "rl.optim.eps": 1e-8,
+        "eval.every_steps": 0,
+        "eval.max_tokens": 8,
+        "checkpoint.every_steps": 10_000,
+        "tracking.wandb": "disabled",
+    }
+    return [f"{key}={json.dumps(value)}" for key, value in set_to.items()] + changes
+
+
+def in_trl(case: Case, model: Path, folder: Path, steps: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of benchmarks.trl_side."""
+    pool = prompts(**options_of_prompts(case))
+    order = Epochs(POOL, PROMPTS, seed=0).take(0, steps * PROMPTS).tolist()
+    return {
+        "model": str(model),
+        "folder": str(folder),
+        "prompts": [pool[i] for i in order],
+        "steps": steps,
+        "threads": THREADS,
+        "dtype": case.dtype,
+        "autocast": False,
+        "completions": PROMPTS * GROUP,
+        "group": GROUP,
+        "max_tokens": case.max_tokens,
+        "micro_batch": case.micro_batch,
+        "learning_rate": LEARNING_RATE,
+        "rank": RANK,
+        "alpha": ALPHA,
+        "more": {},
+        **changes,
+    }
+
+
+def install_trl(folder: Path) -> Path:
+    """TRL alone, on top of the libraries that are here: so that both sides have the same."""
+    if not (folder / "trl").exists():
+        wanted = ROOT / "requirements" / "bench.txt"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "-r"]
+        subprocess.run([*command, str(wanted)], check=True)
+    return folder
+
+
+def run(case: Case, options: argparse.Namespace, folder: Path) -> tuple[dict[str, list[float]], dict[str, Side]]:
+    model = folder_of_model(case, folder / "model")
+    steps = options.warmups + options.repeats
+    env = {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    commands = {
+        "TRL": [
+            sys.executable, "-m", "benchmarks.trl_side",
+            json.dumps(in_trl(case, model, folder / "trl", steps, json.loads(options.trl_set))),
+        ],
+        "rlsys": [
+            sys.executable, "-m", "benchmarks.rlsys_side", *job(case, model, folder / "runs", steps, options.set),
+        ],
+    }  # fmt: skip
+    envs = {
+        "TRL": {**env, "PYTHONPATH": f"{install_trl(options.trl)}:{ROOT}", "OMP_NUM_THREADS": str(THREADS)},
+        "rlsys": {**env, "RAY_AUTH_MODE": "disabled"},
+    }
+    sides: dict[str, Side] = {}
+    try:
+        for name in options.only or commands:
+            sides[name] = Side(name, commands[name], folder / f"{name}.log", envs[name])
+        for side in sides.values():
+            side.ready()
+        return by_turns({name: side.step for name, side in sides.items()}, options.repeats, options.warmups), sides
+    finally:
+        for side in sides.values():
+            side.close()
+
+
+def middle(side: Side, warmups: int) -> dict[str, float]:
+    """Medians of what the side said of its steps."""
+    turns = side.turns[warmups:]
+    return {key: round(median(turn[key] for turn in turns), 4) for key in turns[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--row", choices=CASES, default="tiny")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--warmups", type=int, default=3)
+    parser.add_argument("--trl", type=Path, default=ROOT / ".bench", help="where TRL is, or is installed to")
+    parser.add_argument("--set", action="append", default=[], help="section.key=value of the job")
+    parser.add_argument("--trl-set", default="{}", help="JSON over the arguments of benchmarks.trl_side")
+    parser.add_argument("--only", action="append", choices=("TRL", "rlsys"))
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    case = CASES[options.row]
+    with tempfile.TemporaryDirectory(prefix="grpo-step-") as scratch:
+        times, sides = run(case, options, Path(scratch))
+    parts = {name: middle(side, options.warmups) for name, side in sides.items()}
+    if options.only:
+        print(json.dumps({"seconds": times, "parts": parts}, indent=1))
+        return
+    row = Row(
+        name=f"grpo-{options.row}",
+        title=f"one GRPO step, {case.title}",
+        command=f"python -m benchmarks.grpo_step --row {options.row}",
+        unit="s",
+        sides=times,
+        targets=[Target("TRL", "rlsys", case.target, ">=")],
+        equal={
+            "model": case.shape,
+            "dtype": f"{case.dtype} base, float32 adapter",
+            "threads": THREADS,
+            "prompts": f"{PROMPTS} of {case.words[0]} to {case.words[1]} tokens",
+            "completions": f"{GROUP} of {case.max_tokens} tokens each",
+            "lora_rank": RANK,
+        },
+        more={"parts": parts},
+    )
+    finish(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Learner tokens per second: ``rlsys.learner.Learner`` against transformers + PEFT in padded batches.
+
+    python -m benchmarks.learner [--dtype bfloat16 float32] [--threads 2] [--repeats 5] [--profile]
+
+One update of a 54M Qwen3 shape with LoRA r16 on its seven linear layers: forward and backward over DATUMS sequences
+(groups of 8, prompts of 90 to 110 tokens, completion lengths uniform in 20 to 400, seed 0), then AdamW. The rate is
+completion tokens per second. Both sides have the token budget, the dtype (base in bfloat16 with fp32 adapters, or all
+fp32), the threads, the sequences and the loss (PPO's clipped ratio); neither checkpoints, nor shares prompts.
+
+The other side pads on the right: rows x longest <= budget, attention mask, transformers' SDPA attention, logits of all
+positions, their log-softmax in fp32, gather, loss, backward, and AdamW after the last. It comes twice: sequences as
+they were drawn, which is the usual loop and the one that the target is against, and sorted by length first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.rows import Row, Target, by_turns, finish
+from benchmarks.shapes import S54, write_model
+from rlsys import losses
+from rlsys.config import LearnerSection, LoraSection, ModelSection
+from rlsys.datums import DatumBatch
+from rlsys.learner import Learner
+from rlsys.rollouts import offsets_of
+from rlsys.types import AdamParams
+
+BUDGET, GROUP = 4096, 8
+ADAM = AdamParams(learning_rate=1e-4)
+LORA = LoraSection(rank=16, alpha=32.0)
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LOW, HIGH = 0.8, 1.2
+ALL, SORTED, OURS = "padded, as drawn", "padded, sorted by length", "rlsys"
+
+
+def drawn(datums: int, vocab_size: int, seed: int = 0) -> DatumBatch:
+    """Sequences whose completions alone count."""
+    random = np.random.default_rng(seed)
+    prompts = np.repeat(random.integers(90, 111, datums // GROUP), GROUP)
+    completions = random.integers(20, 401, datums)
+    lengths = prompts + completions - 1  # predictions
+    offsets = offsets_of(lengths)
+    first = np.repeat(offsets[:-1] + prompts - 1, lengths)
+    weights = (np.arange(offsets[-1]) >= first).astype(np.float32)
+    # of a random model every token has about the same probability, so the ratio is near 1, as on policy
+    logprobs = -np.log(vocab_size) + random.normal(0, 0.1, offsets[-1])
+    by_datum = np.repeat(random.normal(size=datums), lengths)
+    ids = [random.integers(1, vocab_size, int(length) + 1) for length in lengths]
+    for group in range(0, datums, GROUP):
+        for member in range(group, group + GROUP):
+            ids[member][: prompts[group]] = ids[group][: prompts[group]]
+    return DatumBatch(
+        np.concatenate([sequence[:-1] for sequence in ids]).astype(np.int32),
+        np.concatenate([sequence[1:] for sequence in ids]).astype(np.int32),
+        offsets,
+        {
+            "weights": weights,
+            "logprobs": (logprobs * weights).astype(np.float32),
+            "advantages": (by_datum * weights).astype(np.float32),
+        },
+    )
+
+
+class Padded:
+    """transformers and PEFT as their documentation uses them."""
+
+    def __init__(self, folder: Path, dtype: str) -> None:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        config = LoraConfig(r=LORA.rank, lora_alpha=int(LORA.alpha), target_modules=LINEARS, lora_dropout=0.0)
+        self.model: Any = get_peft_model(base, config)  # which makes adapters fp32 on a bfloat16 base
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        assert all(weight.dtype == torch.float32 for weight in trained)
+        self.optimizer = torch.optim.AdamW(trained, lr=ADAM.learning_rate, weight_decay=ADAM.weight_decay)
+
+    def forward_backward(self, batch: DatumBatch, by_length: bool) -> float:
+        order = np.argsort(batch.lengths, kind="stable") if by_length else np.arange(batch.num_datums)
+        total = 0.0
+        for rows in padded_batches(batch.lengths, order, BUDGET):
+            total += self._micro_batch(batch, rows)
+        return total
+
+    def _micro_batch(self, batch: DatumBatch, rows: np.ndarray[Any, Any]) -> float:
+        longest = int(batch.lengths[rows].max())
+
+        def padded(column: np.ndarray[Any, Any], dtype: torch.dtype) -> Tensor:
+            out = torch.zeros(len(rows), longest, dtype=dtype)
+            for at, row in enumerate(rows):
+                part = column[batch.offsets[row] : batch.offsets[row + 1]]
+                out[at, : len(part)] = torch.from_numpy(part.copy())
+            return out
+
+        ids, targets = padded(batch.tokens, torch.int64), padded(batch.targets, torch.int64)
+        mask = padded(np.ones_like(batch.tokens), torch.int64)
+        columns = {key: padded(column, torch.float32) for key, column in batch.columns.items()}
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logp = torch.log_softmax(logits.float(), -1).gather(-1, targets[..., None])[..., 0]
+        ratio = (logp - columns["logprobs"]).exp()
+        gain = torch.minimum(ratio * columns["advantages"], ratio.clamp(LOW, HIGH) * columns["advantages"])
+        loss = -(gain * columns["weights"]).sum()
+        loss.backward()
+        return float(loss.detach())
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def padded_batches(lengths: Any, order: Any, budget: int) -> list[Any]:
+    """Neighbours in `order` while rows x longest fits."""
+    batches: list[list[int]] = [[]]
+    longest = 0
+    for row in order:
+        longest = max(longest, int(lengths[row]))
+        if batches[-1] and (len(batches[-1]) + 1) * longest > budget:
+            batches.append([])
+            longest = int(lengths[row])
+        batches[-1].append(int(row))
+    return [np.asarray(batch) for batch in batches]
+
+
+def ours(folder: Path, dtype: str, threads: int) -> Learner:
+    section = LearnerSection(threads=threads, token_budget=BUDGET, share_prompts=False)
+    learner = Learner(folder, ModelSection(path=str(folder), dtype=dtype, max_length=1024), section)  # type: ignore[arg-type]
+    learner.create_run("run", LORA, seed=0)
+    return learner
+
+
+def measure(dtype: str, threads: int, datums: int, repeats: int, profile: bool, sides: list[str]) -> Row:
+    with tempfile.TemporaryDirectory() as name:
+        parameters = write_model(Path(name), S54, dtype)
+        learner, padded = ours(Path(name), dtype, threads), Padded(Path(name), dtype)
+    torch.set_num_threads(threads)
+    batch, loss = (
+        drawn(datums, S54["vocab_size"]),
+        losses.resolve("ppo", {"clip_low_threshold": LOW, "clip_high_threshold": HIGH}),
+    )
+    tokens = float(batch.columns["weights"].sum())
+
+    def update_ours() -> float:
+        found = learner.forward_backward("run", batch, loss, where="weighted")
+        learner.optim_step("run", ADAM)
+        return found.loss_sum
+
+    def update_padded(by_length: bool) -> float:
+        found = padded.forward_backward(batch, by_length)
+        padded.step()
+        return found
+
+    def rate(update: Callable[[], float]) -> Callable[[], float]:
+        def side() -> float:
+            began = time.perf_counter()
+            update()
+            return tokens / (time.perf_counter() - began)
+
+        return side
+
+    every = {
+        OURS: rate(update_ours),
+        ALL: rate(lambda: update_padded(False)),
+        SORTED: rate(lambda: update_padded(True)),
+    }
+    # Before any step both are the bare base: the losses have to be the same number.
+    first = learner.forward_backward("run", batch, loss).loss_sum, padded.forward_backward(batch, True)
+    learner.forget_gradient("run")
+    padded.optimizer.zero_grad(set_to_none=True)
+    bound = 1e-3 if dtype == "float32" else 3e-2
+    assert abs(first[0] - first[1]) <= bound * float(np.abs(batch.columns["advantages"]).sum()), first
+    found = by_turns({side: every[side] for side in sides}, repeats)
+    cells = {
+        name: int(sum(len(rows) * batch.lengths[rows].max() for rows in padded_batches(batch.lengths, order, BUDGET)))
+        for name, order in ((ALL, np.arange(datums)), (SORTED, np.argsort(batch.lengths, kind="stable")))
+    }
+    more: dict[str, Any] = {"loss of the first update": first, "cells of padded batches": cells}
+    if profile:
+        more["profile"] = profiled(update_ours)
+    return Row(
+        f"learner_{dtype}_{threads}_threads" if threads > 1 else f"learner_{dtype}_1_thread",
+        f"learner tokens/s, {dtype}, {threads} thread{'s' if threads > 1 else ''}",
+        "python -m benchmarks.learner",
+        "completion tokens/s",
+        found,
+        [Target(OURS, ALL, 2.0, ">=")] + ([Target(OURS, SORTED, 1.0, ">=")] if SORTED in found else []),
+        {
+            "base": f"{parameters / 1e6:.1f}M parameters in {dtype}, adapters in float32",
+            "threads": threads,
+            "sequences": datums,
+            "tokens read": len(batch.tokens),
+            "completion tokens": int(tokens),
+            "token budget": BUDGET,
+            "gradient checkpointing": False,
+            "prompts shared": False,
+            "loss": "ppo",
+            "optimizer": "AdamW, one step per update",
+        },
+        more,
+    )
+
+
+def profiled(work: Callable[[], object], most: int = 12) -> dict[str, str]:
+    """Share of the time per operation of torch, the largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    return {event.key: f"{event.self_cpu_time_total / total:.1%}" for event in events[:most]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[2])
+    parser.add_argument("--datums", type=int, default=32)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sides", nargs="+", default=[OURS, ALL, SORTED])
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    for dtype in arguments.dtype:
+        for threads in arguments.threads:
+            finish(measure(dtype, threads, arguments.datums, arguments.repeats, arguments.profile, arguments.sides))
+
+
+if __name__ == "__main__":
+    main()
