@@ -28,10 +28,12 @@ soak: $(READY)
 	GRADING_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/unit/test_grading_fuzz.py
 	$(BIN)/python -m pytest -m soak -rA tests/soak tests/ray tests/nodes tests/deploy tests/engine
 
+# The rows of docs/performance.md, one after the other on a machine with nothing else to do: about an hour.
+BENCHES := learner learner_memory prefix_sharing custom_loss weight_sync sampler data_plane overlap_speed
 bench: $(READY)
-	$(BIN)/python benchmarks/sampler.py
-	$(BIN)/python benchmarks/client.py
-	$(BIN)/python -m benchmarks.sync
+	for row in $(BENCHES); do $(BIN)/python -m benchmarks.$$row || exit 1; done
+	for row in tiny tiny-fp32 54m; do $(BIN)/python -m benchmarks.grpo_step --row $$row || exit 1; done
+	$(BIN)/python -m benchmarks.rows
 
 # Wants CUDA, torch, transformers and peft, and no environment of its own: make gpu-check PYTHON=python3 ARGS=--skip-rows
 gpu-check:

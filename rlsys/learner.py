@@ -441,20 +441,22 @@ class Learner:
     ) -> BatchResult:
         with self._accumulating(run_id):
             micros, most = self._micro_batches(batch)
-            keep = most == 1
             p_T = np.zeros(len(batch.tokens), np.float64 if self._trained_dtype == torch.float64 else np.float32)
-            with self._ranks.joint(p_T), torch.set_grad_enabled(keep):
-                graphs = [self._logprobs(micro, temperature) for micro in micros]
-                for micro, logp in zip(micros, graphs, strict=True):
-                    _put(p_T, micro, logp)
+            kept = None  # the last one's graph: it takes the memory that its backward pass takes anyway
+            with self._ranks.joint(p_T):
+                for left, micro in zip(range(len(micros) - 1, -1, -1), micros, strict=True):
+                    with torch.set_grad_enabled(left == 0):
+                        kept = self._logprobs(micro, temperature)
+                    _put(p_T, micro, kept)
             found = evaluate(fn, data, torch.from_numpy(p_T).split(batch.lengths.tolist()))
             slope_T = torch.cat(found.slopes)
             with self._ranks.joint(np.zeros(1)):
-                for micro, kept in zip(micros, graphs, strict=True):
-                    logp = kept if keep else self._logprobs(micro, temperature)
+                for micro in reversed(micros):
+                    logp = self._logprobs(micro, temperature) if kept is None else kept
+                    kept = None
                     slope = slope_T[torch.from_numpy(micro.index)] if len(micro.index) else torch.zeros(1)
                     self._backward(logp, slope.to(logp))
-        metrics = result_metrics(found.loss, found.metrics, 1 if keep else 2)
+        metrics = result_metrics(found.loss, found.metrics, 1 if most == 1 else 2)
         return BatchResult(found.loss, metrics, p_T.astype(np.float32))
 
     def _pass(
