@@ -43,8 +43,8 @@ LEARNING_RATE, RANK, ALPHA = 1e-4, 16, 32.0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`words`: of a prompt, uniformly. `micro_batch`: completions of one backward of TRL's; with 128 of the 54M model it
-    runs out of 24 GiB."""
+    """`words`: of a prompt, uniformly. `micro_batch`: completions of one backward of TRL's, which with 128 of the 54M
+    model runs out of 24 GiB."""
 
     title: str
     shape: dict[str, int]
