@@ -20,6 +20,7 @@ Job = Callable[..., JobConfig]
 TWO = ("learner.num_workers=2", "learner.num_cpus=0.5")
 
 
+@pytest.mark.soak
 def test_two_ranks_with_a_shared_base_and_two_samplers_survive_the_death_of_a_rank(ray_cluster: str, job: Job) -> None:
     config = job(f"rl.steps={STEPS}", *TWO, "learner.shard_base=true", "sampler.num_workers=2")
     notes: list[str] = []

@@ -120,6 +120,7 @@ def check_whole(config: JobConfig, undisturbed: tuple[JobConfig, bytes]) -> None
     assert weights(config) == undisturbed[1], "the final adapter is not the one of an undisturbed run"
 
 
+@pytest.mark.soak
 def test_a_run_whose_actors_are_killed_one_after_the_other_ends_with_the_very_weights_of_an_undisturbed_one(
     job: Job, undisturbed: tuple[JobConfig, bytes]
 ) -> None:
