@@ -78,7 +78,7 @@ class Placement:
             raise ClusterError(f"no room for one more sampler now: {'; '.join(short)}")
         try:
             group = self._group(wanted, "PACK", f"sampler {index}", ROOM_S)
-        except StalledError as error:  # what is free was reported before others had taken it
+        except StalledError as error:  # what was said to be free had been taken by then
             raise ClusterError(f"no room for one more sampler now: {error}") from error
         return _seats(group, section, wanted)[0]
 

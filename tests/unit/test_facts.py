@@ -31,3 +31,8 @@ def test_counts_add_up_and_means_over_tokens_weigh_by_tokens() -> None:
         ]
     )
     assert facts == {"reward/format_timeouts": 3.0, "sampler/version_mean": 2.5, "policy/tokens": 40.0}
+
+
+def test_extremes_of_parts_are_the_extremes_of_all() -> None:
+    parts = [{"policy/ratio_max": 1.5, "reward/any_min": 0.2}, {"policy/ratio_max": 3.0, "reward/any_min": 0.1}]
+    assert combine(parts) == {"policy/ratio_max": 3.0, "reward/any_min": 0.1}

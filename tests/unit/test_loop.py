@@ -244,9 +244,17 @@ def test_groups_that_agree_are_replaced_until_the_batch_is_full_or_the_rounds_ar
 
 
 def test_substeps_share_the_groups_and_only_the_first_is_on_policy() -> None:
-    world = World(job(rl=", substeps: 2"), [])
+    seen: list[tuple[int, bool]] = []
+
+    class Watched(World):
+        def learn(self, datums: Any, place: Place) -> Made:
+            seen.append((place.substep, place.on_policy))
+            return super().learn(datums, place)
+
+    world = Watched(job(rl=", substeps: 2"), [])
     assert world.run(ledger()) == STEPS
     assert world.made == 2 * STEPS
+    assert seen == [(0, True), (1, False)] * STEPS
 
 
 @settings(max_examples=60, deadline=None)
