@@ -83,13 +83,14 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 
 def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: float) -> None:
-    """||g - g'|| <= bound ||g|| of the whole gradient, and of each tensor that is more than a hundredth of it: smaller
-    ones may be nothing but rounding, as a query's where there is one key."""
+    """||g - g'|| <= bound ||g|| of the whole gradient, and of each tensor that is more than a tenth of it. Smaller ones
+    may be what is left of terms as large as the whole, as a key's where there are two: rounding of those terms (1e-7 of
+    the whole) is no small part of them. Their bound is one of the whole: 1e-6 in float32."""
     assert found.keys() == wanted.keys()
     whole = norm(wanted.values())
     assert norm(found[name] - wanted[name] for name in wanted) <= bound * whole > 0
     for name, gradient in wanted.items():
-        assert norm([found[name] - gradient]) <= bound * max(norm([gradient]), whole / 100), name
+        assert norm([found[name] - gradient]) <= bound * max(norm([gradient]), whole / 10), name
 
 
 @settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
