@@ -60,8 +60,9 @@ class LearnerActor:
             probe.bind((address, 0))
             return f"tcp://{address}:{probe.getsockname()[1]}"
 
-    def start(self, base: Any, train: Any, meeting_point: str | None, files: Mapping[str, bytes] | None) -> None:
-        """Load the base, meet the other ranks, and begin the run, or go on with it where `files` say."""
+    def start(self, base: Any, train: Any, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
+        """Load the base, meet the other ranks, and begin the run, or go on with it where `files` say. Returns the
+        precision that the base is computed in."""
         from actors.base_folder import local_folder
         from rlsys.learner import Learner
         from rlsys.memory import keep_heap_whole
@@ -85,6 +86,7 @@ class LearnerActor:
         if files is not None:
             policy.restore(files)
         self.policy = policy
+        return learner.computing_dtype
 
     def probe(self) -> Any:
         return self.policy.probe()

@@ -171,7 +171,9 @@ class LearnerGroup:
         if len(self.ranks) > 1:
             meeting_point = self._ask(self.ranks[0].meeting_point.remote(), "start", "finding a free port")
         refs = [rank.start.remote(self.given.base, self.given.train, meeting_point, files) for rank in self.ranks]
-        self._results(refs, "start", "loading the base")
+        wanted = self.config.model.dtype
+        for computed in {*self._results(refs, "start", "loading the base")} - {wanted}:
+            self.note(f"the learner's CPU has no kernels for {wanted}: {computed} is computed with {wanted}'s weights")
 
     def _relaunch(self, error: ActorDiedError | DataLostError) -> None:
         if self.ended:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.learner import BUDGET, HIGH, LOW, drawn, ours
 from benchmarks.rows import Row, Target, by_turns, finish, seconds
-from benchmarks.shapes import S54, write_model
+from benchmarks.shapes import DTYPE, S54, write_model
 from rlsys import losses
 from rlsys.datums import DatumBatch, take
 from rlsys.learner import Learner
@@ -92,7 +92,7 @@ def measure(learner: Learner, batch: DatumBatch, what: str, dtype: str, threads:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=DTYPE)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--datums", type=int, default=32)

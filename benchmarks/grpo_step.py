@@ -30,7 +30,7 @@ from typing import Any
 
 from benchmarks.grpo_task import prompts
 from benchmarks.rows import Row, Target, by_turns, finish
-from benchmarks.shapes import S54, TINY, write_model
+from benchmarks.shapes import DTYPES, S54, TINY, write_model
 from benchmarks.sides import Side
 from rlsys.problems import Epochs
 
@@ -198,6 +198,9 @@ def main() -> None:
     options = parser.parse_args()
     os.chdir(ROOT)
     case = CASES[options.row]
+    if case.dtype not in DTYPES:
+        print(f"grpo-{options.row}: left out: no kernels for {case.dtype} here (python -m benchmarks.precision)")
+        return
     with tempfile.TemporaryDirectory(prefix="grpo-step-") as scratch:
         times, sides = run(case, options, Path(scratch))
     parts = {name: middle(side, options.warmups) for name, side in sides.items()}

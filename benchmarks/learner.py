@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rows import Row, Target, by_turns, finish
-from benchmarks.shapes import S54, write_model
+from benchmarks.shapes import DTYPES, S54, write_model
 from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch
@@ -219,7 +219,7 @@ def profiled(work: Callable[[], object], most: int = 12) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtype", nargs="+", default=DTYPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[2])
     parser.add_argument("--datums", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)

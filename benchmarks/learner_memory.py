@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.learner import ALL, BUDGET, HIGH, LOW, OURS, Padded, drawn, ours
 from benchmarks.rows import Row, Target, by_turns, finish
-from benchmarks.shapes import QWEN_VOCABULARY, S54, write_model
+from benchmarks.shapes import DTYPE, QWEN_VOCABULARY, S54, write_model
 from rlsys import losses
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def fresh(side: str, folder: Path, dtype: str, threads: int, datums: int) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=DTYPE)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--datums", type=int, default=16)

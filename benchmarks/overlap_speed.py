@@ -4,9 +4,10 @@
 
 Whole jobs by turns, as `rlsys train` runs them; a run's value is the median of its steps without the first two. In the
 sync loop a step adds up its stages; in overlapped running it lasts from one sync to the next. Held equal: S54
-(benchmarks/shapes.py) in bfloat16 with an fp32 adapter of rank 16, prompts of random words, completions of full length,
-one thread and one core for each of the two. Prompts are so long that sampling and learning take about the same time
-("balanced"; both are shown). The sync loop with two threads and both cores for each stage stands beside it.
+(benchmarks/shapes.py) in bfloat16, or float32 where the CPU has no kernels for that, with an fp32 adapter of rank 16,
+prompts of random words, completions of full length, one thread and one core for each of the two. Prompts are so long
+that sampling and learning take about the same time ("balanced"; both are shown). The sync loop with two threads and
+both cores for each stage stands beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from actors.job import train
 from benchmarks.grpo_step import Case, folder_of_model
 from benchmarks.rows import Row, Target, by_turns, finish
-from benchmarks.shapes import S54
+from benchmarks.shapes import DTYPE, S54
 from rlsys.config import JobConfig, parse_config
 from rlsys.progress import Progress
 from rlsys.records import read_metrics
@@ -40,7 +41,7 @@ def job(name: str, model: Path, folder: Path, options: argparse.Namespace, more:
         "run.name": name,
         "run.dir": str(folder),
         "model.path": str(model),
-        "model.dtype": "bfloat16",
+        "model.dtype": DTYPE,
         "model.max_length": longest + options.max_tokens,
         "task.name": "benchmarks.grpo_task:RandomWords",
         "task.options": task,
@@ -70,7 +71,7 @@ def main() -> None:
     parts: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(prefix="overlap-speed-") as scratch:
         folder = Path(scratch)
-        shape = Case("", S54, "bfloat16", (options.words, options.words), options.max_tokens, 0.0, 0)
+        shape = Case("", S54, DTYPE, (options.words, options.words), options.max_tokens, 0.0, 0)
         model = folder_of_model(shape, folder / "model")
 
         def side(kind: str, more: dict[str, Any]) -> float:
@@ -100,7 +101,7 @@ def main() -> None:
         sides=found,
         targets=[Target("sync", "overlapped", 1.6, ">=")],
         equal={
-            "model": S54, "dtype": "bfloat16 base, float32 adapter", "prompts": options.problems, "group": 8,
+            "model": S54, "dtype": f"{DTYPE} base, float32 adapter", "prompts": options.problems, "group": 8,
             "prompt tokens": [options.words - 20, options.words + 20], "completion tokens": options.max_tokens,
             "pinned": PINNED,
         },

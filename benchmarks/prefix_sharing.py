@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.rows import Row, Target, by_turns, finish, seconds
-from benchmarks.shapes import S54, write_model
+from benchmarks.shapes import DTYPE, DTYPES, S54, write_model
 from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch
@@ -114,9 +114,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    cases = [(dtype, options.prompt, options.group, options.groups, None) for dtype in ("bfloat16", "float32")]
+    cases = [(dtype, options.prompt, options.group, options.groups, None) for dtype in DTYPES]
     ragged = np.random.default_rng(0).integers(20, 401, 32)
-    for dtype, prompt, group, groups, lengths in [*cases, ("bfloat16", 100, 8, 4, ragged)]:
+    for dtype, prompt, group, groups, lengths in [*cases, (DTYPE, 100, 8, 4, ragged)]:
         of_length = "20 to 400" if lengths is not None else str(options.completion)
         about = f"prompts of {prompt}, completions of {of_length}, G = {group}, {groups} groups"
         name = f"prefix_sharing_{dtype}_{prompt}_{'ragged' if lengths is not None else options.completion}"

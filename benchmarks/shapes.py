@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from rlsys.precision import multiplies_bfloat16
+
 # Qwen3 of 54 million parameters with its own vocabulary; its body (38 million) is the same under a larger one.
 S54 = {
     "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 8,
@@ -18,6 +20,9 @@ TINY = {
     "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 2048,
 }  # fmt: skip
 QWEN_VOCABULARY = 151_936
+# Where the CPU has no kernels for bfloat16, what transformers does in it takes hours.
+DTYPE = "bfloat16" if multiplies_bfloat16() else "float32"
+DTYPES = list(dict.fromkeys((DTYPE, "float32")))
 
 
 def write_model(folder: Path, shape: dict[str, int], dtype: str = "bfloat16", max_length: int = 2048) -> int:

@@ -37,6 +37,7 @@ from rlsys.losses import Loss
 from rlsys.norms import replace_norms
 from rlsys.optim import Kind, Stepper, clip, global_norm, require_like
 from rlsys.packing import MicroBatch, bins, families, filler, micro_batch
+from rlsys.precision import computing_dtype
 from rlsys.ranks import ALONE, Ranks, local
 from rlsys.recompute import keep_inputs_only
 from rlsys.types import AdamParams, Array, Datum
@@ -112,10 +113,10 @@ class _Run:
 class Learner:
     """Loads a base and trains runs on it. One thread at a time.
 
-    `dtype` overrides ``model.dtype``: float64 serves tests of the mathematics. Trained weights, accumulated gradients
-    and optimizer state are fp32 (float64 then) whatever the base is in. `base_name` is what saved adapters call the
-    base, by default ``model.path``. With several `ranks`, all of them make the same calls in the same order, but for
-    those that only look (snapshot, save_adapter, run_state, ...).
+    `dtype` overrides ``model.dtype`` and what is computed in (rlsys/precision.py): float64 serves tests of the
+    mathematics. Trained weights, accumulated gradients and optimizer state are fp32 (float64 then) whatever the base is
+    in. `base_name` is what saved adapters call the base, by default ``model.path``. With several `ranks`, all of them
+    make the same calls in the same order, but for those that only look (snapshot, save_adapter, run_state, ...).
     """
 
     def __init__(
@@ -139,7 +140,10 @@ class Learner:
         self._saved_dtype: torch.dtype = dtype or getattr(torch, model.dtype)
         self._trained_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         loaded_dtype = self._saved_dtype if trainable == "lora" else self._trained_dtype
-        self._model = _load(base, loaded_dtype, "cpu" if shard else section.device)
+        computing: torch.dtype = dtype or getattr(torch, computing_dtype(model.dtype, section.device))
+        self._model = _load(
+            base, loaded_dtype, computing if trainable == "lora" else loaded_dtype, "cpu" if shard else section.device
+        )
         self._max_length = min(model.max_length, self._model.config.max_position_embeddings)
         self._identity = identity_of(self._model)
         self._forward: Callable[[MicroBatch, float], tuple[Tensor, Tensor]] = self._bare_logprobs
@@ -179,6 +183,11 @@ class Learner:
     def identity(self) -> BaseIdentity:
         """Of the base as it was loaded."""
         return self._identity
+
+    @property
+    def computing_dtype(self) -> str:
+        """In which the base's layers compute: model.dtype, unless this CPU has no kernels for it."""
+        return str(self._model.dtype).removeprefix("torch.")
 
     @property
     def base_bytes(self) -> int:
@@ -569,8 +578,9 @@ class Learner:
         return f"known: {', '.join(self._runs)}" if self._runs else "no run exists yet"
 
 
-def _load(base: Path | str, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """The base in evaluation mode (no dropout), frozen, with packed attention."""
+def _load(base: Path | str, dtype: torch.dtype, computing: torch.dtype, device: str) -> PreTrainedModel:
+    """The base in evaluation mode (no dropout), frozen, with packed attention: its weights in `dtype`, then as they are
+    computed with."""
     attention.register()
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -578,7 +588,7 @@ def _load(base: Path | str, dtype: torch.dtype, device: str) -> PreTrainedModel:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {base} cannot be loaded as a causal language model: {error}") from error
-    model.to(device)
+    model.to(device, computing)
     model.eval()
     model.requires_grad_(False)
     attention.prove_packing(model)

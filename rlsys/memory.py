@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from rlsys.config import JobConfig, LoraSection, SamplerSection
 from rlsys.dimensions import SAVED_BYTES, Dimensions
+from rlsys.precision import computing_dtype
 
 MIB, GIB = 2**20, 2**30
 FP32 = 4
@@ -136,7 +137,7 @@ def activations(config: JobConfig, dims: Dimensions, tokens: int) -> int:
     ends = _resident(config, dims, _end_blocks(config, dims), tokens)
     if not config.learner.gradient_checkpointing:
         return dims.num_layers * layer + ends
-    inputs = _resident(config, dims, [(1, SAVED_BYTES[config.model.dtype] * dims.hidden_size)], tokens)
+    inputs = _resident(config, dims, [(1, _computed_bytes(config) * dims.hidden_size)], tokens)
     return dims.num_layers * inputs + layer + ends  # one layer at a time is run again
 
 
@@ -174,18 +175,23 @@ def _resident(config: JobConfig, dims: Dimensions, blocks: Blocks, tokens: int) 
     return int(sum(count * tokens * width * (HEAP_SLACK if tokens * width < limit else 1.0) for count, width in blocks))
 
 
+def _computed_bytes(config: JobConfig) -> int:
+    """Of one number of the base's layers in the learner."""
+    return SAVED_BYTES[computing_dtype(config.model.dtype, config.learner.device)]
+
+
 def _is_trained(lora: LoraSection, linear: str) -> bool:
     return lora.train_attn if linear in ("q_proj", "k_proj", "v_proj", "o_proj") else lora.train_mlp
 
 
 def _layer_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
-    """Kept of one layer, all in the model's dtype but for norms' and attention's figures per row.
+    """Kept of one layer, all in the dtype that is computed in but for norms' and attention's figures per row.
 
     Attention keeps q, k, v and its output, q and k also from before their norms; the two norms of the layer keep their
     inputs and the adapters those norms' outputs; the MLP keeps gate, silu(gate), up and their product; every adapter
     keeps x A'.
     """
-    lora, size = config.lora, SAVED_BYTES[config.model.dtype]
+    lora, size = config.lora, _computed_bytes(config)
     hidden, inner, query, kv = dims.hidden_size, dims.intermediate_size, dims.query_size, dims.kv_size
     small = FP32 * (2 * dims.num_heads + dims.num_kv_heads + 2)
     blocks: Blocks = [(2, size * query), (2, size * kv), (3, size * inner), (2, size * hidden), (1, small)]
@@ -200,14 +206,14 @@ def _layer_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
 
 def _end_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
     """Kept outside of the layers: the last norm's input, the output layer's gradient, cosines and sines."""
-    size = SAVED_BYTES[config.model.dtype]
+    size = _computed_bytes(config)
     return [(2, size * dims.hidden_size), (2, size * dims.head_dim)]
 
 
 def _head_bytes(config: JobConfig, dims: Dimensions, tokens: int) -> int:
     """A chunk of logits and the fp32 blocks that go through its softmax; where the layer is trained, what its backward
     pass keeps and makes of the chunk too."""
-    size, chunk = SAVED_BYTES[config.model.dtype], config.learner.logprob_chunk_tokens
+    size, chunk = _computed_bytes(config), config.learner.logprob_chunk_tokens
     rows = max(1, min(chunk, tokens, LOGIT_BYTES // (dims.vocab_size * size)))
     copies = 5 if config.lora.train_unembed else 1
     return copies * size * rows * dims.vocab_size + 2 * FP32 * LOGIT_BLOCK * config.learner.threads
@@ -215,7 +221,7 @@ def _head_bytes(config: JobConfig, dims: Dimensions, tokens: int) -> int:
 
 def _weights(config: JobConfig, dims: Dimensions) -> dict[str, int]:
     """Of the frozen base on one rank; a sharded one has its two ends and two layers whole while it computes."""
-    size, ranks = SAVED_BYTES[config.model.dtype], config.learner.num_workers
+    size, ranks = _computed_bytes(config), config.learner.num_workers
     if not (config.learner.shard_base and ranks > 1):
         return {"weights": dims.parameters * size}
     gathered = 2 * dims.layer_parameters + dims.parameters - dims.num_layers * dims.layer_parameters
@@ -224,7 +230,7 @@ def _weights(config: JobConfig, dims: Dimensions) -> dict[str, int]:
 
 def _loading(config: JobConfig, dims: Dimensions) -> Phase:
     """Weights are views of the mapped files where their type is the one wanted, else copies beside them."""
-    size, files = SAVED_BYTES[config.model.dtype], dims.parameters * dims.saved_bytes
+    size, files = _computed_bytes(config), dims.parameters * dims.saved_bytes
     parts = {"weights": dims.parameters * size}
     if size != dims.saved_bytes:
         parts["files of the weights"] = files

@@ -28,6 +28,7 @@ from rlsys.memory import (
     sampler_memory,
     slot_width,
 )
+from rlsys.precision import computing_dtype
 
 NODE_SHARE = 1e-3  # of a node's own resource "node:<address>", which there is 1 of
 MARGIN = 0.9  # of the memory there is: predictions are 15 % right, and a machine has other work
@@ -309,6 +310,11 @@ def _warnings(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Ite
     smallest = min(min(pair) for pair in dims.linears.values())
     if lora.rank > smallest:
         yield f"lora.rank {lora.rank} is above the smallest side of the matrices, {smallest}; lora.rank={smallest}"
+    if computing_dtype(config.model.dtype, learner.device) != config.model.dtype:
+        yield (
+            f"model.dtype {config.model.dtype}: torch has no kernels for it on a CPU like this one's, so the learner "
+            "computes in float32 with weights rounded to it; model.dtype=float32 costs it nothing more"
+        )
     if sampler.enforce_eager and config.sampler_device == "cuda":
         yield "sampler.enforce_eager on a GPU: decoding without CUDA graphs is slow; sampler.enforce_eager=false"
     if learner.device == "cpu" and learner.num_gpus > 0:

@@ -1,0 +1,35 @@
+"""The precision in which a learner computes with a base of ``model.dtype``.
+
+torch multiplies bfloat16 matrices on a CPU through oneDNN where the processor has AVX-512 or AVX-NE-CONVERT, or Arm's
+bf16 extension. Elsewhere it falls back to loops that are tens to hundreds of times slower than float32
+(``python -m benchmarks.precision``). There the learner keeps the values of the base, rounded to bfloat16, and computes
+with them in float32. Told from the processor's flags, not by a stopwatch: the same machine gives the same bits.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+_AVX512 = frozenset({"avx512bw", "avx512dq", "avx512vl"})
+
+
+def computing_dtype(dtype: str, device: str) -> str:
+    """Of a base in `dtype` on `device` ("cpu" or "cuda"): `dtype` itself, or "float32"."""
+    return dtype if dtype != "bfloat16" or device != "cpu" or multiplies_bfloat16() else "float32"
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU has what torch's bfloat16 kernels need."""
+    return of_cpuinfo(CPUINFO.read_text("utf-8") if CPUINFO.is_file() else "", platform.machine())
+
+
+def of_cpuinfo(text: str, machine: str) -> bool:
+    """The same of the text of a /proc/cpuinfo."""
+    name = {"x86_64": "flags", "aarch64": "Features"}.get(machine)
+    lines = (line.partition(":") for line in text.splitlines())
+    flags = next((frozenset(value.split()) for key, _, value in lines if key.strip() == name), frozenset())
+    return flags >= _AVX512 or "avx_ne_convert" in flags or (machine == "aarch64" and "bf16" in flags)
