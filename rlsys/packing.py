@@ -107,6 +107,7 @@ def _even_cuts(sizes: Array, limit: int) -> Array:
     parts = -(-int(sums[-1]) // max(1, limit))
     while parts < len(sizes):
         cuts = np.unique(np.searchsorted(sums, np.arange(1, parts) * sums[-1] / parts, side="right"))
+        cuts = cuts[cuts > 0]  # the first may be larger than an even part
         if max(int(part.sum()) for part in np.split(sizes, cuts)) <= limit:
             return cuts
         parts += 1

@@ -36,7 +36,8 @@ def groups(draw: st.DrawFn) -> DatumBatch:
     for number in range(draw(st.integers(1, 4))):
         prompt = [7] * draw(st.integers(0, 9)) + [100 + number] * draw(st.integers(1, 30))
         for _ in range(draw(st.integers(1, 5))):
-            sequences.append(prompt + draw(st.lists(st.integers(0, 2), min_size=1, max_size=12)))
+            ending = [3] * draw(st.sampled_from([0, 0, 0, 20, 60]))
+            sequences.append(prompt + draw(st.lists(st.integers(0, 2), min_size=1, max_size=12)) + ending)
     return batch_of(sequences)
 
 
@@ -83,7 +84,10 @@ def test_every_wanted_position_is_predicted_once_from_exactly_what_stands_before
 def test_a_family_costs_what_it_packs_and_exceeds_the_budget_only_as_one_sequence(
     batch: DatumBatch, budget: int
 ) -> None:
-    for part in families(batch, None, budget, share=True):
+    parts = families(batch, None, budget, share=True)
+    assert np.concatenate([part.datums for part in parts]).tolist() == list(range(len(batch.offsets) - 1))
+    for part in parts:
+        assert len(part.datums) > 0
         assert part.cost == micro_batch(batch, [part]).tokens.shape[1]
         assert part.cost <= budget or len(part.datums) == 1
 
@@ -115,6 +119,16 @@ def test_a_family_over_the_budget_is_cut_into_even_parts_that_each_have_the_prom
     batch = batch_of([[5] * 40 + [number] * 20 for number in range(6)])
     parts = families(batch, None, 110, share=True)
     assert [(len(part.datums), part.shared, part.cost) for part in parts] == [(3, 40, 100)] * 2
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [1, 0, 2, 3, 4]])
+def test_a_completion_above_an_even_part_is_a_part_of_its_own_wherever_it_stands(order: list[int]) -> None:
+    lengths = [60, 10, 10, 10, 10]  # beyond the prompt of 40; 80 fit, so the parts are more than two even ones
+    batch = batch_of([[5] * 40 + [number] * lengths[number] for number in order])
+    parts = families(batch, None, 120, share=True)
+    assert sorted(np.concatenate([part.datums for part in parts]).tolist()) == [0, 1, 2, 3, 4]
+    assert all(part.cost <= 120 and len(part.datums) > 0 for part in parts)
+    assert sum(len(micro.index) for micro in pack(batch, 120)) == len(batch.tokens)
 
 
 def test_sequences_in_which_nothing_is_wanted_are_not_run() -> None:
