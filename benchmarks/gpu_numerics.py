@@ -349,10 +349,11 @@ def custom(bench: Bench) -> Iterator[Check]:
     data = datums_of(bench.batch)
     settle(bench.exact, share_prompts=False, token_budget=100_000)
     wanted, of_exact = _custom(bench.exact, bench.batch, data)
-    for budget in (100_000, 300):
-        settle(bench.single, token_budget=budget)
+    for budget, graphs in ((100_000, None), (300, None), (300, 0.0)):
+        settle(bench.single, token_budget=budget, custom_graph_gb=graphs)
         result, found = _custom(bench.single, bench.batch, data)
-        name = f"fp32, custom loss in {result.metrics['custom_passes:unique']:.0f} passes"
+        passes = f"{result.metrics['custom_passes:unique']:.0f} passes"
+        name = f"fp32, custom loss, token budget {budget:,}, custom_graph_gb {graphs}: {passes}"
         yield Check(f"{name}: gradient", _distance(found, of_exact), FP32)
         yield Check(f"{name}: loss", _relative(result.loss_sum, wanted.loss_sum), FP32)
 

@@ -71,6 +71,7 @@ class LearnerValues:
     share_prompts: bool = True
     logprob_chunk_tokens: int = 1024
     gradient_checkpointing: bool = False
+    custom_graph_gb: float | None = None
     entropy: bool = False
 
 

@@ -25,9 +25,9 @@ class TokenBudget:
         self.most = self.tokens = most
         self._ranks = ranks
 
-    def fitting(self, work: Callable[[], Result]) -> Result:
+    def fitting(self, work: Callable[[], Result], instead: Callable[[], bool] = lambda: False) -> Result:
         """What `work` gives, which leaves nothing behind where it fails. Ranks are out of memory together, so that all
-        of them begin anew.
+        of them begin anew. `instead` of a smaller budget may give up memory of its own, and says whether it did.
 
         Raises:
             ActorFailedError: a smaller budget would not help, or ranks that share a base are in the midst of a pass.
@@ -38,9 +38,12 @@ class TokenBudget:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                smaller = self._smaller(error)
-                _logger.warning("out of memory: token budget %d -> %d from now on", self.tokens, smaller)
-                self.tokens = smaller
+                if instead():
+                    _logger.warning("out of memory: a custom loss keeps no graphs from now on, and runs forward twice")
+                else:
+                    smaller = self._smaller(error)
+                    _logger.warning("out of memory: token budget %d -> %d from now on", self.tokens, smaller)
+                    self.tokens = smaller
             gc.collect()  # the error's frames held on to tensors until here
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()

@@ -209,6 +209,7 @@ class LearnerSection(Section):
     share_prompts: bool = True  # sequences that begin alike run over their common beginning once
     logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits that exist at once, fewer for a large vocabulary
     gradient_checkpointing: bool = False  # layers keep their inputs alone and run again in the backward pass
+    custom_graph_gb: float | None = Field(None, ge=0)  # of a custom loss's graphs; None: half of what is free; 0: none
     entropy: bool = False  # of the policy at the tokens that are learned from, as policy/entropy
 
 

@@ -3,7 +3,7 @@
 C is any differentiable function of the log-probabilities p. The function sees p as leaves, so the way back through the
 model needs dC/dp alone, and there are two ways with the same gradient (chain rule):
 
-    one pass     the model's graph is kept, and dC/dp is sent back through it
+    one pass     the model's graph is kept (rlsys/graphs.py), and dC/dp is sent back through it
     two passes   p without a graph; then cross_entropy with weights w = -dC/dp, whose gradient is that of sum -w p
 
 Two passes fit any batch in micro-batches, and need no code of the user's where the model is.
@@ -29,7 +29,7 @@ from rlsys.types import Array, Datum, to_array
 CustomLoss = Callable[[Sequence[Datum], list[Tensor]], tuple[Tensor, Mapping[str, float]]]
 
 LOSS = "loss:sum"
-PASSES = "custom_passes:unique"  # 1: the model's graph was kept; 2: the surrogate
+PASSES = "custom_passes:unique"  # 2: at least one micro-batch ran forward twice
 
 
 @dataclass(frozen=True, slots=True)

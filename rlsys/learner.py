@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -30,6 +31,8 @@ from rlsys.budget import TokenBudget
 from rlsys.custom import CustomLoss, evaluate, result_metrics
 from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, GradientError
+from rlsys.free_memory import free_bytes
+from rlsys.graphs import KeptGraphs
 from rlsys.identity import BaseIdentity, identity_of
 from rlsys.logprobs import logprobs_and_entropy, token_logprobs
 from rlsys.lora import Adapters
@@ -137,6 +140,7 @@ class Learner:
         self._base_name = base_name or model.path or str(base)
         self._section = section
         self._budget = TokenBudget(section.token_budget, ranks)
+        self._keeps_graphs = section.custom_graph_gb != 0
         self._saved_dtype: torch.dtype = dtype or getattr(torch, model.dtype)
         self._trained_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         loaded_dtype = self._saved_dtype if trainable == "lora" else self._trained_dtype
@@ -281,14 +285,16 @@ class Learner:
     ) -> BatchResult:
         """As forward_backward for the user's own loss ``fn(data, logprobs)``, whose datums are those of `batch`.
 
-        One pass where the batch is one micro-batch (on each rank), two where it is more; ``metrics`` say which. Every
-        rank calls `fn` on the whole batch.
+        One pass while the graphs of all micro-batches fit in ``learner.custom_graph_gb``, else those that do not fit
+        run forward twice; ``metrics`` say which. Every rank calls `fn` on the whole batch.
 
         Raises:
             LossError: `fn` raised or returned something else than a loss and metrics.
         """
         assert len(data) == batch.num_datums > 0
-        return self._budget.fitting(lambda: self._custom_pass(run_id, batch, data, fn, temperature))
+        return self._budget.fitting(
+            lambda: self._custom_pass(run_id, batch, data, fn, temperature), instead=self._give_up_graphs
+        )
 
     def optim_step(self, run_id: str, adam: AdamParams) -> dict[str, float]:
         """Apply the accumulated gradient and clear it. ``grad_norm`` is the global L2 norm before clipping.
@@ -346,7 +352,7 @@ class Learner:
         def work() -> Array:
             found = np.zeros(len(tokens), np.float32)
             with self._ranks.joint(found), torch.no_grad():
-                for micro in self._micro_batches(batch, np.roll(predicted, -1))[0]:
+                for micro in self._micro_batches(batch, np.roll(predicted, -1)):
                     _put(found, micro, self._logprobs(micro, temperature).float())
             return np.roll(found, 1)  # position t - 1 predicts token t
 
@@ -449,23 +455,30 @@ class Learner:
         self, run_id: str, batch: DatumBatch, data: Sequence[Datum], fn: CustomLoss, temperature: float
     ) -> BatchResult:
         with self._accumulating(run_id):
-            micros, most = self._micro_batches(batch)
+            micros = self._micro_batches(batch)
             p_T = np.zeros(len(batch.tokens), np.float64 if self._trained_dtype == torch.float64 else np.float32)
-            kept = None  # the last one's graph: it takes the memory that its backward pass takes anyway
-            with self._ranks.joint(p_T):
-                for left, micro in zip(range(len(micros) - 1, -1, -1), micros, strict=True):
-                    with torch.set_grad_enabled(left == 0):
-                        kept = self._logprobs(micro, temperature)
-                    _put(p_T, micro, kept)
+            again = np.zeros(1, p_T.dtype)  # micro-batches, of all ranks
+            kept: list[Tensor] = []
+            graphs = KeptGraphs(self._graph_bytes() if len(micros) > 1 else 0, self._model.parameters())
+            with self._ranks.joint(p_T, again):
+                for micro in micros:
+                    if len(kept) < len(micros) - 1:
+                        logp = graphs.forward(partial(self._logprobs, micro, temperature), micro.tokens.shape[1])
+                    else:  # the last one's graph takes the memory that its backward pass takes anyway
+                        logp = self._logprobs(micro, temperature)
+                    _put(p_T, micro, logp)
+                    again += not logp.requires_grad
+                    kept.append(logp)
             found = evaluate(fn, data, torch.from_numpy(p_T).split(batch.lengths.tolist()))
             slope_T = torch.cat(found.slopes)
             with self._ranks.joint(np.zeros(1)):
                 for micro in reversed(micros):
-                    logp = self._logprobs(micro, temperature) if kept is None else kept
-                    kept = None
+                    logp = kept.pop()
+                    if not logp.requires_grad:
+                        logp = self._logprobs(micro, temperature)
                     slope = slope_T[torch.from_numpy(micro.index)] if len(micro.index) else torch.zeros(1)
                     self._backward(logp, slope.to(logp))
-        metrics = result_metrics(found.loss, found.metrics, 1 if most == 1 else 2)
+        metrics = result_metrics(found.loss, found.metrics, 2 if again[0] else 1)
         return BatchResult(found.loss, metrics, p_T.astype(np.float32))
 
     def _pass(
@@ -476,7 +489,7 @@ class Learner:
         values_T = np.zeros(len(batch.tokens), np.float64)
         entropy_T = np.zeros(len(batch.tokens) if self._section.entropy else 0, np.float64)
         with self._ranks.joint(logp_T, values_T, entropy_T):
-            for micro in self._micro_batches(batch, wanted_T)[0]:
+            for micro in self._micro_batches(batch, wanted_T):
                 logp, entropy = self._logprobs_and_entropy(micro, temperature)
                 if len(micro.index) == 0:
                     values = 0.0 * logp
@@ -512,9 +525,8 @@ class Learner:
         run.add_gradients(earlier)
         run.has_gradient = True
 
-    def _micro_batches(self, batch: DatumBatch, wanted_T: Array | None = None) -> tuple[list[MicroBatch], int]:
-        """Those of this rank's share, and how many the busiest rank has. Where forward passes communicate, fillers make
-        them as many on every rank."""
+    def _micro_batches(self, batch: DatumBatch, wanted_T: Array | None = None) -> list[MicroBatch]:
+        """Those of this rank's share. Where forward passes communicate, fillers make them as many on every rank."""
         device, ranks = self._model.device, self._ranks
         limit = min(self._budget.tokens, -(-len(batch.tokens) // ranks.size))  # or one family would be one rank's work
         parts = families(batch, wanted_T, limit, share=self._section.share_prompts)
@@ -522,10 +534,27 @@ class Learner:
         shares = [(share, bins(costs[share], self._budget.tokens)) for share in ranks.shares(costs)]
         share, packs = shares[ranks.rank]
         micros = [micro_batch(batch, [parts[share[i]] for i in pack], wanted_T, device) for pack in packs]
-        most = max(len(packs) for _, packs in shares)
         if ranks.shards:
+            most = max(len(packs) for _, packs in shares)
             micros += [filler(device)] * (most - len(micros))
-        return micros, most
+        return micros
+
+    def _graph_bytes(self) -> int:
+        """That graphs kept by a custom loss may take now; 0 where a shared base allows one forward pass at a time."""
+        wanted = self._section.custom_graph_gb
+        if self._ranks.shards or not self._keeps_graphs:
+            return 0
+        if wanted is not None:
+            return int(wanted * 2**30)
+        if self._model.device.type == "cuda":
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            return (torch.cuda.mem_get_info()[0] + unused) // 2
+        return free_bytes() // 2 // self._ranks.size
+
+    def _give_up_graphs(self) -> bool:
+        """After running out of memory: whether there was something to give up, the same on all ranks."""
+        given_up, self._keeps_graphs = self._keeps_graphs and not self._ranks.shards, False
+        return given_up
 
     def _backward(self, values: Tensor, slope: Tensor | None = None) -> None:
         with self._ranks.guard("the backward pass"):

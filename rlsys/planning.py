@@ -10,10 +10,10 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rlsys.config import JobConfig, LearnerSection, SamplerSection
 from rlsys.dimensions import Dimensions
+from rlsys.free_memory import free_bytes
 from rlsys.memory import (
     DRIVER_MEMORY,
     GIB,
@@ -86,7 +86,7 @@ def this_machine(num_cpus: int | None) -> Node:
     gpus = _gpu_memories()
     cores = num_cpus or len(os.sched_getaffinity(0))
     resources = {"CPU": float(cores), **({"GPU": float(len(gpus))} if gpus else {})}
-    return Node("this machine", resources, _memory_available(), min(gpus) if gpus else None)
+    return Node("this machine", resources, free_bytes(), min(gpus) if gpus else None)
 
 
 def needs(section: LearnerSection | SamplerSection, index: int) -> dict[str, float]:
@@ -362,16 +362,6 @@ def _fits(wanted: Mapping[str, float], has: Mapping[str, float]) -> bool:
 
 def _sum(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(one.get(name, 0.0) for one in amounts) for one in amounts for name in one}
-
-
-def _memory_available() -> int:
-    """What this process may still use: the machine's, or the rest of its container's limit."""
-    rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(rows["MemAvailable"].split()[0]) * 1024
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return available
 
 
 def _gpu_memories() -> list[int]:

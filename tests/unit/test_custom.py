@@ -30,9 +30,12 @@ from rlsys import losses
 from rlsys.custom import PASSES, collate_custom, evaluate, result_metrics, surrogate_data, surrogate_weights
 from rlsys.datums import collate
 from rlsys.errors import DatumError, LossError, MissingInputError
+from rlsys.graphs import KeptGraphs
 from rlsys.types import AdamParams, Datum, ModelInput, TensorData
 
-ONE_PASS, TWO_PASSES = 1000, 25  # token budgets: the batch of `draw` has 93 positions
+WHOLE, KEPT, AGAIN = (1000, None), (25, None), (25, 0.0)  # token budget and learner.custom_graph_gb; 93 positions
+WAYS = pytest.mark.parametrize("way", [WHOLE, KEPT, AGAIN], ids=["one micro-batch", "kept graphs", "forward again"])
+Way = tuple[int, float | None]
 SIZES = {"vocab_size": 64, "max_length": 128}
 
 
@@ -48,25 +51,69 @@ def test_one_pass_and_two_have_the_same_gradient_loss_and_logprobs(
 ) -> None:
     batch = draw()
     found = []
-    for budget, passes in ((ONE_PASS, 1.0), (TWO_PASSES, 2.0)):
-        learner = with_run(make(tiny_model(True), dtype, budget))
+    for way, passes in ((WHOLE, 1.0), (KEPT, 1.0), (AGAIN, 2.0)):
+        learner = with_run(make(tiny_model(True), dtype, *way))
         result = learner.forward_backward_custom("run", batch, datums_of(batch), preference, temperature=0.9)
         assert result.metrics == {"loss:sum": result.loss_sum, PASSES: passes}
         plain = learner.forward("run", batch, losses.resolve("cross_entropy"), temperature=0.9)
         assert np.array_equal(result.logprobs, plain.logprobs)
         found.append((gradients(learner), result))
-    assert_close(found[1][0], found[0][0], bound)
-    assert found[1][1].loss_sum == pytest.approx(found[0][1].loss_sum, rel=bound)
+    for gradient, result in found[1:]:
+        assert_close(gradient, found[0][0], bound)
+        assert result.loss_sum == pytest.approx(found[0][1].loss_sum, rel=bound)
 
 
-@pytest.mark.parametrize("budget", [ONE_PASS, TWO_PASSES])
-def test_the_callers_way_has_the_gradient_of_the_shipped_one(tiny_model: Models, budget: int) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_more_graphs_fit_the_fewer_forward_passes_and_no_bit_differs(
+    tiny_model: Models, checkpointing: bool
+) -> None:
+    batch = draw(16)
+    learner = with_run(make(tiny_model(True), budget=25, gradient_checkpointing=checkpointing))
+    micros = len(learner._micro_batches(batch))
+    moved, found = [], []
+    for kib in (0, 16, 64, 128, 256, 512, 1024, 2048, 2**30):
+        learner._section = learner._section.model_copy(update={"custom_graph_gb": kib / 2**20})
+        before = learner.progress()
+        result = learner.forward_backward_custom("run", batch, datums_of(batch), preference)
+        moved.append((learner.progress() - before - micros) // 2)  # forward passes
+        assert result.metrics[PASSES] == (1.0 if moved[-1] == micros else 2.0)
+        found.append((gradients(learner), result.logprobs))
+        learner.forget_gradient("run")
+    assert moved == sorted(moved, reverse=True) and len(set(moved)) >= 4
+    assert moved[0] == 2 * micros - 1 and moved[-1] == micros
+    for gradient, logp in found[1:]:
+        assert np.array_equal(logp, found[0][1])
+        assert all(torch.equal(gradient[name], found[0][0][name]) for name in gradient)
+
+
+def test_a_graph_is_kept_while_one_more_as_large_would_fit() -> None:
+    weight = torch.ones(1000, requires_grad=True)
+    size = 4 * 1000
+
+    def work() -> Tensor:
+        return (weight * 2).exp()  # saves its result, and nothing of what multiplies a number
+
+    def work_on(resident: Tensor) -> Tensor:
+        return (weight * resident).exp()  # saves both
+
+    assert not KeptGraphs(0, []).forward(work, 10).requires_grad
+    assert not KeptGraphs(2 * size - 1, []).forward(work, 10).requires_grad
+    graphs = KeptGraphs(4 * size, [])
+    assert [graphs.forward(work, 10).requires_grad for _ in range(4)] == [True, True, True, False]
+    assert not graphs.forward(work, 1).requires_grad  # what is left is less than two of a tenth would take
+    constant = torch.ones(1000)
+    assert not KeptGraphs(2 * size, []).forward(lambda: work_on(constant), 10).requires_grad
+    assert KeptGraphs(2 * size, [constant]).forward(lambda: work_on(constant), 10).requires_grad
+
+
+@WAYS
+def test_the_callers_way_has_the_gradient_of_the_shipped_one(tiny_model: Models, way: Way) -> None:
     """forward, autograd on log-probabilities, surrogate backward: what a remote client does, over float32."""
     batch = draw()
     data = datums_of(batch)
-    shipped = with_run(make(tiny_model(True), budget=budget))
+    shipped = with_run(make(tiny_model(True), torch.float32, *way))
     there = shipped.forward_backward_custom("run", batch, data, preference)
-    learner = with_run(make(tiny_model(True), budget=budget))
+    learner = with_run(make(tiny_model(True), torch.float32, *way))
     logp_T = learner.forward("run", batch, losses.resolve("cross_entropy")).logprobs
     surrogate = surrogate_weights(data, np.split(logp_T, batch.offsets[1:-1]), preference)
     again = collate(surrogate_data(data, surrogate.weights), losses.resolve("cross_entropy"), **SIZES)
@@ -76,10 +123,10 @@ def test_the_callers_way_has_the_gradient_of_the_shipped_one(tiny_model: Models,
     assert surrogate.weights[0].dtype == np.float32
 
 
-@pytest.mark.parametrize("budget", [ONE_PASS, TWO_PASSES])
-def test_a_built_in_loss_written_by_hand_is_the_built_in_loss(tiny_model: Models, budget: int) -> None:
+@WAYS
+def test_a_built_in_loss_written_by_hand_is_the_built_in_loss(tiny_model: Models, way: Way) -> None:
     batch = draw()
-    ours, theirs = (with_run(make(tiny_model(True), torch.float64, budget)) for _ in range(2))
+    ours, theirs = (with_run(make(tiny_model(True), torch.float64, *way)) for _ in range(2))
     wanted = ours.forward_backward("run", batch, losses.resolve("cross_entropy"))
     found = theirs.forward_backward_custom("run", batch, datums_of(batch), cross_entropy)
     assert_close(gradients(theirs), gradients(ours), 1e-10)
@@ -107,7 +154,7 @@ def test_the_function_sees_leaves_on_the_cpu_in_the_datums_order_and_the_datums_
         seen.extend(logprobs)
         return torch.cat(logprobs).sum(), {}
 
-    learner = with_run(make(tiny_model(True), budget=TWO_PASSES))
+    learner = with_run(make(tiny_model(True), budget=25))
     result = learner.forward_backward_custom("run", batch, data, look)
     assert [len(logp) for logp in seen] == batch.lengths.tolist()
     assert all(logp.is_leaf and logp.requires_grad and logp.device.type == "cpu" for logp in seen)
@@ -154,12 +201,12 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
 
 
 @pytest.mark.parametrize(("fn", "message"), WRONG.values(), ids=WRONG)
-@pytest.mark.parametrize("budget", [ONE_PASS, TWO_PASSES])
+@WAYS
 def test_a_wrong_function_is_refused_with_its_name_and_leaves_every_bit(
-    tiny_model: Models, fn: Callable[..., Any], message: str, budget: int
+    tiny_model: Models, fn: Callable[..., Any], message: str, way: Way
 ) -> None:
     batch = draw()
-    learner = with_run(make(tiny_model(True), budget=budget))
+    learner = with_run(make(tiny_model(True), torch.float32, *way))
     learner.forward_backward("run", batch, losses.resolve("cross_entropy"))
     before = state(learner, "run")
     with pytest.raises(LossError, match=message) as raised:

@@ -22,8 +22,22 @@ LOSSES = ["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
 BOUNDS = [(torch.float32, 1e-5), (torch.float64, 1e-10)]
 
 
-def make(path: Path, dtype: torch.dtype = torch.float32, budget: int = 64, chunk: int = 1000, **kwargs: Any) -> Learner:
-    section = LearnerSection(token_budget=budget, logprob_chunk_tokens=chunk)
+def make(
+    path: Path,
+    dtype: torch.dtype = torch.float32,
+    budget: int = 64,
+    custom_graph_gb: float | None = None,
+    *,
+    chunk: int = 1000,
+    gradient_checkpointing: bool = False,
+    **kwargs: Any,
+) -> Learner:
+    section = LearnerSection(
+        token_budget=budget,
+        logprob_chunk_tokens=chunk,
+        custom_graph_gb=custom_graph_gb,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     return Learner(path, ModelSection(path=str(path)), section, dtype=dtype, **kwargs)
 
 
