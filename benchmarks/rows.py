@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -111,6 +113,8 @@ def machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     return {
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "revision": _revision(),
         "cores": os.cpu_count(),
         "processor": _processor(),
         "python": platform.python_version(),
@@ -127,20 +131,49 @@ def _processor() -> str:
     return platform.machine()
 
 
+def _revision() -> str:
+    """Of the code that ran; "+" where files differ from it that are not results."""
+    git = ["git", "-C", str(RESULTS.parents[1])]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", "*.py"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
 def table(results: Path = RESULTS) -> str:
     """Markdown, one line per target, in the order of the file names."""
-    lines = ["| row | sides: median (range) | ratio: median (range) | target | |", "|---|---|---|---|---|"]
+    head = (
+        "row",
+        "sides: median (range)",
+        "ratio: median (range)",
+        "target",
+        "",
+        "processor, revision, `python -m benchmarks.`",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for path in sorted(results.glob("*.json")):
         fields = json.loads(path.read_text())
-        fields.pop("machine")
+        where = fields.pop("machine")
         row = Row(**fields | {"targets": [Target(**target) for target in fields["targets"]]})
+        command = where.get("command", row.command).removeprefix("python -m benchmarks.")
+        ran = f"{_short(where['processor'])}, {where.get('revision', 'before 700224e')}, `{command}`"
         for target in row.targets:
             found = ratios(row, target)
             sides = "; ".join(f"{name} {spread(row.sides[name])}" for name in (target.of, target.to))
             verdict = "met" if target.met(statistics.median(found)) else "**missed**"
             bound = f"{'≥' if target.sense == '>=' else '≤'} {target.bound:g}"
-            lines.append(f"| {row.title} | {sides} {row.unit} | {spread(found)} | {bound} | {verdict} |")
+            lines.append(f"| {row.title} | {sides} {row.unit} | {spread(found)} | {bound} | {verdict} | {ran} |")
     return "\n".join(lines)
+
+
+def _short(processor: str) -> str:
+    """As "Intel(R) Xeon(R) Processor @ 2.10GHz" -> "Xeon"."""
+    name = re.sub(r"\(R\)|\(TM\)|Processor|CPU|Intel|AMD|@.*", "", processor)
+    return " ".join(name.split())
 
 
 if __name__ == "__main__":
