@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import psutil
@@ -31,7 +32,8 @@ def test_machines_share_no_file_memory_port_or_process(machines: Machines) -> No
     server = a.spawn([sys.executable, "-c", SERVE], a.log)
     while "up\nup" not in a.log.read_text():  # that of the machine, and that of the server
         assert server.poll() is None, a.log.read_text()
-    for path in ("/tmp/x", "/dev/shm/x", f"{a.env()['HOME']}/x"):
+    name = f"of-machine-a-{uuid.uuid4()}"
+    for path in (f"/tmp/{name}", f"/dev/shm/{name}", f"{a.env()['HOME']}/{name}"):
         assert run(a, "touch", path).returncode == 0
         assert a.sees(path).exists() and not b.sees(path).exists() and not Path(path).exists(), path
     assert run(a, "touch", str(Path(__file__).parent / "x")).returncode != 0, "the code is shared, so it is read-only"
