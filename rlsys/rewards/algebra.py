@@ -47,6 +47,8 @@ _FACTORIAL_OF_LETTERS = re.compile(r"\([^()!^]*[a-zA-Z][^()!^]*\) ?!")
 _NUMBER = re.compile(r"[0-9]+")
 # Words, and a space that ends the name of a command or a number; any other space may be read as the one before a unit.
 _SPACE = re.compile(r"(\\text\{[^{}]*\}|\\[A-Za-z]+ +(?=[A-Za-z])|[0-9] +(?=[0-9]))| +")
+# Letters side by side that the grammar takes for a name: t times r is no trace.
+_KEYWORD = re.compile(r"(?<!\\)(?<![A-Za-z])([A-Za-z]*?(?=tr|inf|and|or)[A-Za-z])([A-Za-z])")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9.]+|.", re.DOTALL)
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off: they are, on purpose
@@ -159,8 +161,8 @@ def _worth(text: str) -> int:
 
 
 def _own_letters(*texts: str) -> list[str]:
-    """Letters that math-verify would take for others, replaced: capitals beside their small letter, which it reads as
-    that; gamma, a function to it, read in time that doubles with each; and d, which makes a differential of the next."""
+    """Letters that math-verify would misread, replaced: capitals beside their small letter, which are the same to it;
+    gamma, a function to it, read in time that doubles with each; and d, which makes a differential of the next."""
     letters = {match[1] for text in texts for match in _LETTER.finditer(text) if match[1]}
     spare = sorted(set("abchjklmnopqrstuvwxyz") - {letter.lower() for letter in letters})
     ambiguous = sorted(
@@ -173,7 +175,7 @@ def _own_letters(*texts: str) -> list[str]:
 
 
 def _parse(text: str) -> list[object]:
-    text = _SPACE.sub(r"\1", text.strip())
+    text = _KEYWORD.sub(r"\1{\2}", _SPACE.sub(r"\1", text.strip()))
     expressions: list[object] = parse(rf"\boxed{{{text}}}", _LATEX, parsing_timeout=None)
     return expressions
 

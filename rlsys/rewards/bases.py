@@ -1,7 +1,9 @@
-"""Numbers in other bases: 52_7, 1101_{\text{two}}, 1A_{16}, 52 (base 7). Section 3 of docs/grading.md.
+"""Numbers in other bases. Section 3 of docs/grading.md.
 
-A number in another base is its value and its base, and equals only what has both. One in base ten is a plain number, and
-a number without a base is in base ten.
+    52_7, 1101_{\\text{two}}, 1A_{16}, 52 (base 7)
+
+A number in another base is its value and its base, and equals only what has both. One in base ten is a plain number,
+and a number without a base is in base ten.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ _NAMES = (
 _BASES = {name: base for names, base in _NAMES for name in names.split()}
 MAX_BASE = 36
 _GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
-_DIGITS = r"[0-9A-Za-z]+(?: [0-9][0-9A-Za-z]*)*"
-_NUMBER = (
-    rf"(?P<whole>{_DIGITS})?(?:\.(?P<part>{_DIGITS})?(?:\\(?:overline|bar)\{{(?P<period>{_DIGITS})\}})?)?"
-)
+_DIGITS = r"[0-9A-Za-z]+(?: [0-9A-Z]+)*"
+_NUMBER = rf"(?P<whole>{_DIGITS})?(?:\.(?P<part>{_DIGITS})?(?:\\(?:overline|bar)\{{(?P<period>{_DIGITS})\}})?)?"
 _BASE = rf" ?_ ?(?P<index>{_GROUP}|[0-9]+|[A-Za-z])|(?P<words>(?: in| ?\\text| ?\(| base).*)"
-_BASED = re.compile(rf"(?P<sign>[+-]? ?)(?P<open>(?:\\text|\\overline)?[{{(])? ?{_NUMBER} ?(?P<close>[)}}])?(?:{_BASE})", re.DOTALL)
+_BASED = re.compile(
+    rf"(?P<sign>[+-]? ?)(?P<open>(?:\\text|\\overline)?[{{(])? ?{_NUMBER} ?(?P<close>[)}}])?(?:{_BASE})", re.DOTALL
+)
 _WITHIN = re.compile(rf"(?<![A-Za-z0-9_.}}\\])([0-9]+(?:\.[0-9]+)?) ?_ ?({_GROUP}|[0-9]+|[A-Za-z])")
 _WORDY = re.compile(r"\\text|[{}()]|\bin\b|\bbase\b")
 
@@ -72,13 +74,15 @@ def read(text: str) -> Based | None:
     if base is None or not letters:
         return None
     lower = letters != letters.upper()
-    if letters.isalpha() and ((lower and match["open"] is None) or len(letters) < 2 or not isinstance(base, int)):
+    if letters.isalpha() and (len(letters) < 2 or not isinstance(base, int)):
         return None  # a name with an index
     if any(c.isalpha() for c in letters) and not (isinstance(base, int) and base > 10):
         return None
     whole, part, period = (piece.upper() for piece in parts)
     sign = match["sign"].strip().replace("+", "")
-    digits = sign + (whole or "0") + ("." + part + (rf"\overline{{{period}}}" if period else "") if part or period else "")
+    digits = (
+        sign + (whole or "0") + ("." + part + (rf"\overline{{{period}}}" if period else "") if part or period else "")
+    )
     value = _value(whole, part, period, base) if isinstance(base, int) else None
     if value is None and isinstance(base, int):
         return Based(digits, base, None, lower and match["open"] is None)

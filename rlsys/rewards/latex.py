@@ -6,8 +6,8 @@
     {n \\over 2}       ->  \\frac{n}{2}
     \\color{red}{5}    ->  {5}
 
-One pass from the last token to the first: what follows a command has been read before it, so that no recursion is needed
-and the time is linear in the text. The pass notes edits; the text is put together once, at the end.
+One pass from the last token to the first: what follows a command has been read before it. So there is no recursion, and
+the time is linear in the text. The pass notes edits; the text is put together once, at the end.
 """
 
 from __future__ import annotations
@@ -32,10 +32,25 @@ _DECLARED = {
     **dict.fromkeys((r"\rm", r"\rmfamily", r"\upshape", r"\normalfont", r"\sf", r"\sffamily", r"\tt"), UPRIGHT),
     **dict.fromkeys((r"\ttfamily", r"\sc", r"\scshape", r"\mdseries"), UPRIGHT),
 }
-_DROPPED = (r"\phantom", r"\hphantom", r"\vphantom", r"\tag", r"\tag*", r"\label", r"\color")  # with one argument
-_SPACED = (r"\hspace", r"\hspace*", r"\vspace", r"\vspace*", r"\mspace")  # the same, and a space stands for it
-_CLASSES = (r"\mathopen", r"\mathclose", r"\mathbin", r"\mathrel", r"\mathord", r"\mathpunct", r"\mathinner")
-_AROUND = (r"\ensuremath", r"\smash", r"\mathop", r"\mathstrut", r"\nobreak")  # dropped, their argument stays
+# Dropped with so many arguments; what comes last of \textcolor stays.
+_DROPPED = {
+    **dict.fromkeys(
+        (r"\phantom", r"\hphantom", r"\vphantom", r"\tag", r"\tag*", r"\label", r"\color", r"\textcolor"), 1
+    ),
+    r"\rule": 2,
+}
+_SPACED = dict.fromkeys((r"\hspace", r"\hspace*", r"\vspace", r"\vspace*", r"\mspace"), 1)  # and a space stands for it
+_CLASSES = (
+    r"\mathop",
+    r"\mathopen",
+    r"\mathclose",
+    r"\mathbin",
+    r"\mathrel",
+    r"\mathord",
+    r"\mathpunct",
+    r"\mathinner",
+)
+_AROUND = (r"\ensuremath", r"\smash")  # dropped, their argument stays
 _INFIX = {r"\over": r"\frac{", r"\choose": r"\binom{"}
 # Commands that may stand among words.
 _IN_WORDS = frozenset(
@@ -82,7 +97,7 @@ class _Pass:
         for i in range(len(self._tokens) - 1, -1, -1):
             self._read(i)
         self._infix(-1, self._levels[0])
-        pieces, hidden = [], 0
+        pieces, hidden = list[str](), 0
         for i, out in enumerate(self._out):
             hidden += self._hidden[i]
             if not hidden:
@@ -112,9 +127,7 @@ class _Pass:
         elif token in _DECLARED:
             self._declaration(i)
         elif token in _DROPPED or token in _SPACED:
-            self._drop(i)
-        elif token == r"\textcolor":
-            self._drop(i)
+            self._drop(i, _DROPPED.get(token, 1))
         elif token in _CLASSES or token in _AROUND:
             self._unwrap(i, keep_braces=token in _AROUND)
         else:
@@ -153,12 +166,12 @@ class _Pass:
         spans = self._spans
         if not spans:
             return None
-        start, end = spans[-1]
+        start = spans[-1][0]
         token = self._tokens[start]
         if token == "-" and len(spans) > 1 and _LETTERS_OR_DIGITS.match(self._tokens[spans[-2][0]]):
             spans.pop()
             return start, spans.pop()[1]
-        if token in _NO_ARGUMENT or (token[0] == "\\" and not token[1].isalpha()):
+        if token in _NO_ARGUMENT or (token[0] == "\\" and not token[1:].isalpha()):
             return None
         return spans.pop()
 
@@ -233,7 +246,7 @@ class _Pass:
         token = self._tokens[start]
         if token == "{":
             self._strip(i + 1, start)
-            self._unbrace(start, end)
+            self._single(start, end)
         elif token == r"\prime" and self._tokens[i] == "^":
             spans.pop()
             self._out[i], self._out[start] = "", "'"
@@ -244,12 +257,16 @@ class _Pass:
             end = self._digits(i, spans[-1][0]) if self._tokens[spans[-1][0]].isdigit() else spans[-1][1]
             while spans and spans[-1][0] <= end:
                 spans.pop()
-            if end > start:
-                self._strip(i + 1, start)
-                self._brace((start, end))
-        elif end > start:
-            self._strip(i + 1, start)
+            self._scripted(i, start, end)
+        else:
+            self._scripted(i, start, end)
+
+    def _scripted(self, i: int, start: int, end: int) -> None:
+        self._strip(i + 1, start)
+        if end > start:
             self._brace((start, end))
+        else:
+            self._single(start, end)
 
     def _signs(self, i: int, sign: int, following: int) -> bool:
         """Whether a sign in an exponent is that of what follows: x^-1, e^-x, but not R^+ x."""
@@ -275,12 +292,16 @@ class _Pass:
                 return start
         return end
 
-    def _unbrace(self, start: int, end: int) -> None:
-        """x^{2} is x^2, unless what follows would join it."""
-        if end - start == 2 and self._tokens[start + 1].isalnum() and start not in self._rewritten:
-            following = "".join(self._tokens[end + 1 : end + 3]).lstrip()[:1]
-            if not following.isalnum():
-                self._out[start] = self._out[end] = ""
+    def _single(self, start: int, end: int) -> None:
+        """x^{2} is x^2, with braces only before what would seem to belong to it."""
+        braced = self._tokens[start] == "{"
+        if end - start != 2 * braced or not self._tokens[start + braced].isalnum() or start in self._rewritten:
+            return
+        following = "".join(self._tokens[end + 1 : end + 3]).lstrip()[:1].isalnum()
+        if braced and not following:
+            self._out[start] = self._out[end] = ""
+        elif following and not braced:
+            self._brace((start, end))
 
     def _font(self, i: int) -> None:
         span = self._take()
@@ -318,7 +339,7 @@ class _Pass:
             self._out[start] = self._out[span[1]] = " "
 
     def _declaration(self, i: int) -> None:
-        """{\\rm x} is for the group to see; \\rm{x} is a font with an argument; else it lasts to the end of the group."""
+        """{\\rm x} is left to the group; \\rm{x} is a font with an argument; else the font lasts to the group's end."""
         before = i - 1
         while before >= 0 and self._tokens[before].isspace():
             before -= 1
@@ -344,9 +365,11 @@ class _Pass:
             spans.clear()
             spans.append((i, end))
 
-    def _drop(self, i: int) -> None:
-        span = self._take()
-        end = i if span is None else span[1]
+    def _drop(self, i: int, arguments: int) -> None:
+        end = i
+        for _ in range(arguments):
+            span = self._take()
+            end = end if span is None else span[1]
         if self._tokens[i] in _SPACED and i:
             self._after[i - 1] += " "
         self._hidden[i] += 1

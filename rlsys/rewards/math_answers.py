@@ -73,7 +73,7 @@ def _same(found: Shape, wanted: Shape) -> bool:
 def _same_equation(found: Shape, wanted: Shape) -> bool:
     """Equations as they were written, not only their right sides."""
     a, b = found.equation, wanted.equation
-    return bool(a and b) and algebra.same_expression(a, b)
+    return bool(a and b) and algebra.same_expression(bases.decimal(a), bases.decimal(b))
 
 
 def _elements(shape: Shape) -> Sequence[Shape]:

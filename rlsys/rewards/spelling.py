@@ -20,7 +20,14 @@ _SIGNS = {
     **dict.fromkeys("∅⌀", r" \emptyset "),
     **{"×": r" \times ", "÷": r" \div ", "√": r" \sqrt ", "∞": r" \infty ", "∪": r" \cup ", "∩": r" \cap "},
     **{"≤": r" \le ", "≥": r" \ge ", "≠": r" \ne ", "⩽": r" \le ", "⩾": r" \ge ", "∈": r" \in ", "≈": r" \approx "},
-    **{"ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}", "∠": r"\angle ", "△": r"\triangle "},
+    **{
+        "ℤ": r"\mathbb{Z}",
+        "ℕ": r"\mathbb{N}",
+        "ℚ": r"\mathbb{Q}",
+        "ℂ": r"\mathbb{C}",
+        "∠": r"\angle ",
+        "△": r"\triangle ",
+    },
     **{"⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "′": "'", "⁄": "/", "∕": "/", "∣": "|"},
     **{"∛": r" \sqrt[3]", "∜": r" \sqrt[4]"},
     **{"±": r" \pm ", "∓": r" \mp ", "°": r"^\circ ", "⟨": r" \langle ", "⟩": r" \rangle ", "ℝ": r"\mathbb{R}"},
@@ -49,15 +56,19 @@ _RENAMED = {
     **{"lbrack": "[", "rbrack": "]", "ldots": r"\dots", "cdots": r"\dots"},
 }
 _COMMAND = re.compile(
-    rf"\\(?:(?:{_DROPPED})(?![A-Za-z])(?:(?<=left)\.|(?<=right)\.)?|({_TEXT})(?![A-Za-z])\s*|([A-Za-z]+)|(.))", re.DOTALL
+    rf"\\(?:(?:{_DROPPED})(?![A-Za-z])(?:(?<=left)\.|(?<=right)\.)?|({_TEXT})(?![A-Za-z])\s*|([A-Za-z]+)|(.))",
+    re.DOTALL,
 )
 _SPACES = ",;:>! \n"
 
 # All groups of three behind one separator. Bare commas are read with the brackets round them, by rlsys.rewards.shapes.
 _GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?P<mark>\{,\}|\\,|,\\!\s?|~| )[0-9]{3}(?:(?P=mark)[0-9]{3})*(?![0-9/])")
 _PLAIN = (
+    (re.compile(r"\\text\{\s*\}"), " "),
     (re.compile(r"[ \t\r\n]+"), " "),
     (re.compile(r"(?:\\text)?\{ ?([,:]) ?\}"), r"\1"),
+    (re.compile(r"\\not ?="), r"\\ne "),
+    (re.compile(r"\\not ?\\in(?![A-Za-z])"), r"\\notin "),
     (re.compile(r"<="), r"\\le "),
     (re.compile(r">="), r"\\ge "),
     (re.compile(r"!="), r"\\ne "),
@@ -65,8 +76,11 @@ _PLAIN = (
     (re.compile(r"\\text\{ ?,? ?(and|or) ?\}"), r" \1 "),
     (re.compile(r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}"), r"\\text{\1/\2}"),
 )
-# Names of functions in letters, upright or bare, and of \\pi and roots.
-_FUNCTIONS = "arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sin cos tan cot csc log exp ln".split()
+# Names of functions, which may stand in \\text or bare.
+_FUNCTIONS = (
+    *("arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "sinh", "cosh", "tanh", "coth"),
+    *("sin", "cos", "tan", "cot", "csc", "log", "exp", "ln"),
+)
 _UNITS_TOO = ("sec", "min", "max", "gcd", "lcm", "det")
 _OTHER_NAMES = {"tg": "tan", "ctg": "cot", "arctg": "arctan", "arcctg": "arccot", "cosec": "csc", "lg": "log_{10}"}
 _WORD = re.compile(r"\\text\{ ?([A-Za-z]+) ?\}")
@@ -183,7 +197,11 @@ def _upright(match: re.Match[str]) -> str:
     name = _OTHER_NAMES.get(name, name)
     if name in ("e", "i"):
         return f" {name} "
-    if name in _FUNCTIONS or (name in _UNITS_TOO and after == "(") or name == "log_{10}":
+    if (
+        name in _FUNCTIONS
+        or (name in _UNITS_TOO and (after == "(" or match.string.startswith(r"\{", end)))
+        or name == "log_{10}"
+    ):
         return f"\\{name} "
     if len(name) > 1 or after in ("", " "):
         return match[0]

@@ -77,7 +77,9 @@ _QUANTITY = re.compile(
     rf"(?P<core>.*?(?:[0-9)}}.]|\\[A-Za-z]+))(?P<space> ?)(?P<unit>(?>{_PIECE}(?:(?: ?/ ?| ?\\cdot ?| )?{_PIECE})*+))",
     re.DOTALL,
 )
-_LETTERED = re.compile(r"(?P<core>.*[A-Za-z]) ?(?P<unit>\\text\{(?P<words>[^{}]*)\}(?:\^(?:[23]|\{[23]\}))?)", re.DOTALL)
+_LETTERED = re.compile(
+    r"(?P<core>.*[A-Za-z]) ?(?P<unit>\\text\{(?P<words>[^{}]*)\}(?:\^(?:[23]|\{[23]\}))?)", re.DOTALL
+)
 _BARE = re.compile(r"\\text\{[^{}]*\}|\^\\circ(?: ?[CFK](?![A-Za-z]))?|\^(?:\{[23]\}|[23])|(?P<word>[A-Za-z.¢€£¥₹]+)")
 _CURRENCY = re.compile(r"([+-]?) ?([€£¥₹]) ?")
 

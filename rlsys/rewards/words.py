@@ -1,7 +1,7 @@
 """Words, or letters of algebra? Section 9 of docs/grading.md.
 
-    no solution, west, x-axis, \text{ even }     words, compared as such
-    p - q, x y, ab, AB                            letters, left to algebra
+no solution, west, x-axis, \text{ even }     words, compared as such
+p - q, x y, ab, AB                            letters, left to algebra
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from rlsys.rewards.spelling import key
 MIN_WORD = 3  # letters; fewer are symbols, and no more than these may be a product of letters
 # Short words that answers are made of; none of them is a usual product of letters.
 _SHORT = frozenset(
-    """yes no not one two six ten odd all any off out red man men boy her his him she who you new old low big hot top win
-    won few day mon tue wed thu fri sat sun jan feb mar apr jun jul aug sep oct nov dec""".split()
+    (
+        *("yes", "no", "not", "one", "two", "six", "ten", "odd", "all", "any", "off", "out", "red", "man", "men"),
+        *("boy", "her", "his", "him", "she", "who", "you", "new", "old", "low", "big", "hot", "top", "win", "won"),
+        *("few", "day", "mon", "tue", "wed", "thu", "fri", "sat", "sun", "jan", "feb", "mar", "apr", "jun", "jul"),
+        *("aug", "sep", "oct", "nov", "dec"),
+    )
 )
 _WORDS = re.compile(r"[A-Za-z][A-Za-z .'-]*")
 _QUOTED = re.compile(r"\\text\{([^{}]*)\}")
@@ -45,7 +49,7 @@ def _phrase(text: str) -> str | None:
     inside = re.sub(" +", " ", _QUOTED.sub(r" \1 ", text)).strip(" ().")
     if not _WORDS.fullmatch(inside) and not (_QUOTED.fullmatch(text) and inside):
         return None
-    return inside.casefold() if _is_phrase(inside) or len(inside) >= MIN_WORD and _RUN.fullmatch(inside) else inside
+    return inside.casefold() if _is_phrase(inside) or (len(inside) >= MIN_WORD and _RUN.fullmatch(inside)) else inside
 
 
 def _only_words(text: str, phrase: str | None) -> bool:
@@ -82,4 +86,3 @@ def _spelled_out(text: str) -> bool:
 
 def _quoted(text: str) -> list[str]:
     return [as_text(match[0]) for match in _QUOTED_WORDS.finditer(text)]
-
