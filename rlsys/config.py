@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rlsys.errors import ConfigError
 from rlsys.types import AdamParams, SamplingParams
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
@@ -212,6 +212,20 @@ class LearnerSection(Section):
     custom_graph_gb: float | None = Field(None, ge=0)  # of a custom loss's graphs; None: half of what is free; 0: none
     entropy: bool = False  # of the policy at the tokens that are learned from, as policy/entropy
 
+    @model_validator(mode="after")
+    def _device_and_gpus_agree(self) -> LearnerSection:
+        if self.device == "cuda" and self.num_gpus == 0:
+            raise ValueError(
+                "device cuda, num_gpus 0: Ray hides the GPUs from an actor that asks for none; set learner.num_gpus=1, "
+                "or a part of one, or learner.device=cpu"
+            )
+        if self.device == "cpu" and self.num_gpus > 0:
+            raise ValueError(
+                f"device cpu, num_gpus {self.num_gpus:g}: the learner would compute on the CPU and leave its GPU idle; "
+                "set learner.device=cuda, or learner.num_gpus=0"
+            )
+        return self
+
 
 class SamplerSection(Section):
     num_workers: int = Field(1, ge=1)
@@ -231,6 +245,10 @@ class SamplerSection(Section):
     kv_cache_gb: float = Field(1.0, gt=0)  # CPU
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
     enforce_eager: bool = False  # CPU engines are always eager
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.num_gpus > 0 else "cpu"
 
 
 class RewardSection(Section):
@@ -383,7 +401,8 @@ class OverlapSection(Section):
 
 
 class CheckSection(Section):
-    """Bounds (nats, mean over tokens) beyond which the run stops; None: 1e-3 in float32, 1e-1 in bfloat16."""
+    """Bounds (nats, mean over tokens) beyond which the run stops; None: 1e-3 in float32, 1e-1 in
+    bfloat16 and float16."""
 
     max_mean_logprob_diff: float | None = Field(None, gt=0)  # |p - q| of on-policy tokens, every step
     max_canary_diff: float | None = Field(None, gt=0)  # |sampler - learner| of the canary, every sync
@@ -441,6 +460,7 @@ class JobConfig(Section):
                 "lora.train_unembed: vLLM on CUDA scores prompts wrongly under an adapter of the unembedding (it maps "
                 "adapter rows by sampled position), so it is served on CPU only; set lora.train_unembed=false"
             )
+        refuse_dtype(self.model.dtype, self.sampler, "model.dtype")
         tensor_parallel = self.sampler.tensor_parallel_size
         if self.sampler.num_gpus > 0 and tensor_parallel > 1 and self.sampler.num_gpus != tensor_parallel:
             raise ValueError(
@@ -521,7 +541,7 @@ class JobConfig(Section):
 
     @property
     def sampler_device(self) -> Literal["cpu", "cuda"]:
-        return "cuda" if self.sampler.num_gpus > 0 else "cpu"
+        return self.sampler.device
 
     @property
     def max_mean_logprob_diff(self) -> float:
@@ -533,8 +553,20 @@ class JobConfig(Section):
 
 
 # Clean engines measured a mean |difference| of at most 2.5e-2 in bfloat16 and 2e-6 in float32 (docs/numerics.md),
-# broken ones 0.27 and more.
-PRECISION_BOUND = {"float32": 1e-3, "bfloat16": 1e-1}
+# broken ones 0.27 and more. float16 rounds finer than bfloat16; its bound is the same, for want of a measurement.
+PRECISION_BOUND = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 1e-1}
+
+
+def refuse_dtype(dtype: Precision, sampler: SamplerSection, key: str) -> None:
+    """
+    Raises:
+        ValueError: the sampler's device cannot serve adapters in `dtype`, which `key` sets.
+    """
+    if dtype == "float32" and sampler.device == "cuda":
+        raise ValueError(
+            f"{key} float32: vLLM's LoRA kernels on CUDA take half precision alone (sampler.num_gpus "
+            f"{sampler.num_gpus:g}); set {key}=bfloat16 or float16, or sampler.num_gpus=0 for a sampler on the CPU"
+        )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:

@@ -63,6 +63,7 @@ def test_the_learning_rate_comes_down_by_its_schedule(options: list[str], wanted
     assert found == pytest.approx(wanted, abs=1e-6)
 
 
+UNEMBEDDING_ON_CUDA = ["lora.train_unembed=true", "sampler.num_gpus=1", "model.dtype=bfloat16"]
 WRONG = [
     # overrides, what the message must name: the key, and what would be right
     (["rl.stepz=3"], ["rl.stepz", "did you mean 'steps'"]),
@@ -82,11 +83,11 @@ WRONG = [
     (["rl.loss.name=grpo"], ["rl.loss.name", "importance_sampling", "'grpo'"]),
     (["lora.rank=64"], ["lora.rank 64", "sampler.max_lora_rank=64"]),
     (["lora.train_attn=false", "lora.train_mlp=false"], ["lora trains nothing", "train_unembed"]),
-    (["lora.train_unembed=true", "sampler.num_gpus=1"], ["lora.train_unembed", "set lora.train_unembed=false"]),
+    (UNEMBEDDING_ON_CUDA, ["lora.train_unembed", "set lora.train_unembed=false"]),
     (["model.make.head_dim=16"], ["model.make.head_dim", "16"]),
     (["rl.sampling.max_tokens=128"], ["model.max_length 128", "max_tokens"]),
     (["model.path=some/model"], ["exactly one of model.path", "model.make"]),
-    (["model.dtype=float16"], ["model.dtype", "float32", "bfloat16"]),
+    (["model.dtype=float8"], ["model.dtype", "float32", "bfloat16", "float16"]),
     (["task.min_operations=9"], ["task.min_operations", "task.max_operations"]),
     (["run.name=a/b"], ["run.name", "pattern"]),
     (["run=3"], ["run", "dictionary", "3"]),
@@ -124,7 +125,15 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_bounds_follow_the_precision_unless_given() -> None:
     assert parse_config(SMALL).max_canary_diff == 1e-3
     assert parse_config(SMALL, ["model.dtype=bfloat16"]).max_canary_diff == 1e-1
+    assert parse_config(SMALL, ["model.dtype=float16"]).max_canary_diff == 1e-1
     assert math.isclose(parse_config(SMALL, ["checks.max_canary_diff=0.2"]).max_canary_diff, 0.2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sampler_on_cuda_takes_half_precision_and_a_learner_there_any(dtype: str) -> None:
+    assert parse_config(SMALL, ["sampler.num_gpus=0.5", f"model.dtype={dtype}"]).sampler_device == "cuda"
+    mixed = parse_config(SMALL, ["learner.device=cuda", "learner.num_gpus=0.5"])
+    assert (mixed.model.dtype, mixed.sampler_device) == ("float32", "cpu")
 
 
 def test_a_job_cannot_be_changed_once_read() -> None:
