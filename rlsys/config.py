@@ -338,19 +338,23 @@ class OptimSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     grad_clip_norm: float = Field(1.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    decay_steps: int | None = Field(None, ge=1)  # at which step the rate has come down; None: rl.steps
-    final_share: float = Field(0.0, ge=0, le=1)  # of learning_rate, from there on
+    decay_steps: int | None = Field(
+        None, ge=1
+    )  # steps over which the rate comes down, warm-up included; None: rl.steps
+    final_share: float = Field(0.0, ge=0, le=1)  # of learning_rate, in every step after those
 
     def at(self, step: int, total_steps: int) -> AdamParams:
         """AdamW for step 0, 1, ... of `total_steps`: linear warm-up over `warmup_steps`, then the schedule.
 
-        cosine: final + (1 - final) * (1 + cos(pi x)) / 2, x going from 0 at the end of the warm-up to 1 at
-        `decay_steps` (SGDR, arXiv:1608.03983, without restarts); linear: 1 - (1 - final) * x.
+        x = (step - top) / (N - top), N being `decay_steps` or `total_steps` and `top` the first step at the whole rate:
+        0 there, and below 1 at the last of N, so that step teaches too. linear: final + (1 - final) * (1 - x), without
+        a warm-up (N - step) / N; cosine: final + (1 - final) * (1 + cos(pi x)) / 2 (SGDR, arXiv:1608.03983, equation 5,
+        without restarts). From step N on the rate is `final_share`.
         """
         factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.schedule != "constant":
-            end = self.decay_steps or total_steps
-            x = min(1.0, max(0.0, (step + 1 - self.warmup_steps) / max(1, end - self.warmup_steps)))
+            end, top = self.decay_steps or total_steps, max(0, self.warmup_steps - 1)
+            x = 1.0 if step >= end else max(0, step - top) / max(1, end - top)
             left = (1 + math.cos(math.pi * x)) / 2 if self.schedule == "cosine" else 1 - x
             factor *= self.final_share + (1 - self.final_share) * left
         return AdamParams(

@@ -315,6 +315,12 @@ def _warnings(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Ite
         )
     if sampler.enforce_eager and config.sampler_device == "cuda":
         yield "sampler.enforce_eager on a GPU: decoding without CUDA graphs is slow; sampler.enforce_eager=false"
+    optim, steps = config.rl.optim, config.rl.steps
+    if optim.schedule != "constant" and optim.final_share == 0 and (optim.decay_steps or steps) < steps:
+        yield (
+            f"rl.optim.decay_steps {optim.decay_steps}: the learning rate is 0 after step {optim.decay_steps}, and "
+            f"rl.steps {steps} goes on; set rl.optim.final_share, or rl.optim.decay_steps={steps}"
+        )
     if learner.num_workers > completions:
         yield f"learner.num_workers {learner.num_workers}: a step has {completions} sequences, so some ranks idle"
     for who, section in (("learner", learner), ("sampler", sampler)):

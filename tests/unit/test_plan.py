@@ -209,6 +209,7 @@ WARNED = [
     (["sampler.max_lora_rank=256"], ["sampler.max_lora_rank=16"]),
     (["lora.rank=100", "sampler.max_lora_rank=128"], ["lora.rank=64"]),
     ([*ON_CUDA, "sampler.enforce_eager=true"], ["sampler.enforce_eager=false"]),
+    (["rl.optim={schedule: linear, decay_steps: 10}"], ["rl.optim.decay_steps 10", "rl.optim.decay_steps=25"]),
     (["learner.threads=4"], ["learner.num_cpus=4"]),
     (["model.make.vocab_size=150000"], ["learner.logprob_chunk_tokens=256"]),
 ]
