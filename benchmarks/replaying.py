@@ -130,7 +130,7 @@ class Grades:
     rewards: Array
     solved: Array
     passed: Array
-    agreeing: Array
+    idle: Array
     facts: Mapping[str, float]
 
 
@@ -149,7 +149,7 @@ class RecordedGrades:
             rewards=rewards,
             solved=np.bincount(rollouts.group, rewards, minlength=P) / n,
             passed=np.bincount(rollouts.group, rewards >= 1, minlength=P).astype(np.int64),
-            agreeing=groups_agree(rewards, rollouts.group, P),
+            idle=groups_agree(rewards, rollouts.group, P),  # every job here has a baseline
             facts={"reward/mean": float(rewards.mean()), "reward/completions": float(len(rewards))},
         )
 

@@ -279,7 +279,8 @@ class AdvantageSection(Section):
     # what a token's advantage is divided by. sum: nothing (Dr. GRPO, arXiv:2503.20783); length: the tokens of its
     # completion (GRPO with normalise std, arXiv:2402.03300); max_tokens: rl.sampling.max_tokens
     aggregate: Literal["sum", "length", "max_tokens"] = "sum"
-    drop_agreeing: bool = True  # groups whose rewards agree; ignored while kl_coef > 0
+    # groups whose advantages are all 0: rewards agree, and with baseline none are 0; ignored while kl_coef > 0
+    drop_agreeing: bool = True
     kl_coef: float = Field(0.0, ge=0)  # KL in the reward, Tinker cookbook incorporate_kl_penalty
     kl_discount: float = Field(0.0, ge=0, lt=1)  # of the future sum of the KL term; 0: none
     reference_refresh_steps: int = Field(0, ge=0)  # the policy becomes the reference every so often; 0: it is the base
@@ -367,8 +368,8 @@ class RlSection(Section):
     problems_per_step: int = Field(32, ge=1)
     samples_per_problem: int = Field(8, ge=2)
     substeps: int = Field(1, ge=1)  # optimizer steps per step; each takes its share of the groups
-    # dynamic sampling (DAPO, arXiv:2503.14476 section 3.2): groups that agree are replaced by further problems, in at
-    # most so many rounds of sampling; 0: they are not
+    # dynamic sampling (DAPO, arXiv:2503.14476 section 3.2): groups that rl.advantages.drop_agreeing leaves out are
+    # replaced by further problems, in at most so many rounds of sampling; 0: they are not
     refill_rounds: int = Field(0, ge=0)
     overlong: OverlongSection = OverlongSection()
     sampling: SamplingSection = SamplingSection()

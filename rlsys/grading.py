@@ -11,7 +11,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlsys import tasks
-from rlsys.advantages import groups_agree
+from rlsys.advantages import groups_teach_nothing
 from rlsys.config import JobConfig
 from rlsys.errors import ConfigError
 from rlsys.problem_sets import problem_sets
@@ -32,7 +32,7 @@ class GroupGrades:
     rewards: Array  # (R,) float32
     solved: Array  # (P,) float64, mean grade of the task
     passed: Array  # (P,) int64, completions with a whole grade
-    agreeing: Array  # (P,) bool, whose rewards are all the same
+    idle: Array  # (P,) bool, whose rewards give no advantage
     facts: dict[str, float]
 
 
@@ -88,7 +88,7 @@ class Grading:
             rewards=rewards,
             solved=np.bincount(rollouts.group, grades.rewards, minlength=P) / count_P,
             passed=np.bincount(rollouts.group, grades.rewards >= 1, minlength=P).astype(np.int64),
-            agreeing=groups_agree(rewards, rollouts.group, P),
+            idle=groups_teach_nothing(rewards, rollouts.group, P, self.config.rl.advantages),
             facts=facts,
         )
 

@@ -78,7 +78,7 @@ def train(config: JobConfig, stages: Stages, ledger: Ledger, held_out: Array, ob
 
 
 def gather(config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: Clock) -> tuple[Array, Made, Graded]:
-    """A batch of groups with their rewards; those that agree are replaced in up to ``rl.refill_rounds`` more rounds."""
+    """A batch of groups with their rewards; up to ``rl.refill_rounds`` rounds more replace those that teach nothing."""
     problems, rollouts, rewards = list[Array](), list[Made](), list[Graded]()
     wanted = config.rl.problems_per_step
     while wanted and len(rollouts) <= config.rl.refill_rounds:
@@ -88,7 +88,7 @@ def gather(config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: 
             rollouts.append(stages.samplers.sample("train", problems[-1], config.rl.samples_per_problem, params))
         with clock("grade"):
             rewards.append(stages.graders.grade("train", rollouts[-1]))
-        wanted = int(rewards[-1].agreeing.sum())
+        wanted = int(rewards[-1].idle.sum())
     return np.concatenate(problems), in_rounds(config, rollouts, len(rollouts) - 1), joined_grades(rewards)
 
 

@@ -174,16 +174,16 @@ class Pipeline:
         return self.stages.graders.grade("train", rollouts), time.perf_counter() - began
 
     def _take_in_grades(self) -> None:
-        """Replace groups that agree, if asked to; hand whole pieces to the learner, in order."""
+        """Replace groups that teach nothing, if asked to; hand whole pieces to the learner, in order."""
         for piece in list(self.queue):
             if piece.grading is not None and piece.grading.done():
                 rewards, seconds = piece.grading.result()
                 piece.rewards.append(rewards)
                 piece.graded_s += seconds
                 piece.grading = None
-                agreeing = int(piece.rewards[-1].agreeing.sum())
-                if agreeing and len(piece.rewards) <= self.config.rl.refill_rounds:
-                    self._submit(piece, self.ledger.draw(piece.place.step, agreeing))
+                idle = int(piece.rewards[-1].idle.sum())
+                if idle and len(piece.rewards) <= self.config.rl.refill_rounds:
+                    self._submit(piece, self.ledger.draw(piece.place.step, idle))
         while self.queue and self._is_whole(self.queue[0]):
             if self.stopping and self.queue[0].place.begins_step:
                 return

@@ -60,7 +60,7 @@ SECTIONS: Mapping[str, Sequence[ChartSpec]] = {
         ChartSpec("Reward", {"reward/mean": "mean", "reward/std": "standard deviation"}, low=0, high=1),
         ChartSpec("Reward terms", {"reward/correct": "correct", "reward/format": "format", "reward/length": "length",
                                    "reward/overlong": "overlong"}),
-        ChartSpec("Groups", {"reward/groups": "all", "reward/agreeing_groups": "agreeing, teach nothing"}, low=0),
+        ChartSpec("Groups", {"reward/groups": "all", "reward/agreeing_groups": "all rewards the same"}, low=0),
         ChartSpec("Time per stage", TIMES, unit="s", stacked=True, low=0),
     ),
     "Policy": (

@@ -31,7 +31,7 @@ class Graded(Made):
 
     solved: Array  # (P,) float64, mean grade: the task's own, without other terms of the reward
     passed: Array  # (P,) int64, completions with a whole grade
-    agreeing: Array  # (P,) bool, all rewards of the group are the same
+    idle: Array  # (P,) bool, the group teaches nothing: see rlsys.advantages.groups_teach_nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,5 +171,5 @@ def joined(parts: Sequence[Made]) -> Made:
 
 def joined_grades(parts: Sequence[Graded]) -> Graded:
     whole = joined(parts)
-    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("solved", "passed", "agreeing"))
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("solved", "passed", "idle"))
     return Graded(whole.refs, whole.facts, *columns)
