@@ -102,7 +102,7 @@ class ReplayingSampler:
         self.longer, self.pace = longer, pace
 
     @ray.method(num_returns=2)
-    async def sample(self, split: str, problems: Array, n: int, params: Any, version: int) -> Any:
+    async def sample(self, split: str, problems: Array, occurrence: Array, n: int, params: Any, version: int) -> Any:
         rollouts = self.recording.answers(problems, n, self.longer, version)
         await asyncio.sleep(float(rollouts.lengths.max()) / self.longer * self.pace)
         self.done += 1

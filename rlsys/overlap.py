@@ -26,6 +26,7 @@ from rlsys.config import JobConfig
 from rlsys.facts import Facts, combine
 from rlsys.ledger import Ledger
 from rlsys.loop import evaluate, in_rounds, is_evaluated, training_params
+from rlsys.problems import occurrences
 from rlsys.stages import (
     Centred,
     Graded,
@@ -160,10 +161,12 @@ class Pipeline:
                 self._submit(piece, share)
 
     def _submit(self, piece: Piece, problems: Array) -> None:
-        params = training_params(self.config, piece.place.step, len(piece.problems))
+        step, samplers = piece.place.step, self.stages.samplers
+        before = [part for other in self.steps[step] for part in other.problems]
         piece.problems.append(problems)
-        count = self.config.rl.samples_per_problem
-        self.tickets[self.stages.samplers.submit("train", problems, count, params)] = piece
+        nth = occurrences(problems, np.concatenate(before) if before else ())
+        count, params = self.config.rl.samples_per_problem, training_params(self.config, step)
+        self.tickets[samplers.submit("train", problems, count, params, nth)] = piece
 
     def _grade(self, piece: Piece, rollouts: Made) -> None:
         piece.rollouts.append(rollouts)

@@ -70,14 +70,22 @@ class Samplers(Protocol):
     def version(self) -> int:
         """The one that is loaded."""
 
-    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> Made:
-        """(P,) problem ids -> Rollouts, n completions each, under the version that is loaded."""
+    def sample(
+        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+    ) -> Made:
+        """(P,) problem ids -> Rollouts, n completions each, under the version that is loaded.
+
+        A draw is a function of `params.seed`, the problem and its occurrence, `occurrence` (P,) counting what was drawn
+        before under this seed; None: nothing was, so a problem's place among its like in `problems` counts.
+        """
 
     def load(self, update: Published) -> Facts:
         """Serve the update's version from now on; every sampler attests it, or this raises WeightSyncError. What is
         running goes on."""
 
-    def submit(self, split: str, problems: Array, n: int, params: SamplingParams) -> int:
+    def submit(
+        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+    ) -> int:
         """As `sample`, without waiting: a ticket. Each group starts on the version that is loaded when it starts."""
 
     def collect(self, timeout_s: float) -> list[tuple[int, Made]]:
