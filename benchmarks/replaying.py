@@ -128,10 +128,11 @@ class ReplayingRewards(RewardActor):
 @dataclass(frozen=True, slots=True)
 class Grades:
     rewards: Array
-    solved: Array
+    grade: Array
     passed: Array
     idle: Array
     facts: Mapping[str, float]
+    failure: str = ""
 
 
 class RecordedGrades:
@@ -147,7 +148,7 @@ class RecordedGrades:
         self.done += 1
         return Grades(
             rewards=rewards,
-            solved=np.bincount(rollouts.group, rewards, minlength=P) / n,
+            grade=np.bincount(rollouts.group, rewards, minlength=P) / n,
             passed=np.bincount(rollouts.group, rewards >= 1, minlength=P).astype(np.int64),
             idle=groups_agree(rewards, rollouts.group, P),  # every job here has a baseline
             facts={"reward/mean": float(rewards.mean()), "reward/completions": float(len(rewards))},

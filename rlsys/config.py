@@ -252,9 +252,15 @@ class SamplerSection(Section):
 
 
 class RewardSection(Section):
-    """The reward is correct * grade + format * form + length * brevity - overlong penalty; each has its own curve."""
+    """The reward is correct * grade + format * form + length * brevity - overlong penalty; each has its own curve.
+
+    A grade is any finite number, such as a negative cost; graders of right and wrong give 1 and 0.
+    """
 
     correct: float = 1.0  # weight of the task's grade
+    solved_at: float = Field(1.0, allow_inf_nan=False)  # the grade from which on a completion counts as right
+    # where the grader timed out or failed; where grades may be negative, set it as low as the worst of them
+    failed_grade: float = Field(0.0, allow_inf_nan=False)
     format: float = 0.0  # weight of 1 for a completion of the right form, else 0
     format_pattern: str | None = None  # regular expression that is searched; None: it has a final answer
     length: float = Field(0.0, ge=0)  # weight of brevity within the group, Kimi k1.5, arXiv:2501.12599 section 2.3.3

@@ -152,10 +152,10 @@ class Sampler:
 
         `params.seed` None draws from this sampler's own sequence; else the same problems draw the same, and a problem
         that comes again draws anew. `occurrence`: (P,) how often each came in earlier calls or in this one; None: in
-        this one. Greedy requests
-        (temperature 0) are computed once and copied; their log-probabilities are those at temperature 1. Stop tokens,
-        but not stop strings' tails, are part of a completion. `move_on`: whenever a newer version of the run is loaded,
-        what is not done goes on under that one; only then do versions differ inside a completion.
+        this one. Greedy requests (temperature 0) are computed once and copied; their log-probabilities are those at
+        temperature 1. Stop tokens, but not stop strings' tails, are part of a completion. `move_on`: whenever a newer
+        version of the run is loaded, what is not done goes on under that one; only then do versions differ inside a
+        completion.
 
         Raises:
             SamplingError: nothing was started.

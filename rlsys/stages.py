@@ -29,8 +29,8 @@ class Made:
 class Graded(Made):
     """(R,) rewards, and what of them the loop and its reports need of each of the P groups."""
 
-    solved: Array  # (P,) float64, mean grade: the task's own, without other terms of the reward
-    passed: Array  # (P,) int64, completions with a whole grade
+    grade: Array  # (P,) float64, mean grade: the task's own, without other terms of the reward
+    passed: Array  # (P,) int64, completions whose grade is rewards.solved_at or more
     idle: Array  # (P,) bool, the group teaches nothing: see rlsys.advantages.groups_teach_nothing
 
 
@@ -179,5 +179,5 @@ def joined(parts: Sequence[Made]) -> Made:
 
 def joined_grades(parts: Sequence[Graded]) -> Graded:
     whole = joined(parts)
-    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("solved", "passed", "idle"))
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("grade", "passed", "idle"))
     return Graded(whole.refs, whole.facts, *columns)
