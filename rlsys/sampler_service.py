@@ -24,7 +24,7 @@ class ServiceEngine(Sampler):
         """From the system: a client that names no seed draws anew in each call and in each session."""
         return secrets.randbits(63)
 
-    async def serve(self, key: str, update: WeightUpdate, bound: float) -> Attestation:
+    async def serve(self, key: str, update: WeightUpdate, bound: float | None) -> Attestation:
         """As `load`."""
         return await self.load(replace(update, snapshot=replace(update.snapshot, run_id=key, version=0)), bound)
 
