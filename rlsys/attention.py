@@ -18,6 +18,7 @@ from rlsys.segments import Segments
 
 NAME = "rlsys_packed"
 SEGMENTS = "rlsys_segments"  # the keyword argument of the model's forward
+_NO_MATTER = frozenset({"dropout", "position_ids", "cache_position", "use_cache", "output_attentions"})  # in evaluation
 
 
 def packed_attention(
@@ -30,6 +31,7 @@ def packed_attention(
     sliding_window: int | None = None,  # a token sees itself and so many less one before it
     softcap: float | None = None,
     s_aux: Tensor | None = None,  # (Hq,) sinks
+    is_causal: bool | None = None,
     rlsys_segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -41,8 +43,10 @@ def packed_attention(
     name, segments, window = type(module).__name__, rlsys_segments, sliding_window
     if segments is None:
         raise ConfigError(f"{name} does not pass {SEGMENTS} on to its attention, so its sequences cannot be packed")
-    if kwargs.get("position_bias") is not None:
-        raise ConfigError(f"{name} wants position_bias in its attention, which packed attention does not compute")
+    wants = [key for key, argument in kwargs.items() if argument is not None and key not in _NO_MATTER]
+    if wants or is_causal is False:
+        what = ", ".join(wants) or "later tokens"
+        raise ConfigError(f"{name} wants {what} in its attention, which packed attention does not compute")
     if window is not None and window >= segments.longest:
         window = None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

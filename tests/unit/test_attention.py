@@ -216,12 +216,15 @@ def test_every_layout_of_a_pack_says_the_same(pack: str, window: int | None, mon
         assert segments.longest == int(wanted.sum(1).max())
 
 
-def test_what_it_does_not_compute_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("argument", "names"), [({"position_bias": 1.0}, "position_bias"), ({"is_causal": False}, "later tokens"),
+                            ({"block_indices": 1, "output_attentions": False}, "block_indices")],
+)  # fmt: skip
+def test_what_it_does_not_compute_is_refused(argument: dict[str, Any], names: str) -> None:
+    """Whatever else a model gives to its attention would be lost."""
     inputs = [x.transpose(0, 1)[None] for x in draw(3)]
-    with pytest.raises(ConfigError, match="position_bias"):
-        attention.packed_attention(
-            nn.Identity(), *inputs, None, rlsys_segments=alone(np.array([3])), position_bias=torch.ones(1)
-        )
+    with pytest.raises(ConfigError, match=f"Identity wants {names} in its attention"):
+        attention.packed_attention(nn.Identity(), *inputs, None, rlsys_segments=alone(np.array([3])), **argument)
 
 
 def test_a_model_that_does_not_hand_the_segments_on_is_refused() -> None:
