@@ -18,7 +18,7 @@ import numpy as np
 
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.drawn import Drawn, gathered, joined
-from rlsys.engine.arguments import UNEMBEDDING, engine_arguments
+from rlsys.engine.arguments import engine_arguments
 from rlsys.engine.attest import attest, distance
 from rlsys.engine.lent import lent
 from rlsys.engine.live import BASE_VERSION, Adapter, Hold, LiveVersions, kept
@@ -42,6 +42,7 @@ from rlsys.engine.start import Device, engine_processes, preload, prepare_enviro
 from rlsys.engine.workers import values
 from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, SamplingError, WeightSyncError
 from rlsys.rollouts import Rollouts
+from rlsys.served import read_config, refuse_unserved, why_no_unembedding
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import AdapterSnapshot, Attestation, WeightUpdate
 
@@ -90,6 +91,7 @@ class Sampler:
         self._tokens_generated = self._running = 0
         self._noise = self._start_s = 0.0
         self._about = BaseModel(base)
+        refuse_unserved(str(base), read_config(base), device)
         if self._about.max_positions is not None and model.max_length > self._about.max_positions:
             raise ConfigError(
                 f"model.max_length: found {model.max_length}; {base} has positions for {self._about.max_positions}"
@@ -467,10 +469,10 @@ class Sampler:
             )
         if snapshot.dtype != self._model.dtype:
             raise WeightSyncError(f"{where}: found {snapshot.dtype}; wanted model.dtype {self._model.dtype}")
-        if self._device != "cpu" and any(UNEMBEDDING in slot.name for slot in snapshot.layout):
+        reason = why_no_unembedding(read_config(self._base), self._device)
+        if reason is not None and any(".layers." not in slot.name for slot in snapshot.layout):
             raise WeightSyncError(
-                f"{where}: holds {UNEMBEDDING} tensors; vLLM's GPU LoRA has no mapping for the rows of prompt "
-                "log-probabilities there and would score them wrong; set lora.train_unembed: false"
+                f"{where}: holds an adapter of the output layer; {reason}; set lora.train_unembed=false"
             )
 
     async def _install(self, snapshot: AdapterSnapshot, adapter: Adapter, leaving: Sequence[int]) -> str:
