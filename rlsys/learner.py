@@ -626,12 +626,24 @@ def _load(base: Path | str, dtype: torch.dtype, computing: torch.dtype, device: 
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {base} cannot be loaded as a causal language model: {error}") from error
-    model.to(device, computing)
+    model.to(device)
+    _convert(model, dtype, computing)
     model.eval()
     model.requires_grad_(False)
     attention.prove_packing(model)
     replace_norms(model)
     return model
+
+
+def _convert(model: PreTrainedModel, loaded: torch.dtype, computing: torch.dtype) -> None:
+    """Compute in `computing` where the model was loaded in `loaded`. What transformers keeps in another dtype stays: a
+    rotary embedding's frequencies, rounded to bfloat16, turn by radians too far or too little at position 1,000, and a
+    sampler does not round them."""
+    if loaded == computing:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == loaded:
+            tensor.data = tensor.data.to(computing)
 
 
 def _layers(model: PreTrainedModel, key: str) -> Sequence[nn.Module]:
