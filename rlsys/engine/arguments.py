@@ -59,8 +59,7 @@ def engine_arguments(
         "max_cpu_loras": section.max_live_adapters,
         "max_lora_rank": next(rank for rank in ENGINE_RANKS if rank >= section.max_lora_rank),
         "lora_target_modules": target_modules(base, device),
-        # of a text-and-image model: its towers are not loaded, which only images would need
-        **({"language_model_only": True} if is_composite(configuration(base)) else {}),
+        **_of_the_model(configuration(base)),
         "worker_extension_cls": "rlsys.engine.adapters.AdapterExtension",
         "disable_log_stats": True,
         **by_device,
@@ -73,3 +72,12 @@ def target_modules(base: Path, device: Device) -> list[str]:
     mlp = () if roles.experts else roles.mlp
     unembedding = () if why_no_unembedding(read_config(base), device) else roles.unembedding
     return [*names(roles.attention), *names(mlp), *names(unembedding)]
+
+
+def _of_the_model(config: Any) -> dict[str, Any]:
+    if is_composite(config):
+        return {"language_model_only": True}  # its towers, which only images would need, are not loaded
+    if config.model_type == "cohere2":
+        # vLLM's layers see sliding_window tokens before a token, those of transformers one fewer, as everywhere else
+        return {"hf_overrides": {"sliding_window": config.sliding_window - 1}}
+    return {}
