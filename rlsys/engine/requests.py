@@ -134,7 +134,7 @@ def position_params(token: int) -> Any:
         temperature=1.0,
         ignore_eos=True,
         detokenize=False,
-        logprobs=0,
+        logprobs=1,
         logprob_token_ids=[token],
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
