@@ -307,7 +307,7 @@ def _warnings(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Ite
             f"sampler.max_lora_rank {sampler.max_lora_rank} makes slots of width {width} for adapters of lora.rank "
             f"{lora.rank}; sampler.max_lora_rank={lora.rank} saves memory and time"
         )
-    smallest = min(min(pair) for pair in dims.linears.values())
+    smallest = min(min(pair) for pair in (*dims.attention.values(), *dims.mlp.values()))
     if lora.rank > smallest:
         yield f"lora.rank {lora.rank} is above the smallest side of the matrices, {smallest}; lora.rank={smallest}"
     if computing_dtype(config.model.dtype, learner.device) != config.model.dtype:
