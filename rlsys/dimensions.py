@@ -175,6 +175,45 @@ def of_config(config: Mapping[str, Any], source: str) -> Dimensions:
     )
 
 
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """A model folder's config.json.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: {path} cannot be read ({error}); wanted config, tokenizer and safetensors in the folder"
+        ) from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"model.path: {path} holds {type(found).__name__}; wanted an object of names and values")
+    return found
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Of a config.json, of a family without a formula too."""
+    return int(_given(config, "hidden_size"))
+
+
+def vocab_size(config: Mapping[str, Any]) -> int:
+    """The same: rows of the embedding."""
+    return int(_given(config, "vocab_size"))
+
+
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """The same; None where nothing bounds the length."""
+    found = _given(config, "max_position_embeddings")
+    return None if found is None else int(found)
+
+
+def _given(config: Mapping[str, Any], key: str) -> Any:
+    family, text = family_of(config), text_part(config)
+    return text.get(key) if family is None else value(family, text, key)
+
+
 def known_models() -> dict[str, Dimensions]:
     """The list kept here, by hub name."""
     listed: dict[str, dict[str, Any]] = yaml.safe_load(KEPT.read_text(encoding="utf-8"))
@@ -199,15 +238,7 @@ def _of_make(make: MakeSection, max_length: int, dtype: str) -> Dimensions:
 
 
 def _of_folder(folder: Path) -> Dimensions:
-    path = folder / "config.json"
-    try:
-        return of_config(json.loads(path.read_text(encoding="utf-8")), f"{path}")
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"model.path: {path} cannot be read ({error}); wanted config, tokenizer and safetensors in the folder"
-        ) from None
+    return of_config(read_config(folder), str(folder / "config.json"))
 
 
 def _from_hub(name: str) -> tuple[dict[str, Any] | None, str]:
