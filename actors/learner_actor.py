@@ -63,11 +63,12 @@ class LearnerActor:
         """Load the base, meet the other ranks, and begin the run, or go on with it where `files` say. Returns the
         precision that the base is computed in."""
         from actors.base_folder import local_folder
+        from rlsys.canary import canary_tokens
         from rlsys.dimensions import hidden_size, read_config
         from rlsys.learner import Learner
         from rlsys.memory import keep_heap_whole
         from rlsys.model_support import refuse_unsupported
-        from rlsys.policy import Policy, canary
+        from rlsys.policy import Policy
         from rlsys.ranks import ALONE, Ranks
 
         section = self.config.learner
@@ -93,7 +94,7 @@ class LearnerActor:
                 (self.config.run_dir / "base").absolute()
             )  # as adapter_config.json says
             learner = Learner(folder, self.config.model, section, base_name=name, ranks=ranks)
-        policy = Policy(learner, self.config, canary(train))
+        policy = Policy(learner, self.config, canary_tokens(train))
         if files is not None:
             policy.restore(files)
         self.policy = policy

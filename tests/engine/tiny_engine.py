@@ -80,6 +80,7 @@ class Reference:
             canary,
             self.logprobs(canary, adapter),
             self.logprobs(canary, previous),
+            BOUND,
         )
 
 
