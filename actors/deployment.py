@@ -28,7 +28,7 @@ from rlsys.client.backend import About, ModelHandle, SampleAnswer, SnapshotHandl
 from rlsys.client.config import HostSpec, SamplerSpec, ServiceConfig
 from rlsys.client.paths import folder_of
 from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
-from rlsys.dimensions import max_positions, read_config, vocab_size
+from rlsys.dimensions import max_positions, read_config
 from rlsys.errors import ConfigError
 from rlsys.model_support import refuse_unsupported, serves_unembedding
 from rlsys.types import Array, SamplingParams
@@ -148,7 +148,7 @@ class RayBackend:
             learner=learner,
             max_lora_rank=sampler.max_lora_rank,
             lora_alpha=config.lora_alpha,
-            serves_unembed=serves_unembedding(vocab_size(found), device),
+            serves_unembed=serves_unembedding(found, device),
             checkpoints=self._checkpoints,
             detached=config.detached,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def export_adapter(checkpoint: Path, out: Path, for_vllm: bool = False) -> None:
             _cut(folder, load(files[WEIGHTS]), cuts)
 
 
-def _cut(folder: Path, tensors: dict[str, Tensor], cuts: dict[str, tuple[str, ...]]) -> None:
+def _cut(folder: Path, tensors: dict[str, Tensor], cuts: Mapping[str, tuple[str, ...]]) -> None:
     """Rewrite an adapter's files: the parts of a fused module get its A, and each its rows of B."""
     found = {}
     for name, tensor in tensors.items():

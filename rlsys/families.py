@@ -43,6 +43,7 @@ class Family:
     experts: bool = False  # a mixture: its experts are trained by no adapter
     expert_biases: bool = False  # of the experts' matrices and of the router
     sinks: bool = False  # one logit per head that attention may go to instead of a token
+    output_layer: bool = True  # vLLM's model has one that an adapter can go to, instead of taking the embeddings
 
 
 def _defaults(hidden: int, inner: int, layers: int, heads: int, kv: int | None, **more: Any) -> dict[str, Any]:
@@ -116,6 +117,7 @@ _ROWS = (
         biases=_ASKED,
         windows="pattern",
         period=2,
+        output_layer=False,
     ),
     Family(
         "Gemma 3",
@@ -187,6 +189,7 @@ _ROWS = (
         biases=_ASKED,
         windows="pattern",
         period=4,
+        output_layer=False,
     ),
     Family(
         "Exaone 4",

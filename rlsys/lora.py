@@ -1,8 +1,9 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on one base, several at once, by PEFT.
 
-Which modules they go to is found by role (rlsys/roles.py), so that fused ones are adapted as they are. Names are those
-of the whole checkpoint's model, where the base is the text part of one (rlsys/text_part.py). Adapters are named "a0", "a1", ... inside PEFT, whose names may hold no dots. Initial weights depend on the seed and the
-module's name alone: not on the global random state, on other adapters, or on which other modules are adapted.
+Modules are found by role (rlsys/roles.py), so that fused ones are adapted as they are. Their names are those of the whole
+checkpoint's model, also where the base is its text part (rlsys/text_part.py). Adapters are named "a0", "a1", ... inside
+PEFT, whose names may hold no dots. Initial weights depend on the seed and the module's name alone: not on the global
+random state, on other adapters, or on which other modules are adapted.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -38,7 +37,7 @@ def roles_of(model: PreTrainedModel) -> Roles:
         ConfigError: there is no list of decoder layers.
     """
     layers, head = decoder_layers(model), model.get_output_embeddings()
-    attention, mlp, experts = [], [], None
+    attention, mlp, experts = list[str](), list[str](), None
     for path, module in layers:
         own = [name for name, part in module.named_modules() if hasattr(part, "is_causal")]
         for name, part in _without_adapters(module):
@@ -69,9 +68,7 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can go to it, or has."""
-    return isinstance(module, nn.Linear) or (
-        isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear)
-    )
+    return isinstance(getattr(module, "get_base_layer", lambda: module)(), nn.Linear)
 
 
 def names(paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -94,5 +91,10 @@ def _without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, part in module.named_modules():
         if not any(name.startswith(f"{layer}.") for layer in inside):
             yield name, part
-        if isinstance(part, LoraLayer):
+        if _has_adapters(part):
             inside.append(name)
+
+
+def _has_adapters(module: nn.Module) -> bool:
+    """Whether PEFT put its layer in the place of the module, which then is that layer's base."""
+    return hasattr(module, "get_base_layer")

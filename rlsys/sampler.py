@@ -18,6 +18,7 @@ import numpy as np
 
 from rlsys.canary import BOUND_FACTOR, StartupProbe
 from rlsys.config import ModelSection, SamplerSection
+from rlsys.dimensions import read_config
 from rlsys.drawn import Drawn, gathered, joined
 from rlsys.engine.arguments import engine_arguments
 from rlsys.engine.attest import attest, attest_base, distance
@@ -44,8 +45,9 @@ from rlsys.engine.shards import proven_digest
 from rlsys.engine.start import Device, engine_processes, preload, prepare_environment
 from rlsys.engine.workers import values
 from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, SamplingError, WeightSyncError
+from rlsys.families import family_of
+from rlsys.model_support import unembedding_problem
 from rlsys.rollouts import Rollouts
-from rlsys.served import read_config, refuse_unserved, why_no_unembedding
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import AdapterSnapshot, Attestation, WeightUpdate
 
@@ -94,7 +96,6 @@ class Sampler:
         self._tokens_generated = self._running = 0
         self._noise = self._start_s = 0.0
         self._about = BaseModel(base)
-        refuse_unserved(str(base), read_config(base), device)
         if self._about.max_positions is not None and model.max_length > self._about.max_positions:
             raise ConfigError(
                 f"model.max_length: found {model.max_length}; {base} has positions for {self._about.max_positions}"
@@ -492,10 +493,10 @@ class Sampler:
             )
         if snapshot.dtype != self._model.dtype:
             raise WeightSyncError(f"{where}: found {snapshot.dtype}; wanted model.dtype {self._model.dtype}")
-        reason = why_no_unembedding(read_config(self._base), self._device)
+        reason = unembedding_problem(self._about.vocab_size, family_of(read_config(self._base)), self._device)
         if reason is not None and any(".layers." not in slot.name for slot in snapshot.layout):
             raise WeightSyncError(
-                f"{where}: holds an adapter of the output layer; {reason}; set lora.train_unembed=false"
+                f"{where}: holds an adapter of the output layer: {reason}; set lora.train_unembed=false"
             )
 
     async def _install(self, snapshot: AdapterSnapshot, adapter: Adapter, leaving: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints that hold a language model beside towers for images: their text part is trained, with the towers left out.
+"""Checkpoints that hold a language model beside towers for images: the text part is trained, without the towers.
 
     in the whole model                          in the text part
     model.language_model.layers.0.mlp.up_proj   model.layers.0.mlp.up_proj
@@ -16,8 +16,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from rlsys.errors import ConfigError
+from rlsys.families import TEXT_PARTS
 
-KNOWN = ("gemma3", "mistral3")  # whose text part is the same model in transformers, in vLLM and alone
 _PREFIX = "rlsys_whole_prefix"  # attribute of a text part: what the whole model calls its decoder
 
 
@@ -31,10 +31,10 @@ def configuration(base: Path | str) -> Any:
         config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model.path: {base} cannot be loaded as a causal language model: {error}") from error
-    if is_composite(config) and config.model_type not in KNOWN:
+    if is_composite(config) and config.model_type not in TEXT_PARTS:
         raise ConfigError(
             f"model.path: {base} is of model_type {config.model_type!r}, which has more than a language model in it; "
-            f"of those rlsys trains the text part of {' and '.join(KNOWN)}"
+            f"of those rlsys trains the text part of {' and '.join(TEXT_PARTS)}"
         )
     return config
 

@@ -167,7 +167,7 @@ def _places(manager: Any, layout: Layout) -> dict[str, list[Slots]]:
     Raises:
         ValueError: the engine has none for a module.
     """
-    by_name = {}
+    by_name: dict[str, list[Slots]] = {}
     for name, slots in _layers(manager):
         by_name |= {name: slots, **{slot.module: [slot] for slot in slots}}
     # of text-and-image models and others whose classes here call their modules otherwise

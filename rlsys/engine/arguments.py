@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config import ModelSection, SamplerSection
+from rlsys.dimensions import read_config
 from rlsys.engine.start import Device
+from rlsys.model_support import serves_unembedding
 from rlsys.roles import names, roles_of, skeleton
-from rlsys.served import read_config, why_no_unembedding
 from rlsys.text_part import configuration, is_composite
 
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
@@ -70,7 +71,7 @@ def target_modules(base: Path, device: Device) -> list[str]:
     """Last parts of the names of modules that get adapter slots: all that a run may train on this device."""
     roles = roles_of(skeleton(configuration(base).get_text_config(decoder=True)))
     mlp = () if roles.experts else roles.mlp
-    unembedding = () if why_no_unembedding(read_config(base), device) else roles.unembedding
+    unembedding = roles.unembedding if serves_unembedding(read_config(base), device) else ()
     return [*names(roles.attention), *names(mlp), *names(unembedding)]
 
 

@@ -8,7 +8,7 @@ layer a worker takes its rows of each of the fused ones:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rlsys.checkpoints import save_run
 from rlsys.config import LearnerSection, LoraSection, ModelSection
+from rlsys.dimensions import read_config
 from rlsys.learner import Learner
-from rlsys.served import read_config, why_no_unembedding
+from rlsys.model_support import serves_unembedding
 from rlsys.text_part import load_language_model
 from rlsys.types import Array
 from tests.families.tiny_composites import COMPOSITES, Composite
@@ -48,7 +49,7 @@ def adapted(name: str, place: Path) -> Adapted:
     folder = family.save(place / "base")
     model = ModelSection(path=str(folder), max_length=LENGTH)
     learner = Learner(folder, model, LearnerSection())
-    serves_output = why_no_unembedding(read_config(folder), "cpu") is None
+    serves_output = serves_unembedding(read_config(folder), "cpu")
     lora = LoraSection(rank=8, alpha=16.0, train_mlp=family not in MIXTURES, train_unembed=serves_output)
     learner.create_run("run", lora, seed=1)
     draw = torch.Generator().manual_seed(2)
@@ -56,7 +57,9 @@ def adapted(name: str, place: Path) -> Adapted:
         if key.endswith("lora_B"):
             weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
     save_run(learner, "run", place / "checkpoint", with_optimizer=False)
-    plain = {dtype: load_language_model(folder, dtype=dtype, attention="eager") for dtype in (torch.float32, torch.float64)}
+    plain = {
+        dtype: load_language_model(folder, dtype=dtype, attention="eager") for dtype in (torch.float32, torch.float64)
+    }
     error = distance(*(logprobs_of(one) for one in plain.values()))
     return Adapted(family, folder, model, learner, place / "checkpoint", max(GOAL, NOISE * error))
 

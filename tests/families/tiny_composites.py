@@ -20,7 +20,7 @@ _TOWER = {
 
 @dataclass(frozen=True)
 class Composite:
-    """`text` and `vision`: the two sections of the configuration; the tower has layers called as the text part's are."""
+    """`text` and `vision`: sections of the configuration; the tower's layers are called as those of the text part."""
 
     name: str
     model_type: str
