@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on one base, several at once, by PEFT.
 
-Modules are found by role (rlsys/roles.py), so that fused ones are adapted as they are. Their names are those of the whole
-checkpoint's model, also where the base is its text part (rlsys/text_part.py). Adapters are named "a0", "a1", ... inside
+Modules are found by role (rlsys/roles.py), so that fused ones are adapted as they are. Their names are those of the
+whole checkpoint, also where the base is its text part (rlsys/text_part.py). Adapters are named "a0", "a1", ... inside
 PEFT, whose names may hold no dots. Initial weights depend on the seed and the module's name alone: not on the global
 random state, on other adapters, or on which other modules are adapted.
 """

@@ -17,9 +17,10 @@ from rlsys.errors import ConfigError
 from rlsys.export import export_adapter, export_merged
 from rlsys.learner import Learner
 from rlsys.roles import names, roles_of, skeleton
-from rlsys.text_part import load_whole
-from tests.families.adapted import LENGTH, MODELS, Adapted, adapted, distance, logprobs_of
-from tests.families.tiny_models import FAMILIES, MIXTURES, Family
+from rlsys.text_part import load_language_model, load_whole
+from tests.families.adapted import LENGTH, MODELS, TOKENS, Adapted, adapted, distance, logprobs_of
+from tests.families.tiny_composites import COMPOSITES, Composite
+from tests.families.tiny_models import COMMON, FAMILIES, MIXTURES, Family
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -81,3 +82,26 @@ def test_for_vllm_a_fused_module_is_cut_where_vllm_has_it_in_parts(name: str, is
         assert torch.equal(cut[f"{path}.up_proj.lora_A.weight"], whole[f"{path}.gate_up_proj.lora_A.weight"])
     else:
         assert cut.keys() == whole.keys()
+
+
+@pytest.mark.parametrize("composite", COMPOSITES, ids=lambda composite: composite.name)
+def test_a_text_part_is_the_whole_model_without_its_towers(composite: Composite, tmp_path: Path) -> None:
+    folder = composite.save(tmp_path / "base")
+    whole, part = (load(folder, dtype=torch.float32).eval() for load in (load_whole, load_language_model))
+    tokens = torch.from_numpy(TOKENS[None]).long()
+    with torch.no_grad():
+        assert torch.allclose(part(tokens).logits, whole(tokens).logits, rtol=0, atol=1e-4)
+    assert not any("vision" in name for name, _ in part.named_modules())
+    learner = Learner(folder, ModelSection(path=str(folder), max_length=LENGTH), LearnerSection())
+    learner.create_run("run", LoraSection(rank=2), seed=1)
+    assert all(name.startswith("model.language_model.layers.") for name in learner.run_state("run").weights)
+    (greedy,) = learner.greedy([TOKENS[:40]], 3, [])
+    with torch.no_grad():
+        assert greedy[0] == int(whole(tokens[:, :40]).logits[0, -1].argmax())
+
+
+def test_a_checkpoint_of_parts_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("llava", text_config={"model_type": "llama", **COMMON})
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"'llava', which has more than a language model .* gemma3 and mistral3"):
+        load_language_model(tmp_path, dtype=torch.float32)
