@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
@@ -21,7 +21,7 @@ from actors.base_folder import local_folder
 from actors.cluster import cluster, threads_env
 from actors.service_calls import future_of, together
 from actors.service_learner import ServiceLearner
-from actors.service_placement import refuse_shortfall, sections
+from actors.service_placement import dtype_of, refuse_shortfall, sections
 from actors.service_sampler import ServiceSampler
 from actors.service_shipping import ship
 from rlsys.client.backend import About, ModelHandle, SampleAnswer, SnapshotHandle
@@ -138,9 +138,9 @@ class RayBackend:
         with local_folder(source) as folder:
             found = read_config(folder)
         max_length = min(config.max_length, max_positions(found) or config.max_length)
-        model = ModelSection(path=source, dtype=config.dtype, max_length=max_length)
         learner, sampler = sections(config, ray.cluster_resources())
-        device: Literal["cpu", "cuda"] = "cpu" if sampler.num_gpus == 0 else "cuda"
+        dtype, device = dtype_of(config, sampler), sampler.device
+        model = ModelSection(path=source, dtype=dtype, max_length=max_length)
         refuse_unsupported(found, source, max_length=max_length, lora=None, sampler=sampler, device=device)
         host = HostSpec(
             base_model=base_model,
