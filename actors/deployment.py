@@ -22,13 +22,13 @@ from actors.base_folder import local_folder
 from actors.cluster import cluster, threads_env
 from actors.service_calls import future_of, together
 from actors.service_learner import ServiceLearner
-from actors.service_placement import refuse_shortfall, sections
+from actors.service_placement import dtype_of, refuse_shortfall, sections
 from actors.service_sampler import ServiceSampler
 from actors.service_shipping import ship
 from rlsys.client.backend import About, ModelHandle, SampleAnswer, SnapshotHandle
 from rlsys.client.config import HostSpec, SamplerSpec, ServiceConfig
 from rlsys.client.paths import folder_of
-from rlsys.config import PRECISION_BOUND, LearnerSection, LoraSection, ModelSection, SamplerSection
+from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
 from rlsys.errors import ConfigError
 from rlsys.types import Array, SamplingParams
 
@@ -137,9 +137,9 @@ class RayBackend:
         with local_folder(source) as folder:
             positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
         max_length = min(config.max_length, positions or config.max_length)
-        model = ModelSection(path=source, dtype=config.dtype, max_length=max_length)
         learner, sampler = sections(config, ray.cluster_resources())
-        on_cpu = sampler.num_gpus == 0
+        dtype, on_cpu = dtype_of(config, sampler), sampler.device == "cpu"
+        model = ModelSection(path=source, dtype=dtype, max_length=max_length)
         host = HostSpec(
             base_model=base_model,
             model=model,
@@ -153,8 +153,8 @@ class RayBackend:
         engine = SamplerSpec(
             model=model,
             section=sampler,
-            device="cpu" if on_cpu else "cuda",
-            max_canary_diff=PRECISION_BOUND[config.dtype],
+            device=sampler.device,
+            max_canary_diff=None,
             room_timeout_s=config.room_timeout_s,
         )
         return host, engine

@@ -337,7 +337,10 @@ class JobObserver:
             self.system.watch(self.pids())
             self._look_at = step + WATCH_EVERY
         self.tracker.log(step, {**facts, **self.system.figures()})
-        self.tracker.groups(step, trained.problems.tolist(), trained.rewards.solved.tolist())
+        rewards, samples = trained.rewards, self.config.rl.samples_per_problem
+        self.tracker.groups(
+            step, trained.problems.tolist(), (rewards.passed / samples).tolist(), rewards.grade.tolist()
+        )
         if self.config.tracking.rollout_steps:
             self.graders.record(str(self.run_dir.absolute()), step, trained)
         count = self.config.tracking.rollouts_per_step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,11 @@ ONE = np.zeros(1, np.int64)
 class ServiceEngine(Sampler):
     """Versions of different runs may have the same number, and one run's may repeat, so the key stands for both."""
 
-    async def serve(self, key: str, update: WeightUpdate, bound: float) -> Attestation:
+    def own_seed(self) -> int:
+        """From the system: a client that names no seed draws anew in each call and in each session."""
+        return secrets.randbits(63)
+
+    async def serve(self, key: str, update: WeightUpdate, bound: float | None) -> Attestation:
         """As `load`."""
         return await self.load(replace(update, snapshot=replace(update.snapshot, run_id=key, version=0)), bound)
 

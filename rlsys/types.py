@@ -262,7 +262,8 @@ class SamplingParams:
     """How to draw completions.
 
     ``stop``: strings or token ids that end a completion; None means the model's end-of-sequence ids, [] means never.
-    ``seed``: the same seed draws the same, and the completions of one request differ; None draws anew each time.
+    ``seed``: the same seed draws the same, and the completions of one request differ. None: a client's request draws
+    anew each time, in this session and in every later one.
 
     Raises:
         SamplingError: a value outside its range.

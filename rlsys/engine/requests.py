@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from rlsys.drawn import Drawn, drawn, gathered
 from rlsys.errors import ConfigError, SamplingError
+from rlsys.problems import occurrences
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 
@@ -122,28 +122,51 @@ def score_params() -> Any:
     )
 
 
-def group_seeds(seed: int, problems: Array) -> list[int]:
-    """(P,) seeds by problem, not by place: a batch split over several samplers draws as the whole would.
+def position_params(token: int) -> Any:
+    """vLLM's parameters of a request that scores `token` as the prompt's next token."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
 
-    A problem that comes twice has two seeds. Each has room for n children above it.
+    return vllm.SamplingParams(
+        max_tokens=1,
+        temperature=1.0,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=1,
+        logprob_token_ids=[token],
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def position_logprob(output: Any, token: int) -> float:
+    """What a request of `position_params` answers, in nats."""
+    (completion,) = output.outputs
+    return float(completion.logprobs[0][token].logprob)
+
+
+def group_seeds(seed: int, problems: Array, occurrence: Array | None = None) -> list[int]:
+    """(P,) seeds by problem and occurrence, not by place: calls draw together what one call for all would.
+
+    `occurrence`: (P,) how often the caller drew each problem before under this seed; None: as often as it stands before
+    in `problems`. Each seed has room for n children above it.
     """
-    times: Counter[int] = Counter()
-    seeds = []
-    for problem in problems.tolist():
-        words = [seed & SEED_WORDS, problem & SEED_WORDS, times[problem]]
-        times[problem] += 1
-        seeds.append(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 2))
-    return seeds
+    times = occurrences(problems) if occurrence is None else occurrence
+    words = zip(problems.tolist(), times.tolist(), strict=True)
+    return [_word(seed, problem & SEED_WORDS, nth) for problem, nth in words]
 
 
-def child_seeds(seed: int, problems: Array, n: int) -> list[int]:
+def child_seeds(seed: int, problems: Array, n: int, occurrence: Array | None = None) -> list[int]:
     """(R,) seeds of P * n completions: those that vLLM gives the children of a group's request."""
-    return [group + child for group in group_seeds(seed, problems) for child in range(n)]
+    return [group + child for group in group_seeds(seed, problems, occurrence) for child in range(n)]
+
+
+def _word(seed: int, *words: int) -> int:
+    return int(np.random.SeedSequence([seed & SEED_WORDS, *words]).generate_state(1, np.uint64)[0] >> 2)
 
 
 def later_seed(seed: int, *where: int) -> int:
     """Of a completion that goes on in a further request; `where` it does so."""
-    return int(np.random.SeedSequence([seed & SEED_WORDS, *where]).generate_state(1, np.uint64)[0] >> 2)
+    return _word(seed, *where)
 
 
 def columns(
