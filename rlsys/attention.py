@@ -18,7 +18,7 @@ from rlsys.segments import Segments
 
 NAME = "rlsys_packed"
 SEGMENTS = "rlsys_segments"  # the keyword argument of the model's forward
-_NO_MATTER = frozenset({"dropout", "position_ids", "cache_position", "use_cache", "output_attentions"})  # in evaluation
+_NO_MATTER = frozenset({"dropout", "position_ids", "cache_position"})  # in evaluation, as what is None or False
 
 
 def packed_attention(
@@ -43,7 +43,8 @@ def packed_attention(
     name, segments, window = type(module).__name__, rlsys_segments, sliding_window
     if segments is None:
         raise ConfigError(f"{name} does not pass {SEGMENTS} on to its attention, so its sequences cannot be packed")
-    wants = [key for key, argument in kwargs.items() if argument is not None and key not in _NO_MATTER]
+    given = {key for key, argument in kwargs.items() if argument is not None and argument is not False}
+    wants = sorted(given - _NO_MATTER)
     if wants or is_causal is False:
         what = ", ".join(wants) or "later tokens"
         raise ConfigError(f"{name} wants {what} in its attention, which packed attention does not compute")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rlsys import attention, losses
 from rlsys.agreement import as_published, follow_sampler
@@ -45,6 +45,7 @@ from rlsys.precision import computing_dtype
 from rlsys.proofs import logit_transform, prove_packing
 from rlsys.ranks import ALONE, Ranks, local
 from rlsys.recompute import keep_inputs_only
+from rlsys.text_part import load_language_model
 from rlsys.types import AdamParams, Array, Datum
 from rlsys.weights import AdapterSnapshot, snapshot_of
 
@@ -627,12 +628,7 @@ def _load(base: Path | str, dtype: torch.dtype, computing: torch.dtype, device: 
     """The base in evaluation mode (no dropout), frozen, with packed attention: its weights in `dtype`, then as they are
     computed with."""
     attention.register()
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, attn_implementation=attention.NAME
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {base} cannot be loaded as a causal language model: {error}") from error
+    model = load_language_model(base, dtype=dtype, attention=attention.NAME)
     model.to(device)
     _convert(model, dtype, computing)
     model.eval()

@@ -11,6 +11,7 @@ import numpy as np
 
 from rlsys.drawn import Drawn, drawn, gathered
 from rlsys.errors import ConfigError, SamplingError
+from rlsys.families import text_part
 from rlsys.problems import occurrences
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
@@ -31,6 +32,7 @@ class BaseModel:
             raise ConfigError(f"sampler: {folder} has no config.json; wanted a Hugging Face model folder")
         generation = _read_json(folder / "generation_config.json") or {}
         eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        config = text_part(config)
         self.vocab_size = int(config["vocab_size"])
         self.max_positions: int | None = config.get("max_position_embeddings")
         self.eos: list[int] = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
