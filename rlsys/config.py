@@ -532,6 +532,12 @@ class JobConfig(Section):
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name
 
+    def dated(self, day: str) -> JobConfig:
+        """With the day that chat templates write as today's, where the job names none."""
+        if self.prompt.date is not None:
+            return self
+        return self.model_copy(update={"prompt": self.prompt.model_copy(update={"date": day})})
+
     @property
     def sampler_device(self) -> Literal["cpu", "cuda"]:
         return "cuda" if self.sampler.num_gpus > 0 else "cpu"

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlsys.config import ExampleSection, PromptSection
 from rlsys.errors import ConfigError
+from rlsys.problems import Problem, encode
 from rlsys.rendering import Renderer, build_supervised_example
 from rlsys.tokenizer import build_tokenizer
 
@@ -129,6 +130,27 @@ def test_a_template_that_says_the_beginning_itself_is_not_given_another() -> Non
 def test_template_options_reach_the_chat_template() -> None:
     assert renderer(THINKING, template_options={"enable_thinking": False}).render("Q").endswith("</think>\n\n")
     assert renderer(THINKING).render("Q").endswith("assistant\n")
+
+
+DATED = (  # in the manner of Llama 3.2 and of gpt-oss
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "<|im_start|>system\nToday is {{ date_string }}, {{ strftime_now('%Y-%m-%d') }}.<|im_end|>\n" + CHATML
+)
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_run() -> None:
+    shown = renderer(DATED, date="2026-02-03").render("Q")
+    assert "Today is 03 Feb 2026, 2026-02-03." in shown
+    digests = [
+        encode([Problem("Q", "4")], renderer(DATED, date=day).ids).digest
+        for day in ("2026-02-03", "2026-02-03", "2026-02-04")
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    told = renderer(DATED, date="2026-02-03", template_options={"date_string": "a day"}).render("Q")
+    assert "Today is a day, 2026-02-03." in told
+    question = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "4"}
+    tokens, _ = build_supervised_example(tokenizer_of(DATED), question, date="2026-02-03")
+    assert "Today is 03 Feb 2026" in text_of(DATED, tokens.tolist())
 
 
 def test_a_chat_that_the_tokenizer_cannot_do_is_refused_with_the_way_out() -> None:
