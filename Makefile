@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: quickstart test check unit soak bench gpu-check clean
+.PHONY: quickstart test check unit soak bench real-model gpu-check clean
 
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml --fresh
@@ -27,6 +27,10 @@ unit: $(READY)
 soak: $(READY)
 	GRADING_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/unit/test_grading_fuzz.py
 	$(BIN)/python -m pytest -m soak -rA tests/soak tests/ray tests/nodes tests/deploy tests/engine
+
+# SmolLM2-135M-Instruct in models/, which configs/*smollm2* train; tests that need it are skipped without it.
+real-model: $(READY)
+	$(BIN)/python -m examples.real_model
 
 # The rows of docs/performance.md, one after the other on a machine with nothing else to do: about an hour.
 BENCHES := learner learner_memory prefix_sharing custom_loss weight_sync sampler data_plane overlap_speed

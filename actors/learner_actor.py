@@ -64,9 +64,10 @@ class LearnerActor:
         """Load the base, meet the other ranks, and begin the run, or go on with it where `files` say. Returns the
         precision that the base is computed in."""
         from actors.base_folder import local_folder
+        from rlsys.canary import canary_tokens
         from rlsys.learner import Learner
         from rlsys.memory import keep_heap_whole
-        from rlsys.policy import Policy, canary
+        from rlsys.policy import Policy
         from rlsys.ranks import ALONE, Ranks
 
         section = self.config.learner
@@ -82,7 +83,7 @@ class LearnerActor:
                 (self.config.run_dir / "base").absolute()
             )  # as adapter_config.json says
             learner = Learner(folder, self.config.model, section, base_name=name, ranks=ranks)
-        policy = Policy(learner, self.config, canary(train))
+        policy = Policy(learner, self.config, canary_tokens(train))
         if files is not None:
             policy.restore(files)
         self.policy = policy

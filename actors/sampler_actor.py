@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from rlsys.canary import StartupProbe
 from rlsys.config import JobConfig
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import Attestation, WeightUpdate
@@ -49,7 +50,13 @@ class SamplerActor:
             await self.sampler.start()
 
     async def replace(
-        self, base: Any, train: Any, held_out: Any, probe: WeightUpdate, update: WeightUpdate | None, bound: float
+        self,
+        base: Any,
+        train: Any,
+        held_out: Any,
+        probe: StartupProbe,
+        update: WeightUpdate | None,
+        bound: float | None,
     ) -> Attestation | None:
         """Start in a job that is under way: everything that the samplers of its beginning had to prove, in one call."""
         await self.start(base, train, held_out)
@@ -70,13 +77,13 @@ class SamplerActor:
         )
         return rollouts, {**rollouts.counts(), **counts}
 
-    async def load(self, update: WeightUpdate, bound: float, anew: bool = False) -> Attestation:
+    async def load(self, update: WeightUpdate, bound: float | None, anew: bool = False) -> Attestation:
         """`anew`: forget every version of the run first; the learner went back, and numbers come a second time."""
         if anew:
             await self.sampler.rewind(self.config.run.name)
         return await self.sampler.load(update, bound)
 
-    async def prove(self, probe: WeightUpdate, bound: float) -> Attestation:
+    async def prove(self, probe: StartupProbe, bound: float | None) -> Attestation:
         return await self.sampler.probe(probe, bound)
 
     async def sleep(self) -> None:

@@ -379,7 +379,7 @@ class SamplerPool:
     def _join(self, member: Member) -> None:
         member.unproven = False  # `replace` has it prove itself
         update = None if self.current is None else self.current.ref
-        ref = member.actor.replace.remote(*self._arguments(), update, self.config.max_canary_diff)
+        ref = member.actor.replace.remote(*self._arguments(), update, self.config.checks.max_canary_diff)
         member.joining = self._joining(member, ref, "starting vLLM and loading the current version")
 
     def _joined(self, member: Member) -> None:
@@ -401,7 +401,7 @@ class SamplerPool:
             return
         if member.unproven:
             member.unproven = False
-            ref = member.actor.prove.remote(self.needed.probe, self.config.max_canary_diff)
+            ref = member.actor.prove.remote(self.needed.probe, self.config.checks.max_canary_diff)
             member.joining = self._joining(member, ref, "proving that adapters reach its forward pass")
             return
         if self.current is None or (attested and self._is_current(attested.version, attested.digest)):
@@ -410,7 +410,7 @@ class SamplerPool:
                 member.version = self.current.version
                 self.note(f"{member.name} serves version {self.current.version}")
             return
-        ref = member.actor.load.remote(self.current.ref, self.config.max_canary_diff, True)
+        ref = member.actor.load.remote(self.current.ref, self.config.checks.max_canary_diff, True)
         member.joining = self._joining(member, ref, f"loading version {self.current.version}")
 
     def _wait_for_joining(self) -> None:
@@ -471,7 +471,7 @@ class SamplerPool:
 
     def _loading(self, member: Member, anew: bool) -> Waiting:
         assert self.current is not None
-        ref = member.actor.load.remote(self.current.ref, self.config.max_canary_diff, anew)
+        ref = member.actor.load.remote(self.current.ref, self.config.checks.max_canary_diff, anew)
         return self._joining(member, ref, f"loading version {self.current.version}")
 
     def _is_current(self, version: int, digest: str) -> bool:

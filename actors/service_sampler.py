@@ -6,12 +6,12 @@ from collections import Counter
 from contextlib import AsyncExitStack
 from typing import Any
 
+from rlsys.canary import StartupProbe
 from rlsys.client.backend import SampleAnswer
 from rlsys.client.config import SamplerSpec
 from rlsys.client.residency import Residency
 from rlsys.errors import SamplingError
 from rlsys.types import Array, SamplingParams
-from rlsys.weights import WeightUpdate
 
 
 class ServiceSampler:
@@ -48,7 +48,7 @@ class ServiceSampler:
             )
             await self.engine.start()
 
-    async def prove(self, probe: WeightUpdate) -> None:
+    async def prove(self, probe: StartupProbe) -> None:
         await self.engine.probe(probe, self.spec.max_canary_diff)
 
     async def register(self, key: str, ref: list[Any]) -> None:

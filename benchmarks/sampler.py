@@ -175,7 +175,7 @@ class Measuring:
 def _unproven(snapshot: AdapterSnapshot) -> WeightUpdate:
     """Weights are random, so the canary has nothing to be compared with."""
     nothing = np.zeros(19, np.float32)
-    return WeightUpdate(snapshot, np.arange(2, 22, dtype=np.int32), nothing, nothing + 100)
+    return WeightUpdate(snapshot, np.arange(2, 22, dtype=np.int32), nothing, nothing + 100, 1e9)
 
 
 def measure(name: str, dtype: str, threads: int, repeats: int) -> list[Row]:

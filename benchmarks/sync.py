@@ -54,7 +54,7 @@ class Publisher:
         }
         nothing = np.zeros(63, np.float32)
         snapshot = snapshot_of("bench", 0, RANK, tensors, "float32")
-        self.update = WeightUpdate(snapshot, np.zeros(64, np.int32), nothing, nothing)
+        self.update = WeightUpdate(snapshot, np.zeros(64, np.int32), nothing, nothing, 1.0)
         self.target = np.ones_like(snapshot.buffer)
 
     @ray.method(num_returns=2)

@@ -358,6 +358,12 @@ class Learner:
 
         return self._budget.fitting(work)
 
+    def eager_logprobs(self, run_id: str | None, tokens: Array) -> Array:
+        """(T,) float32 as `logprobs` of one sequence, computed by transformers' eager attention: the difference between
+        two kernels of one model is the noise of its precision."""
+        with _unpacked(self._model, "eager"):
+            return self.logprobs(run_id, tokens, np.array([0, len(tokens)]))
+
     def greedy(
         self, prompts: Sequence[Array], max_tokens: int, eos_ids: Sequence[int], run_id: str | None = None
     ) -> list[Array]:
@@ -382,15 +388,18 @@ class Learner:
         adapter, lora = self._adapter(run_id)
         return snapshot_of(run_id, self.version(run_id), lora.rank, self._adapters.scaled(adapter), dtype)
 
-    def probe(self, run_id: str, dtype: str, tokens: Array, seed: int = 0) -> tuple[AdapterSnapshot, Array]:
-        """An adapter shaped like the run's whose deltas are as large as the weights they change, and (C,) float32
-        log-probabilities of one sequence under it: a sampler whose forward pass ignores adapters is far from them."""
+    def probe(
+        self, run_id: str, dtype: str, tokens: Array, size: float = 1.0, seed: int = 0
+    ) -> tuple[AdapterSnapshot, Array, Array]:
+        """An adapter shaped like the run's whose deltas are `size` times as large as the weights that they change, and
+        (C,) float32 log-probabilities of one sequence under it, by packed and by eager attention."""
         probe_id = f"{run_id}.probe"
         self.create_run(probe_id, self._adapter(run_id)[1], seed)
         try:
             with self._ranks.guard("reading the base's weights"):
-                self._adapters.enlarge(self._adapter(probe_id)[0], seed)
-            return self.snapshot(probe_id, dtype), self.logprobs(probe_id, tokens, np.array([0, len(tokens)]))
+                self._adapters.enlarge(self._adapter(probe_id)[0], size, seed)
+            packed = self.logprobs(probe_id, tokens, np.array([0, len(tokens)]))
+            return self.snapshot(probe_id, dtype), packed, self.eager_logprobs(probe_id, tokens)
         finally:
             self.drop_run(probe_id)
 
@@ -617,12 +626,24 @@ def _load(base: Path | str, dtype: torch.dtype, computing: torch.dtype, device: 
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path: {base} cannot be loaded as a causal language model: {error}") from error
-    model.to(device, computing)
+    model.to(device)
+    _convert(model, dtype, computing)
     model.eval()
     model.requires_grad_(False)
     attention.prove_packing(model)
     replace_norms(model)
     return model
+
+
+def _convert(model: PreTrainedModel, loaded: torch.dtype, computing: torch.dtype) -> None:
+    """Compute in `computing` where the model was loaded in `loaded`. What transformers keeps in another dtype stays: a
+    rotary embedding's frequencies, rounded to bfloat16, turn by radians too far or too little at position 1,000, and a
+    sampler does not round them."""
+    if loaded == computing:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == loaded:
+            tensor.data = tensor.data.to(computing)
 
 
 def _layers(model: PreTrainedModel, key: str) -> Sequence[nn.Module]:
@@ -642,9 +663,9 @@ def _put(column_T: Array, micro: MicroBatch, values: Tensor) -> None:
 
 
 @contextmanager
-def _unpacked(model: PreTrainedModel) -> Iterator[None]:
-    """Padded rows with a key-value cache instead of packed segments, for generation."""
-    model.config._attn_implementation = "sdpa"
+def _unpacked(model: PreTrainedModel, implementation: str = "sdpa") -> Iterator[None]:
+    """One of transformers' own attention functions, which know rows and masks instead of packed segments."""
+    model.config._attn_implementation = implementation
     try:
         yield
     finally:

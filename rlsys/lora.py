@@ -116,12 +116,12 @@ class Adapters:
             for key, weight in self.parameters(name).items()
         }
 
-    def enlarge(self, name: str, seed: int) -> None:
-        """Draw B so that each delta is as large as the weight that it changes: no engine can overlook that."""
+    def enlarge(self, name: str, size: float, seed: int) -> None:
+        """Draw B so that each delta is `size` times as large as the weight that it changes."""
         for path, layer in self._of(name).items():
             b, base = layer.lora_B[name].weight, whole(layer.get_base_layer().weight.detach())
-            (rank, inputs), size = layer.lora_A[name].weight.shape, float(base.float().square().mean().sqrt())
-            spread = size / layer.scaling[name] * math.sqrt(3.0 * inputs / rank)  # A's variance is 1 / (3 in)
+            (rank, inputs), rms = layer.lora_A[name].weight.shape, float(base.float().square().mean().sqrt())
+            spread = size * rms / layer.scaling[name] * math.sqrt(3.0 * inputs / rank)  # A's variance is 1 / (3 in)
             drawn = torch.randn(b.shape, generator=_generator(seed, f"{path}.lora_B"))
             b.data = (drawn * spread).to(b.device, b.dtype)
 

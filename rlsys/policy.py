@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from rlsys import losses
 from rlsys.base import pack_folder, unpack_folder
+from rlsys.canary import Canary, StartupProbe
 from rlsys.checkpoints import OPTIMIZER, load_run, restore_run, save_run
 from rlsys.config import JobConfig
 from rlsys.datums import DatumBatch
 from rlsys.errors import DivergedError, MismatchError
 from rlsys.learner import Learner
-from rlsys.problems import ProblemSet
 from rlsys.rollouts import Rollouts, offsets_of, spans
 from rlsys.types import AdamParams, Array
 from rlsys.weights import WeightUpdate, digest_tensors
@@ -33,14 +34,15 @@ METRICS = {
 }
 # How far the sampler is from the learner, which truncated importance sampling separates from what the loss clips.
 OF_SAMPLER = ("kl_k1:mean", "kl_k3:mean", "logprob_diff:mean", "logprob_diff:max")
+UNBOUNDED = 2**31
+POSITION_RANGES = (0, 64, 256, 512, 1024, UNBOUNDED)
 REFERENCE_PREFIX = "reference."  # of the names of its files in a checkpoint
-CANARY_TOKENS = 64  # enough for a steady mean, little beside a step
 
 
 class Policy:
     """A run's adapter with its loss, its optimizer settings and its canary.
 
-    ``canary_tokens``: (C,) int32, a fixed sequence whose log-probabilities tell one version from the next. Of several
+    ``canary_tokens``: (C,) int32, a fixed sequence of the task's kind (rlsys/canary.py). Of several
     learner ranks each has a policy, and all make the same calls; ``state_files`` and ``digest`` only look.
     """
 
@@ -50,12 +52,12 @@ class Policy:
         self.run_id = config.run.name
         self.loss = losses.resolve(config.rl.loss.name, config.rl.loss.params)
         self.temperature = config.rl.sampling.temperature
-        self.canary_tokens = canary_tokens
         self._reference, self._before = f"{self.run_id}/reference", f"{self.run_id}/before"  # runs, where needed
         self._must_move = False  # something in the gradient that adds up has an advantage and is not clipped
         learner.create_run(self.run_id, config.lora, config.run.seed)
         self._last_update = "made no step yet"
-        self._canary_published = self._canary(None)  # before anything is published, the base stands for "previous"
+        self._canary = Canary(learner, config.model.dtype, canary_tokens)
+        self._canary_published = self._canary.base  # before anything is published, the base stands for "previous"
 
     def learn(
         self, batch: DatumBatch, step: int, substep: int, *, first: bool, last: bool, on_policy: bool
@@ -86,6 +88,7 @@ class Policy:
     ) -> tuple[Array, dict[str, float]]:
         facts = {"policy/tokens": float(np.count_nonzero(batch.columns["weights"]))}
         must_agree = on_policy and substep == 0
+        sampled = batch
         cap = self.config.rl.loss.importance_cap
         if cap is not None:
             run_id = self._before if substep > 0 else self.run_id
@@ -95,7 +98,7 @@ class Policy:
             batch, facts["policy/capped_share"] = cap_importance(batch, old.logprobs, cap)
         result = self.learner.forward_backward(self.run_id, batch, self.loss, self.temperature, where="weighted")
         found = {METRICS[name]: value for name, value in result.metrics.items() if name in METRICS}
-        facts = {**found, **facts, "loss/sum": result.loss_sum}
+        facts = {**found, **facts, "loss/sum": result.loss_sum, **gap_by_position(sampled, result.logprobs)}
         if cap is None:
             self._refuse_mismatch(facts, step, must_agree)
         if must_agree or self.loss.name != "ppo":  # whose clip may rightly silence every token
@@ -137,7 +140,7 @@ class Policy:
         Raises:
             DivergedError: the policy's log-probabilities are not finite; samplers keep the version before.
         """
-        current = self._canary(self.run_id)
+        current = self._canary.score(self.run_id)
         if not np.isfinite(current).all():
             raise DivergedError(
                 f"the policy gives {np.count_nonzero(~np.isfinite(current))} of {len(current)} canary tokens no finite "
@@ -146,13 +149,12 @@ class Policy:
                 "the base and model.dtype"
             )
         previous, self._canary_published = self._canary_published, current
-        snapshot = self.learner.snapshot(self.run_id, self.config.model.dtype)
-        return WeightUpdate(snapshot, self.canary_tokens, current, previous)
+        return self._canary.update(self.run_id, current, previous)
 
-    def probe(self) -> WeightUpdate:
-        """An adapter with a large B: a sampler whose forward pass ignores adapters cannot follow it."""
-        snapshot, new = self.learner.probe(self.run_id, self.config.model.dtype, self.canary_tokens)
-        return WeightUpdate(snapshot, self.canary_tokens, new[1:], self._canary(None))
+    def probe(self) -> StartupProbe:
+        """The base at early and late positions, and an adapter with a large B: a sampler whose forward pass ignores
+        adapters cannot follow it."""
+        return self._canary.startup(self.run_id)
 
     def state_files(self) -> dict[str, bytes]:
         """The run up to its last step, optimizer included, as a packed checkpoint folder; files of a reference that is
@@ -186,7 +188,7 @@ class Policy:
             if of_reference:
                 restore_run(self.learner, self._reference, Path(scratch) / "reference", with_optimizer=False)
         self._last_update = f"was restored at version {self.learner.version(self.run_id)}"
-        self._canary_published = self._canary(None)
+        self._canary_published = self._canary.base
 
     def digest(self) -> str:
         """A hash of the adapter as it is trained (fp32): equal on all ranks after every step."""
@@ -206,11 +208,9 @@ class Policy:
             save_run(self.learner, run_id, Path(scratch) / "run", with_optimizer)
             return pack_folder(Path(scratch) / "run")
 
-    def _canary(self, run_id: str | None) -> Array:
-        return self.learner.logprobs(run_id, self.canary_tokens, np.array([0, len(self.canary_tokens)]))[1:]
-
     def _refuse_mismatch(self, facts: Mapping[str, float], step: int, must_agree: bool) -> None:
-        found, bound = facts["policy/logprob_diff_mean"], self.config.max_mean_logprob_diff
+        found = facts["policy/logprob_diff_mean"]
+        bound = self.config.checks.max_mean_logprob_diff or self._canary.bound
         if not np.isfinite(found):
             raise DivergedError(
                 f"step {step}: learner or sampler gives sampled tokens no finite log-probability; the policy "
@@ -251,9 +251,22 @@ def cap_importance(batch: DatumBatch, old_logprobs_T: Array, cap: float) -> tupl
     return DatumBatch(batch.tokens, batch.targets, batch.offsets, columns), share
 
 
-def canary(problems: ProblemSet) -> Array:
-    """(C,) int32: the first prompts, up to CANARY_TOKENS; any fixed text of the task's kind would do."""
-    return problems.prompt_tokens[:CANARY_TOKENS]
+def gap_by_position(batch: DatumBatch, logprobs_T: Array) -> dict[str, float]:
+    """Mean and max |p - q| of the tokens that count, by their position in the sequence, prompt included.
+
+    Metrics `policy/logprob_diff_<first>_<end>_mean` and `_max`; a range without tokens has none. A difference that
+    grows with the position is a fault of positions, not noise.
+    """
+    counts_T = batch.columns["weights"] != 0
+    position_T = (np.arange(len(logprobs_T)) - np.repeat(batch.offsets[:-1], batch.lengths) + 1)[counts_T]
+    gap_T = np.abs(logprobs_T.astype(np.float64) - batch.columns["logprobs"])[counts_T]
+    found: dict[str, float] = {}
+    for first, end in pairwise(POSITION_RANGES):
+        inside = gap_T[(position_T >= first) & (position_T < end)]
+        if len(inside):
+            name = f"policy/logprob_diff_{first}_{end}" if end < UNBOUNDED else f"policy/logprob_diff_{first}_up"
+            found |= {f"{name}_mean": float(inside.mean()), f"{name}_max": float(inside.max())}
+    return found
 
 
 def join_prompts(rollouts: Rollouts) -> tuple[Array, Array, Array]:

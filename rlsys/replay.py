@@ -19,12 +19,13 @@ import numpy as np
 from transformers.utils import logging
 
 from rlsys.advantages import to_pieces
+from rlsys.canary import SHORT_TOKENS
 from rlsys.config import JobConfig, load_config
 from rlsys.datums import DatumBatch
 from rlsys.errors import CheckpointError
 from rlsys.facts import Facts, combine
 from rlsys.learner import Learner
-from rlsys.policy import CANARY_TOKENS, Policy
+from rlsys.policy import Policy
 from rlsys.recording import Recorded, load_step, recorded_steps, told
 from rlsys.records import CONFIG, METRICS, read_metrics
 from rlsys.rollouts import Rollouts
@@ -139,7 +140,7 @@ def _policy(run_dir: Path, config: JobConfig, started: int, device: str | None) 
     )
     logging.disable_progress_bar()  # of weights being loaded
     learner = Learner(config.model.path or run_dir / BASE, config.model, config.learner)
-    canary = load_step(run_dir, started + 1).rollouts.prompt_tokens[:CANARY_TOKENS]
+    canary = load_step(run_dir, started + 1).rollouts.prompt_tokens[:SHORT_TOKENS]
     policy = Policy(learner, config, canary)
     if started in checkpoint_steps(run_dir):
         policy.restore(read_checkpoint(run_dir, started).files)

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from rlsys.canary import BOUND_FACTOR, StartupProbe
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.drawn import Drawn, gathered, joined
 from rlsys.engine.arguments import UNEMBEDDING, engine_arguments
-from rlsys.engine.attest import attest, distance
+from rlsys.engine.attest import attest, attest_base, distance
 from rlsys.engine.lent import lent
 from rlsys.engine.live import BASE_VERSION, Adapter, Hold, LiveVersions, kept
 from rlsys.engine.postmortem import EngineLog
@@ -33,6 +34,8 @@ from rlsys.engine.requests import (
     finished,
     group_seeds,
     later_seed,
+    position_logprob,
+    position_params,
     score_params,
     so_far,
 )
@@ -49,7 +52,7 @@ __all__ = ["BASE_VERSION", "Sampler", "SamplerStats", "preload", "prepare_enviro
 
 WARM_UP_TOKENS = 64  # a fresh bf16 CPU engine dies of an illegal instruction when its first prompt is a few tokens
 DEATH_POLL_S = 1.0
-ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-9}  # relative error of one rounding
+ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-9}  # relative error of one rounding
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +260,10 @@ class Sampler:
         scores[later] = np.concatenate(scored) if scored else []
         return scores
 
-    async def load(self, update: WeightUpdate, bound: float) -> Attestation:
+    async def load(self, update: WeightUpdate, bound: float | None = None) -> Attestation:
         """Install a version, prove from the engine's own slots and from its canary that it is served, then serve it.
+
+        `bound`: nats that the canary may stray, in the place of what the noise of learner and engine explains.
 
         Raises:
             WeightSyncError: it is not, and the version was taken out again.
@@ -277,7 +282,8 @@ class Sampler:
                 scored = await self._alive(self._score(update.canary_tokens, adapter))
                 noise = max(self._noise, self._strays.get(snapshot.run_id, 0.0))
                 seconds = time.perf_counter() - began
-                attestation = attest(self._name, update, digest, scored, noise, bound, seconds)
+                allowed = bound or max(update.bound, BOUND_FACTOR * self._noise)
+                attestation = attest(self._name, update, digest, scored, noise, allowed, seconds)
             except BaseException:
                 for gone in (*leaving, adapter.id):
                     await asyncio.shield(self._call("rlsys_remove_adapter", gone))
@@ -287,13 +293,17 @@ class Sampler:
                 await self._alive(self._engine.abort(moving))  # what they have comes back as their output
             return attestation
 
-    async def probe(self, update: WeightUpdate, bound: float) -> Attestation:
-        """Prove at start-up, with an adapter whose B is large, that adapters reach the forward pass; nothing stays.
+    async def probe(self, probe: StartupProbe, bound: float | None = None) -> Attestation:
+        """Prove at start-up that the base is the learner's, at early and late positions, and that adapters reach the
+        forward pass; nothing stays.
 
         Raises:
-            WeightSyncError: they do not, or the adapter was too small to tell.
+            WeightSyncError: one of them is not so, or the adapter was too small to tell.
         """
-        attestation = await self.load(update, bound)
+        self._refuse_asleep()
+        scored = await self._alive(self._score_at(probe.base.tokens, probe.base.positions))
+        attest_base(self._name, probe.base, scored, self._noise, bound)
+        attestation = await self.load(probe.update, bound)
         await self.unload(attestation.run_id, attestation.version)
         if not attestation.has_power:
             raise WeightSyncError(
@@ -408,6 +418,19 @@ class Sampler:
         """(T - 1,) log-probabilities of tokens 1..T-1."""
         output = await self._generate(tokens.tolist(), score_params(), adapter)
         return np.asarray(output.prompt_logprobs.logprobs, np.float32)
+
+    async def _score_at(self, tokens: Array, positions: Array) -> Array:
+        """(K,) log-probabilities under the base of the tokens at `positions`, each given all tokens before it.
+
+        One request a position, on the prefix cache that the longest one leaves: scoring a whole prompt would make
+        vLLM hold logits of all its positions at once.
+        """
+        ids = tokens.tolist()
+        await self._generate(ids[: int(positions[-1])], position_params(ids[0]), None)
+        outputs = await _together(
+            [self._generate(ids[:at], position_params(ids[at]), None) for at in positions.tolist()]
+        )
+        return np.array([position_logprob(output, ids[at]) for output, at in zip(outputs, positions, strict=True)])
 
     async def _work(self, requests: Sequence[Any], adapter: Adapter | None) -> list[Any]:
         """All results; none and an error where the adapter's run was rewound meanwhile."""

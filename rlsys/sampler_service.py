@@ -19,7 +19,7 @@ ONE = np.zeros(1, np.int64)
 class ServiceEngine(Sampler):
     """Versions of different runs may have the same number, and one run's may repeat, so the key stands for both."""
 
-    async def serve(self, key: str, update: WeightUpdate, bound: float) -> Attestation:
+    async def serve(self, key: str, update: WeightUpdate, bound: float | None) -> Attestation:
         """As `load`."""
         return await self.load(replace(update, snapshot=replace(update.snapshot, run_id=key, version=0)), bound)
 

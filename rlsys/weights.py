@@ -34,7 +34,7 @@ class AdapterSnapshot:
     run_id: str
     version: int
     rank: int
-    dtype: str  # of all tensors: "float32" or "bfloat16"
+    dtype: str  # of all tensors: "float32", "float16" or "bfloat16"
     layout: tuple[TensorSlot, ...]  # sorted by name
     buffer: Array  # (nbytes,) uint8
     digest: str  # digest_tensors of the tensors in layout order
@@ -54,13 +54,15 @@ class WeightUpdate:
     """A snapshot with what a sampler needs to prove that it serves it.
 
     The canary is a fixed token sequence, (C,) int32; its log-probabilities are (C - 1,) float32 nats of tokens 1..C-1
-    under the learner's new version and under the one published before, which is the base for the first.
+    under the learner's new version and under the one published before, which is the base for the first. `bound` is the
+    mean |sampler - learner| that this model's own noise explains (rlsys/canary.py).
     """
 
     snapshot: AdapterSnapshot
     canary_tokens: Array
     canary_new: Array
     canary_previous: Array
+    bound: float  # nats
 
 
 @dataclass(frozen=True, slots=True)

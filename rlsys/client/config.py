@@ -61,5 +61,5 @@ class SamplerSpec(Section):
     model: ModelSection
     section: SamplerSection
     device: Literal["cpu", "cuda"]
-    max_canary_diff: float  # nats
+    max_canary_diff: float | None  # nats; None: from the noise of learner and engine
     room_timeout_s: float

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from rlsys.canary import LONG_TOKENS, Canary, StartupProbe
 from rlsys.checkpoints import load_run, restore_run, save_run
 from rlsys.client.backend import About, ModelHandle, SnapshotHandle, TrainAnswer
 from rlsys.client.config import HostSpec
@@ -26,9 +27,7 @@ from rlsys.errors import ConfigError, LossError
 from rlsys.learner import BatchResult, Learner
 from rlsys.losses import Loss
 from rlsys.types import AdamParams, Array, Datum
-from rlsys.weights import WeightUpdate
 
-CANARY_TOKENS = 64
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 PROBE_RUN = "rlsys.probe"
 
@@ -45,9 +44,7 @@ class TrainingHost:
         self.spec = spec
         self.learner = Learner(folder, spec.model, spec.learner, base_name=spec.model.path)
         self.about = self._about(folder)
-        length = min(CANARY_TOKENS, self.learner.max_length)
-        self._canary_tokens = (np.arange(length) * 7919 % self.learner.vocab_size).astype(np.int32)
-        self._base_canary = self._canary(None)
+        self._canary = Canary(self.learner, spec.model.dtype, np.arange(LONG_TOKENS) * 7919 % self.learner.vocab_size)
         self._published: dict[str, _Published] = {}
         self._temporary = itertools.count()
         self._ops: Mapping[str, Callable[..., Any]] = {
@@ -91,19 +88,18 @@ class TrainingHost:
         restore_run(self.learner, run_id, self._folder(path), False)
         try:
             self._refuse_unservable(self.learner.lora(run_id))
-            return self._handle(run_id, path, self._base_canary)
+            return self._handle(run_id, path, self._canary.base)
         finally:
             self.learner.drop_run(run_id)
 
-    def probe(self) -> WeightUpdate:
+    def probe(self) -> StartupProbe:
         """See `rlsys.policy.Policy.probe`."""
         lora = LoraSection(rank=min(8, self.spec.max_lora_rank), alpha=self.spec.lora_alpha)
         self.learner.create_run(PROBE_RUN, lora, 0)
         try:
-            snapshot, new = self.learner.probe(PROBE_RUN, self.spec.model.dtype, self._canary_tokens)
+            return self._canary.startup(PROBE_RUN)
         finally:
             self.learner.drop_run(PROBE_RUN)
-        return WeightUpdate(snapshot, self._canary_tokens, new[1:], self._base_canary)
 
     def _forward(self, model_id: str, batch: DatumBatch, loss: Loss) -> TrainAnswer:
         return _answer(self.learner.forward(model_id, batch, loss))
@@ -137,20 +133,16 @@ class TrainingHost:
     def _snapshot(self, model_id: str, name: str | None = None) -> SnapshotHandle:
         path = None if name is None else self._save_weights_for_sampler(model_id, name, False)
         previous = self._published.get(model_id)
-        handle = self._handle(model_id, path, self._base_canary if previous is None else previous.canary)
+        handle = self._handle(model_id, path, self._canary.base if previous is None else previous.canary)
         self._published[model_id] = _Published(handle.ref.canary_new)
         return handle
 
     def _handle(self, run_id: str, path: str | None, previous: Array) -> SnapshotHandle:
-        snapshot = self.learner.snapshot(run_id, self.spec.model.dtype)
-        name = path or run_id
+        update = self._canary.update(run_id, self._canary.score(run_id), previous)
+        snapshot, name = update.snapshot, path or run_id
         # Versions may repeat after load_state, so the digest is part of the key: the same key is the same bits.
         key = f"{name}@{snapshot.version}#{snapshot.digest[:12]}"
-        update = WeightUpdate(snapshot, self._canary_tokens, self._canary(run_id), previous)
         return SnapshotHandle(key, run_id, snapshot.version, update, path)
-
-    def _canary(self, run_id: str | None) -> Array:
-        return self.learner.logprobs(run_id, self._canary_tokens, np.array([0, len(self._canary_tokens)]))[1:]
 
     def _folder(self, path: str) -> Path:
         return folder_of(Path(self.spec.checkpoints), path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlsys.canary import BOUND_FACTOR, BaseCanary, by_depth
 from rlsys.errors import WeightSyncError
 from rlsys.types import Array
 from rlsys.weights import Attestation, WeightUpdate
@@ -14,6 +15,31 @@ POWER = 2.0  # see `attest`
 def distance(a: Array, b: Array) -> float:
     """Mean |a - b| in nats."""
     return float(np.mean(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64))))
+
+
+def attest_base(sampler: str, base: BaseCanary, scored: Array, noise: float, bound: float | None) -> None:
+    """Judge log-probabilities `scored` (K,) of the long canary under the base, depth by depth.
+
+    `noise`: nats, how far this engine strays from itself. `bound`: nats, in the place of the canary's own bounds.
+
+    Raises:
+        WeightSyncError: the engine computes another function than the learner, and at which positions.
+    """
+    parts = by_depth(base.positions)
+    found = [distance(scored[part], base.logprobs[part]) for *_, part in parts]
+    wanted = [bound or max(each, BOUND_FACTOR * noise) for each in base.bounds]
+    if all(one <= most for one, most in zip(found, wanted, strict=True)):  # a NaN fails
+        return
+    table = "; ".join(
+        f"positions {first}-{last - 1}: {one:.3g} (at most {most:.3g})"
+        for (first, last, _), one, most in zip(parts, found, wanted, strict=True)
+    )
+    raise WeightSyncError(
+        f"sampler {sampler}: the base model's log-probabilities differ from the learner's. Mean |sampler - learner| in "
+        f"nats by position: {table}. A difference that grows with the position comes from rotary embeddings, sliding "
+        "windows or scaled positions; one at all positions comes from other weights or another precision. Set "
+        "checks.max_canary_diff if this engine is known to be that far from the learner"
+    )
 
 
 def attest(

@@ -126,6 +126,28 @@ def score_params() -> Any:
     )
 
 
+def position_params(token: int) -> Any:
+    """vLLM's parameters of a request that scores `token` as the prompt's next token."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    return vllm.SamplingParams(
+        max_tokens=1,
+        temperature=1.0,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=1,
+        logprob_token_ids=[token],
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def position_logprob(output: Any, token: int) -> float:
+    """What a request of `position_params` answers, in nats."""
+    (completion,) = output.outputs
+    return float(completion.logprobs[0][token].logprob)
+
+
 def group_seeds(seed: int, problems: Array) -> list[int]:
     """(P,) seeds by problem, not by place: a batch split over several samplers draws as the whole would.
 

@@ -31,11 +31,8 @@ def test_learner_and_sampler_give_sampled_tokens_the_same_log_probability(
         return learner.logprobs(run_id, CANARY, np.array([0, len(CANARY)]))[1:]
 
     learner.create_run("run", LoraSection(rank=8, train_unembed=True), seed=1)
-    learner._adapters.enlarge("a0", seed=3)
-    for name, weight in learner._runs["run"].parameters.items():
-        if name.endswith(".lora_B"):
-            weight.data *= 0.2
-    update = WeightUpdate(learner.snapshot("run", dtype), CANARY, canary("run"), canary(None))
+    learner._adapters.enlarge("a0", size=0.2, seed=3)
+    update = WeightUpdate(learner.snapshot("run", dtype), CANARY, canary("run"), canary(None), bound)
     assert np.abs(update.canary_new - update.canary_previous).mean() > 0.1
     random = np.random.default_rng(0)
     lengths = random.integers(3, 40, 32)

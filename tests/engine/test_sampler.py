@@ -265,9 +265,20 @@ def test_a_probe_leaves_nothing_behind_and_fails_without_power(
     sampler: Sampler, reference: Reference, run: Run
 ) -> None:
     adapter = reference.adapter(8, 1, size=0.5)
-    assert run(sampler.probe(reference.update("probe", 0, adapter), BOUND)).has_power
+    assert run(sampler.probe(reference.startup(adapter))).has_power
     with pytest.raises(WeightSyncError, match="wanted a larger B"):
-        run(sampler.probe(reference.update("probe", 0, adapter, adapter), BOUND))
+        run(sampler.probe(reference.startup(adapter, adapter)))
+    assert sampler.stats().live == ()
+
+
+def test_a_start_is_refused_where_the_base_differs_from_the_learners_at_late_positions_alone(
+    sampler: Sampler, reference: Reference, run: Run
+) -> None:
+    probe = reference.startup(reference.adapter(8, 1, size=0.5))
+    late = probe.base.positions >= MAX_LENGTH - 16
+    wrong = replace(probe.base, logprobs=probe.base.logprobs + np.where(late, 0.01, 0.0))
+    with pytest.raises(WeightSyncError, match=r"positions 240-255: 0\.01 .*grows with the position"):
+        run(sampler.probe(replace(probe, base=wrong)))
     assert sampler.stats().live == ()
 
 

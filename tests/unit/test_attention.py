@@ -14,23 +14,49 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from rlsys import attention
+from rlsys import attention_kernels as kernels
+from rlsys import segments as segments_module
 from rlsys.errors import ConfigError
 from rlsys.segments import ALONE, Segments, alone
 
 LENGTHS = np.array([11, 10, 9, 5, 4, 1])
 
 
-def closed_form(query: Tensor, key: Tensor, value: Tensor, lengths: np.ndarray, reads: np.ndarray) -> Tensor:
-    """softmax(q k / sqrt d) v over the earlier tokens of one's own segment and all of the one it reads; (T, Hq, D) from
-    (T, H, D)."""
+def visible(lengths: np.ndarray, reads: np.ndarray, window: int | None = None) -> Tensor:
+    """(T, T), which token (row) sees which: the earlier ones of its own segment and all of the one it reads, as far as
+    the window goes back in the sequence."""
     owner = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths))
     read = torch.from_numpy(np.repeat(reads, lengths))
     place = torch.arange(len(owner))
     seen = ((owner[:, None] == owner) & (place[:, None] >= place)) | (read[:, None] == owner)
+    if window is not None:
+        begin = np.where(reads == ALONE, 0, lengths[reads]) - np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        position = place + torch.from_numpy(np.repeat(begin, lengths))
+        seen &= position[:, None] - position < window
+    return seen
+
+
+def closed_form(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: np.ndarray,
+    reads: np.ndarray,
+    window: int | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """softmax(q k / sqrt d) v over what is visible; (T, Hq, D) from (T, H, D). A sink is one more score."""
+    seen = visible(lengths, reads, window)
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     scores = torch.einsum("ihd,jhd->hij", query, key) / math.sqrt(query.shape[-1])
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -math.inf).softmax(-1), value)
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, scores.shape[1], 1)], -1)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1)[..., : len(key)], value)
 
 
 def draw(total: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -41,9 +67,9 @@ def draw(total: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     ]
 
 
-def packed(inputs: list[Tensor], segments: Segments) -> Tensor:
+def packed(inputs: list[Tensor], segments: Segments, **kwargs: Any) -> Tensor:
     out, _ = attention.packed_attention(
-        nn.Identity(), *(x.transpose(0, 1)[None] for x in inputs), None, rlsys_segments=segments
+        nn.Identity(), *(x.transpose(0, 1)[None] for x in inputs), None, rlsys_segments=segments, **kwargs
     )
     return out[0]
 
@@ -81,39 +107,119 @@ def test_in_half_precision_it_is_as_near_to_the_closed_form_as_rounding_the_inpu
     assert float((found - wanted).norm()) <= 4 * 2**-9 * float(wanted.norm())
 
 
+def draw_sinks(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.tensor([-1.0, 0.5, 2.0, -30.0], dtype=torch.float64).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
+@pytest.mark.parametrize("cap", [None, 0.7], ids=["", "cap"])
+@pytest.mark.parametrize("window", [None, 1, 2, 3, 5, 8, 100])
 @pytest.mark.parametrize("pack", PACKS)
-def test_every_layout_of_a_pack_says_the_same(pack: str) -> None:
-    """The mask, and the key lists with the last query at the last key, against what the closed form sees."""
+def test_windows_caps_and_sinks_have_values_and_gradients_of_the_closed_form(
+    pack: str, window: int | None, cap: float | None, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments_module, "TILE", 3)  # several runs in a segment
+    monkeypatch.setattr(segments_module, "TILE_KEYS", 12)  # several tiles of like runs
     lengths, reads = PACKS[pack]
+    inputs, exact = [*draw(int(lengths.sum())), draw_sinks()], [*draw(int(lengths.sum())), draw_sinks()]
+    used = slice(None if sinks else 3)
+    found = packed(
+        inputs[:3], Segments(lengths, reads), sliding_window=window, softcap=cap, s_aux=inputs[3] if sinks else None
+    )
+    wanted = closed_form(*exact[:3], lengths, reads, window, cap, exact[3] if sinks else None)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    of_found = torch.autograd.grad(found, inputs[used], upstream)
+    for mine, right in zip(of_found, torch.autograd.grad(wanted, exact[used], upstream), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-12, atol=4e-12)
+
+
+@pytest.mark.parametrize("cap", [None, 5.0], ids=["", "cap"])
+def test_long_sequences_of_several_tiles_and_portions_are_the_closed_form_too(
+    cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real sizes of tiles, scores of 100 at which a row's padding sees what its token does not."""
+    monkeypatch.setattr(kernels, "SCORE_BYTES", 1_000_000)
+    lengths, reads = np.array([300, 150, 40, 333, 1, 130, 140]), np.array([ALONE, 0, 0, ALONE, ALONE, 4, 4])
+    inputs, exact = draw(int(lengths.sum()), torch.float32), draw(int(lengths.sum()))
+    for tensors in (inputs, exact):
+        tensors[0] = (tensors[0].detach() * 20).requires_grad_()
+    found = packed(inputs, Segments(lengths, reads), sliding_window=100, softcap=cap)
+    wanted = closed_form(*exact, lengths, reads, 100, cap)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+    upstream = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    of_found = torch.autograd.grad(found, inputs, upstream.float())
+    for mine, right in zip(of_found, torch.autograd.grad(wanted, exact, upstream), strict=True):
+        assert float((mine.double() - right).norm()) < 1e-5 * float(right.norm())
+
+
+@pytest.mark.parametrize("pack", PACKS)
+@pytest.mark.parametrize("window", [1, 3, 6])
+def test_a_window_on_kernels_that_know_no_tiles_is_the_closed_form(pack: str, window: int) -> None:
+    lengths, reads = PACKS[pack]
+    inputs, segments = draw(int(lengths.sum())), Segments(lengths, reads)
+    found = kernels.masked(*inputs, segments, None, window)
+    torch.testing.assert_close(found, closed_form(*inputs, lengths, reads, window), rtol=1e-12, atol=1e-12)
+
+
+def test_matrix_products_are_what_the_flash_kernel_gives() -> None:
+    """They stand in for it where there is a sink or a cap on a GPU."""
+    generator = torch.Generator().manual_seed(0)
+    query, grad = (torch.randn(3, 4, 5, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    key, value = (torch.randn(3, 2, 9, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    hidden = torch.ones(5, 9, dtype=torch.bool).triu(5)
+    bias = torch.zeros(5, 9, dtype=torch.float64).masked_fill(hidden, -math.inf)
+    wanted = kernels._flash(query, key, value, attn_mask=bias, scale=0.3)
+    found = kernels._by_products(query, key, value, hidden, 0.3, None)
+    torch.testing.assert_close(found, tuple(wanted), rtol=1e-12, atol=1e-12)
+    slopes = kernels._flash_backward(grad, query, key, value, *wanted, 0.0, False, attn_mask=bias, scale=0.3)
+    found = kernels._by_products_backward(grad, query, key, value, *found, hidden, 0.3, None)
+    torch.testing.assert_close(found, tuple(slopes), rtol=1e-12, atol=1e-12)
+
+
+def test_a_window_that_cuts_no_sequence_changes_no_bit() -> None:
+    lengths, reads = PACKS["two families, a sequence between"]
     segments = Segments(lengths, reads)
-    owner, place = np.repeat(np.arange(len(lengths)), lengths), np.arange(int(lengths.sum()))
-    wanted = ((owner[:, None] == owner) & (place[:, None] >= place)) | (np.repeat(reads, lengths)[:, None] == owner)
-    assert np.array_equal(segments.mask().numpy(), wanted)
-    lists, by_lists = segments.key_lists, np.zeros_like(wanted)
-    keys = place if lists.keys is None else lists.keys.numpy()
+    found = [packed(draw(segments_total, torch.float32), segments, sliding_window=window)
+             for segments_total in [int(lengths.sum())] for window in (None, segments.longest, 1000)]  # fmt: skip
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 7])
+@pytest.mark.parametrize("pack", PACKS)
+def test_every_layout_of_a_pack_says_the_same(pack: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mask, the tiles, and the key lists with the last query at the last key, against what the closed form sees."""
+    monkeypatch.setattr(segments_module, "TILE", 3)
+    lengths, reads = PACKS[pack]
+    segments, wanted = Segments(lengths, reads), visible(lengths, reads, window).numpy()
+    assert np.array_equal(segments.mask(window).numpy(), wanted)
+    lists, by_lists = segments.key_lists(window), np.zeros_like(wanted)
+    keys = np.arange(int(lengths.sum())) if lists.keys is None else lists.keys.numpy()
     for first, last, key, end in zip(
         *(x.tolist() for o in (lists.offsets, lists.key_offsets) for x in (o[:-1], o[1:])), strict=True
     ):
         for query in range(first, last):
-            by_lists[query, keys[key : end - (last - 1 - query)]] = True
+            at = end - (last - 1 - query)
+            by_lists[query, keys[key if window is None else max(key, at - window) : at]] = True
     assert np.array_equal(by_lists, wanted)
-    assert segments.longest == int(wanted.sum(1).max())
+    by_tiles, seen_by = np.zeros_like(wanted), np.zeros(len(wanted), int)
+    for tile in segments.tiles(window):
+        of_key = tile.keys.view(tile.rows, -1)
+        for token, place in zip(tile.tokens.tolist(), tile.places.tolist(), strict=True):
+            row, query = divmod(place, tile.length)
+            by_tiles[token, of_key[row][~tile.hidden(window)[query]].numpy()] = True
+            seen_by[token] += 1
+    assert np.array_equal(by_tiles, wanted) and (seen_by == 1).all()
+    if window is None:
+        assert segments.longest == int(wanted.sum(1).max())
 
 
-@pytest.mark.parametrize("feature", ["softcap", "s_aux", "position_bias"])
-def test_what_it_does_not_compute_is_refused(feature: str) -> None:
+def test_what_it_does_not_compute_is_refused() -> None:
     inputs = [x.transpose(0, 1)[None] for x in draw(3)]
-    extra: dict[str, Any] = {feature: 1.0}
-    with pytest.raises(ConfigError, match=feature):
-        attention.packed_attention(nn.Identity(), *inputs, None, rlsys_segments=alone(np.array([3])), **extra)
-
-
-def test_a_window_that_would_cut_a_sequence_is_refused_and_a_wider_one_is_not() -> None:
-    inputs = [x.transpose(0, 1)[None] for x in draw(3)]
-    segments = alone(np.array([3]))
-    with pytest.raises(ConfigError, match="sliding window of 2"):
-        attention.packed_attention(nn.Identity(), *inputs, None, rlsys_segments=segments, sliding_window=2)
-    attention.packed_attention(nn.Identity(), *inputs, None, rlsys_segments=segments, sliding_window=3)
+    with pytest.raises(ConfigError, match="position_bias"):
+        attention.packed_attention(
+            nn.Identity(), *inputs, None, rlsys_segments=alone(np.array([3])), position_bias=torch.ones(1)
+        )
 
 
 def test_a_model_that_does_not_hand_the_segments_on_is_refused() -> None:

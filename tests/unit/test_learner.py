@@ -370,12 +370,12 @@ def test_a_probe_is_far_from_the_base_and_leaves_no_trace(tiny_model: Models) ->
     learner = with_run(make(tiny_model(True)))
     tokens, ends = draw().tokens[:20], np.array([0, 20])
     before = state(learner, "run")
-    snapshot, probed = learner.probe("run", "float32", tokens)
+    snapshot, probed, _ = learner.probe("run", "float32", tokens)
     assert np.abs(probed - learner.logprobs(None, tokens, ends)).mean() > 0.5
     assert {slot.name: slot.shape for slot in snapshot.layout} == {
         slot.name: slot.shape for slot in learner.snapshot("run", "float32").layout
     }
-    again, _ = learner.probe("run", "float32", tokens)
+    again, *_ = learner.probe("run", "float32", tokens)
     assert again.digest == snapshot.digest
     assert_same_bits(state(learner, "run"), before)
     assert learner.run_ids == ["run"]

@@ -49,7 +49,7 @@ def pack(batch: DatumBatch, budget: int, wanted: np.ndarray | None = None, share
 
 def contexts(micro: MicroBatch) -> list[list[int]]:
     """For each prediction the tokens that it is made from, by the pack's own mask and positions."""
-    seen, tokens = micro.segments.mask().numpy(), micro.tokens[0].numpy()
+    seen, tokens = micro.segments.mask(None).numpy(), micro.tokens[0].numpy()
     rows = np.arange(len(tokens)) if micro.rows is None else micro.rows.numpy()
     positions = micro.positions[0].numpy()
     found = []

@@ -417,7 +417,7 @@ def sharded_facts(ranks: Ranks, path: Path, batch: DatumBatch, shard: bool, scra
     learner = with_run(learner_on(ranks, path, shard=shard))
     learner.forward_backward("run", batch, losses.resolve("importance_sampling"))
     learner.optim_step("run", AdamParams(1e-2))
-    probe, canary = learner.probe("run", "float32", batch.tokens[:12])
+    probe, canary, _ = learner.probe("run", "float32", batch.tokens[:12])
     folder = scratch / f"rank-{ranks.rank}-of-{ranks.size}"
     save_run(learner, "run", folder, with_optimizer=True)
     learner.create_run("other", ALL_TARGETS, 5)
