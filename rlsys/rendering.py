@@ -9,6 +9,7 @@ Texts from data are protected first (rlsys/control_tokens.py): what they spell, 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,15 +26,14 @@ from rlsys.errors import ConfigError
 from rlsys.types import Array
 
 BETWEEN_EXAMPLES = "\n\n"  # few-shot examples without a chat template
+QUESTION, TURN = "the-question", "the-turn"  # stand for texts of a conversation where the template is looked at
 
 
 @dataclass(frozen=True, slots=True)
 class _Seam:
-    """What a template writes between the model's turn and the reply, and between that and the model's next turn."""
+    """How a template ends the model's turns in a conversation that goes on."""
 
     end: str  # of the model's turn: the token that it may have written itself; "" where there is none
-    before: str
-    after: str
     closes: bool  # the template ends a last turn too, so that any end token has ended one
 
 
@@ -73,9 +73,9 @@ class Renderer:
         words = self._controls.protect(reply)
         if not self.chat:
             return self._controls.ids(words)
-        # Encoded in one piece, from the token that ends the turn on, as the template's whole text would be.
+        # Written by the template, which may trim a reply, and encoded in one piece from the turn's end on.
         seam = self._seam
-        ids = self._controls.ids(seam.end + seam.before + words + seam.after)
+        ids = self._controls.ids(self._cut(self._prompt(self._asked(TURN, words)), [QUESTION, TURN])[-1])
         end = self._controls.ids(seam.end)
         if not end or not ((ended and seam.closes) or last == end[-1]):
             return ids
@@ -125,23 +125,22 @@ class Renderer:
 
         opening Q after, first-turn end before first-reply after, second-turn end before second-reply after
         """
-        said = ("first-turn", "first-reply", "second-turn", "second-reply")
-        roles = ("assistant", "user", "assistant", "user")
-        question = "the-question"
-        messages = [*self._opening, {"role": "user", "content": question}]
-        prompt = self._prompt(messages)
-        messages += [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
-        once, twice = self._prompt(messages[:-2]), self._prompt(messages)
-        opening, after = self._cut(prompt, [question])
-        first = self._cut(once, [question, *said[:2]])
-        second = self._cut(twice, [question, *said])
+        said = (TURN, "first-reply", "second-turn", "second-reply")
+        opening, after = self._cut(self._prompt(self._asked()), [QUESTION])
+        first = self._cut(self._prompt(self._asked(*said[:2])), [QUESTION, *said[:2]])
+        second = self._cut(self._prompt(self._asked(*said)), [QUESTION, *said])
         if not (opening == first[0] == second[0]):
             raise unclear(self._tokenizer, "what it writes before the question changes once there are more turns")
         if not (first[2] == second[2] == second[4]) or not (after == first[3] == second[5]):
             raise unclear(self._tokenizer, "what it writes around a reply changes from one reply to the next")
         end = leading_special(self._tokenizer, first[2])
         closes = bool(last_turn_end(self._tokenizer, self._section.template_options))
-        return _Seam(end, first[2].removeprefix(end), after, closes)
+        return _Seam(end, closes)
+
+    def _asked(self, *said: str) -> list[Message]:
+        """A conversation of which only what is said by turns is known."""
+        spoken = zip(itertools.cycle(("user", "assistant")), (QUESTION, *said), strict=False)
+        return [*self._opening, *({"role": role, "content": text} for role, text in spoken)]
 
     def _cut(self, text: str, said: Sequence[str]) -> list[str]:
         """What stands before, between and after the texts, which are expected in their order."""
