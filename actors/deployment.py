@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import threading
 import time
@@ -29,7 +28,9 @@ from rlsys.client.backend import About, ModelHandle, SampleAnswer, SnapshotHandl
 from rlsys.client.config import HostSpec, SamplerSpec, ServiceConfig
 from rlsys.client.paths import folder_of
 from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
+from rlsys.dimensions import max_positions, read_config
 from rlsys.errors import ConfigError
+from rlsys.model_support import refuse_unsupported, serves_unembedding
 from rlsys.types import Array, SamplingParams
 
 NAMESPACE = "rlsys"
@@ -135,25 +136,26 @@ class RayBackend:
     def _specs(self, base_model: str, source: str) -> tuple[HostSpec, SamplerSpec]:
         config = self._config
         with local_folder(source) as folder:
-            positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
-        max_length = min(config.max_length, positions or config.max_length)
+            found = read_config(folder)
+        max_length = min(config.max_length, max_positions(found) or config.max_length)
         learner, sampler = sections(config, ray.cluster_resources())
-        dtype, on_cpu = dtype_of(config, sampler), sampler.device == "cpu"
+        dtype, device = dtype_of(config, sampler), sampler.device
         model = ModelSection(path=source, dtype=dtype, max_length=max_length)
+        refuse_unsupported(found, source, max_length=max_length, lora=None, sampler=sampler, device=device)
         host = HostSpec(
             base_model=base_model,
             model=model,
             learner=learner,
             max_lora_rank=sampler.max_lora_rank,
             lora_alpha=config.lora_alpha,
-            serves_unembed=on_cpu,
+            serves_unembed=serves_unembedding(found, device),
             checkpoints=self._checkpoints,
             detached=config.detached,
         )
         engine = SamplerSpec(
             model=model,
             section=sampler,
-            device=sampler.device,
+            device=device,
             max_canary_diff=None,
             room_timeout_s=config.room_timeout_s,
         )

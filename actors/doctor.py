@@ -27,9 +27,12 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from rlsys.config import ClusterSection
+from rlsys.config import ClusterSection, JobConfig
+from rlsys.dimensions import dimensions
 from rlsys.engine.start import VLLM_VERSION
+from rlsys.errors import ConfigError
 from rlsys.memory import GIB
+from rlsys.model_support import refuse_unsupported_job
 from rlsys.planning import this_machine
 
 Status = Literal["ok", "warn", "fail"]
@@ -51,12 +54,13 @@ class Check:
     remedy: str = ""
 
 
-def examine(cluster: ClusterSection, out: Path) -> Iterator[Check]:
-    """Every check, the quick ones first. `out` is where runs are written."""
+def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) -> Iterator[Check]:
+    """Every check, the quick ones first. `out` is where runs are written; a `job`'s model is looked at too."""
     quick: Sequence[Callable[[], Sequence[Check]]] = (
         python_version,
         package_versions,
         devices,
+        lambda: [] if job is None else [model(job)],
         lambda: [disk("runs", out), disk("Ray's files", Path(os.environ.get("RAY_TMPDIR") or "/tmp"))],
         lambda: [shared_memory(cluster.object_store_gb)],
         lambda: [port(number, use) for number, use in PORTS.items()],
@@ -94,6 +98,18 @@ def devices() -> list[Check]:
     if node.memory < 4 * GIB:
         return [Check("devices", "warn", found, "`rlsys plan CONFIG` says whether a job fits; 4 GiB are few")]
     return [Check("devices", "ok", found)]
+
+
+def model(job: JobConfig) -> Check:
+    """The model's family and size from its config.json, and whether it can be trained and served as the job asks."""
+    try:
+        refuse_unsupported_job(job)
+        dims = dimensions(job.model)
+    except ConfigError as error:
+        return Check("model", "fail", str(error), "`rlsys plan CONFIG` compares the whole job")
+    windows = f", windows of {dims.window} tokens in {dims.windowed_layers} layers" if dims.window else ""
+    found = f"{dims.family.name}: {dims.parameters / 1e6:,.1f} M parameters in {dims.num_layers} layers{windows}"
+    return Check("model", "ok", f"{found} ({dims.source})")
 
 
 def disk(name: str, where: Path) -> Check:

@@ -29,6 +29,7 @@ from rlsys.config import JobConfig
 from rlsys.errors import RlsysError, RunExistsError
 from rlsys.facts import Facts
 from rlsys.ledger import Ledger
+from rlsys.model_support import refuse_unsupported_job
 from rlsys.problems import Epochs
 from rlsys.progress import Progress, stage_times
 from rlsys.recording import forget_after
@@ -68,7 +69,9 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     """
     started = time.monotonic()
     losses.resolve(config.rl.loss.name, config.rl.loss.params)  # wrong parameters are refused before any work
+    refuse_unsupported_job(config)
     with RunStore.open(config, fresh, progress.note) as store:
+        config = store.config  # with the run's own date
         accuracies = _accuracies(store)
         if store.finished:
             return _as_it_was(store, accuracies, progress)

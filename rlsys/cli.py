@@ -112,11 +112,13 @@ def plan(
     from rich.console import Console
 
     from rlsys.dimensions import dimensions
+    from rlsys.model_support import refuse_structure
     from rlsys.plan_view import show
     from rlsys.planning import plan as compare
     from rlsys.planning import this_machine
 
     job = load_config(config, overrides or ())
+    refuse_structure(job.model.path)
     dims = dimensions(job.model)
     where = job.cluster.address or address
     if where:
@@ -134,10 +136,12 @@ def plan(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="A job whose cluster section and run.dir are looked at.")
+        Path | None, typer.Argument(help="A job whose model, cluster section and run.dir are looked at.")
     ] = None,
 ) -> None:
-    """Check this machine: versions, devices, disk, ports, Ray, vLLM, logins. Exit code 1 if anything fails."""
+    """Check this machine: versions, devices, disk, ports, Ray, vLLM, logins; of a job, its model too.
+
+    Exit code 1 if anything fails."""
     from rich.console import Console
 
     from actors.doctor import examine
@@ -146,7 +150,7 @@ def doctor(
 
     job = load_config(config) if config else None
     cluster, out = (job.cluster, Path(job.run.dir)) if job else (ClusterSection(), Path())
-    checks = ((check.name, check.status, check.found, check.remedy) for check in examine(cluster, out))
+    checks = ((check.name, check.status, check.found, check.remedy) for check in examine(cluster, out, job))
     if show_checks(checks, Console(highlight=False)):
         raise typer.Exit(1)
 
@@ -159,10 +163,15 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="Of --merged: folder or hub name; else the checkpoint's own.")
     ] = None,
+    for_vllm: Annotated[
+        bool, typer.Option("--for-vllm", help="As vLLM loads it where PEFT's form is another: GLM-4's gate_up_proj.")
+    ] = False,
 ) -> None:
     """Write a checkpoint for other programs: the adapter as PEFT and vLLM load it, or one merged model."""
     if base is not None and not merged:
         raise ConfigError("--base: found it without --merged; an adapter alone needs no base")
+    if for_vllm and merged:
+        raise ConfigError("--for-vllm: found it with --merged; a merged model has one form")
 
     from rlsys.checkpoints import read_info
     from rlsys.export import export_adapter, export_merged
@@ -170,7 +179,7 @@ def export(
     if merged:
         export_merged(base or read_info(checkpoint).base_name, checkpoint, out)
     else:
-        export_adapter(checkpoint, out)
+        export_adapter(checkpoint, out, for_vllm)
 
 
 RUN = typer.Argument(help="A run's name, or its directory.")

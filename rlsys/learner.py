@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rlsys import attention, loss_scale, losses
 from rlsys.agreement import as_published, follow_sampler
@@ -45,6 +45,7 @@ from rlsys.precision import computing_dtype
 from rlsys.proofs import logit_transform, prove_packing
 from rlsys.ranks import ALONE, Ranks, local
 from rlsys.recompute import keep_inputs_only
+from rlsys.text_part import load_language_model
 from rlsys.types import AdamParams, Array, Datum
 from rlsys.weights import AdapterSnapshot, snapshot_of
 
@@ -669,12 +670,7 @@ def _load(base: Path | str, dtype: torch.dtype, computing: torch.dtype, device: 
     """The base in evaluation mode (no dropout), frozen, with packed attention: its weights in `dtype`, then as they are
     computed with."""
     attention.register()
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, attn_implementation=attention.NAME
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {base} cannot be loaded as a causal language model: {error}") from error
+    model = load_language_model(base, dtype=dtype, attention=attention.NAME)
     model.to(device)
     _convert(model, dtype, computing)
     model.eval()
@@ -713,8 +709,10 @@ def _put(column_T: Array, micro: MicroBatch, values: Tensor) -> None:
 
 @contextmanager
 def _unpacked(model: PreTrainedModel, implementation: str | None = None) -> Iterator[None]:
-    """One of transformers' own attention functions, which know rows and masks instead of packed segments. None: the
-    fast one, or the eager one where a model has soft caps or sinks, of which the fast one knows nothing."""
+    """One of transformers' own attention functions, which know rows and masks instead of packed segments.
+
+    None: the fast one, or the eager one where a model has soft caps or sinks, of which the fast one knows nothing.
+    """
     config = model.config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     plain = capped or any(hasattr(module, "sinks") for module in model.modules())

@@ -28,6 +28,7 @@ from rlsys.memory import (
     sampler_memory,
     slot_width,
 )
+from rlsys.model_support import shape_problems
 from rlsys.precision import computing_dtype
 
 NODE_SHARE = 1e-3  # of a node's own resource "node:<address>", which there is 1 of
@@ -123,23 +124,7 @@ def _rows(config: JobConfig, dims: Dimensions) -> tuple[Row, ...]:
 
 def _impossible(config: JobConfig, dims: Dimensions) -> Iterator[str]:
     """What no cluster could do."""
-    if config.model.max_length > dims.max_positions:
-        yield (
-            f"model.max_length {config.model.max_length}: the model has positions for {dims.max_positions}; set "
-            f"model.max_length={dims.max_positions} or less"
-        )
-    if dims.num_heads % dims.num_kv_heads:
-        yield (
-            f"model.make.num_heads {dims.num_heads} is no multiple of model.make.num_kv_heads {dims.num_kv_heads}; set "
-            f"model.make.num_kv_heads={math.gcd(dims.num_heads, dims.num_kv_heads)}"
-        )
-    parallel = config.sampler.tensor_parallel_size
-    if dims.num_heads % parallel:
-        fitting = [n for n in range(1, dims.num_heads + 1) if dims.num_heads % n == 0 and n <= parallel]
-        yield (
-            f"sampler.tensor_parallel_size {parallel} does not divide the model's {dims.num_heads} heads; set "
-            f"sampler.tensor_parallel_size={fitting[-1]}"
-        )
+    yield from shape_problems(dims, config.model.max_length, config.lora, config.sampler, config.sampler.device)
 
 
 def _placement(config: JobConfig, nodes: Sequence[Node]) -> Iterator[str]:
@@ -305,7 +290,7 @@ def _warnings(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Ite
             f"sampler.max_lora_rank {sampler.max_lora_rank} makes slots of width {width} for adapters of lora.rank "
             f"{lora.rank}; sampler.max_lora_rank={lora.rank} saves memory and time"
         )
-    smallest = min(min(pair) for pair in dims.linears.values())
+    smallest = min(min(pair) for pair in (*dims.attention.values(), *dims.mlp.values()))
     if lora.rank > smallest:
         yield f"lora.rank {lora.rank} is above the smallest side of the matrices, {smallest}; lora.rank={smallest}"
     if computing_dtype(config.model.dtype, learner.device) != config.model.dtype:

@@ -18,8 +18,9 @@ import numpy as np
 
 from rlsys.canary import BOUND_FACTOR, StartupProbe
 from rlsys.config import ModelSection, SamplerSection
+from rlsys.dimensions import read_config
 from rlsys.drawn import Drawn, gathered, joined
-from rlsys.engine.arguments import UNEMBEDDING, engine_arguments
+from rlsys.engine.arguments import engine_arguments
 from rlsys.engine.attest import attest, attest_base, distance
 from rlsys.engine.lent import lent
 from rlsys.engine.live import BASE_VERSION, Adapter, Hold, LiveVersions, kept
@@ -44,6 +45,8 @@ from rlsys.engine.shards import proven_digest
 from rlsys.engine.start import Device, engine_processes, preload, prepare_environment
 from rlsys.engine.workers import values
 from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, SamplingError, WeightSyncError
+from rlsys.families import family_of
+from rlsys.model_support import unembedding_problem
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import AdapterSnapshot, Attestation, WeightUpdate
@@ -100,8 +103,8 @@ class Sampler:
 
     @property
     def end_ids(self) -> Sequence[int]:
-        """Tokens that end a completion where `SamplingParams.stop` is None."""
-        return self._about.eos
+        """Tokens that end a completion where `SamplingParams.stop` gives no ids."""
+        return self._about.endings.ids
 
     async def start(self) -> None:
         """Start the engine, warm it up, and measure how far it strays from itself."""
@@ -494,10 +497,10 @@ class Sampler:
             )
         if snapshot.dtype != self._model.dtype:
             raise WeightSyncError(f"{where}: found {snapshot.dtype}; wanted model.dtype {self._model.dtype}")
-        if self._device != "cpu" and any(UNEMBEDDING in slot.name for slot in snapshot.layout):
+        reason = unembedding_problem(self._about.vocab_size, family_of(read_config(self._base)), self._device)
+        if reason is not None and any(".layers." not in slot.name for slot in snapshot.layout):
             raise WeightSyncError(
-                f"{where}: holds {UNEMBEDDING} tensors; vLLM's GPU LoRA has no mapping for the rows of prompt "
-                "log-probabilities there and would score them wrong; set lora.train_unembed: false"
+                f"{where}: holds an adapter of the output layer: {reason}; set lora.train_unembed=false"
             )
 
     async def _install(self, snapshot: AdapterSnapshot, adapter: Adapter, leaving: Sequence[int]) -> str:
