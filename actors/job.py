@@ -71,6 +71,7 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     losses.resolve(config.rl.loss.name, config.rl.loss.params)  # wrong parameters are refused before any work
     refuse_unsupported_job(config)
     with RunStore.open(config, fresh, progress.note) as store:
+        config = store.config  # with the run's own date
         accuracies = _accuracies(store)
         if store.finished:
             return _as_it_was(store, accuracies, progress)

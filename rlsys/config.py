@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,6 +146,16 @@ class PromptSection(Section):
     few_shot: list[ExampleSection] = Field(default_factory=list)
     max_tokens: int | None = Field(None, ge=1)  # longer prompts are left out, and counted; None: one stops the run
     template_options: dict[str, Any] = Field(default_factory=dict)  # to the chat template: {enable_thinking: false}
+    date: str | None = None  # YYYY-MM-DD that a template writes as today's; None: the day on which the run began
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _is_a_day(cls, day: object) -> str | None:
+        """YAML reads an unquoted day as a date of its own."""
+        try:
+            return None if day is None else date.fromisoformat(str(day)).isoformat()
+        except ValueError:
+            raise ValueError(f"found {day!r}; wanted a day such as 2026-11-29, or nothing") from None
 
     @model_validator(mode="after")
     def _holds_the_question(self) -> PromptSection:
@@ -305,6 +316,8 @@ class SamplingSection(Section):
     temperature: float = Field(1.0, ge=0.01)  # below, vLLM clamps; the learner's p is computed at the same temperature
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
+    # Texts that end a completion beside the model's own end tokens (rlsys/endings.py); the text of a special token is
+    # that token. []: none, and that nothing else may end a completion of this model is known
     stop: list[str] | None = None
 
     @model_validator(mode="after")
@@ -317,7 +330,7 @@ class SamplingSection(Section):
         return self
 
     def params(self, seed: int | None = None) -> SamplingParams:
-        return SamplingParams(self.max_tokens, self.temperature, self.top_p, self.top_k, seed, self.stop)
+        return SamplingParams(self.max_tokens, self.temperature, self.top_p, self.top_k, seed, self.stop or None)
 
 
 class LossSection(Section):
@@ -549,6 +562,12 @@ class JobConfig(Section):
     @property
     def run_dir(self) -> Path:
         return Path(self.run.dir) / self.run.name
+
+    def dated(self, day: str) -> JobConfig:
+        """With the day that chat templates write as today's, where the job names none."""
+        if self.prompt.date is not None:
+            return self
+        return self.model_copy(update={"prompt": self.prompt.model_copy(update={"date": day})})
 
     @property
     def sampler_device(self) -> Literal["cpu", "cuda"]:

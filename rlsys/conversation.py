@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from rlsys import tasks
 from rlsys.config import JobConfig
 from rlsys.drawn import Drawn, gathered, joined, replied
+from rlsys.endings import load_tokenizer
 from rlsys.engine.requests import child_seeds, later_seed
 from rlsys.environment import ERROR, OVER, TIMEOUT, Environment, Reply
 from rlsys.errors import ConfigError, GradingError
@@ -55,9 +55,8 @@ class Rules:
     stop: Sequence[str]  # texts that end a turn, beside the model's own end
     max_turns: int  # of the model
     max_failed_share: float  # of a call's completions that a failed reply cuts short
-    end_ids: frozenset[int]
     decode: Callable[[Sequence[int]], str]
-    reply_ids: Callable[[str, bool], Sequence[int]]  # of a reply, and whether the turn before it ended with an end id
+    reply_ids: Callable[[str, int | None], Sequence[int]]  # of a reply, and the last token of the turn before it
 
 
 class Conversations:
@@ -83,14 +82,14 @@ class Conversations:
             )
         if sandbox is not None:
             sandbox.check()
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer, ends = load_tokenizer(base), frozenset(sampler.end_ids)
+        renderer = Renderer(tokenizer, config.prompt)
         rules = Rules(
             stop=tuple(getattr(task, "stop", ())),
             max_turns=config.turns.max_turns,
             max_failed_share=config.rewards.max_failed_share,
-            end_ids=frozenset(sampler.end_ids),
             decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
-            reply_ids=Renderer(tokenizer, config.prompt).reply_ids,
+            reply_ids=lambda reply, last: renderer.reply_ids(reply, last, last in ends),
         )
         return cls(sampler, Environment(config.turns, task.reply), rules)
 
@@ -167,7 +166,7 @@ class Conversations:
             if len(turns) == rules.max_turns:
                 counts["out_of_turns"] += 1
                 return joined(parts)
-            tokens = list(rules.reply_ids(reply.text, bool(len(turn.tokens)) and int(turn.tokens[-1]) in rules.end_ids))
+            tokens = list(rules.reply_ids(reply.text, int(turn.tokens[-1]) if len(turn.tokens) else None))
             if len(tokens) >= room:
                 return joined([*parts[:-1], turn.head(len(turn.tokens), stopped=False)])
             parts.append(replied(tokens))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlsys import tasks
 from rlsys.advantages import groups_teach_nothing
 from rlsys.config import JobConfig
+from rlsys.endings import load_tokenizer
 from rlsys.errors import ConfigError
 from rlsys.problem_sets import problem_sets
 from rlsys.problems import ProblemSet
@@ -57,10 +58,7 @@ class Grading:
             ConfigError: the base has no tokenizer, rewards.function cannot be imported, the task has no problems, or a
                 prompt leaves no room for its completion.
         """
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(base)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model.path: no tokenizer in {base}: {str(error).strip().splitlines()[0]}") from error
+        tokenizer = load_tokenizer(base)
         task = tasks.build(config.task, config.run.seed)
         sets = problem_sets(task, Renderer(tokenizer, config.prompt).ids, config.prompt.max_tokens)
         problems = {"train": sets.train, "eval": sets.eval}

@@ -667,8 +667,10 @@ def _put(column_T: Array, micro: MicroBatch, values: Tensor) -> None:
 
 @contextmanager
 def _unpacked(model: PreTrainedModel, implementation: str | None = None) -> Iterator[None]:
-    """One of transformers' own attention functions, which know rows and masks instead of packed segments. None: the fast
-    one, or the eager one where a model has soft caps or sinks, of which the fast one knows nothing."""
+    """One of transformers' own attention functions, which know rows and masks instead of packed segments.
+
+    None: the fast one, or the eager one where a model has soft caps or sinks, of which the fast one knows nothing.
+    """
     config = model.config.get_text_config()
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     plain = capped or any(hasattr(module, "sinks") for module in model.modules())

@@ -34,7 +34,7 @@ def measure(config: JobConfig, samplers: Sampling, graders: Graders, held_out: A
     Raises:
         Rewound: something was lost; nothing has changed, and it can be done again.
     """
-    began, section, stop = time.perf_counter(), config.eval, config.rl.sampling.stop
+    began, section, stop = time.perf_counter(), config.eval, config.rl.sampling.stop or None
     greedy = SamplingParams(section.max_tokens, temperature=0.0, stop=stop)
     rollouts = samplers.sample("eval", held_out, 1, greedy)
     grades = graders.grade("eval", rollouts)

@@ -103,8 +103,8 @@ class Sampler:
 
     @property
     def end_ids(self) -> Sequence[int]:
-        """Tokens that end a completion where `SamplingParams.stop` is None."""
-        return self._about.eos
+        """Tokens that end a completion where `SamplingParams.stop` gives no ids."""
+        return self._about.endings.ids
 
     async def start(self) -> None:
         """Start the engine, warm it up, and measure how far it strays from itself."""

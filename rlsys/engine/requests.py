@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.drawn import Drawn, drawn, gathered
+from rlsys.endings import endings_of, has_tokenizer, read_json
 from rlsys.errors import ConfigError, SamplingError
 from rlsys.families import text_part
 from rlsys.problems import occurrences
@@ -20,27 +20,20 @@ MIN_TEMPERATURE = (
     0.01  # vLLM silently raises smaller ones to this, and the learner's p would be of another distribution
 )
 SEED_WORDS = 2**64 - 1
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 class BaseModel:
     """What a model's folder says about itself, as far as requests need it."""
 
     def __init__(self, folder: Path) -> None:
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if config is None:
             raise ConfigError(f"sampler: {folder} has no config.json; wanted a Hugging Face model folder")
-        generation = _read_json(folder / "generation_config.json") or {}
-        eos = generation.get("eos_token_id", config.get("eos_token_id"))
         config = text_part(config)
         self.vocab_size = int(config["vocab_size"])
         self.max_positions: int | None = config.get("max_position_embeddings")
-        self.eos: list[int] = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        self.has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+        self.endings = endings_of(folder)
+        self.has_tokenizer = has_tokenizer(folder)
 
 
 def check_sequences(
@@ -67,17 +60,29 @@ def check_sequences(
         raise SamplingError(f"{what} {ids[at]}: found token id {tokens[wrong[0]]}; wanted 0 to {vocab_size - 1}")
 
 
-def stop_rules(stop: str | Sequence[str] | Sequence[int] | None, model: BaseModel) -> tuple[list[str], list[int]]:
-    """(stop strings, stop token ids)."""
-    if stop is None:
-        return [], model.eos
-    given: list[Any] = [stop] if isinstance(stop, str) else list(stop)
-    strings = [item for item in given if isinstance(item, str)]
+def stop_rules(
+    stop: str | Sequence[str] | Sequence[int] | None, model: BaseModel, also: Sequence[str] = ()
+) -> tuple[list[str], list[int]]:
+    """(stop strings, stop token ids): strings add to the model's end tokens, ids are all there are, [] is never.
+
+    `also`: further strings, whatever `stop` says.
+
+    Raises:
+        SamplingError: strings for a model without a tokenizer, or one that could never be found.
+    """
+    given: list[Any] = [stop] if isinstance(stop, str) else list(stop or ())
+    strings = [*(item for item in given if isinstance(item, str)), *also]
     if strings and not model.has_tokenizer:
         raise SamplingError(
             f"SamplingParams.stop: found strings {strings!r} for a model without a tokenizer; wanted ids"
         )
-    return strings, [] if strings else [int(item) for item in given]
+    is_exact = stop is not None and not any(isinstance(item, str) for item in given)
+    ids = [int(item) for item in given] if is_exact else list(model.endings.ids)
+    try:
+        texts, special = model.endings.stops(strings)
+    except ConfigError as error:
+        raise SamplingError(f"SamplingParams.{error}") from None
+    return texts, list(dict.fromkeys([*ids, *special]))
 
 
 def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel, also_stop: Sequence[str] = ()) -> Any:
@@ -89,8 +94,7 @@ def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel, a
         raise SamplingError(
             f"SamplingParams.temperature: found {params.temperature}; wanted 0 (greedy) or at least {MIN_TEMPERATURE}"
         )
-    strings, ids = stop_rules(params.stop, model)
-    strings = [*strings, *also_stop]
+    strings, ids = stop_rules(params.stop, model, also_stop)
     return vllm.SamplingParams(
         n=n,
         max_tokens=params.max_tokens,

@@ -151,3 +151,16 @@ def test_a_job_cannot_be_changed_once_read() -> None:
     assert isinstance(config, JobConfig)
     with pytest.raises(ValueError, match="frozen"):
         config.rl.steps = 3  # type: ignore[misc]  # that it is refused is the claim
+
+
+@pytest.mark.parametrize("day", ["2026-02-03", "'2026-02-03'"])
+def test_a_day_may_be_written_with_or_without_quotes(day: str) -> None:
+    config = parse_config(SMALL, [f"prompt.date={day}"])
+    assert config.prompt.date == "2026-02-03"
+    assert config.dated("2026-02-04").prompt.date == "2026-02-03"
+    assert parse_config(SMALL).dated("2026-02-04").prompt.date == "2026-02-04"
+
+
+def test_a_day_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"prompt\.date: found 'today'; wanted a day such as 2026-11-29"):
+        parse_config(SMALL, ["prompt.date=today"])
