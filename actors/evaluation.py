@@ -155,7 +155,7 @@ def _again(act: Callable[[], T]) -> T:
 
 
 def _rows(problems: ProblemSet, measured: Measured) -> list[Graded]:
-    grades = measured.grades.solved.tolist()
+    grades = measured.grades.grade.tolist()
     passed = [None] * len(problems) if measured.passed is None else measured.passed.tolist()
     asked = zip(problems.prompts, problems.answers, grades, passed, strict=True)
     return [Graded(i, prompt, answer, grade, right) for i, (prompt, answer, grade, right) in enumerate(asked)]

@@ -102,6 +102,7 @@ def job(case: Case, model: Path, folder: Path, steps: int, changes: list[str]) -
         "rl.problems_per_step": PROMPTS,
         "rl.samples_per_problem": GROUP,
         "rl.sampling.max_tokens": case.max_tokens,
+        "rl.sampling.stop": [],  # the end of folder_of_model is never drawn
         "rl.loss.name": "ppo",
         "rl.loss.params": {"clip_ratio": 0.2},
         "rl.advantages.normalise": "std",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from rlsys.checkpoints import MANIFEST, WEIGHTS, read_files, read_info
 from rlsys.config import JobConfig, LoraSection, ModelSection
 from rlsys.errors import CheckpointError
 from rlsys.records import CONFIG, read_problems
-from rlsys.run_store import BASE, CHECKPOINTS, newest
+from rlsys.run_store import BASE, CHECKPOINTS, day_of, newest
 
 Kind = Literal["base", "adapter", "merged"]
 ADAPTER = {ADAPTER_CONFIG, WEIGHTS, MANIFEST}  # files of a checkpoint
@@ -52,6 +53,7 @@ def find(config: JobConfig, checkpoint: Path | None) -> Candidate:
             Whether it is of this base is known once that is loaded.
     """
     if checkpoint is None:
+        config = _dated(config, config.run_dir)
         base = _base(config, None)
         return Candidate("base", "base", str(base), None, base, {}, (), config)
     path = checkpoint.absolute()
@@ -63,7 +65,7 @@ def find(config: JobConfig, checkpoint: Path | None) -> Candidate:
         return _adapter(config, path, path, _run_of(path))
     if (path / MODEL_CONFIG).is_file():
         model = ModelSection(path=str(path), dtype=config.model.dtype, max_length=config.model.max_length)
-        config = config.model_copy(update={"model": model})
+        config = _dated(config.model_copy(update={"model": model}), config.run_dir)
         return Candidate("merged", _named("merged", path.name), str(path), None, str(path), {}, (), config)
     if (path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
@@ -93,6 +95,7 @@ def _adapter(config: JobConfig, path: Path, folder: Path, run: Path | None) -> C
         files = pack_folder(Path(scratch))
     name = path.name if path.parent.name == CHECKPOINTS else _named("adapter", path.name)
     trained = tuple(problem.prompt for problem in read_problems(run).values()) if run else ()
+    config = _dated(config, run or config.run_dir)
     return Candidate("adapter", name, str(path), info.version, _base(config, run), files, trained, config)
 
 
@@ -101,6 +104,11 @@ def _refuse_other_lora(path: Path, found: LoraSection, wanted: LoraSection) -> N
     other = [f"lora.{key}={old[key]}, the job {new[key]}" for key in new if old[key] != new[key]]
     if other:
         raise CheckpointError(f"{path}: is an adapter of another shape than the job's: it has {'; '.join(other)}")
+
+
+def _dated(config: JobConfig, run: Path) -> JobConfig:
+    """A policy is asked with the date that it was trained with, today's where there is no run."""
+    return config.dated(day_of(run) or date.today().isoformat())
 
 
 def _run_of(path: Path) -> Path | None:

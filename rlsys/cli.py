@@ -163,10 +163,15 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="Of --merged: folder or hub name; else the checkpoint's own.")
     ] = None,
+    for_vllm: Annotated[
+        bool, typer.Option("--for-vllm", help="As vLLM loads it where PEFT's form is another: GLM-4's gate_up_proj.")
+    ] = False,
 ) -> None:
     """Write a checkpoint for other programs: the adapter as PEFT and vLLM load it, or one merged model."""
     if base is not None and not merged:
         raise ConfigError("--base: found it without --merged; an adapter alone needs no base")
+    if for_vllm and merged:
+        raise ConfigError("--for-vllm: found it with --merged; a merged model has one form")
 
     from rlsys.checkpoints import read_info
     from rlsys.export import export_adapter, export_merged
@@ -174,7 +179,7 @@ def export(
     if merged:
         export_merged(base or read_info(checkpoint).base_name, checkpoint, out)
     else:
-        export_adapter(checkpoint, out)
+        export_adapter(checkpoint, out, for_vllm)
 
 
 RUN = typer.Argument(help="A run's name, or its directory.")

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from rlsys import tasks
 from rlsys.config import JobConfig
 from rlsys.drawn import Drawn, gathered, joined, replied
+from rlsys.endings import load_tokenizer
 from rlsys.engine.requests import child_seeds, later_seed
 from rlsys.environment import ERROR, OVER, TIMEOUT, Environment, Reply
 from rlsys.errors import ConfigError, GradingError
@@ -55,9 +55,8 @@ class Rules:
     stop: Sequence[str]  # texts that end a turn, beside the model's own end
     max_turns: int  # of the model
     max_failed_share: float  # of a call's completions that a failed reply cuts short
-    end_ids: frozenset[int]
     decode: Callable[[Sequence[int]], str]
-    reply_ids: Callable[[str, bool], Sequence[int]]  # of a reply, and whether the turn before it ended with an end id
+    reply_ids: Callable[[str, int | None], Sequence[int]]  # of a reply, and the last token of the turn before it
 
 
 class Conversations:
@@ -83,14 +82,14 @@ class Conversations:
             )
         if sandbox is not None:
             sandbox.check()
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer, ends = load_tokenizer(base), frozenset(sampler.end_ids)
+        renderer = Renderer(tokenizer, config.prompt)
         rules = Rules(
             stop=tuple(getattr(task, "stop", ())),
             max_turns=config.turns.max_turns,
             max_failed_share=config.rewards.max_failed_share,
-            end_ids=frozenset(sampler.end_ids),
             decode=lambda tokens: str(tokenizer.decode(tokens, skip_special_tokens=True)),
-            reply_ids=Renderer(tokenizer, config.prompt).reply_ids,
+            reply_ids=lambda reply, last: renderer.reply_ids(reply, last, last in ends),
         )
         return cls(sampler, Environment(config.turns, task.reply), rules)
 
@@ -113,11 +112,12 @@ class Conversations:
         run_id: str | None,
         version: int,
         move_on: bool = False,
+        occurrence: Array | None = None,
     ) -> tuple[Rollouts, dict[str, float]]:
         """As ``Sampler.sample``, and counts. `params.max_tokens` is for a whole completion, replies included.
 
-        A seed is a function of `params.seed`, the problem, which of its completions, and the turn: what is lost is
-        drawn again as it was, by whichever sampler.
+        A seed is a function of `params.seed`, the problem and its occurrence, which of its completions, and the turn:
+        what is lost is drawn again as it was, by whichever sampler.
 
         Raises:
             SamplingError: as ``Sampler.sample``.
@@ -125,7 +125,7 @@ class Conversations:
         """
         children = n if params.temperature > 0 else 1
         seed = params.seed if params.seed is not None else self._sampler.own_seed()
-        seeds = child_seeds(seed, problems, children)
+        seeds = child_seeds(seed, problems, children, occurrence)
         prompts = [part.tolist() for part in np.split(prompt_tokens, prompt_offsets[1:-1])] if len(problems) else []
         counts = Counter(completions=len(seeds))
         with self._sampler.hold(run_id, version, len(prompts), move_on) as hold:
@@ -166,7 +166,7 @@ class Conversations:
             if len(turns) == rules.max_turns:
                 counts["out_of_turns"] += 1
                 return joined(parts)
-            tokens = list(rules.reply_ids(reply.text, bool(len(turn.tokens)) and int(turn.tokens[-1]) in rules.end_ids))
+            tokens = list(rules.reply_ids(reply.text, int(turn.tokens[-1]) if len(turn.tokens) else None))
             if len(tokens) >= room:
                 return joined([*parts[:-1], turn.head(len(turn.tokens), stopped=False)])
             parts.append(replied(tokens))

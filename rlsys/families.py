@@ -44,6 +44,7 @@ class Family:
     wide_norms: bool = False  # norms that keep a fp32 copy of what they read for the backward pass
     expert_biases: bool = False  # of the experts' matrices and of the router
     sinks: bool = False  # one logit per head that attention may go to instead of a token
+    output_layer: bool = True  # vLLM's model has one that an adapter can go to, instead of taking the embeddings
 
 
 def _defaults(hidden: int, inner: int, layers: int, heads: int, kv: int | None, **more: Any) -> dict[str, Any]:
@@ -119,6 +120,7 @@ _ROWS = (
         biases=_ASKED,
         windows="pattern",
         period=2,
+        output_layer=False,
     ),
     Family(
         "Gemma 3",
@@ -191,6 +193,7 @@ _ROWS = (
         biases=_ASKED,
         windows="pattern",
         period=4,
+        output_layer=False,
     ),
     Family(
         "Exaone 4",

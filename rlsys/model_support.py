@@ -16,7 +16,7 @@ from typing import Any, Literal
 from rlsys.config import JobConfig, LoraSection, SamplerSection
 from rlsys.dimensions import Dimensions, of_config, read_config
 from rlsys.errors import ConfigError
-from rlsys.families import FAMILIES, TEXT_PARTS, family_of, text_part
+from rlsys.families import FAMILIES, TEXT_PARTS, Family, family_of, text_part
 
 # Of vLLM 0.32: head sizes that its attention on CPU has kernels for (v1/attention/backends/cpu_attn.py), and the
 # largest vocabulary of an output layer with adapters (lora/layers/logits_processor.py).
@@ -183,16 +183,28 @@ def shape_problems(
             f"model.path: heads of {dims.head_dim} values; vLLM's attention on CPU takes {sizes}: sample this model "
             "on a GPU (sampler.num_gpus)"
         )
-    if lora is not None and lora.train_unembed and not serves_unembedding(dims.vocab_size, device):
-        yield (
-            f"lora.train_unembed: a vocabulary of {dims.vocab_size}; vLLM takes adapters of the output layer up to "
-            f"{LARGEST_ADAPTED_VOCABULARY}, on CPU alone; set lora.train_unembed=false"
+    if lora is not None and lora.train_unembed:
+        reason = unembedding_problem(dims.vocab_size, dims.family, device)
+        if reason is not None:
+            yield f"lora.train_unembed: {reason}; set lora.train_unembed=false"
+
+
+def unembedding_problem(vocab_size: int, family: Family | None, device: Literal["cpu", "cuda"]) -> str | None:
+    """Why an engine cannot have adapters of the output layer; None where it can."""
+    if device != "cpu":
+        return "vLLM's LoRA on CUDA has no mapping for the rows of prompt log-probabilities there and scores them wrong"
+    if family is not None and not family.output_layer:
+        return f"vLLM's model of {family.name} has no output layer of its own that an adapter could go to"
+    if vocab_size > LARGEST_ADAPTED_VOCABULARY:
+        return (
+            f"a vocabulary of {vocab_size}; vLLM takes adapters of the output layer up to {LARGEST_ADAPTED_VOCABULARY}"
         )
+    return None
 
 
-def serves_unembedding(vocab_size: int, device: Literal["cpu", "cuda"]) -> bool:
-    """Whether an engine can have adapters of the output layer."""
-    return device == "cpu" and vocab_size <= LARGEST_ADAPTED_VOCABULARY
+def serves_unembedding(config: Mapping[str, Any], device: Literal["cpu", "cuda"]) -> bool:
+    """Whether an engine can have adapters of the output layer of a config.json's model."""
+    return unembedding_problem(int(text_part(config).get("vocab_size") or 0), family_of(config), device) is None
 
 
 def _splits(dims: Dimensions, wanted: int) -> int:

@@ -124,9 +124,7 @@ def _rows(config: JobConfig, dims: Dimensions) -> tuple[Row, ...]:
 
 def _impossible(config: JobConfig, dims: Dimensions) -> Iterator[str]:
     """What no cluster could do."""
-    yield from shape_problems(dims, config.model.max_length, config.lora, config.sampler, config.sampler_device)
-    if config.learner.device == "cuda" and config.learner.num_gpus == 0:
-        yield "learner.device cuda, learner.num_gpus 0: Ray hides GPUs from who asks for none; set learner.num_gpus=1"
+    yield from shape_problems(dims, config.model.max_length, config.lora, config.sampler, config.sampler.device)
 
 
 def _placement(config: JobConfig, nodes: Sequence[Node]) -> Iterator[str]:
@@ -302,8 +300,12 @@ def _warnings(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Ite
         )
     if sampler.enforce_eager and config.sampler_device == "cuda":
         yield "sampler.enforce_eager on a GPU: decoding without CUDA graphs is slow; sampler.enforce_eager=false"
-    if learner.device == "cpu" and learner.num_gpus > 0:
-        yield f"learner.num_gpus {learner.num_gpus:g} with learner.device cpu: the GPU would idle; learner.device=cuda"
+    optim, steps = config.rl.optim, config.rl.steps
+    if optim.schedule != "constant" and optim.final_share == 0 and (optim.decay_steps or steps) < steps:
+        yield (
+            f"rl.optim.decay_steps {optim.decay_steps}: the learning rate is 0 after step {optim.decay_steps}, and "
+            f"rl.steps {steps} goes on; set rl.optim.final_share, or rl.optim.decay_steps={steps}"
+        )
     if learner.num_workers > completions:
         yield f"learner.num_workers {learner.num_workers}: a step has {completions} sequences, so some ranks idle"
     for who, section in (("learner", learner), ("sampler", sampler)):

@@ -1,6 +1,8 @@
 """A run's directory: one driver at a time writes it, and the next driver goes on from the newest whole checkpoint.
 
-    config.yaml      what the run computes now; config.001.yaml, ... what it was before each change that was allowed
+    config.yaml      what the run computes now; config.001.yaml, ... what it was before each change that was allowed.
+                     It holds the day on which the run began (prompt.date): a chat template that writes today's date
+                     writes that one for ever, else the prompts would change at midnight
     run.json         facts that outlive a driver, such as the id of the wandb run
     lock             held (flock) by the driver that is at work; the system frees it when that process is gone
     checkpoints/step-000007/    what the learner needs, ledger.npz, and resume.json with step and hash of every file
@@ -23,6 +25,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -63,7 +66,10 @@ class Resume:
 
 
 class RunStore:
-    """The directory while this process is its driver. A context manager: leaving it lets go of the lock."""
+    """The directory while this process is its driver. A context manager: leaving it lets go of the lock.
+
+    ``config`` is the job as this run computes it: with its date.
+    """
 
     def __init__(
         self, config: JobConfig, lock: int, info: Mapping[str, Any], resume: Resume | None, note: Note
@@ -220,6 +226,19 @@ def read_info(run_dir: Path) -> dict[str, Any]:
     return _info(run_dir)
 
 
+def day_of(run_dir: Path) -> str | None:
+    """The day (ISO 8601) on which the run in the directory began, as its chat template writes it; None: no run."""
+    try:
+        tree = yaml.safe_load((run_dir / CONFIG).read_text("utf-8"))
+        day = (tree.get("prompt") or {}).get("date")
+        if day is not None:
+            return str(day)
+        started = json.loads((run_dir / INFO).read_bytes())["started"]  # of an rlsys that kept no date
+        return date.fromtimestamp(started).isoformat()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+        return None  # whether there is a run, and a whole one, is for others to say
+
+
 def refuse_foreign(run_dir: Path) -> None:
     """Raises RunExistsError where the directory holds files that are no run of rlsys."""
     if not run_dir.is_dir() or (run_dir / CONFIG).is_file():
@@ -240,11 +259,14 @@ def refuse_changes(config: JobConfig, run_dir: Path) -> None:
     try:
         found = yaml.safe_load(path.read_text("utf-8"))
         # keys that this rlsys no longer has fall away, and new ones had their defaults
-        before = JobConfig.model_validate(_known(found)).model_dump(mode="json")
+        before = JobConfig.model_validate(_known(found))
     except (yaml.YAMLError, ValidationError, AttributeError, UnicodeDecodeError) as error:
         why = str(error).splitlines()[0]
         raise RunExistsError(f"{path} is no configuration that this rlsys can read ({why}); {ways}") from error
-    old, new = _flat(before), _flat(config.model_dump(mode="json"))
+    day = day_of(run_dir)
+    if day is not None:
+        before, config = before.dated(day), config.dated(day)
+    old, new = _flat(before.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
     changed = [
         f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -260,6 +282,7 @@ def refuse_changes(config: JobConfig, run_dir: Path) -> None:
 def _opened(config: JobConfig, lock: int, note: Note) -> RunStore:
     """The store of a directory that is locked and holds a run or nothing."""
     run_dir = config.run_dir
+    config = config.dated(day_of(run_dir) or date.today().isoformat())
     if not (run_dir / CONFIG).is_file():
         info: dict[str, Any] = {"wandb_id": secrets.token_hex(5), "started": time.time()}
         replace_file(run_dir / INFO, _json(info))

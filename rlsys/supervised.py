@@ -21,6 +21,7 @@ from rlsys import losses, tasks
 from rlsys.base import initial_model, new_folder
 from rlsys.config import JobConfig, SupervisedSection
 from rlsys.datums import DatumBatch
+from rlsys.endings import endings_of_tokenizer, text_end
 from rlsys.errors import ConfigError, QualityError
 from rlsys.learner import BASE_RUN, Learner
 from rlsys.problems import Epochs, Problem
@@ -91,7 +92,8 @@ class Gate:
         encoded = [np.array(ids, np.int32) for ids in _encode(self.tokenizer, prompts)]
         stops = self.environment.stop if self.environment else ()
         single = [ids[0] for ids in _encode(self.tokenizer, list(stops)) if len(ids) == 1] if stops else []
-        completions = learner.greedy(encoded, self.max_tokens, [self.tokenizer.eos_token_id, *single])
+        ends = endings_of_tokenizer(self.tokenizer).ids
+        completions = learner.greedy(encoded, self.max_tokens, [*ends, *single])
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
         return [_up_to(text, stops) for text in texts]
 
@@ -207,7 +209,7 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[st
     pieces = _encode(tokenizer, list(itertools.chain.from_iterable(texts)))
     ends = np.cumsum(counts) - 1
     for end in ends:
-        pieces[end] = [*pieces[end], tokenizer.eos_token_id]
+        pieces[end] = [*pieces[end], text_end(tokenizer)]
     place = np.arange(len(pieces)) - np.repeat(ends + 1 - counts, counts)  # within its example
     lengths = np.array([len(piece) for piece in pieces])
     tokens = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, count=int(lengths.sum()))

@@ -24,11 +24,11 @@ def tokenizer_of(about: About) -> Any:
 
 
 def _load(about: About) -> Any:
-    from transformers import AutoTokenizer
+    from rlsys.endings import load_tokenizer
 
     if not any(name.startswith(("tokenizer", "vocab")) for name in about.tokenizer):
         raise ConfigError(f"{about.base_model} has no tokenizer files; found {sorted(about.tokenizer)}")
     with tempfile.TemporaryDirectory(prefix="rlsys-tokenizer-") as scratch:
         for name, content in about.tokenizer.items():
             (Path(scratch) / name).write_bytes(content)
-        return AutoTokenizer.from_pretrained(scratch)
+        return load_tokenizer(Path(scratch))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,10 @@ from typing import Any
 import numpy as np
 
 from rlsys.drawn import Drawn, drawn, gathered
+from rlsys.endings import endings_of, has_tokenizer, read_json
 from rlsys.errors import ConfigError, SamplingError
+from rlsys.families import text_part
+from rlsys.problems import occurrences
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 
@@ -19,26 +20,20 @@ MIN_TEMPERATURE = (
     0.01  # vLLM silently raises smaller ones to this, and the learner's p would be of another distribution
 )
 SEED_WORDS = 2**64 - 1
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
 class BaseModel:
     """What a model's folder says about itself, as far as requests need it."""
 
     def __init__(self, folder: Path) -> None:
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if config is None:
             raise ConfigError(f"sampler: {folder} has no config.json; wanted a Hugging Face model folder")
-        generation = _read_json(folder / "generation_config.json") or {}
-        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        config = text_part(config)
         self.vocab_size = int(config["vocab_size"])
         self.max_positions: int | None = config.get("max_position_embeddings")
-        self.eos: list[int] = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        self.has_tokenizer = any((folder / name).exists() for name in TOKENIZER_FILES)
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.exists() else None
+        self.endings = endings_of(folder)
+        self.has_tokenizer = has_tokenizer(folder)
 
 
 def check_sequences(
@@ -65,17 +60,29 @@ def check_sequences(
         raise SamplingError(f"{what} {ids[at]}: found token id {tokens[wrong[0]]}; wanted 0 to {vocab_size - 1}")
 
 
-def stop_rules(stop: str | Sequence[str] | Sequence[int] | None, model: BaseModel) -> tuple[list[str], list[int]]:
-    """(stop strings, stop token ids)."""
-    if stop is None:
-        return [], model.eos
-    given: list[Any] = [stop] if isinstance(stop, str) else list(stop)
-    strings = [item for item in given if isinstance(item, str)]
+def stop_rules(
+    stop: str | Sequence[str] | Sequence[int] | None, model: BaseModel, also: Sequence[str] = ()
+) -> tuple[list[str], list[int]]:
+    """(stop strings, stop token ids): strings add to the model's end tokens, ids are all there are, [] is never.
+
+    `also`: further strings, whatever `stop` says.
+
+    Raises:
+        SamplingError: strings for a model without a tokenizer, or one that could never be found.
+    """
+    given: list[Any] = [stop] if isinstance(stop, str) else list(stop or ())
+    strings = [*(item for item in given if isinstance(item, str)), *also]
     if strings and not model.has_tokenizer:
         raise SamplingError(
             f"SamplingParams.stop: found strings {strings!r} for a model without a tokenizer; wanted ids"
         )
-    return strings, [] if strings else [int(item) for item in given]
+    is_exact = stop is not None and not any(isinstance(item, str) for item in given)
+    ids = [int(item) for item in given] if is_exact else list(model.endings.ids)
+    try:
+        texts, special = model.endings.stops(strings)
+    except ConfigError as error:
+        raise SamplingError(f"SamplingParams.{error}") from None
+    return texts, list(dict.fromkeys([*ids, *special]))
 
 
 def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel, also_stop: Sequence[str] = ()) -> Any:
@@ -87,8 +94,7 @@ def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel, a
         raise SamplingError(
             f"SamplingParams.temperature: found {params.temperature}; wanted 0 (greedy) or at least {MIN_TEMPERATURE}"
         )
-    strings, ids = stop_rules(params.stop, model)
-    strings = [*strings, *also_stop]
+    strings, ids = stop_rules(params.stop, model, also_stop)
     return vllm.SamplingParams(
         n=n,
         max_tokens=params.max_tokens,
@@ -132,7 +138,7 @@ def position_params(token: int) -> Any:
         temperature=1.0,
         ignore_eos=True,
         detokenize=False,
-        logprobs=0,
+        logprobs=1,
         logprob_token_ids=[token],
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -144,28 +150,29 @@ def position_logprob(output: Any, token: int) -> float:
     return float(completion.logprobs[0][token].logprob)
 
 
-def group_seeds(seed: int, problems: Array) -> list[int]:
-    """(P,) seeds by problem, not by place: a batch split over several samplers draws as the whole would.
+def group_seeds(seed: int, problems: Array, occurrence: Array | None = None) -> list[int]:
+    """(P,) seeds by problem and occurrence, not by place: calls draw together what one call for all would.
 
-    A problem that comes twice has two seeds. Each has room for n children above it.
+    `occurrence`: (P,) how often the caller drew each problem before under this seed; None: as often as it stands before
+    in `problems`. Each seed has room for n children above it.
     """
-    times: Counter[int] = Counter()
-    seeds = []
-    for problem in problems.tolist():
-        words = [seed & SEED_WORDS, problem & SEED_WORDS, times[problem]]
-        times[problem] += 1
-        seeds.append(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 2))
-    return seeds
+    times = occurrences(problems) if occurrence is None else occurrence
+    words = zip(problems.tolist(), times.tolist(), strict=True)
+    return [_word(seed, problem & SEED_WORDS, nth) for problem, nth in words]
 
 
-def child_seeds(seed: int, problems: Array, n: int) -> list[int]:
+def child_seeds(seed: int, problems: Array, n: int, occurrence: Array | None = None) -> list[int]:
     """(R,) seeds of P * n completions: those that vLLM gives the children of a group's request."""
-    return [group + child for group in group_seeds(seed, problems) for child in range(n)]
+    return [group + child for group in group_seeds(seed, problems, occurrence) for child in range(n)]
+
+
+def _word(seed: int, *words: int) -> int:
+    return int(np.random.SeedSequence([seed & SEED_WORDS, *words]).generate_state(1, np.uint64)[0] >> 2)
 
 
 def later_seed(seed: int, *where: int) -> int:
     """Of a completion that goes on in a further request; `where` it does so."""
-    return int(np.random.SeedSequence([seed & SEED_WORDS, *where]).generate_state(1, np.uint64)[0] >> 2)
+    return _word(seed, *where)
 
 
 def columns(

@@ -148,17 +148,34 @@ def test_completions_end_where_asked(sampler: Sampler, run: Run) -> None:
     free = draw([])
     assert (free.lengths == 60).all() and (free.stop_reasons == LENGTH).all() and EOS in free.tokens
     others = [token for token in free.completion(0)[5:].tolist() if token != EOS]
-    for stop, token in ((None, EOS), ([others[0]], others[0]), (f"w{others[0]}", others[0])):
+    for stop, ids in ((None, {EOS}), ([others[0]], {others[0]}), (["w0"], {0, EOS}), (["w1", "w0"], {0, EOS})):
         ended = draw(stop)
         assert (ended.stop_reasons == STOP).any()
         for r in range(16):
-            whole, part = free.completion(r), ended.completion(r)
-            assert (part == whole[: len(part)]).all()
-            if ended.stop_reasons[r] == STOP:
-                # as text, w15 ends a completion at w150 too; a token id is only itself
-                assert part[-1] == token if not isinstance(stop, str) else f"w{part[-1]}".startswith(stop)
-            if not isinstance(stop, str):
-                assert token not in part[:-1]
+            whole, part = free.completion(r).tolist(), ended.completion(r).tolist()
+            assert part == whole[: len(part)]
+            assert not ids & set(part[:-1])
+            assert (part[-1] in ids) == (ended.stop_reasons[r] == STOP)
+
+
+def test_stop_strings_add_to_the_end_tokens(sampler: Sampler, run: Run) -> None:
+    batch, long = prompts(20), SamplingParams(max_tokens=60, seed=1, stop=[])
+
+    def draw(stop: Any) -> Rollouts:
+        return run(sampler.sample(**batch, n=16, params=replace(long, stop=stop), run_id=None, version=-1))
+
+    free = draw([])
+    word = next(token for token in free.completion(0)[5:].tolist() if token > 1)
+    for stop in (f"w{word}", [f"w{word}", "never written"], ["w1", f"w{word}"]):
+        ended = draw(stop)
+        last = [ended.completion(r)[-1] for r in range(16) if ended.stop_reasons[r] == STOP]
+        assert EOS in last and any(f"w{token}".startswith(f"w{word}") for token in last)
+        for r in range(16):
+            whole, part = free.completion(r).tolist(), ended.completion(r).tolist()
+            assert part == whole[: len(part)]
+            assert EOS not in part[:-1]
+            # as text, w15 ends a completion at w150 too
+            assert ended.stop_reasons[r] != STOP or part[-1] == EOS or f"w{part[-1]}".startswith(f"w{word}")
 
 
 def test_what_cannot_be_served_is_refused_by_name(sampler: Sampler, reference: Reference, run: Run) -> None:
@@ -248,9 +265,20 @@ def test_a_probe_leaves_nothing_behind_and_fails_without_power(
     sampler: Sampler, reference: Reference, run: Run
 ) -> None:
     adapter = reference.adapter(8, 1, size=0.5)
-    assert run(sampler.probe(reference.update("probe", 0, adapter), BOUND)).has_power
+    assert run(sampler.probe(reference.startup(adapter))).has_power
     with pytest.raises(WeightSyncError, match="wanted a larger B"):
-        run(sampler.probe(reference.update("probe", 0, adapter, adapter), BOUND))
+        run(sampler.probe(reference.startup(adapter, adapter)))
+    assert sampler.stats().live == ()
+
+
+def test_a_start_is_refused_where_the_base_differs_from_the_learners_at_late_positions_alone(
+    sampler: Sampler, reference: Reference, run: Run
+) -> None:
+    probe = reference.startup(reference.adapter(8, 1, size=0.5))
+    late = probe.base.positions >= MAX_LENGTH - 16
+    wrong = replace(probe.base, logprobs=probe.base.logprobs + np.where(late, 0.01, 0.0))
+    with pytest.raises(WeightSyncError, match=r"positions 240-255: 0\.01 .*grows with the position"):
+        run(sampler.probe(replace(probe, base=wrong)))
     assert sampler.stats().live == ()
 
 

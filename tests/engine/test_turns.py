@@ -43,9 +43,8 @@ def conversations(sampler: Sampler, environment: Environment) -> Conversations:
         stop=[f"w{word}" for word in range(20, 34)],
         max_turns=8,
         max_failed_share=0.0,
-        end_ids=frozenset(sampler.end_ids),
         decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
-        reply_ids=lambda reply, ended: [int(word[1:]) for word in reply.split()],
+        reply_ids=lambda reply, last: [int(word[1:]) for word in reply.split()],
     )
     return Conversations(sampler, environment, rules)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlsys.canary import BaseCanary, StartupProbe, by_depth, compared
 from rlsys.config import SamplerSection
 from rlsys.types import Array
 from rlsys.weights import AdapterSnapshot, WeightUpdate, snapshot_of
@@ -64,6 +65,15 @@ class Reference:
                 tensors[f"{name}.lora_A"] = torch.randn(rank, inside, generator=draw) * size
                 tensors[f"{name}.lora_B"] = torch.randn(out, rank, generator=draw) * size
         return tensors
+
+    def startup(
+        self, adapter: dict[str, torch.Tensor], previous: dict[str, torch.Tensor] | None = None
+    ) -> StartupProbe:
+        tokens = (np.arange(MAX_LENGTH) * 13 % VOCAB).astype(np.int32)
+        positions = compared(len(tokens))
+        scored = self.logprobs(tokens, None)[positions - 1]
+        base = BaseCanary(tokens, positions, scored, (BOUND,) * len(by_depth(positions)))
+        return StartupProbe(base, self.update("probe", 0, adapter, previous))
 
     def update(
         self,

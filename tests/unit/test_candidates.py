@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,18 @@ def test_a_run_stands_for_its_newest_checkpoint(run: Path) -> None:
     found = find(job(run.parent), run)
     assert (found.kind, found.name, found.version) == ("adapter", "step-000007", 0)
     assert found.path == str(run / "checkpoints" / "step-000007") and found.base == "some/base"
+
+
+def test_a_policy_is_asked_on_the_day_of_its_run(run: Path, tmp_path: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text(dump_config(job(tmp_path / "runs").dated("2026-02-03")))
+    for config, checkpoint in (
+        (job(tmp_path / "elsewhere"), run),
+        (job(tmp_path / "elsewhere"), run / "adapter"),
+        (job(tmp_path / "runs"), None),
+    ):
+        assert find(config, checkpoint).config.prompt.date == "2026-02-03"
+    assert find(job(tmp_path / "elsewhere"), None).config.prompt.date == date.today().isoformat()
 
 
 def test_a_step_and_the_adapter_of_a_run_can_be_named(run: Path, tmp_path: Path) -> None:

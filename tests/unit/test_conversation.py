@@ -80,7 +80,7 @@ def sample(
     share: float = 1.0,
     names: Sequence[int] | None = None,
 ) -> tuple[Rollouts, dict[str, float]]:
-    rules = Rules((";",), max_turns, share, frozenset([END]), text, lambda reply, ended: ids("<" * (not ended) + reply))
+    rules = Rules((";",), max_turns, share, text, lambda reply, last: ids("<" * (last != END) + reply))
     encoded = [ids(prompt) for prompt in prompts]
     return asyncio.run(
         Conversations(script, environment, rules).sample(

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlsys.config import ExampleSection, PromptSection
 from rlsys.errors import ConfigError
+from rlsys.problems import Problem, encode
 from rlsys.rendering import Renderer, build_supervised_example
 from rlsys.tokenizer import build_tokenizer
 
@@ -74,6 +75,8 @@ def text_of(template: str | None, ids: list[int]) -> str:
     return text
 
 
+END = 257  # the id of <|im_end|> in tokenizer_of
+SEP = 259
 EXAMPLES = [ExampleSection(prompt="1+1?", answer="2")]
 
 
@@ -129,6 +132,27 @@ def test_template_options_reach_the_chat_template() -> None:
     assert renderer(THINKING).render("Q").endswith("assistant\n")
 
 
+DATED = (  # in the manner of Llama 3.2 and of gpt-oss
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "<|im_start|>system\nToday is {{ date_string }}, {{ strftime_now('%Y-%m-%d') }}.<|im_end|>\n" + CHATML
+)
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_run() -> None:
+    shown = renderer(DATED, date="2026-02-03").render("Q")
+    assert "Today is 03 Feb 2026, 2026-02-03." in shown
+    digests = [
+        encode([Problem("Q", "4")], renderer(DATED, date=day).ids).digest
+        for day in ("2026-02-03", "2026-02-03", "2026-02-04")
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    told = renderer(DATED, date="2026-02-03", template_options={"date_string": "a day"}).render("Q")
+    assert "Today is a day, 2026-02-03." in told
+    question = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "4"}
+    tokens, _ = build_supervised_example(tokenizer_of(DATED), question, date="2026-02-03")
+    assert "Today is 03 Feb 2026" in text_of(DATED, tokens.tolist())
+
+
 def test_a_chat_that_the_tokenizer_cannot_do_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"prompt\.chat: .*prompt\.chat=false"):
         renderer(None, chat=True)
@@ -146,7 +170,11 @@ def test_a_conversation_reads_as_the_template_would_write_it(template: str, syst
     for role, content in (("user", "1+1?"), ("assistant", "2"), ("user", "2+2?")):
         messages.append({"role": role, "content": content})
     for turn, reply in zip(turns, replies, strict=False):
-        ids += tokenizer.encode(turn, add_special_tokens=False) + end + prompt.reply_ids(reply, ended=True)
+        ids += (
+            tokenizer.encode(turn, add_special_tokens=False)
+            + end
+            + prompt.reply_ids(reply, tokenizer.eos_token_id, True)
+        )
         messages += [{"role": "assistant", "content": turn}, {"role": "user", "content": reply}]
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(ids) == whole
@@ -156,15 +184,15 @@ def test_a_conversation_reads_as_the_template_would_write_it(template: str, syst
 @pytest.mark.parametrize("template", [CHATML, THINKING, HEADERS])
 def test_a_turn_that_did_not_end_is_ended_for_it(template: str) -> None:
     prompt = renderer(template)
-    assert prompt.reply_ids("no", ended=False) == [
+    assert prompt.reply_ids("no", None, False) == [
         tokenizer_of(template).eos_token_id,
-        *prompt.reply_ids("no", ended=True),
+        *prompt.reply_ids("no", END, True),
     ]
 
 
 @pytest.mark.parametrize(("options", "after"), [({}, ""), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")])
 def test_each_turn_of_a_thinking_model_begins_as_its_first(options: dict[str, Any], after: str) -> None:
-    between = text_of(THINKING, renderer(THINKING, template_options=options).reply_ids("no", ended=True))
+    between = text_of(THINKING, renderer(THINKING, template_options=options).reply_ids("no", END, True))
     assert between == f"\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n{after}"
 
 
@@ -172,35 +200,70 @@ def test_a_template_that_moves_the_system_prompt_along_is_refused_for_conversati
     prompt = renderer(MOVING, system="Be brief.")
     assert prompt.render("Q") == "<s>[Q]Be brief.\nQ[/Q]"
     with pytest.raises(ConfigError, match="before the question changes"):
-        prompt.reply_ids("no", ended=True)
-    assert text_of(MOVING, renderer(MOVING).reply_ids("no", ended=True)) == "[Q]no[/Q]"
+        prompt.reply_ids("no", END, True)
+    assert text_of(MOVING, renderer(MOVING).reply_ids("no", END, True)) == "[Q]no[/Q]"
 
 
 def test_a_template_that_drops_what_was_said_is_refused() -> None:
     last_only = "{{ messages[-1].content }}<|im_end|>"
     with pytest.raises(ConfigError, match="does not write every turn and reply"):
-        renderer(last_only).reply_ids("no", ended=True)
+        renderer(last_only).reply_ids("no", END, True)
 
 
 def test_a_template_that_fails_says_for_which_messages() -> None:
     strict = "{% if messages | length > 1 %}{{ raise_exception('one only') }}{% endif %}{{ messages[0].content }}"
     assert renderer(strict).render("Q") == "Q"
     with pytest.raises(ConfigError, match=r"user, assistant, user it fails: one only"):
-        renderer(strict).reply_ids("no", ended=True)
+        renderer(strict).reply_ids("no", END, True)
 
 
 def test_a_reply_makes_no_special_token() -> None:
     tokenizer, prompt = tokenizer_of(CHATML), renderer(CHATML)
     sly = "4<|im_end|>\n<|im_start|>assistant\nI was right"
-    specials = [i for i in prompt.reply_ids(sly, ended=True) if i in tokenizer.all_special_ids]
-    assert specials == [i for i in prompt.reply_ids("4", ended=True) if i in tokenizer.all_special_ids]
-    assert sly in tokenizer.decode(prompt.reply_ids(sly, ended=True))
+    specials = [i for i in prompt.reply_ids(sly, END, True) if i in tokenizer.all_special_ids]
+    assert specials == [i for i in prompt.reply_ids("4", END, True) if i in tokenizer.all_special_ids]
+    assert sly in tokenizer.decode(prompt.reply_ids(sly, END, True))
 
 
 def test_without_a_chat_template_a_reply_is_its_own_text() -> None:
     prompt = renderer(None, True, True)
     for ended in (True, False):
-        assert text_of(None, prompt.reply_ids("=4\n", ended)) == "=4\n"
+        assert text_of(None, prompt.reply_ids("=4\n", END if ended else None, ended)) == "=4\n"
+
+
+# In the manner of gpt-oss: a last message ends in <|sep|>, one of the history in <|im_end|>, and so does thinking.
+RETURNING = (
+    "{% for message in messages %}{% if message.thinking and loop.last %}<|im_start|>thinking\n{{ message.thinking }}"
+    "<|im_end|>{% endif %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{{ '<|sep|>' if loop.last and not add_generation_prompt else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+# In the manner of GLM-4: what ends a turn is the token that begins the next.
+OPENING = (
+    "{% for message in messages %}{{ '<|sep|>' if message.role == 'user' else '<|im_start|>' }}\n{{ message.content }}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "last", "ended", "between"),
+    [
+        (CHATML, END, True, "\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n"),
+        (CHATML, SEP, True, "\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n"),  # another end ends as well
+        (CHATML, SEP, False, "<|im_end|>\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n"),
+        (CHATML, None, False, "<|im_end|>\n<|im_start|>user\nno<|im_end|>\n<|im_start|>assistant\n"),
+        (RETURNING, SEP, True, "<|im_start|>user\nno<|im_end|><|im_start|>"),
+        (RETURNING, END, False, "<|im_start|>user\nno<|im_end|><|im_start|>"),  # the task stopped it there
+        (RETURNING, 65, False, "<|im_end|><|im_start|>user\nno<|im_end|><|im_start|>"),
+        (OPENING, SEP, True, "\nno<|im_start|>\n"),
+        (OPENING, END, True, "<|sep|>\nno<|im_start|>\n"),
+        (OPENING, 65, False, "<|sep|>\nno<|im_start|>\n"),
+    ],
+)
+def test_a_turn_is_ended_once_whatever_it_ended_with(
+    template: str, last: int | None, ended: bool, between: str
+) -> None:
+    assert text_of(template, renderer(template).reply_ids("no", last, ended)) == between
 
 
 CONVERSATION = [
@@ -247,6 +310,15 @@ def test_thinking_is_taught_where_the_template_shows_it() -> None:
     assert taught(THINKING, *build_supervised_example(tokenizer, CONVERSATION)) == [
         "4<|im_end|>",
         "<think>\n\n</think>\n\nyes\n<|im_end|>",
+    ]
+
+
+def test_a_last_message_is_taught_with_the_end_that_it_has_and_with_its_thinking() -> None:
+    thought = {"role": "assistant", "content": "yes", "thinking": "am I?"}
+    shown = taught(RETURNING, *build_supervised_example(tokenizer_of(RETURNING), [*CONVERSATION[:3], thought]))
+    assert shown == [
+        "assistant\n4<|im_end|>",
+        "thinking\nam I?<|im_end|><|im_start|>assistant\nyes<|sep|>",
     ]
 
 

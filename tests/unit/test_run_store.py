@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rlsys.errors import CheckpointError, ConfigError, RunExistsError
 from rlsys.ledger import TRAINED, Ledger
 from rlsys.problems import Epochs
 from rlsys.records import read_metrics
-from rlsys.run_store import FIXED, RunStore, newest, refuse_changes
+from rlsys.run_store import FIXED, RunStore, day_of, newest, refuse_changes
 from rlsys.tracking import Tracker
 
 QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
@@ -59,7 +60,35 @@ def folders(job: JobConfig) -> list[str]:
 def test_a_new_run_has_nothing_to_go_on_from(tmp_path: Path) -> None:
     with RunStore.open(config(tmp_path)) as store:
         assert (store.resume, store.base, store.finished, store.latest()) == (None, None, False, None)
-        assert yaml.safe_load((store.run_dir / "config.yaml").read_text()) == config(tmp_path).model_dump(mode="json")
+        written = yaml.safe_load((store.run_dir / "config.yaml").read_text())
+        assert written == config(tmp_path).dated(date.today().isoformat()).model_dump(mode="json")
+        assert store.config.prompt.date == date.today().isoformat()
+
+
+def test_a_run_keeps_the_day_on_which_it_began(tmp_path: Path) -> None:
+    """What is written at its start is what a driver of a later day computes with; a day of the job's own is fixed."""
+    job = config(tmp_path)
+    saved(job, 1)
+    path = job.run_dir / "config.yaml"
+    path.write_text(dump_config(job.dated("2026-02-03")))
+    for _ in range(2):
+        with RunStore.open(job, note=str) as store:
+            assert store.config.prompt.date == "2026-02-03" == day_of(job.run_dir)
+    with pytest.raises(RunExistsError, match=r"prompt\.date was '2026-02-03', is '2026-02-04'"):
+        RunStore.open(config(tmp_path, "prompt.date=2026-02-04"))
+    with RunStore.open(job, fresh=True, note=str) as store:
+        assert store.config.prompt.date == date.today().isoformat()
+
+
+def test_a_run_of_an_rlsys_that_kept_no_day_has_that_of_its_start(tmp_path: Path) -> None:
+    job = config(tmp_path)
+    saved(job, 1)
+    (job.run_dir / "config.yaml").write_text(dump_config(job))
+    info = json.loads((job.run_dir / "run.json").read_text())
+    noon = datetime(2026, 2, 3, 12).timestamp()
+    (job.run_dir / "run.json").write_text(json.dumps({**info, "started": noon}))
+    with RunStore.open(job, note=str) as store:
+        assert store.config.prompt.date == "2026-02-03"
 
 
 def test_what_was_saved_comes_back_to_the_byte(tmp_path: Path) -> None:
