@@ -107,7 +107,6 @@ _ROWS = (
         "gemma",
         "GemmaForCausalLM",
         _gemma(3072, 24576, 28, 16, 16, 256000, 8192),
-        wide_norms=True,
         biases=_ASKED,
     ),
     Family(
@@ -116,7 +115,6 @@ _ROWS = (
         "Gemma2ForCausalLM",
         _gemma(2304, 9216, 26, 8, 4, 256000, 8192),
         norms=4,
-        wide_norms=True,
         biases=_ASKED,
         windows="pattern",
         period=2,
@@ -129,7 +127,6 @@ _ROWS = (
         _gemma(2304, 9216, 26, 8, 4, 262208, 131072),
         norms=4,
         head_norms="head",
-        wide_norms=True,
         biases=_ASKED,
         windows="pattern",
         period=6,
@@ -190,6 +187,7 @@ _ROWS = (
         )
         | {"tie_word_embeddings": True},
         norms=1,
+        wide_norms=True,
         biases=_ASKED,
         windows="pattern",
         period=4,
@@ -211,7 +209,8 @@ _ROWS = (
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         _defaults(
-            2048, 6144, 24, 32, 4, **_QWEN, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, decoder_sparse_step=1
+            2048, 6144, 24, 32, 4, **_QWEN, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+            decoder_sparse_step=1,
         ),
         head_norms="head",
         biases=_ASKED,
