@@ -9,6 +9,7 @@ import os
 import threading
 import time
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -133,8 +134,12 @@ class RayBackend:
         return RayDeployment(about, learner, samplers, self._model_id)
 
     def _specs(self, base_model: str, source: str) -> tuple[HostSpec, SamplerSpec]:
+        from rlsys.model_folder import check_tokenizer  # brings transformers, which joining needs not
+
         config = self._config
         with local_folder(source) as folder:
+            for note in check_tokenizer(folder):
+                warnings.warn(note, stacklevel=2)
             positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
         max_length = min(config.max_length, positions or config.max_length)
         model = ModelSection(path=source, dtype=config.dtype, max_length=max_length)

@@ -27,8 +27,9 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from rlsys.config import ClusterSection
+from rlsys.config import ClusterSection, JobConfig
 from rlsys.engine.start import VLLM_VERSION
+from rlsys.errors import ConfigError
 from rlsys.memory import GIB
 from rlsys.planning import this_machine
 
@@ -51,8 +52,8 @@ class Check:
     remedy: str = ""
 
 
-def examine(cluster: ClusterSection, out: Path) -> Iterator[Check]:
-    """Every check, the quick ones first. `out` is where runs are written."""
+def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) -> Iterator[Check]:
+    """Every check, the quick ones first. `out` is where runs are written, `job` the one whose model is looked at."""
     quick: Sequence[Callable[[], Sequence[Check]]] = (
         python_version,
         package_versions,
@@ -61,6 +62,7 @@ def examine(cluster: ClusterSection, out: Path) -> Iterator[Check]:
         lambda: [shared_memory(cluster.object_store_gb)],
         lambda: [port(number, use) for number, use in PORTS.items()],
         lambda: [open_files(), token_file(), wandb_login(), hub()],
+        lambda: [] if job is None else model(job),
         lambda: [ray_answers(cluster.address or os.environ.get("RAY_ADDRESS"))],
         lambda: [vllm_imports()],
     )
@@ -178,6 +180,21 @@ def hub() -> Check:
         f"{parts.hostname} does not answer ({problem}); {cache}",
         "only models in the cache or in a folder (model.path) can be used; behind a proxy this may be a false alarm",
     )
+
+
+def model(job: JobConfig) -> list[Check]:
+    """Of the job's folder of a model: files, headers, tokenizer; no weight is loaded."""
+    from rlsys.model_folder import check_job
+
+    if job.model.path is None or not Path(job.model.path).exists():
+        return []
+    try:
+        notes = check_job(job)
+    except ConfigError as error:
+        return [Check("model", "fail", str(error), "see docs/tokenizers.md and docs/tasks.md")]
+    if notes:
+        return [Check("model", "warn", note, "right where it is meant so") for note in notes]
+    return [Check("model", "ok", f"{job.model.path}: configuration, weights and tokenizer fit together")]
 
 
 def ray_answers(address: str | None) -> Check:

@@ -117,6 +117,11 @@ def plan(
     from rlsys.planning import this_machine
 
     job = load_config(config, overrides or ())
+    notes: tuple[str, ...] = ()
+    if job.model.path is not None and Path(job.model.path).exists():
+        from rlsys.model_folder import check_job  # brings transformers, which other plans do without
+
+        notes = check_job(job)
     dims = dimensions(job.model)
     where = job.cluster.address or address
     if where:
@@ -127,6 +132,8 @@ def plan(
         nodes = [this_machine(job.cluster.num_cpus)]
     found = compare(job, dims, nodes)
     show(job, dims, nodes, found, Console(highlight=False))
+    for note in notes:
+        print(note)
     if found.shortfalls:
         raise typer.Exit(1)
 
@@ -134,7 +141,7 @@ def plan(
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="A job whose cluster section and run.dir are looked at.")
+        Path | None, typer.Argument(help="A job whose model, cluster section and run.dir are looked at.")
     ] = None,
 ) -> None:
     """Check this machine: versions, devices, disk, ports, Ray, vLLM, logins. Exit code 1 if anything fails."""
@@ -146,7 +153,7 @@ def doctor(
 
     job = load_config(config) if config else None
     cluster, out = (job.cluster, Path(job.run.dir)) if job else (ClusterSection(), Path())
-    checks = ((check.name, check.status, check.found, check.remedy) for check in examine(cluster, out))
+    checks = ((check.name, check.status, check.found, check.remedy) for check in examine(cluster, out, job))
     if show_checks(checks, Console(highlight=False)):
         raise typer.Exit(1)
 
