@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import threading
 import time
@@ -23,14 +22,16 @@ from actors.base_folder import local_folder
 from actors.cluster import cluster, threads_env
 from actors.service_calls import future_of, together
 from actors.service_learner import ServiceLearner
-from actors.service_placement import refuse_shortfall, sections
+from actors.service_placement import dtype_of, refuse_shortfall, sections
 from actors.service_sampler import ServiceSampler
 from actors.service_shipping import ship
 from rlsys.client.backend import About, ModelHandle, SampleAnswer, SnapshotHandle
 from rlsys.client.config import HostSpec, SamplerSpec, ServiceConfig
 from rlsys.client.paths import folder_of
 from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
+from rlsys.dimensions import max_positions, read_config
 from rlsys.errors import ConfigError
+from rlsys.model_support import refuse_unsupported, serves_unembedding
 from rlsys.types import Array, SamplingParams
 
 NAMESPACE = "rlsys"
@@ -140,25 +141,26 @@ class RayBackend:
         with local_folder(source) as folder:
             for note in check_tokenizer(folder):
                 warnings.warn(note, stacklevel=2)
-            positions = json.loads((folder / "config.json").read_text()).get("max_position_embeddings")
-        max_length = min(config.max_length, positions or config.max_length)
-        model = ModelSection(path=source, dtype=config.dtype, max_length=max_length)
+            found = read_config(folder)
+        max_length = min(config.max_length, max_positions(found) or config.max_length)
         learner, sampler = sections(config, ray.cluster_resources())
-        on_cpu = sampler.num_gpus == 0
+        dtype, device = dtype_of(config, sampler), sampler.device
+        model = ModelSection(path=source, dtype=dtype, max_length=max_length)
+        refuse_unsupported(found, source, max_length=max_length, lora=None, sampler=sampler, device=device)
         host = HostSpec(
             base_model=base_model,
             model=model,
             learner=learner,
             max_lora_rank=sampler.max_lora_rank,
             lora_alpha=config.lora_alpha,
-            serves_unembed=on_cpu,
+            serves_unembed=serves_unembedding(found, device),
             checkpoints=self._checkpoints,
             detached=config.detached,
         )
         engine = SamplerSpec(
             model=model,
             section=sampler,
-            device="cpu" if on_cpu else "cuda",
+            device=device,
             max_canary_diff=None,
             room_timeout_s=config.room_timeout_s,
         )

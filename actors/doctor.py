@@ -28,9 +28,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from rlsys.config import ClusterSection, JobConfig
+from rlsys.dimensions import dimensions
 from rlsys.engine.start import VLLM_VERSION
 from rlsys.errors import ConfigError
 from rlsys.memory import GIB
+from rlsys.model_support import refuse_unsupported_job
 from rlsys.planning import this_machine
 
 Status = Literal["ok", "warn", "fail"]
@@ -58,11 +60,11 @@ def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) ->
         python_version,
         package_versions,
         devices,
+        lambda: [] if job is None else [model(job), *model_files(job)],
         lambda: [disk("runs", out), disk("Ray's files", Path(os.environ.get("RAY_TMPDIR") or "/tmp"))],
         lambda: [shared_memory(cluster.object_store_gb)],
         lambda: [port(number, use) for number, use in PORTS.items()],
         lambda: [open_files(), token_file(), wandb_login(), hub()],
-        lambda: [] if job is None else model(job),
         lambda: [ray_answers(cluster.address or os.environ.get("RAY_ADDRESS"))],
         lambda: [vllm_imports()],
     )
@@ -96,6 +98,18 @@ def devices() -> list[Check]:
     if node.memory < 4 * GIB:
         return [Check("devices", "warn", found, "`rlsys plan CONFIG` says whether a job fits; 4 GiB are few")]
     return [Check("devices", "ok", found)]
+
+
+def model(job: JobConfig) -> Check:
+    """The model's family and size from its config.json, and whether it can be trained and served as the job asks."""
+    try:
+        refuse_unsupported_job(job)
+        dims = dimensions(job.model)
+    except ConfigError as error:
+        return Check("model", "fail", str(error), "`rlsys plan CONFIG` compares the whole job")
+    windows = f", windows of {dims.window} tokens in {dims.windowed_layers} layers" if dims.window else ""
+    found = f"{dims.family.name}: {dims.parameters / 1e6:,.1f} M parameters in {dims.num_layers} layers{windows}"
+    return Check("model", "ok", f"{found} ({dims.source})")
 
 
 def disk(name: str, where: Path) -> Check:
@@ -182,7 +196,7 @@ def hub() -> Check:
     )
 
 
-def model(job: JobConfig) -> list[Check]:
+def model_files(job: JobConfig) -> list[Check]:
     """Of the job's folder of a model: files, headers, tokenizer; no weight is loaded."""
     from rlsys.model_folder import check_job
 
@@ -191,10 +205,10 @@ def model(job: JobConfig) -> list[Check]:
     try:
         notes = check_job(job)
     except ConfigError as error:
-        return [Check("model", "fail", str(error), "see docs/tokenizers.md and docs/tasks.md")]
+        return [Check("model files", "fail", str(error), "see docs/tokenizers.md and docs/tasks.md")]
     if notes:
-        return [Check("model", "warn", note, "right where it is meant so") for note in notes]
-    return [Check("model", "ok", f"{job.model.path}: configuration, weights and tokenizer fit together")]
+        return [Check("model files", "warn", note, "right where it is meant so") for note in notes]
+    return [Check("model files", "ok", f"{job.model.path}: configuration, weights and tokenizer fit together")]
 
 
 def ray_answers(address: str | None) -> Check:

@@ -26,6 +26,7 @@ from rlsys.errors import RlsysError
 from rlsys.evaluation_record import Graded, Record
 from rlsys.measuring import Measured, measure
 from rlsys.model_folder import check_job
+from rlsys.model_support import refuse_unsupported_job
 from rlsys.problems import ProblemSet
 from rlsys.progress import Progress
 from rlsys.run_store import Resume
@@ -64,6 +65,7 @@ def evaluate(config: JobConfig, candidate: Candidate, progress: Progress) -> Rec
     """
     for note in check_job(candidate.config):
         progress.note(f"rlsys: {note}")
+    refuse_unsupported_job(candidate.config)
     failures, own, interrupts = Failures(), _own(candidate.config), Interrupts(progress.note)
     try:
         # Watched again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
@@ -156,7 +158,7 @@ def _again(act: Callable[[], T]) -> T:
 
 
 def _rows(problems: ProblemSet, measured: Measured) -> list[Graded]:
-    grades = measured.grades.solved.tolist()
+    grades = measured.grades.grade.tolist()
     passed = [None] * len(problems) if measured.passed is None else measured.passed.tolist()
     asked = zip(problems.prompts, problems.answers, grades, passed, strict=True)
     return [Graded(i, prompt, answer, grade, right) for i, (prompt, answer, grade, right) in enumerate(asked)]

@@ -30,6 +30,7 @@ from rlsys.errors import RlsysError, RunExistsError
 from rlsys.facts import Facts
 from rlsys.ledger import Ledger
 from rlsys.model_folder import check_job
+from rlsys.model_support import refuse_unsupported_job
 from rlsys.problems import Epochs
 from rlsys.progress import Progress, stage_times
 from rlsys.recording import forget_after
@@ -71,6 +72,7 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     losses.resolve(config.rl.loss.name, config.rl.loss.params)  # wrong parameters are refused before any work
     for note in check_job(config):
         progress.note(f"rlsys: {note}")
+    refuse_unsupported_job(config)
     with RunStore.open(config, fresh, progress.note) as store:
         config = store.config  # with the run's own date
         accuracies = _accuracies(store)
@@ -341,7 +343,10 @@ class JobObserver:
             self.system.watch(self.pids())
             self._look_at = step + WATCH_EVERY
         self.tracker.log(step, {**facts, **self.system.figures()})
-        self.tracker.groups(step, trained.problems.tolist(), trained.rewards.solved.tolist())
+        rewards, samples = trained.rewards, self.config.rl.samples_per_problem
+        self.tracker.groups(
+            step, trained.problems.tolist(), (rewards.passed / samples).tolist(), rewards.grade.tolist()
+        )
         if self.config.tracking.rollout_steps:
             self.graders.record(str(self.run_dir.absolute()), step, trained)
         count = self.config.tracking.rollouts_per_step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import tempfile
@@ -65,8 +64,10 @@ class LearnerActor:
         precision that the base is computed in."""
         from actors.base_folder import local_folder
         from rlsys.canary import canary_tokens
+        from rlsys.dimensions import hidden_size, read_config
         from rlsys.learner import Learner
         from rlsys.memory import keep_heap_whole
+        from rlsys.model_support import refuse_unsupported
         from rlsys.policy import Policy
         from rlsys.ranks import ALONE, Ranks
 
@@ -78,7 +79,17 @@ class LearnerActor:
             limit = 2 * self.config.watchdog.learn_s  # the driver's watchdog speaks first: it sees which rank is stuck
             ranks = Ranks.join(meeting_point, self.rank, section.num_workers, section.device, limit)
         with local_folder(base) as folder:
-            keep_heap_whole(json.loads((folder / "config.json").read_text())["hidden_size"])
+            found = read_config(folder)
+            if self.config.model.path is not None:
+                refuse_unsupported(
+                    found,
+                    self.config.model.path,
+                    max_length=self.config.model.max_length,
+                    lora=self.config.lora,
+                    sampler=self.config.sampler,
+                    device=self.config.sampler_device,
+                )
+            keep_heap_whole(hidden_size(found))
             name = self.config.model.path or str(
                 (self.config.run_dir / "base").absolute()
             )  # as adapter_config.json says

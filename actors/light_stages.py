@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -112,6 +112,7 @@ class RestartedGraders(Restarted):
         remote = ray.remote(concurrency_groups={"watch": 1})(RewardActor).options(**by_reference(light()))
         super().__init__("rewards", lambda: remote.remote(config), config, failures, note)
         self.base: Any = None
+        self.failures_told: set[str] = set()
 
     def start(self, base: Any) -> None:
         self.base = base
@@ -138,8 +139,21 @@ class RestartedGraders(Restarted):
         return digest
 
     def grade(self, split: str, rollouts: Made) -> Graded:
-        rewards, (facts, *groups) = self.call("grade", "grading completions", "grade", split, *rollouts.refs)
+        rewards, (facts, failure, *groups) = self.call("grade", "grading completions", "grade", split, *rollouts.refs)
+        self._tell(facts, failure)
         return Graded(tuple(rewards), facts, *groups)
+
+    def _tell(self, facts: Mapping[str, float], failure: str) -> None:
+        """The first failure of each kind; metrics count them all."""
+        last = failure.strip().rpartition("\n")
+        kind = last[2] if last[1] else failure.rpartition(": ")[2]  # without the problem that it was met at
+        if failure and kind not in self.failures_told:
+            self.failures_told.add(kind)
+            failed = facts["reward/timeouts"] + facts["reward/errors"]
+            self.note(
+                f"rewards: {failed:g} of {facts['reward/completions']:g} grades failed and count as "
+                f"rewards.failed_grade {self.config.rewards.failed_grade:g}; the first, of {failure}"
+            )
 
     def show(self, split: str, rows: int, rollouts: Made, rewards: Made, trained: Trained | None = None) -> list[Any]:
         """Some completions as text with reward and advantages: a few, for people. None where they are lost."""

@@ -37,7 +37,7 @@ class RewardActor:
         from rlsys.rollouts import concatenate
 
         grades = self.grading.grade(split, concatenate(rollouts))
-        return grades.rewards, (grades.facts, grades.solved, grades.passed, grades.agreeing)
+        return grades.rewards, (grades.facts, grades.failure, grades.grade, grades.passed, grades.idle)
 
     def show(self, split: str, rows: int, firsts: Sequence[int], sizes: Sequence[int], *columns: Any) -> list[Any]:
         """`firsts`: what to add to each piece's numbers of completions to have those of the step."""

@@ -64,16 +64,18 @@ class SamplerActor:
         return None if update is None else await self.load(update, bound)
 
     @ray.method(num_returns=2)
-    async def sample(self, split: str, problems: Array, n: int, params: SamplingParams, version: int) -> Any:
+    async def sample(
+        self, split: str, problems: Array, occurrence: Array, n: int, params: SamplingParams, version: int
+    ) -> Any:
         known, run = self.problems[split], self.config.run.name
         moves = self.moves and split == "train"  # an evaluation is of one version
         tokens, offsets = known.select(problems)
         if self.conversations is None:
-            rollouts = await self.sampler.sample(problems, tokens, offsets, n, params, run, version, moves)
+            rollouts = await self.sampler.sample(problems, tokens, offsets, n, params, run, version, moves, occurrence)
             return rollouts, rollouts.counts()
         answers = [known.answers[i] for i in problems]
         rollouts, counts = await self.conversations.sample(
-            problems, tokens, offsets, answers, n, params, run, version, moves
+            problems, tokens, offsets, answers, n, params, run, version, moves, occurrence
         )
         return rollouts, {**rollouts.counts(), **counts}
 

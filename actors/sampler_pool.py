@@ -25,6 +25,7 @@ from actors.watchdog import Waiting, Watchdog, value
 from rlsys.config import JobConfig
 from rlsys.errors import ActorDiedError, ClusterError, DataLostError, RlsysError, StalledError, WeightSyncError
 from rlsys.facts import Facts
+from rlsys.problems import occurrences
 from rlsys.stages import Made, Published
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import Attestation
@@ -50,6 +51,17 @@ class Needed:
     probe: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Groups of one call."""
+
+    problems: Array  # (P,)
+    occurrence: Array  # (P,) of each problem among all that were drawn under the task's seed
+
+    def __len__(self) -> int:
+        return len(self.problems)
+
+
 @dataclass(eq=False)
 class Task:
     """Groups that somebody waits for, cut into units that samplers are called with."""
@@ -57,7 +69,7 @@ class Task:
     split: str
     n: int
     params: SamplingParams
-    units: list[Array]  # problems of each
+    units: list[Unit]
     queue: deque[int]  # units that no sampler has
     rollouts: list[Any]  # by unit
     counts: list[dict[str, float]]
@@ -160,8 +172,10 @@ class SamplerPool:
         assert self.current is not None
         return self.current.version
 
-    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> Made:
-        ticket = self.submit(split, problems, n, params, urgent=True)
+    def sample(
+        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+    ) -> Made:
+        ticket = self.submit(split, problems, n, params, occurrence, urgent=True)
         try:
             while ticket in self.tasks:
                 self._move(POLL_S)
@@ -173,10 +187,18 @@ class SamplerPool:
             self.asleep = True
         return made
 
-    def submit(self, split: str, problems: Array, n: int, params: SamplingParams, urgent: bool = False) -> int:
+    def submit(
+        self,
+        split: str,
+        problems: Array,
+        n: int,
+        params: SamplingParams,
+        occurrence: Array | None = None,
+        urgent: bool = False,
+    ) -> int:
         """`urgent`: before what no sampler has begun yet."""
         self._wake()
-        units = self._units(problems, n)
+        units = self._units(problems, occurrences(problems) if occurrence is None else occurrence, n)
         task = Task(
             split, n, params, units, deque(range(len(units))), [None] * len(units), [{}] * len(units), len(units)
         )
@@ -242,7 +264,7 @@ class SamplerPool:
         lost = [waiting for waiting, flight in self.flying.items() if flight.member is member]
         flights = [self.flying.pop(waiting) for waiting in lost]
         for flight in sorted(flights, key=lambda one: one.unit, reverse=True):
-            problems = flight.task.units[flight.unit]
+            problems = flight.task.units[flight.unit].problems
             if any(flight.task is task for task in self.tasks.values()):
                 flight.task.queue.appendleft(flight.unit)
                 flight.task.again += len(problems)
@@ -477,14 +499,15 @@ class SamplerPool:
     def _is_current(self, version: int, digest: str) -> bool:
         return self.current is not None and (self.current.version, self.current.digest) == (version, digest)
 
-    def _units(self, problems: Array, n: int) -> list[Array]:
+    def _units(self, problems: Array, occurrence: Array, n: int) -> list[Unit]:
         """Problems in the order given, cut into calls."""
         pieces = -(-len(problems) // max(1, self._most // n))
         if self._overlapped:
             pieces = -(-len(problems) // max(1, self.config.sampler.max_num_seqs // FINE // n))
         elif len(self.members) > 1:
             pieces = max(pieces, min(len(problems), UNITS_EACH * len(self.members)))
-        return [unit for unit in np.array_split(problems, pieces) if len(unit)]
+        shares = zip(np.array_split(problems, pieces), np.array_split(occurrence, pieces), strict=True)
+        return [Unit(*share) for share in shares if len(share[0])]
 
     @property
     def _overlapped(self) -> bool:
@@ -510,11 +533,12 @@ class SamplerPool:
         self._dismiss_idle()
 
     def _hand_out(self, task: Task, unit: int, member: Member) -> None:
-        problems = task.units[unit]
-        refs = member.actor.sample.remote(task.split, problems, task.n, task.params, member.version)
-        task.rollouts[unit], counts = refs
-        member.held += len(problems) * task.n
-        what = f"sampling {task.n} completions of {_named(problems)}"
+        groups = task.units[unit]
+        task.rollouts[unit], counts = member.actor.sample.remote(
+            task.split, groups.problems, groups.occurrence, task.n, task.params, member.version
+        )
+        member.held += len(groups) * task.n
+        what = f"sampling {task.n} completions of {_named(groups.problems)}"
         self.flying[Waiting(counts, member.name, what, member.actor)] = Flight(member, task, unit)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import ray
 
 from rlsys.client.config import ServiceConfig
-from rlsys.config import LearnerSection, SamplerSection
-from rlsys.errors import ClusterError
+from rlsys.config import LearnerSection, Precision, SamplerSection
+from rlsys.errors import ClusterError, ConfigError
 
 SETTLE_S = 5.0  # Ray counts an ended actor's resources as free only after a moment
 RANK, LIVE = 32, 8  # of samplers by default: Tinker's default rank, and eight snapshots
@@ -32,6 +32,18 @@ def sections(config: ServiceConfig, has: Mapping[str, float]) -> tuple[LearnerSe
         learner = LearnerSection(num_cpus=share, threads=threads)
         sampler = SamplerSection(num_cpus=share, threads=threads, max_lora_rank=RANK, max_live_adapters=LIVE)
     return config.learner or learner, config.sampler or sampler
+
+
+def dtype_of(config: ServiceConfig, sampler: SamplerSection) -> Precision:
+    """Of the base, which learner and samplers share.
+
+    Raises:
+        ConfigError: the samplers cannot serve adapters in the dtype that the config asks for.
+    """
+    try:
+        return config.dtype_for(sampler)
+    except ValueError as error:
+        raise ConfigError(f"ServiceConfig: {error}") from None
 
 
 def refuse_shortfall(learner: LearnerSection, sampler: SamplerSection) -> None:

@@ -102,7 +102,7 @@ class ReplayingSampler:
         self.longer, self.pace = longer, pace
 
     @ray.method(num_returns=2)
-    async def sample(self, split: str, problems: Array, n: int, params: Any, version: int) -> Any:
+    async def sample(self, split: str, problems: Array, occurrence: Array, n: int, params: Any, version: int) -> Any:
         rollouts = self.recording.answers(problems, n, self.longer, version)
         await asyncio.sleep(float(rollouts.lengths.max()) / self.longer * self.pace)
         self.done += 1
@@ -128,10 +128,11 @@ class ReplayingRewards(RewardActor):
 @dataclass(frozen=True, slots=True)
 class Grades:
     rewards: Array
-    solved: Array
+    grade: Array
     passed: Array
-    agreeing: Array
+    idle: Array
     facts: Mapping[str, float]
+    failure: str = ""
 
 
 class RecordedGrades:
@@ -147,9 +148,9 @@ class RecordedGrades:
         self.done += 1
         return Grades(
             rewards=rewards,
-            solved=np.bincount(rollouts.group, rewards, minlength=P) / n,
+            grade=np.bincount(rollouts.group, rewards, minlength=P) / n,
             passed=np.bincount(rollouts.group, rewards >= 1, minlength=P).astype(np.int64),
-            agreeing=groups_agree(rewards, rollouts.group, P),
+            idle=groups_agree(rewards, rollouts.group, P),  # every job here has a baseline
             facts={"reward/mean": float(rewards.mean()), "reward/completions": float(len(rewards))},
         )
 

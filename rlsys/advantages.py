@@ -36,7 +36,7 @@ def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) 
     arXiv:2503.20783), ``leave_one_out``, the mean of the others (RLOO, arXiv:2402.14740), n/(n-1) times the same, or
     ``none``, 0 (REINFORCE). ``normalise: std`` divides by the group's standard deviation (GRPO); the paper leaves open
     which, here it is the sample's (n - 1), torch.std's default. A group whose rewards are all equal is exactly 0 under
-    every baseline.
+    a baseline; under ``none`` its advantages are its rewards.
     """
     rewards_R = np.asarray(rewards_R, np.float64)
     if not np.isfinite(rewards_R).all():
@@ -68,6 +68,15 @@ def groups_agree(rewards_R: Array, group: Array, groups: int) -> Array:
     np.maximum.at(highest_P, group, rewards_R)
     np.minimum.at(lowest_P, group, rewards_R)
     return highest_P == lowest_P
+
+
+def groups_teach_nothing(rewards_R: Array, group: Array, groups: int, section: AdvantageSection) -> Array:
+    """(P,) bool, whether every advantage of a group is 0: with a baseline that of all rewards the same, without one
+    that of all rewards 0. ``drop_agreeing`` leaves these out, and dynamic sampling replaces them."""
+    agreeing_P = groups_agree(rewards_R, group, groups)
+    if section.baseline != "none":
+        return agreeing_P
+    return agreeing_P & (np.bincount(group, np.asarray(rewards_R) != 0, minlength=groups) == 0)
 
 
 def fold_kl(
@@ -126,14 +135,15 @@ def to_pieces(
     each group: TRAINED, AGREED (left out) or EMPTY (without a token to learn from). A batch may be without datums.
 
     ``reference_logprobs_T``: (T,) log-probabilities of the completion tokens under the reference, with a KL
-    coefficient only. A coefficient keeps agreeing groups, since their tokens differ from the reference all the same;
-    its mean is each batch's own.
+    coefficient only. A coefficient keeps groups without an advantage of their own, since their tokens differ from the
+    reference all the same; its mean is each batch's own.
     """
     section, lengths_R = rl.advantages, rollouts.lengths
     _refuse_unpaired(rollouts, rewards_R, section, reference_logprobs_T)
     rewards_R = np.asarray(rewards_R, np.float64)
     advantages_R, agreeing_R = group_advantages(rewards_R, rollouts.group, section)
-    dropped_R = agreeing_R & (section.drop_agreeing and section.kl_coef == 0)
+    idle_P = groups_teach_nothing(rewards_R, rollouts.group, len(rollouts.problems), section)
+    dropped_R = idle_P[rollouts.group] & (section.drop_agreeing and section.kl_coef == 0)
     kept_R = ~dropped_R
     if rl.overlong.handling == "mask":
         kept_R = kept_R & (rollouts.stop_reasons != LENGTH)

@@ -112,16 +112,18 @@ def plan(
     from rich.console import Console
 
     from rlsys.dimensions import dimensions
+    from rlsys.model_support import refuse_structure
     from rlsys.plan_view import show
     from rlsys.planning import plan as compare
     from rlsys.planning import this_machine
 
     job = load_config(config, overrides or ())
     notes: tuple[str, ...] = ()
-    if job.model.path is not None and Path(job.model.path).exists():
+    if _holds_more_than_a_config(job.model.path):
         from rlsys.model_folder import check_job  # brings transformers, which other plans do without
 
         notes = check_job(job)
+    refuse_structure(job.model.path)
     dims = dimensions(job.model)
     where = job.cluster.address or address
     if where:
@@ -138,13 +140,22 @@ def plan(
         raise typer.Exit(1)
 
 
+def _holds_more_than_a_config(model_path: str | None) -> bool:
+    """A config.json alone is enough for a plan."""
+    if model_path is None or not Path(model_path).exists():
+        return False
+    return Path(model_path).is_file() or {path.name for path in Path(model_path).iterdir()} != {"config.json"}
+
+
 @app.command()
 def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="A job whose model, cluster section and run.dir are looked at.")
     ] = None,
 ) -> None:
-    """Check this machine: versions, devices, disk, ports, Ray, vLLM, logins. Exit code 1 if anything fails."""
+    """Check this machine: versions, devices, disk, ports, Ray, vLLM, logins; of a job, its model too.
+
+    Exit code 1 if anything fails."""
     from rich.console import Console
 
     from actors.doctor import examine
@@ -166,10 +177,15 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="Of --merged: folder or hub name; else the checkpoint's own.")
     ] = None,
+    for_vllm: Annotated[
+        bool, typer.Option("--for-vllm", help="As vLLM loads it where PEFT's form is another: GLM-4's gate_up_proj.")
+    ] = False,
 ) -> None:
     """Write a checkpoint for other programs: the adapter as PEFT and vLLM load it, or one merged model."""
     if base is not None and not merged:
         raise ConfigError("--base: found it without --merged; an adapter alone needs no base")
+    if for_vllm and merged:
+        raise ConfigError("--for-vllm: found it with --merged; a merged model has one form")
 
     from rlsys.checkpoints import read_info
     from rlsys.export import export_adapter, export_merged
@@ -177,7 +193,7 @@ def export(
     if merged:
         export_merged(base or read_info(checkpoint).base_name, checkpoint, out)
     else:
-        export_adapter(checkpoint, out)
+        export_adapter(checkpoint, out, for_vllm)
 
 
 RUN = typer.Argument(help="A run's name, or its directory.")

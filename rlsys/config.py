@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from rlsys.errors import ConfigError
 from rlsys.types import AdamParams, SamplingParams
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
@@ -223,6 +223,20 @@ class LearnerSection(Section):
     custom_graph_gb: float | None = Field(None, ge=0)  # of a custom loss's graphs; None: half of what is free; 0: none
     entropy: bool = False  # of the policy at the tokens that are learned from, as policy/entropy
 
+    @model_validator(mode="after")
+    def _device_and_gpus_agree(self) -> LearnerSection:
+        if self.device == "cuda" and self.num_gpus == 0:
+            raise ValueError(
+                "device cuda, num_gpus 0: Ray hides the GPUs from an actor that asks for none; set learner.num_gpus=1, "
+                "or a part of one, or learner.device=cpu"
+            )
+        if self.device == "cpu" and self.num_gpus > 0:
+            raise ValueError(
+                f"device cpu, num_gpus {self.num_gpus:g}: the learner would compute on the CPU and leave its GPU idle; "
+                "set learner.device=cuda, or learner.num_gpus=0"
+            )
+        return self
+
 
 class SamplerSection(Section):
     num_workers: int = Field(1, ge=1)
@@ -243,11 +257,21 @@ class SamplerSection(Section):
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
     enforce_eager: bool = False  # CPU engines are always eager
 
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.num_gpus > 0 else "cpu"
+
 
 class RewardSection(Section):
-    """The reward is correct * grade + format * form + length * brevity - overlong penalty; each has its own curve."""
+    """The reward is correct * grade + format * form + length * brevity - overlong penalty; each has its own curve.
+
+    A grade is any finite number, such as a negative cost; graders of right and wrong give 1 and 0.
+    """
 
     correct: float = 1.0  # weight of the task's grade
+    solved_at: float = Field(1.0, allow_inf_nan=False)  # the grade from which on a completion counts as right
+    # where the grader timed out or failed; where grades may be negative, set it as low as the worst of them
+    failed_grade: float = Field(0.0, allow_inf_nan=False)
     format: float = 0.0  # weight of 1 for a completion of the right form, else 0
     format_pattern: str | None = None  # regular expression that is searched; None: it has a final answer
     length: float = Field(0.0, ge=0)  # weight of brevity within the group, Kimi k1.5, arXiv:2501.12599 section 2.3.3
@@ -272,7 +296,8 @@ class AdvantageSection(Section):
     # what a token's advantage is divided by. sum: nothing (Dr. GRPO, arXiv:2503.20783); length: the tokens of its
     # completion (GRPO with normalise std, arXiv:2402.03300); max_tokens: rl.sampling.max_tokens
     aggregate: Literal["sum", "length", "max_tokens"] = "sum"
-    drop_agreeing: bool = True  # groups whose rewards agree; ignored while kl_coef > 0
+    # groups whose advantages are all 0: rewards agree, and with baseline none are 0; ignored while kl_coef > 0
+    drop_agreeing: bool = True
     kl_coef: float = Field(0.0, ge=0)  # KL in the reward, Tinker cookbook incorporate_kl_penalty
     kl_discount: float = Field(0.0, ge=0, lt=1)  # of the future sum of the KL term; 0: none
     reference_refresh_steps: int = Field(0, ge=0)  # the policy becomes the reference every so often; 0: it is the base
@@ -333,19 +358,23 @@ class OptimSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     grad_clip_norm: float = Field(1.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    decay_steps: int | None = Field(None, ge=1)  # at which step the rate has come down; None: rl.steps
-    final_share: float = Field(0.0, ge=0, le=1)  # of learning_rate, from there on
+    decay_steps: int | None = Field(
+        None, ge=1
+    )  # steps over which the rate comes down, warm-up included; None: rl.steps
+    final_share: float = Field(0.0, ge=0, le=1)  # of learning_rate, in every step after those
 
     def at(self, step: int, total_steps: int) -> AdamParams:
         """AdamW for step 0, 1, ... of `total_steps`: linear warm-up over `warmup_steps`, then the schedule.
 
-        cosine: final + (1 - final) * (1 + cos(pi x)) / 2, x going from 0 at the end of the warm-up to 1 at
-        `decay_steps` (SGDR, arXiv:1608.03983, without restarts); linear: 1 - (1 - final) * x.
+        x = (step - top) / (N - top), N being `decay_steps` or `total_steps` and `top` the first step at the whole rate:
+        0 there, and below 1 at the last of N, so that step teaches too. linear: final + (1 - final) * (1 - x), without
+        a warm-up (N - step) / N; cosine: final + (1 - final) * (1 + cos(pi x)) / 2 (SGDR, arXiv:1608.03983, equation 5,
+        without restarts). From step N on the rate is `final_share`.
         """
         factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.schedule != "constant":
-            end = self.decay_steps or total_steps
-            x = min(1.0, max(0.0, (step + 1 - self.warmup_steps) / max(1, end - self.warmup_steps)))
+            end, top = self.decay_steps or total_steps, max(0, self.warmup_steps - 1)
+            x = 1.0 if step >= end else max(0, step - top) / max(1, end - top)
             left = (1 + math.cos(math.pi * x)) / 2 if self.schedule == "cosine" else 1 - x
             factor *= self.final_share + (1 - self.final_share) * left
         return AdamParams(
@@ -358,8 +387,8 @@ class RlSection(Section):
     problems_per_step: int = Field(32, ge=1)
     samples_per_problem: int = Field(8, ge=2)
     substeps: int = Field(1, ge=1)  # optimizer steps per step; each takes its share of the groups
-    # dynamic sampling (DAPO, arXiv:2503.14476 section 3.2): groups that agree are replaced by further problems, in at
-    # most so many rounds of sampling; 0: they are not
+    # dynamic sampling (DAPO, arXiv:2503.14476 section 3.2): groups that rl.advantages.drop_agreeing leaves out are
+    # replaced by further problems, in at most so many rounds of sampling; 0: they are not
     refill_rounds: int = Field(0, ge=0)
     overlong: OverlongSection = OverlongSection()
     sampling: SamplingSection = SamplingSection()
@@ -455,6 +484,7 @@ class JobConfig(Section):
                 "lora.train_unembed: vLLM on CUDA scores prompts wrongly under an adapter of the unembedding (it maps "
                 "adapter rows by sampled position), so it is served on CPU only; set lora.train_unembed=false"
             )
+        refuse_dtype(self.model.dtype, self.sampler, "model.dtype")
         tensor_parallel = self.sampler.tensor_parallel_size
         if self.sampler.num_gpus > 0 and tensor_parallel > 1 and self.sampler.num_gpus != tensor_parallel:
             raise ValueError(
@@ -541,7 +571,19 @@ class JobConfig(Section):
 
     @property
     def sampler_device(self) -> Literal["cpu", "cuda"]:
-        return "cuda" if self.sampler.num_gpus > 0 else "cpu"
+        return self.sampler.device
+
+
+def refuse_dtype(dtype: Precision, sampler: SamplerSection, key: str) -> None:
+    """
+    Raises:
+        ValueError: the sampler's device cannot serve adapters in `dtype`, which `key` sets.
+    """
+    if dtype == "float32" and sampler.device == "cuda":
+        raise ValueError(
+            f"{key} float32: vLLM's LoRA kernels on CUDA take half precision alone (sampler.num_gpus "
+            f"{sampler.num_gpus:g}); set {key}=bfloat16 or float16, or sampler.num_gpus=0 for a sampler on the CPU"
+        )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:

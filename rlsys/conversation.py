@@ -112,11 +112,12 @@ class Conversations:
         run_id: str | None,
         version: int,
         move_on: bool = False,
+        occurrence: Array | None = None,
     ) -> tuple[Rollouts, dict[str, float]]:
         """As ``Sampler.sample``, and counts. `params.max_tokens` is for a whole completion, replies included.
 
-        A seed is a function of `params.seed`, the problem, which of its completions, and the turn: what is lost is
-        drawn again as it was, by whichever sampler.
+        A seed is a function of `params.seed`, the problem and its occurrence, which of its completions, and the turn:
+        what is lost is drawn again as it was, by whichever sampler.
 
         Raises:
             SamplingError: as ``Sampler.sample``.
@@ -124,7 +125,7 @@ class Conversations:
         """
         children = n if params.temperature > 0 else 1
         seed = params.seed if params.seed is not None else self._sampler.own_seed()
-        seeds = child_seeds(seed, problems, children)
+        seeds = child_seeds(seed, problems, children, occurrence)
         prompts = [part.tolist() for part in np.split(prompt_tokens, prompt_offsets[1:-1])] if len(problems) else []
         counts = Counter(completions=len(seeds))
         with self._sampler.hold(run_id, version, len(prompts), move_on) as hold:

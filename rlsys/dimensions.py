@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,28 @@ import yaml
 
 from rlsys.config import MakeSection, ModelSection
 from rlsys.errors import ConfigError, did_you_mean
+from rlsys.families import (
+    FAMILIES,
+    Family,
+    expert_size_key,
+    family_of,
+    mixture_layers,
+    text_part,
+    value,
+    windowed_layers,
+)
 
 KEPT = Path(__file__).parent / "models.yaml"
 HUB_LIMIT_S = 8.0  # for one small file
 SAVED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-ARCHITECTURES = {"qwen2": (False, True), "qwen3": (True, False)}  # model_type -> (qk_norm, qkv_bias)
 
 
 @dataclass(frozen=True, slots=True)
 class Dimensions:
-    """A decoder with grouped-query attention and a gated MLP."""
+    """A decoder with grouped-query attention and a gated MLP, or a mixture of such MLPs."""
 
     source: str  # where the numbers come from, in words
+    family: Family
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -34,8 +44,12 @@ class Dimensions:
     intermediate_size: int
     max_positions: int
     tie_embeddings: bool
-    qk_norm: bool  # RMS norms of queries and keys, per head
-    qkv_bias: bool
+    biased: frozenset[str] = frozenset()  # linears with a bias
+    num_experts: int = 0  # of a layer that is a mixture
+    expert_size: int = 0  # intermediate size of one expert
+    mixture_layers: int = 0  # the others have one MLP
+    window: int | None = None  # tokens that the windowed layers see
+    windowed_layers: int = 0
     saved_bytes: int = 2  # of one weight in the model's files
 
     @property
@@ -48,24 +62,39 @@ class Dimensions:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each linear module of a layer."""
-        hidden, inner, query, kv = self.hidden_size, self.intermediate_size, self.query_size, self.kv_size
-        return {
-            "q_proj": (hidden, query),
-            "k_proj": (hidden, kv),
-            "v_proj": (hidden, kv),
-            "o_proj": (query, hidden),
-            "gate_proj": (hidden, inner),
-            "up_proj": (hidden, inner),
-            "down_proj": (inner, hidden),
-        }
+    def attention(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear module of a layer's attention."""
+        hidden, query, kv = self.hidden_size, self.query_size, self.kv_size
+        sizes = {"q_proj": query, "k_proj": kv, "v_proj": kv, "qkv_proj": query + 2 * kv}
+        return {name: (query, hidden) if name == "o_proj" else (hidden, sizes[name]) for name in self.family.attention}
+
+    @property
+    def mlp(self) -> dict[str, tuple[int, int]]:
+        """The same of a layer's MLP; those of a mixture are no linear modules, and are left out."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        sizes = {"gate_proj": inner, "up_proj": inner, "gate_up_proj": 2 * inner}
+        return {name: (inner, hidden) if name == "down_proj" else (hidden, sizes[name]) for name in self.family.mlp}
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer, with its norms."""
+        whole = self.query_size + self.kv_size
+        head_norms = {"none": 0, "head": 2 * self.head_dim, "whole": whole}[self.family.head_norms]
+        sinks = self.num_heads if self.family.sinks else 0
+        return self._with_biases(self.attention) + self.family.norms * self.hidden_size + head_norms + sinks
+
+    @property
+    def mixture_parameters(self) -> int:
+        """Of the router and the experts of one layer."""
+        hidden, inner = self.hidden_size, self.expert_size
+        biases = 1 + 2 * inner + hidden if self.family.expert_biases else 0
+        return self.num_experts * (hidden + 3 * hidden * inner + biases)
 
     @property
     def layer_parameters(self) -> int:
-        matrices = sum(inputs * outputs for inputs, outputs in self.linears.values())
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        return matrices + norms + (self.query_size + 2 * self.kv_size if self.qkv_bias else 0)
+        """Of the largest layer."""
+        mlp = self._with_biases(self.mlp)
+        return self.attention_parameters + (max(mlp, self.mixture_parameters) if self.mixture_layers else mlp)
 
     @property
     def embedding_parameters(self) -> int:
@@ -74,8 +103,15 @@ class Dimensions:
 
     @property
     def parameters(self) -> int:
-        ends = self.embedding_parameters * (1 if self.tie_embeddings else 2)
-        return ends + self.num_layers * self.layer_parameters + self.hidden_size
+        ends = self.embedding_parameters * (1 if self.tie_embeddings else 2) + self.hidden_size
+        mlps = (self.num_layers - self.mixture_layers) * self._with_biases(self.mlp)
+        mixtures = self.mixture_layers * self.mixture_parameters
+        return ends + self.num_layers * self.attention_parameters + mlps + mixtures
+
+    def _with_biases(self, linears: Mapping[str, tuple[int, int]]) -> int:
+        return sum(
+            inputs * outputs + (outputs if name in self.biased else 0) for name, (inputs, outputs) in linears.items()
+        )
 
 
 def dimensions(model: ModelSection) -> Dimensions:
@@ -96,48 +132,98 @@ def dimensions(model: ModelSection) -> Dimensions:
 
 
 def of_config(config: Mapping[str, Any], source: str) -> Dimensions:
-    """From the content of a config.json.
+    """From the content of a config.json; of a checkpoint of text and images, its text part.
 
     Raises:
         ConfigError: an architecture without a formula here, or a number is missing.
     """
-    kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    text, family = text_part(config), family_of(config)
+    if family is None:
         raise ConfigError(
-            f"model.path: {source} is of model_type {kind!r}; rlsys plan knows {', '.join(sorted(ARCHITECTURES))}"
+            f"model.path: {source} is of model_type {text.get('model_type')!r}; rlsys plan knows {', '.join(FAMILIES)}"
         )
-    qk_norm, qkv_bias = ARCHITECTURES[kind]
+
+    def number(key: str) -> int:
+        found = value(family, text, key)
+        if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+            raise ConfigError(f"model.path: {source}: {key} is {found!r}; wanted a whole number, at least 1")
+        return found
+
+    heads, layers = number("num_attention_heads"), number("num_hidden_layers")
+    asked = [names for key, names in family.biases.items() if value(family, text, key)]
+    mixtures = sum(1 for _ in mixture_layers(family, text))
+    windowed = sum(1 for _ in windowed_layers(family, text))
+    return Dimensions(
+        source=source if text is config else f"{source}, its text part",
+        family=family,
+        vocab_size=number("vocab_size"),
+        hidden_size=number("hidden_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads if value(family, text, "num_key_value_heads") is None else number("num_key_value_heads"),
+        head_dim=number("hidden_size") // heads if value(family, text, "head_dim") is None else number("head_dim"),
+        intermediate_size=number("intermediate_size"),
+        max_positions=number("max_position_embeddings"),
+        tie_embeddings=bool(value(family, text, "tie_word_embeddings")),
+        biased=frozenset(family.always_biased).union(*asked),
+        num_experts=number("num_experts") if family.experts else 0,
+        expert_size=number(expert_size_key(family)) if family.experts else 0,
+        mixture_layers=mixtures,
+        window=number("sliding_window") if windowed else None,
+        windowed_layers=windowed,
+        saved_bytes=SAVED_BYTES.get(str(text.get("dtype") or text.get("torch_dtype")), 4),
+    )
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """A model folder's config.json.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = folder / "config.json"
     try:
-        heads = int(config["num_attention_heads"])
-        return Dimensions(
-            source=source,
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=int(config["hidden_size"]),
-            num_layers=int(config["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            intermediate_size=int(config["intermediate_size"]),
-            max_positions=int(config["max_position_embeddings"]),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qk_norm=qk_norm,
-            qkv_bias=bool(config.get("attention_bias", qkv_bias)),
-            saved_bytes=SAVED_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4),
-        )
-    except KeyError as error:
-        raise ConfigError(f"model.path: {source} has no {error}; wanted a whole config.json") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: {path} cannot be read ({error}); wanted config, tokenizer and safetensors in the folder"
+        ) from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"model.path: {path} holds {type(found).__name__}; wanted an object of names and values")
+    return found
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Of a config.json, of a family without a formula too."""
+    return int(_given(config, "hidden_size"))
+
+
+def vocab_size(config: Mapping[str, Any]) -> int:
+    """The same: rows of the embedding."""
+    return int(_given(config, "vocab_size"))
+
+
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """The same; None where nothing bounds the length."""
+    found = _given(config, "max_position_embeddings")
+    return None if found is None else int(found)
+
+
+def _given(config: Mapping[str, Any], key: str) -> Any:
+    family, text = family_of(config), text_part(config)
+    return text.get(key) if family is None else value(family, text, key)
 
 
 def known_models() -> dict[str, Dimensions]:
     """The list kept here, by hub name."""
-    names = [field.name for field in fields(Dimensions)]
     listed: dict[str, dict[str, Any]] = yaml.safe_load(KEPT.read_text(encoding="utf-8"))
-    return {name: Dimensions(**{key: entry[key] for key in names if key in entry}) for name, entry in listed.items()}
+    return {name: of_config(config, f"config.json of {name}") for name, config in listed.items()}
 
 
 def _of_make(make: MakeSection, max_length: int, dtype: str) -> Dimensions:
     return Dimensions(
         source="model.make; the vocabulary is an upper bound, the tokenizer may need less",
+        family=FAMILIES["qwen3"],
         vocab_size=make.vocab_size,
         hidden_size=make.hidden_size,
         num_layers=make.num_layers,
@@ -147,22 +233,12 @@ def _of_make(make: MakeSection, max_length: int, dtype: str) -> Dimensions:
         intermediate_size=make.intermediate_size,
         max_positions=max_length,
         tie_embeddings=make.tie_embeddings,
-        qk_norm=True,
-        qkv_bias=False,
         saved_bytes=SAVED_BYTES[dtype],
     )
 
 
 def _of_folder(folder: Path) -> Dimensions:
-    path = folder / "config.json"
-    try:
-        return of_config(json.loads(path.read_text(encoding="utf-8")), f"{path}")
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(
-            f"model.path: {path} cannot be read ({error}); wanted config, tokenizer and safetensors in the folder"
-        ) from None
+    return of_config(read_config(folder), str(folder / "config.json"))
 
 
 def _from_hub(name: str) -> tuple[dict[str, Any] | None, str]:
@@ -210,7 +286,5 @@ def _kept(name: str, problem: str) -> Dimensions:
             f"model.path: {name!r} is no folder here, the Hugging Face hub does not give its config.json ({problem}), "
             f"and rlsys keeps no dimensions of it{near}"
         )
-    found = known[name]
-    values = {field.name: getattr(found, field.name) for field in fields(Dimensions)}
-    values["source"] = f"the list kept in rlsys ({found.source}), because the hub is out of reach: {problem}"
-    return Dimensions(**values)
+    source = f"the list kept in rlsys ({known[name].source}), because the hub is out of reach: {problem}"
+    return replace(known[name], source=source)

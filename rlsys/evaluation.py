@@ -1,7 +1,9 @@
-"""What grades of held-out problems say about a policy: accuracy and pass@k, each with a confidence interval.
+"""What grades of held-out problems say about a policy: mean grade, share solved and pass@k, each with a confidence
+interval.
 
-Axis: P problems. They are taken as drawn from all problems of their kind, so an interval says how far the figure might
-be off on others of that kind; completions of one problem stay together in it.
+Axis: P problems. A grade is any finite number; where all are 0 or 1, the mean grade is the share solved. Problems are
+taken as drawn from all problems of their kind, so an interval says how far the figure might be off on others of that
+kind; completions of one problem stay together in it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ class Evaluation:
     """What one policy reached on P problems."""
 
     accuracy: Interval  # mean grade of the greedy completions
+    solved: Interval  # share of them whose grade is rewards.solved_at or more
     pass_at: Mapping[int, Interval]  # k -> pass@k
     problems: int
     samples: int  # completions of each problem that pass@k is from; 0: none
@@ -37,7 +40,11 @@ class Evaluation:
 
     def facts(self) -> dict[str, float]:
         """By the names of docs/metrics.md."""
-        named = {"accuracy": self.accuracy, **{f"pass_at_{k}": found for k, found in self.pass_at.items()}}
+        named = {
+            "accuracy": self.accuracy,
+            "solved": self.solved,
+            **{f"pass_at_{k}": found for k, found in self.pass_at.items()},
+        }
         facts = {"eval/problems": float(self.problems), "eval/samples": float(self.samples)}
         for name, found in named.items():
             facts |= {f"eval/{name}": found.value, f"eval/{name}_low": found.low, f"eval/{name}_high": found.high}
@@ -45,17 +52,43 @@ class Evaluation:
 
 
 def evaluation_of(
-    solved_P: Array, passed_P: Array | None, samples: int, ks: Sequence[int], confidence: float
+    grade_P: Array,
+    passed_P: Array | None,
+    samples: int,
+    ks: Sequence[int],
+    confidence: float,
+    solved_at: float = 1.0,
 ) -> Evaluation:
-    """`solved_P`: grade in 0..1 of each greedy completion. `passed_P`: how many of each problem's `samples` sampled
-    completions are right; None where none were sampled."""
-    assert len(solved_P) and np.isfinite(solved_P).all() and solved_P.min() >= 0 and solved_P.max() <= 1
+    """`grade_P`: of each greedy completion, any finite number; from `solved_at` on it is right. `passed_P`: how many of
+    each problem's `samples` sampled completions are right; None where none were sampled."""
+    assert len(grade_P) and np.isfinite(grade_P).all(), "graders give finite numbers"
     pass_at: dict[int, Interval] = {}
     if passed_P is not None:
-        assert len(passed_P) == len(solved_P)
+        assert len(passed_P) == len(grade_P)
         pass_at = {k: over_problems(pass_at_k(passed_P, samples, k), confidence) for k in ks}
-    accuracy = wilson(float(np.mean(solved_P, dtype=np.float64)), len(solved_P), confidence)
-    return Evaluation(accuracy, pass_at, len(solved_P), samples if passed_P is not None else 0, confidence)
+    solved = wilson(float(np.mean(np.asarray(grade_P) >= solved_at)), len(grade_P), confidence)
+    drawn = samples if passed_P is not None else 0
+    return Evaluation(mean_grade(grade_P, confidence), solved, pass_at, len(grade_P), drawn, confidence)
+
+
+def mean_grade(grade_P: Array, confidence: float) -> Interval:
+    """Wilson's interval where every grade is 0 or 1, else the normal one."""
+    if _is_right_or_wrong(grade_P):
+        return wilson(float(np.mean(grade_P, dtype=np.float64)), len(grade_P), confidence)
+    return normal(grade_P, confidence)
+
+
+def normal(values_P: Array, confidence: float) -> Interval:
+    """The mean of any finite values and z standard errors to both sides. Values that are all the same show no spread,
+    and a single one has none, so there the interval has no width: nothing bounds what other problems may give."""
+    values_P = np.asarray(values_P, np.float64)
+    mean = float(values_P.mean())
+    half = _z(confidence) * float(values_P.std(ddof=1)) / math.sqrt(len(values_P)) if len(values_P) > 1 else 0.0
+    return Interval(mean, mean - half, mean + half)
+
+
+def _is_right_or_wrong(grade_P: Array) -> bool:
+    return bool(np.isin(grade_P, (0, 1)).all())
 
 
 def pass_at_k(passed_P: Array, samples: int, k: int) -> Array:
@@ -75,7 +108,7 @@ def pass_at_k(passed_P: Array, samples: int, k: int) -> Array:
 def wilson(mean: float, problems: int, confidence: float) -> Interval:
     """The score interval of a mean of values in 0..1. Wilson 1927, J. Am. Stat. Assoc. 22, 209-212.
 
-    It is made for values 0 and 1, and stays between 0 and 1 and of positive width at both ends. For grades in between
+    It is made for values 0 and 1, and stays between 0 and 1 and of positive width at both ends. For values in between
     it is wider than need be, never narrower: no values in 0..1 vary more than mean (1 - mean).
     """
     assert problems >= 1 and 0 <= mean <= 1
@@ -99,11 +132,13 @@ def difference(before_P: Array, after_P: Array, confidence: float) -> Interval:
     """How much more the second policy reached than the first on the same problems, in the same order. Pairing leaves
     out what makes a problem hard for both, so it sees smaller differences than two intervals side by side.
 
-    As `over_problems`, with two more: half a problem each that only one of the two, both, or neither solve. Agresti and
-    Min 2005, Stat. Med. 24, 729-740.
+    Grades of 0 and 1: as `over_problems`, with two more: half a problem each that only one of the two, both, or neither
+    solve. Agresti and Min 2005, Stat. Med. 24, 729-740. Other grades: the normal interval of the differences.
     """
     assert before_P.shape == after_P.shape and before_P.ndim == 1
     change_P = after_P.astype(np.float64) - before_P.astype(np.float64)
+    if not (_is_right_or_wrong(before_P) and _is_right_or_wrong(after_P)):
+        return normal(change_P, confidence)
     return _with_more(change_P, np.array([-1.0, 0.0, 1.0]), np.array([0.5, 1.0, 0.5]), confidence)
 
 

@@ -33,8 +33,8 @@ class Graded:
     id: int
     prompt: str
     answer: str
-    grade: float  # of the greedy completion, 0 to 1
-    passed: int | None  # of the sampled completions; None: none were sampled
+    grade: float  # of the greedy completion
+    passed: int | None  # of the sampled completions, those of rewards.solved_at or more; None: none were sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def read(path: Path) -> Record:
 
 
 def compare(before: Record, after: Record) -> Interval:
-    """How much more of the same problems the second policy solved greedily, at the first one's confidence.
+    """By how much the second policy's mean grade is above the first's on the same problems, at the first's confidence.
 
     Raises:
         ConfigError: they were not evaluated on the same problems.
@@ -127,6 +127,8 @@ def table(record: Record) -> Table:
     for column in shown.columns[1:]:
         column.justify = "right"
     names = {"accuracy": "greedy accuracy"}
+    if facts.get("eval/solved", facts["eval/accuracy"]) != facts["eval/accuracy"]:  # grades that are not 0 and 1
+        names = {"accuracy": "greedy, mean grade", "solved": f"greedy, grade {_solved_at(record):g} or more"}
     names |= {name: f"pass@{name.rpartition('_')[2]}" for name in _pass_at(facts)}
     for name, label in names.items():
         values = (facts[f"eval/{name}"], facts[f"eval/{name}_low"], facts[f"eval/{name}_high"])
@@ -134,6 +136,10 @@ def table(record: Record) -> Table:
     shown.add_row("tokens of a completion, mean", f"{facts['eval/mean_tokens']:.1f}", "", "")
     shown.add_row("share cut off at max_tokens", f"{facts['eval/truncated_share']:.4f}", "", "")
     return shown
+
+
+def _solved_at(record: Record) -> float:
+    return float(record.config["rewards"]["solved_at"])
 
 
 def _pass_at(facts: Mapping[str, float]) -> list[str]:

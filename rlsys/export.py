@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from rlsys.base import new_folder
-from rlsys.checkpoints import read_adapter, read_files, require_base
+from rlsys.checkpoints import CONFIG, WEIGHTS, read_adapter, read_files, read_info, require_base
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.identity import identity_of
+from rlsys.text_part import configuration, is_composite, load_whole, text_part
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf")
 
 
-def export_adapter(checkpoint: Path, out: Path) -> None:
-    """The new folder `out` with the two files that PEFT and ``vllm serve --enable-lora`` load."""
+# model_type -> fused modules that vLLM's own loader wants as adapters of their parts, where PEFT has one of the whole
+CUT_IN_VLLM = {"glm4": {"gate_up_proj": ("gate_proj", "up_proj")}}
+
+
+def export_adapter(checkpoint: Path, out: Path, for_vllm: bool = False) -> None:
+    """The new folder `out` with the two files that PEFT and ``vllm serve --enable-lora`` load.
+
+    `for_vllm`: in the form that vLLM loads and PEFT does not, where they differ (CUT_IN_VLLM).
+    """
     files = read_files(checkpoint)
     _require_new(out)
     with new_folder(Path(out)) as folder:
         for name, content in files.items():
             (folder / name).write_bytes(content)
+        if for_vllm and (cuts := CUT_IN_VLLM.get(read_info(checkpoint).base.summary.partition(",")[0])):
+            _cut(folder, load(files[WEIGHTS]), cuts)
+
+
+def _cut(folder: Path, tensors: dict[str, Tensor], cuts: Mapping[str, tuple[str, ...]]) -> None:
+    """Rewrite an adapter's files: the parts of a fused module get its A, and each its rows of B."""
+    found = {}
+    for name, tensor in tensors.items():
+        path, side = name.removesuffix(".weight").rsplit(".", 1)
+        parts = cuts.get(path.rpartition(".")[2])
+        if parts is None:
+            found[name] = tensor
+            continue
+        pieces = tensor.chunk(len(parts)) if side == "lora_B" else [tensor.clone() for _ in parts]
+        for part, piece in zip(parts, pieces, strict=True):
+            found[f"{path.rpartition('.')[0]}.{part}.{side}.weight"] = piece.contiguous()
+    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text())
+    config["target_modules"] = sorted({part for one in config["target_modules"] for part in cuts.get(one, (one,))})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def export_merged(base: Path | str, checkpoint: Path, out: Path) -> None:
@@ -37,10 +68,11 @@ def export_merged(base: Path | str, checkpoint: Path, out: Path) -> None:
     info, adapter = read_adapter(checkpoint)
     _require_new(out)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        model = load_whole(base, dtype="auto")
     except (OSError, ValueError) as error:
         raise ConfigError(f"base: {base} cannot be loaded as a causal language model: {error}") from error
-    require_base(f"{checkpoint}: cannot be merged into {base}", info.base, identity_of(model))
+    trained = text_part(model) if is_composite(configuration(base)) else model
+    require_base(f"{checkpoint}: cannot be merged into {base}", info.base, identity_of(trained))
     with torch.no_grad():
         _merge(model, info.lora, adapter)
     with new_folder(Path(out)) as folder:

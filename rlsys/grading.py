@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlsys import tasks
-from rlsys.advantages import groups_agree
+from rlsys.advantages import groups_teach_nothing
 from rlsys.config import JobConfig
 from rlsys.endings import load_tokenizer, read_json, rows_of
 from rlsys.errors import ConfigError
@@ -31,10 +31,11 @@ class GroupGrades:
     """R rewards and their P groups; ``facts`` are figures of the step."""
 
     rewards: Array  # (R,) float32
-    solved: Array  # (P,) float64, mean grade of the task
-    passed: Array  # (P,) int64, completions with a whole grade
-    agreeing: Array  # (P,) bool, whose rewards are all the same
+    grade: Array  # (P,) float64, mean grade of the task
+    passed: Array  # (P,) int64, completions whose grade is rewards.solved_at or more
+    idle: Array  # (P,) bool, whose rewards give no advantage
     facts: dict[str, float]
+    failure: str  # of the first grade that failed; "" without one
 
 
 class Grading:
@@ -73,7 +74,9 @@ class Grading:
             GradingError: more graders failed than rewards.max_failed_share allows.
         """
         texts = self._texts(rollouts)
-        grades = self.pool.grade(texts, self._answers(split, rollouts))
+        of_R = rollouts.problems[rollouts.group].tolist()
+        names = [f"{'training' if split == 'train' else 'held-out'} problem {problem}" for problem in of_R]
+        grades = self.pool.grade(texts, self._answers(split, rollouts), names)
         rewards, facts = grades.rewards, {"reward/mean": float(grades.rewards.mean(dtype=np.float64))}
         if split == "train":
             rl = self.config.rl
@@ -85,10 +88,13 @@ class Grading:
         facts = {**facts, **grades.counts(), "reward/completions": float(len(texts))}
         return GroupGrades(
             rewards=rewards,
-            solved=np.bincount(rollouts.group, grades.rewards, minlength=P) / count_P,
-            passed=np.bincount(rollouts.group, grades.rewards >= 1, minlength=P).astype(np.int64),
-            agreeing=groups_agree(rewards, rollouts.group, P),
+            grade=np.bincount(rollouts.group, grades.rewards, minlength=P) / count_P,
+            passed=np.bincount(rollouts.group, grades.rewards >= self.config.rewards.solved_at, minlength=P).astype(
+                np.int64
+            ),
+            idle=groups_teach_nothing(rewards, rollouts.group, P, self.config.rl.advantages),
             facts=facts,
+            failure=grades.first_error,
         )
 
     def show(self, split: str, count: int, rollouts: Rollouts, rewards: Array, *learned: Sequence[Any]) -> list[Shown]:

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rlsys import attention, losses
+from rlsys.agreement import as_published, follow_sampler
 from rlsys.budget import TokenBudget
 from rlsys.custom import CustomLoss, evaluate, result_metrics
 from rlsys.datums import DatumBatch
@@ -41,8 +42,10 @@ from rlsys.norms import replace_norms
 from rlsys.optim import Kind, Stepper, clip, global_norm, require_like
 from rlsys.packing import MicroBatch, bins, families, filler, micro_batch
 from rlsys.precision import computing_dtype
+from rlsys.proofs import logit_transform, prove_packing
 from rlsys.ranks import ALONE, Ranks, local
 from rlsys.recompute import keep_inputs_only
+from rlsys.text_part import load_language_model
 from rlsys.types import AdamParams, Array, Datum
 from rlsys.weights import AdapterSnapshot, snapshot_of
 
@@ -148,8 +151,11 @@ class Learner:
         self._model = _load(
             base, loaded_dtype, computing if trainable == "lora" else loaded_dtype, "cpu" if shard else section.device
         )
-        self._max_length = min(model.max_length, self._model.config.max_position_embeddings)
+        follow_sampler(self._model, model.max_length)
+        positions: int = self._model.config.get_text_config().max_position_embeddings
+        self._max_length = min(model.max_length, positions)
         self._identity = identity_of(self._model)
+        self._transform = logit_transform(self._model)
         self._forward: Callable[[MicroBatch, float], tuple[Tensor, Tensor]] = self._bare_logprobs
         if section.gradient_checkpointing:
             keep_inputs_only(_layers(self._model, "learner.gradient_checkpointing"))
@@ -171,7 +177,7 @@ class Learner:
 
     @property
     def vocab_size(self) -> int:
-        size: int = self._model.config.vocab_size
+        size: int = self._model.config.get_text_config().vocab_size
         return size
 
     @property
@@ -455,7 +461,8 @@ class Learner:
         try:
             for weight, values in kept:
                 weight.data = values.to(self._saved_dtype)
-            self._model.save_pretrained(out)
+            with as_published(self._model):
+                self._model.save_pretrained(out)
         finally:
             for weight, values in kept:
                 weight.data = values
@@ -591,7 +598,8 @@ class Learner:
         ).last_hidden_state[0]
         if micro.rows is not None:
             hidden = hidden.index_select(0, micro.rows)
-        arguments = (self._adapters.head(), hidden, micro.targets, temperature, self._section.logprob_chunk_tokens)
+        chunk = self._section.logprob_chunk_tokens
+        arguments = (self._adapters.head(), hidden, micro.targets, temperature, chunk, self._transform)
         if self._section.entropy:
             return logprobs_and_entropy(*arguments)
         return token_logprobs(*arguments), hidden.new_zeros(0)
@@ -620,17 +628,12 @@ def _load(base: Path | str, dtype: torch.dtype, computing: torch.dtype, device: 
     """The base in evaluation mode (no dropout), frozen, with packed attention: its weights in `dtype`, then as they are
     computed with."""
     attention.register()
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, attn_implementation=attention.NAME
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path: {base} cannot be loaded as a causal language model: {error}") from error
+    model = load_language_model(base, dtype=dtype, attention=attention.NAME)
     model.to(device)
     _convert(model, dtype, computing)
     model.eval()
     model.requires_grad_(False)
-    attention.prove_packing(model)
+    prove_packing(model)
     replace_norms(model)
     return model
 
@@ -663,13 +666,19 @@ def _put(column_T: Array, micro: MicroBatch, values: Tensor) -> None:
 
 
 @contextmanager
-def _unpacked(model: PreTrainedModel, implementation: str = "sdpa") -> Iterator[None]:
-    """One of transformers' own attention functions, which know rows and masks instead of packed segments."""
-    model.config._attn_implementation = implementation
+def _unpacked(model: PreTrainedModel, implementation: str | None = None) -> Iterator[None]:
+    """One of transformers' own attention functions, which know rows and masks instead of packed segments.
+
+    None: the fast one, or the eager one where a model has soft caps or sinks, of which the fast one knows nothing.
+    """
+    config = model.config.get_text_config()
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    plain = capped or any(hasattr(module, "sinks") for module in model.modules())
+    config._attn_implementation = implementation or ("eager" if plain else "sdpa")
     try:
         yield
     finally:
-        model.config._attn_implementation = attention.NAME
+        config._attn_implementation = attention.NAME
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,6 +1,9 @@
 """Log-probabilities of target tokens, a chunk of rows at a time: a bounded part of the (T, V) logits exists at once.
 
-    p_t = log softmax(W h_t / temperature)[y_t],   dp_t / dh_t = (e(y_t) - softmax)_t W / temperature
+    p_t = log softmax(f(W h_t) / temperature)[y_t],   dp_t / dh_t = ((e(y_t) - softmax)_t f'(W h_t)) W / temperature
+
+f is what some models do to their logits: a scale, f(z) = s z, or a soft cap, f(z) = c tanh(z / c). It rounds where
+transformers and vLLM round, to the model's dtype after each operation.
 
 p_t depends on h_t alone, so with a frozen W its gradient is one row of a (T, H) tensor, computed while the logits are
 there: one product more, where running the chunk again in the backward pass would be two. Where the output layer is
@@ -14,6 +17,7 @@ through a chunk in blocks that stay in the cache, and its result takes the place
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,19 +29,59 @@ CHUNK_BYTES = 64 * 2**20  # of logits in the model's dtype; see docs/performance
 BLOCK = 262_144  # values of a block on CPU for each thread; as in norms.py, few meetings of threads count too
 
 
-def token_logprobs(head: nn.Module, hidden_T: Tensor, targets_T: Tensor, temperature: float, chunk: int) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class LogitTransform:
+    """f of the module's docstring; at most one of the two is given."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def of(self, logits: Tensor) -> Tensor:
+        """New logits."""
+        changed = logits.clone()
+        self.apply(changed, wants_slope=False)
+        return changed
+
+    def apply(self, logits: Tensor, *, wants_slope: bool) -> Tensor | None:
+        """Change `logits` in place. What f' is besides the scale, where it is wanted and not 1 everywhere."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.cap is None:
+            return None
+        logits.div_(self.cap).tanh_()
+        slope = _wide(logits).square().neg_().add_(1.0) if wants_slope else None
+        logits.mul_(self.cap)
+        return slope
+
+
+AS_THEY_ARE = LogitTransform()
+
+
+def token_logprobs(
+    head: nn.Module,
+    hidden_T: Tensor,
+    targets_T: Tensor,
+    temperature: float,
+    chunk: int,
+    transform: LogitTransform = AS_THEY_ARE,
+) -> Tensor:
     """(T,) nats of each target; hidden_T is (T, H), `head` maps it to ``head.out_features`` logits.
 
     `chunk` is the most rows of logits that exist at once.
     """
-    return _found(head, hidden_T, targets_T, temperature, chunk, False)[0]
+    return _found(head, hidden_T, targets_T, temperature, chunk, transform, False)[0]
 
 
 def logprobs_and_entropy(
-    head: nn.Module, hidden_T: Tensor, targets_T: Tensor, temperature: float, chunk: int
+    head: nn.Module,
+    hidden_T: Tensor,
+    targets_T: Tensor,
+    temperature: float,
+    chunk: int,
+    transform: LogitTransform = AS_THEY_ARE,
 ) -> tuple[Tensor, Tensor]:
     """``token_logprobs``, and (T,) nats of entropy of the same distributions, without a gradient."""
-    found, entropy_T = _found(head, hidden_T, targets_T, temperature, chunk, True)
+    found, entropy_T = _found(head, hidden_T, targets_T, temperature, chunk, transform, True)
     return found, entropy_T
 
 
@@ -47,15 +91,23 @@ def chunk_rows(vocab_size: int, dtype: torch.dtype, most: int) -> int:
 
 
 def _found(
-    head: nn.Module, hidden_T: Tensor, targets_T: Tensor, temperature: float, chunk: int, wants_entropy: bool
+    head: nn.Module,
+    hidden_T: Tensor,
+    targets_T: Tensor,
+    temperature: float,
+    chunk: int,
+    transform: LogitTransform,
+    wants_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     if isinstance(head, nn.Linear) and not any(weight.requires_grad for weight in head.parameters()):
         wants_grad = hidden_T.requires_grad and torch.is_grad_enabled()
         rows = chunk_rows(head.weight.shape[0], head.weight.dtype, chunk)
-        return _frozen_head(hidden_T, head.weight, head.bias, targets_T, temperature, rows, wants_grad, wants_entropy)
+        return _frozen_head(
+            hidden_T, head.weight, head.bias, targets_T, temperature, rows, transform, wants_grad, wants_entropy
+        )
 
     def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return _picked(head(hidden), targets, temperature, wants_entropy)
+        return _picked(head(hidden), targets, temperature, transform, wants_entropy)
 
     outputs: Any = head.out_features
     rows = chunk_rows(outputs, hidden_T.dtype, chunk)
@@ -78,20 +130,26 @@ class _Picked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, wants_entropy: bool
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        transform: LogitTransform,
+        wants_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
         wants_grad = ctx.needs_input_grad[0]
         logits = logits.detach()
-        logp, entropy = _into(logits, targets, temperature, wants_grad, wants_entropy)
+        logp, entropy = _into(logits, targets, temperature, transform, wants_grad, wants_entropy)
         if wants_grad:
-            ctx.save_for_backward(logits if temperature == 1.0 else logits.div_(temperature))
+            divisor = temperature / transform.scale
+            ctx.save_for_backward(logits if divisor == 1.0 else logits.div_(divisor))
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
-        return (grads[0][:, None] * slope).to(slope.dtype), None, None, None
+        return (grads[0][:, None] * slope).to(slope.dtype), None, None, None, None
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -104,6 +162,7 @@ class _FrozenHead(torch.autograd.Function):
         targets_T: Tensor,
         temperature: float,
         chunk: int,
+        transform: LogitTransform,
         wants_grad: bool,
         wants_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
@@ -112,24 +171,30 @@ class _FrozenHead(torch.autograd.Function):
         for first in range(0, len(hidden_T), chunk):
             part = slice(first, first + chunk)
             logits = nn.functional.linear(hidden_T[part], weight, bias)
-            found.append(_into(logits, targets_T[part], temperature, wants_grad, wants_entropy))
+            found.append(_into(logits, targets_T[part], temperature, transform, wants_grad, wants_entropy))
             if slope_T is not None:
                 torch.mm(logits, weight, out=slope_T[part])
             del logits  # before the next are made
         logp_T, entropy_T = (torch.cat(column) for column in zip(*found, strict=True))
         if slope_T is not None:
-            ctx.save_for_backward(slope_T if temperature == 1.0 else slope_T.div_(temperature))
+            divisor = temperature / transform.scale
+            ctx.save_for_backward(slope_T if divisor == 1.0 else slope_T.div_(divisor))
         ctx.mark_non_differentiable(entropy_T)
         return logp_T, entropy_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope_T,) = ctx.saved_tensors
-        return (grads[0][:, None] * slope_T).to(slope_T.dtype), None, None, None, None, None, None, None
+        return (grads[0][:, None] * slope_T).to(slope_T.dtype), *8 * [None]
 
 
 def _into(
-    logits: Tensor, targets: Tensor, temperature: float, wants_slope: bool, wants_entropy: bool
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    transform: LogitTransform,
+    wants_slope: bool,
+    wants_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (n,) and entropies, (n,) or (0,); `logits` (n, V) are used up or become the slope."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -140,14 +205,22 @@ def _into(
     for first in range(0, len(logits), rows):
         part = slice(first, first + rows)
         of_part = entropy[part] if wants_entropy else None
-        _softmax(logits[part], targets[part], temperature, logp[part], of_part, wants_slope)
+        _softmax(logits[part], targets[part], temperature, transform, logp[part], of_part, wants_slope)
     return logp, entropy
 
 
 def _softmax(
-    logits: Tensor, targets: Tensor, temperature: float, logp: Tensor, entropy: Tensor | None, wants_slope: bool
+    logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    transform: LogitTransform,
+    logp: Tensor,
+    entropy: Tensor | None,
+    wants_slope: bool,
 ) -> None:
-    """Fill `logp` and `entropy`, each (n,). `logits` (n, V) become e(y) - softmax if wanted, else anything."""
+    """Fill `logp` and `entropy`, each (n,). `logits` (n, V) become (e(y) - softmax) f' if wanted, without the scale and
+    the temperature, else anything."""
+    slope = transform.apply(logits, wants_slope=wants_slope)
     wide = _wide(logits)  # the logits themselves where they are wide already
     if temperature != 1.0:
         wide.div_(temperature)
@@ -163,6 +236,8 @@ def _softmax(
         entropy.copy_(log_total[:, 0] - torch.linalg.vecdot(wide, shifted) / total[:, 0])
     if wants_slope:
         wide.div_(total.neg_()).scatter_(1, targets[:, None], -at_target.expm1())  # exact where p is near 1
+        if slope is not None:
+            wide.mul_(slope)
         if wide is not logits:
             logits.copy_(wide)
 

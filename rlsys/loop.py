@@ -16,6 +16,7 @@ from rlsys.config import JobConfig
 from rlsys.facts import Facts, combine
 from rlsys.ledger import Ledger
 from rlsys.measuring import measure
+from rlsys.problems import occurrences
 from rlsys.stages import Centred, Graded, Made, Observer, Place, Rewound, Stages, Trained, joined, joined_grades
 from rlsys.types import Array, SamplingParams
 
@@ -78,17 +79,18 @@ def train(config: JobConfig, stages: Stages, ledger: Ledger, held_out: Array, ob
 
 
 def gather(config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: Clock) -> tuple[Array, Made, Graded]:
-    """A batch of groups with their rewards; those that agree are replaced in up to ``rl.refill_rounds`` more rounds."""
+    """A batch of groups with their rewards; up to ``rl.refill_rounds`` rounds more replace those that teach nothing."""
     problems, rollouts, rewards = list[Array](), list[Made](), list[Graded]()
-    wanted = config.rl.problems_per_step
+    wanted, nothing = config.rl.problems_per_step, np.empty(0, np.int64)
     while wanted and len(rollouts) <= config.rl.refill_rounds:
         with clock("sample"):
-            problems.append(ledger.draw(step, wanted))
-            params = training_params(config, step, len(rollouts))
-            rollouts.append(stages.samplers.sample("train", problems[-1], config.rl.samples_per_problem, params))
+            before, drawn = np.concatenate([nothing, *problems]), ledger.draw(step, wanted)
+            problems.append(drawn)
+            count, params = config.rl.samples_per_problem, training_params(config, step)
+            rollouts.append(stages.samplers.sample("train", drawn, count, params, occurrences(drawn, before)))
         with clock("grade"):
             rewards.append(stages.graders.grade("train", rollouts[-1]))
-        wanted = int(rewards[-1].agreeing.sum())
+        wanted = int(rewards[-1].idle.sum())
     return np.concatenate(problems), in_rounds(config, rollouts, len(rollouts) - 1), joined_grades(rewards)
 
 
@@ -111,9 +113,9 @@ def learn(stages: Stages, datums: Centred, step: int) -> list[Made]:
     return learned
 
 
-def training_params(config: JobConfig, step: int, sampling_round: int) -> SamplingParams:
-    """Seeded by step and round; the samplers go on from there by problem."""
-    return config.rl.sampling.params(seed=config.run.seed * 1_000_003 + step + 1_000_000_007 * sampling_round)
+def training_params(config: JobConfig, step: int) -> SamplingParams:
+    """Seeded by step; the samplers go on from there by problem and by how often the step has drawn it."""
+    return config.rl.sampling.params(seed=config.run.seed * 1_000_003 + step)
 
 
 def is_evaluated(config: JobConfig, step: int) -> bool:

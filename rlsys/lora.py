@@ -1,16 +1,20 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on one base, several at once, by PEFT.
 
-Adapters are named "a0", "a1", ... inside PEFT, whose names may hold no dots. Initial weights depend on the seed and the
-module's name alone: not on the global random state, on other adapters, or on which other modules are adapted.
+Modules are found by role (rlsys/roles.py), so that fused ones are adapted as they are. Their names are those of the
+whole checkpoint, also where the base is its text part (rlsys/text_part.py). Adapters are named "a0", "a1", ... inside
+PEFT, whose names may hold no dots. Initial weights depend on the seed and the module's name alone: not on the global
+random state, on other adapters, or on which other modules are adapted.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import math
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,17 +29,15 @@ from transformers import PreTrainedModel
 from rlsys.adapted import adapted_linear
 from rlsys.errors import ConfigError
 from rlsys.ranks import whole
+from rlsys.roles import is_linear, names, roles_of
+from rlsys.text_part import is_part, whole_name
 
 if TYPE_CHECKING:
     from rlsys.config import LoraSection
 
 _logger = logging.getLogger(__name__)
 
-TARGETS = {
-    "train_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "train_mlp": ("gate_proj", "up_proj", "down_proj"),
-    "train_unembed": ("lm_head",),
-}
+TARGETS = {"train_attn": "attention", "train_mlp": "mlp", "train_unembed": "unembedding"}  # option -> role
 
 
 class Adapters:
@@ -44,16 +46,20 @@ class Adapters:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._tuner: LoraModel | None = None
-        self._layers: dict[str, LoraLayer] = {}  # module path -> layer
+        self._layers: dict[str, LoraLayer] = {}  # module path in the whole checkpoint's model -> layer
         self._active: str | None = None
         self._count = 0
 
     def add(self, section: LoraSection, seed: int, dtype: torch.dtype) -> str:
-        """A new adapter's name. A is uniform in +-1/sqrt(in), B is 0, so it begins as the base."""
+        """A new adapter's name. A is uniform in +-1/sqrt(in), B is 0, so it begins as the base.
+
+        Raises:
+            ConfigError: the model has no such modules that adapters can go to.
+        """
         config = LoraConfig(
             r=section.rank,
             lora_alpha=section.alpha,  # PEFT says int and computes with any number
-            target_modules=self._targets(section),
+            target_modules=_shortest(self._model, target_paths(self._model, section)),
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
@@ -70,7 +76,11 @@ class Adapters:
                 self._tuner.peft_config[name] = config
                 self._tuner.inject_adapter(self._model, name)
         earlier = self._layers
-        self._layers = {path: layer for path, layer in self._model.named_modules() if isinstance(layer, LoraLayer)}
+        self._layers = {
+            whole_name(self._model, path): layer
+            for path, layer in self._model.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
         _fuse({path: layer for path, layer in self._layers.items() if path not in earlier})
         for path, layer in self._of(name).items():
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -129,8 +139,10 @@ class Adapters:
         """PEFT's layout: adapter_config.json and adapter_model.safetensors, in the adapter's own precision."""
         assert self._tuner is not None
         out.mkdir(parents=True, exist_ok=True)
-        config = self._tuner.peft_config[name]
+        config = copy.copy(self._tuner.peft_config[name])
         config.base_model_name_or_path, config.inference_mode = base, True
+        if is_part(self._model):  # the short names are also those of modules in the other parts
+            config.target_modules = _pattern(list(self._of(name)))
         config.save_pretrained(str(out))
         weights = {
             f"base_model.model.{key}.weight": weight.detach().cpu().contiguous()
@@ -141,18 +153,39 @@ class Adapters:
     def _of(self, name: str) -> dict[str, LoraLayer]:
         return {path: layer for path, layer in self._layers.items() if name in layer.lora_A}
 
-    def _targets(self, section: LoraSection) -> list[str]:
-        wanted = [name for kind, names in TARGETS.items() if getattr(section, kind) for name in names]
-        if not wanted:
-            raise ConfigError(f"lora: found none of {', '.join(TARGETS)}; wanted at least one, or nothing is trained")
-        present = {path.rsplit(".", 1)[-1] for path, module in self._model.named_modules() if _is_linear(module)}
-        missing = [name for name in wanted if name not in present]
-        if missing:
-            raise ConfigError(
-                f"lora: {type(self._model).__name__} has no linear modules {', '.join(missing)}; "
-                f"found {', '.join(sorted(present))}"
-            )
-        return wanted
+
+def target_paths(model: PreTrainedModel, section: LoraSection) -> list[str]:
+    """Modules that an adapter goes to.
+
+    Raises:
+        ConfigError: nothing is to be trained, or the model has no linear modules of a wanted role.
+    """
+    wanted = [role for option, role in TARGETS.items() if getattr(section, option)]
+    if not wanted:
+        raise ConfigError(f"lora: found none of {', '.join(TARGETS)}; wanted at least one, or nothing is trained")
+    found, kind = roles_of(model), type(model).__name__
+    if "mlp" in wanted and found.experts is not None:
+        raise ConfigError(
+            f"lora.train_mlp: {kind} is a mixture of experts and keeps their weights stacked in {found.experts}, where "
+            "adapters do not reach; set lora.train_mlp=false to train its attention"
+        )
+    for option, role in TARGETS.items():
+        if role in wanted and not getattr(found, role):
+            raise ConfigError(f"lora.{option}: {kind} has no linear modules of its {role}; set lora.{option}=false")
+    return [path for role in wanted for path in getattr(found, role)]
+
+
+def _shortest(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
+    """Last parts of the paths where they name these modules and no others, as people write them; else the paths."""
+    short = names(tuple(paths))
+    named = [path for path, module in model.named_modules() if path.rpartition(".")[2] in short and is_linear(module)]
+    return list(short) if sorted(named) == sorted(paths) else list(paths)
+
+
+def _pattern(paths: Sequence[str]) -> str:
+    """A regular expression that matches these paths whole, with the layers' numbers left open."""
+    kinds = dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(path)) for path in paths)
+    return "|".join(kinds)
 
 
 def _fuse(layers: Mapping[str, LoraLayer]) -> None:
@@ -184,12 +217,6 @@ class _Fused:
         (name,) = active
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         return adapted_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (
-        isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear)
-    )
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -43,7 +43,9 @@ def measure(config: JobConfig, samplers: Sampling, graders: Graders, held_out: A
         params = SamplingParams(section.max_tokens, section.temperature, seed=config.task.eval_seed, stop=stop)
         sampled = samplers.sample("eval", held_out, section.samples, params)
         passed = graders.grade("eval", sampled).passed
-    found = evaluation_of(grades.solved, passed, section.samples, section.pass_k, section.confidence)
+    found = evaluation_of(
+        grades.grade, passed, section.samples, section.pass_k, section.confidence, config.rewards.solved_at
+    )
     facts = {
         **found.facts(),
         "eval/mean_tokens": rollouts.facts["sampler/completion_tokens_mean"],

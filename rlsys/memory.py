@@ -117,10 +117,15 @@ def sampler_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
 
 def adapter_parameters(lora: LoraSection, dims: Dimensions) -> int:
     """Of one run."""
-    pairs = [pair for name, pair in dims.linears.items() if _is_trained(lora, name)]
-    per_layer = sum(inputs + outputs for inputs, outputs in pairs)
+    attention = dims.num_layers * _sides(dims.attention) if lora.train_attn else 0
+    mlp = (dims.num_layers - dims.mixture_layers) * _sides(dims.mlp) if lora.train_mlp else 0
     ends = dims.hidden_size + dims.vocab_size if lora.train_unembed else 0
-    return lora.rank * (dims.num_layers * per_layer + ends)
+    return lora.rank * (attention + mlp + ends)
+
+
+def _sides(linears: Mapping[str, tuple[int, int]]) -> int:
+    """Of adapters of rank 1 on all of them."""
+    return sum(inputs + outputs for inputs, outputs in linears.values())
 
 
 def micro_batch_tokens(config: JobConfig) -> int:
@@ -180,10 +185,6 @@ def _computed_bytes(config: JobConfig) -> int:
     return SAVED_BYTES[computing_dtype(config.model.dtype, config.learner.device)]
 
 
-def _is_trained(lora: LoraSection, linear: str) -> bool:
-    return lora.train_attn if linear in ("q_proj", "k_proj", "v_proj", "o_proj") else lora.train_mlp
-
-
 def _layer_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
     """Kept of one layer, all in the dtype that is computed in but for norms' and attention's figures per row.
 
@@ -195,7 +196,7 @@ def _layer_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
     hidden, inner, query, kv = dims.hidden_size, dims.intermediate_size, dims.query_size, dims.kv_size
     small = FP32 * (2 * dims.num_heads + dims.num_kv_heads + 2)
     blocks: Blocks = [(2, size * query), (2, size * kv), (3, size * inner), (2, size * hidden), (1, small)]
-    if dims.qk_norm:
+    if dims.family.head_norms != "none":
         blocks += [(1, size * query), (1, size * kv)]
     if lora.train_attn:
         blocks += [(1, size * hidden), (4, size * lora.rank)]
@@ -274,7 +275,8 @@ def _supervised(config: JobConfig, dims: Dimensions) -> Phase:
     """All weights in fp32 with gradients; muon keeps one moment of a matrix, AdamW two."""
     assert config.model.make
     section, weights = config.model.make.supervised, FP32 * dims.parameters
-    matrices = dims.num_layers * sum(inputs * outputs for inputs, outputs in dims.linears.values())
+    linears = (*dims.attention.values(), *dims.mlp.values())
+    matrices = dims.num_layers * sum(inputs * outputs for inputs, outputs in linears)
     single = matrices if section.optimizer == "muon" else 0
     tokens = min(
         max(config.learner.token_budget, config.model.max_length), section.batch_size * config.model.max_length
@@ -297,9 +299,9 @@ def _supervised(config: JobConfig, dims: Dimensions) -> Phase:
 def _slots(config: JobConfig, dims: Dimensions) -> int:
     """Slots are as wide as the widest adapter allowed and cover every linear module, trained or not."""
     section, size = config.sampler, SAVED_BYTES[config.model.dtype]
-    per_layer = sum(inputs + outputs for inputs, outputs in dims.linears.values())
+    layers = dims.num_layers * _sides(dims.attention) + (dims.num_layers - dims.mixture_layers) * _sides(dims.mlp)
     ends = dims.hidden_size + dims.vocab_size if config.sampler_device == "cpu" else 0
-    slots = section.max_live_adapters * slot_width(section) * (dims.num_layers * per_layer + ends)
+    slots = section.max_live_adapters * slot_width(section) * (layers + ends)
     return size * (slots + section.max_live_adapters * adapter_parameters(config.lora, dims))
 
 

@@ -3,9 +3,10 @@
     y = w x r,  r = (mean(x^2) + eps)^(-1/2)       dx = r (w g) - x r^3 <w g, x> / n,   dw = sum over rows of g x r
 
 transformers computes it from six elementary operations, each with a gradient of its own, and in fp32 even where the
-model is float64. Half precision is computed in fp32 and rounded where transformers rounds, x r and then w x r; what is
-kept is x as it is, no fp32 copy. On CPU a block of rows goes through all operations before the next, so that what is
-between them stays in the cache. A module is replaced only where it is of that form and gives the same values.
+model is float64. Half precision is computed in fp32 and rounded where vLLM rounds, x r and then w x r; Gemma's norms,
+with 1 + w for w, round once, at the end. What is kept is x as it is, no fp32 copy. On CPU a block of rows goes through
+all operations before the next, so that what is between them stays in the cache. A module is replaced only where it is
+of that form and gives the same values.
 """
 
 from __future__ import annotations
@@ -26,57 +27,67 @@ def replace_norms(model: nn.Module) -> int:
     """How many RMS norms of the model now run here."""
     count = 0
     for module in model.modules():
-        weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-        if weight is None or eps is None or weight.ndim != 1 or not weight.is_floating_point():
+        weight = getattr(module, "weight", None)
+        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+        if weight is None or not isinstance(eps, float) or weight.ndim != 1 or not weight.is_floating_point():
             continue
-        fused = _Bound(module, float(eps))
         sample = torch.linspace(-2, 3, 3 * len(weight), dtype=weight.dtype, device=weight.device).view(3, -1)
         bound = max(1e-5, 2 * torch.finfo(weight.dtype).eps)  # a formula that differs, differs by far more
-        with torch.no_grad():
-            same = torch.allclose(fused(sample), module(sample), rtol=bound, atol=0.1 * bound)
-        if same:
-            module.forward = fused
-            count += 1
+        for from_one in (False, True):
+            fused = _Bound(module, eps, from_one)
+            with torch.no_grad():
+                same = torch.allclose(fused(sample), module(sample), rtol=bound, atol=0.1 * bound)
+            if same:
+                module.forward = fused
+                count += 1
+                break
     return count
 
 
 class _Bound:
     """A module's forward; it reads the weight at each call, which an optimizer may have changed."""
 
-    def __init__(self, module: nn.Module, eps: float) -> None:
-        self._module, self._eps = module, eps
+    def __init__(self, module: nn.Module, eps: float, from_one: bool) -> None:
+        self._module, self._eps, self._from_one = module, eps, from_one
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return _rms_norm(hidden, self._module.weight, self._eps)
+        return _rms_norm(hidden, self._module.weight, self._eps, self._from_one)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, from_one: bool) -> Tensor:
         wide = _wide(x.dtype)
+        factor = weight.to(wide).add(1.0) if from_one else weight
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         r = torch.empty(*x.shape[:-1], 1, dtype=wide, device=x.device)
         for x_n, y_n, r_n in _blocks(x, y, r):
             torch.linalg.vector_norm(x_n, dim=-1, keepdim=True, dtype=wide, out=r_n)
             r_n.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-            torch.mul(x_n, r_n, out=y_n) if x.dtype == wide else y_n.copy_(x_n * r_n)
-            y_n.mul_(weight)
+            if x.dtype == wide:
+                torch.mul(x_n, r_n, out=y_n).mul_(factor)
+            elif from_one:
+                y_n.copy_((x_n * r_n).mul_(factor))
+            else:
+                y_n.copy_(x_n * r_n).mul_(factor)
         ctx.save_for_backward(x, weight, r)
+        ctx.from_one = from_one
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, r = ctx.saved_tensors
+        factor = weight.to(r.dtype).add(1.0) if ctx.from_one else weight
         of_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         of_weight = torch.zeros_like(weight, dtype=r.dtype) if ctx.needs_input_grad[1] else None
         for g_n, x_n, r_n, of_x_n in _blocks(grads[0], x, r, of_x):
             x_wide = x_n.to(r.dtype)
             if of_weight is not None:
                 of_weight += r_n[:, 0] @ (g_n * x_wide)
-            g_wide = (g_n * weight).to(r.dtype)
+            g_wide = (g_n * factor).to(r.dtype)
             slope = torch.linalg.vecdot(g_wide, x_wide)[:, None].mul_(r_n.pow(3)).div_(-x.shape[-1])
             of_x_n.copy_(g_wide.mul_(r_n).addcmul_(x_wide, slope))
-        return of_x, None if of_weight is None else of_weight.to(weight.dtype), None
+        return of_x, None if of_weight is None else of_weight.to(weight.dtype), None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

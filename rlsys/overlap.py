@@ -26,6 +26,7 @@ from rlsys.config import JobConfig
 from rlsys.facts import Facts, combine
 from rlsys.ledger import Ledger
 from rlsys.loop import evaluate, in_rounds, is_evaluated, training_params
+from rlsys.problems import occurrences
 from rlsys.stages import (
     Centred,
     Graded,
@@ -160,10 +161,12 @@ class Pipeline:
                 self._submit(piece, share)
 
     def _submit(self, piece: Piece, problems: Array) -> None:
-        params = training_params(self.config, piece.place.step, len(piece.problems))
+        step, samplers = piece.place.step, self.stages.samplers
+        before = [part for other in self.steps[step] for part in other.problems]
         piece.problems.append(problems)
-        count = self.config.rl.samples_per_problem
-        self.tickets[self.stages.samplers.submit("train", problems, count, params)] = piece
+        nth = occurrences(problems, np.concatenate(before) if before else ())
+        count, params = self.config.rl.samples_per_problem, training_params(self.config, step)
+        self.tickets[samplers.submit("train", problems, count, params, nth)] = piece
 
     def _grade(self, piece: Piece, rollouts: Made) -> None:
         piece.rollouts.append(rollouts)
@@ -174,16 +177,16 @@ class Pipeline:
         return self.stages.graders.grade("train", rollouts), time.perf_counter() - began
 
     def _take_in_grades(self) -> None:
-        """Replace groups that agree, if asked to; hand whole pieces to the learner, in order."""
+        """Replace groups that teach nothing, if asked to; hand whole pieces to the learner, in order."""
         for piece in list(self.queue):
             if piece.grading is not None and piece.grading.done():
                 rewards, seconds = piece.grading.result()
                 piece.rewards.append(rewards)
                 piece.graded_s += seconds
                 piece.grading = None
-                agreeing = int(piece.rewards[-1].agreeing.sum())
-                if agreeing and len(piece.rewards) <= self.config.rl.refill_rounds:
-                    self._submit(piece, self.ledger.draw(piece.place.step, agreeing))
+                idle = int(piece.rewards[-1].idle.sum())
+                if idle and len(piece.rewards) <= self.config.rl.refill_rounds:
+                    self._submit(piece, self.ledger.draw(piece.place.step, idle))
         while self.queue and self._is_whole(self.queue[0]):
             if self.stopping and self.queue[0].place.begins_step:
                 return

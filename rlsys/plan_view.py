@@ -21,7 +21,7 @@ def show(config: JobConfig, dims: Dimensions, nodes: Sequence[Node], plan: Plan,
     """What is asked for, what there is, and what follows."""
     line = console.print
     line(f"[bold]{escape(config.run.name)}[/]: {dims.parameters / 1e6:,.1f} M parameters, {config.model.dtype}")
-    line(f"dimensions from {escape(dims.source)}", soft_wrap=True)
+    line(f"{escape(dims.family.name)}{escape(_shape(dims))}; dimensions from {escape(dims.source)}", soft_wrap=True)
     for node in nodes:
         gpu = "" if node.gpu_memory is None else f", GPUs of {gib(node.gpu_memory)}"
         line(f"{escape(node.name)} has {told(node.resources)}, {gib(node.memory)} of memory{gpu}", soft_wrap=True)
@@ -45,6 +45,13 @@ def show(config: JobConfig, dims: Dimensions, nodes: Sequence[Node], plan: Plan,
         line(f"[red]shortfall[/] {escape(shortfall)}", soft_wrap=True)
     if not plan.shortfalls:
         line("[green]it fits[/]")
+
+
+def _shape(dims: Dimensions) -> str:
+    """What memory alone does not tell."""
+    mixture = f", {dims.num_experts} experts in {dims.mixture_layers} of {dims.num_layers} layers"
+    window = f", a window of {dims.window} tokens in {dims.windowed_layers} of {dims.num_layers} layers"
+    return (mixture if dims.mixture_layers else "") + (window if dims.window else "")
 
 
 def _table(plan: Plan) -> Table:

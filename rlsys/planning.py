@@ -28,6 +28,7 @@ from rlsys.memory import (
     sampler_memory,
     slot_width,
 )
+from rlsys.model_support import shape_problems
 from rlsys.precision import computing_dtype
 
 NODE_SHARE = 1e-3  # of a node's own resource "node:<address>", which there is 1 of
@@ -123,25 +124,7 @@ def _rows(config: JobConfig, dims: Dimensions) -> tuple[Row, ...]:
 
 def _impossible(config: JobConfig, dims: Dimensions) -> Iterator[str]:
     """What no cluster could do."""
-    if config.model.max_length > dims.max_positions:
-        yield (
-            f"model.max_length {config.model.max_length}: the model has positions for {dims.max_positions}; set "
-            f"model.max_length={dims.max_positions} or less"
-        )
-    if dims.num_heads % dims.num_kv_heads:
-        yield (
-            f"model.make.num_heads {dims.num_heads} is no multiple of model.make.num_kv_heads {dims.num_kv_heads}; set "
-            f"model.make.num_kv_heads={math.gcd(dims.num_heads, dims.num_kv_heads)}"
-        )
-    parallel = config.sampler.tensor_parallel_size
-    if dims.num_heads % parallel:
-        fitting = [n for n in range(1, dims.num_heads + 1) if dims.num_heads % n == 0 and n <= parallel]
-        yield (
-            f"sampler.tensor_parallel_size {parallel} does not divide the model's {dims.num_heads} heads; set "
-            f"sampler.tensor_parallel_size={fitting[-1]}"
-        )
-    if config.learner.device == "cuda" and config.learner.num_gpus == 0:
-        yield "learner.device cuda, learner.num_gpus 0: Ray hides GPUs from who asks for none; set learner.num_gpus=1"
+    yield from shape_problems(dims, config.model.max_length, config.lora, config.sampler, config.sampler.device)
 
 
 def _placement(config: JobConfig, nodes: Sequence[Node]) -> Iterator[str]:
@@ -307,7 +290,7 @@ def _warnings(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Ite
             f"sampler.max_lora_rank {sampler.max_lora_rank} makes slots of width {width} for adapters of lora.rank "
             f"{lora.rank}; sampler.max_lora_rank={lora.rank} saves memory and time"
         )
-    smallest = min(min(pair) for pair in dims.linears.values())
+    smallest = min(min(pair) for pair in (*dims.attention.values(), *dims.mlp.values()))
     if lora.rank > smallest:
         yield f"lora.rank {lora.rank} is above the smallest side of the matrices, {smallest}; lora.rank={smallest}"
     if computing_dtype(config.model.dtype, learner.device) != config.model.dtype:
@@ -317,8 +300,12 @@ def _warnings(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Ite
         )
     if sampler.enforce_eager and config.sampler_device == "cuda":
         yield "sampler.enforce_eager on a GPU: decoding without CUDA graphs is slow; sampler.enforce_eager=false"
-    if learner.device == "cpu" and learner.num_gpus > 0:
-        yield f"learner.num_gpus {learner.num_gpus:g} with learner.device cpu: the GPU would idle; learner.device=cuda"
+    optim, steps = config.rl.optim, config.rl.steps
+    if optim.schedule != "constant" and optim.final_share == 0 and (optim.decay_steps or steps) < steps:
+        yield (
+            f"rl.optim.decay_steps {optim.decay_steps}: the learning rate is 0 after step {optim.decay_steps}, and "
+            f"rl.steps {steps} goes on; set rl.optim.final_share, or rl.optim.decay_steps={steps}"
+        )
     if learner.num_workers > completions:
         yield f"learner.num_workers {learner.num_workers}: a step has {completions} sequences, so some ranks idle"
     for who, section in (("learner", learner), ("sampler", sampler)):

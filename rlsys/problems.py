@@ -6,6 +6,7 @@ Axes: N problems of a set, P of a batch. A batch is an array of ids: nothing but
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,16 @@ class ProblemSet:
         lengths = self.prompt_offsets[ids + 1] - starts
         offsets = offsets_of(lengths)
         return self.prompt_tokens[spans(starts, lengths)], offsets
+
+
+def occurrences(problems: Array, before: Array | Sequence[int] = ()) -> Array:
+    """(P,) int64, how often each problem comes earlier, in `before` or in `problems` itself: 7 3 7 7 -> 0 0 1 2."""
+    times = Counter(np.asarray(before, np.int64).tolist())
+    found = np.empty(len(problems), np.int64)
+    for at, problem in enumerate(np.asarray(problems).tolist()):
+        found[at] = times[problem]
+        times[problem] += 1
+    return found
 
 
 def encode(

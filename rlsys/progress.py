@@ -65,7 +65,8 @@ class Progress:
     ) -> None:
         """The stage has made `step` steps; what is left out stays as shown. `times`: seconds by part of a step."""
         assert self._stage is not None, "update() outside of a stage"
-        figures = {"reward": reward, "accuracy": accuracy, "loss": loss, "tokens/s": tokens_per_s}
+        held_out = "accuracy" if accuracy is None else held_out_name(accuracy)
+        figures = {"reward": reward, held_out: accuracy, "loss": loss, "tokens/s": tokens_per_s}
         self._stage.update(step, {name: value for name, value in figures.items() if value is not None}, times)
 
     def note(self, text: str) -> None:
@@ -220,6 +221,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+def held_out_name(*means: float) -> str:
+    """What mean grades are called: shares of right answers, or outside of 0 to 1 a reward of the user's own."""
+    return "accuracy" if all(math.isnan(mean) or 0 <= mean <= 1 for mean in means) else "held-out reward"
+
+
 def closing_rows(
     run_dir: Path,
     *,
@@ -232,8 +238,12 @@ def closing_rows(
     adapter: Path | None,
 ) -> list[Row]:
     """What a job ends with: the result, and where to look. An accuracy that was not evaluated is NaN."""
+    name = held_out_name(accuracy_before, accuracy_after)
     rows = [
-        ("held-out accuracy", f"{_accuracy(accuracy_before)} before, {_accuracy(accuracy_after)} after"),
+        (
+            "held-out accuracy" if name == "accuracy" else name,
+            f"{_accuracy(accuracy_before)} before, {_accuracy(accuracy_after)} after",
+        ),
         ("steps", str(steps)),
         ("time", duration(seconds)),
         ("report", str(run_dir / "report.html")),
@@ -249,4 +259,4 @@ def closing_rows(
 
 
 def _accuracy(value: float) -> str:
-    return "not evaluated" if math.isnan(value) else f"{value:.3f}"
+    return "not evaluated" if math.isnan(value) else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

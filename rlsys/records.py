@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -53,7 +53,8 @@ class GroupsRow:
 
     step: int
     problems: Sequence[int]
-    solved: Sequence[float]  # mean grade of each, 0 to 1
+    solved: Sequence[float]  # share of each one's completions that are right, 0 to 1; mean grade in files of 0.1.0
+    grades: Sequence[float] = field(default_factory=list)  # mean grade of each; empty in files of 0.1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,12 @@ def read_rollouts(run_dir: Path) -> list[RolloutRow]:
 
 def read_groups(run_dir: Path) -> list[GroupsRow]:
     return [
-        GroupsRow(record["step"], record["problems"], [float(value) for value in record["solved"]])
+        GroupsRow(
+            record["step"],
+            record["problems"],
+            [float(value) for value in record["solved"]],
+            [float(value) for value in record.get("grades", [])],
+        )
         for record in read_lines(run_dir / GROUPS)
     ]
 

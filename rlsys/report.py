@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from rlsys.errors import ConfigError
 from rlsys.files import replace_file
-from rlsys.progress import duration
+from rlsys.progress import duration, held_out_name
 from rlsys.records import (
     CONFIG,
     ENVIRONMENT,
@@ -34,7 +34,7 @@ from rlsys.records import (
 from rlsys.report_charts import BOTTOM, HEIGHT, LEFT, RIGHT, SECTIONS, TOP, WIDTH, Record, chart, series
 from rlsys.report_numbers import number, percent
 from rlsys.report_problems import outcomes
-from rlsys.report_rollouts import EXTREME_STEPS, RATIO_LEVELS, pairs, samples
+from rlsys.report_rollouts import EXTREME_STEPS, RATIO_LEVELS, pairs, samples, verdicts
 
 TEMPLATES = Path(__file__).parent / "templates"
 REPORT = "report.html"
@@ -74,6 +74,7 @@ def page(run_dir: Path) -> str:
     )
     environment.filters["number"] = number
     environment.filters["percent"] = percent
+    environment.filters["verdict"] = verdicts([row.reward for row in rows])
     script, style = (_text(TEMPLATES / name) for name in ("report.js", "report.css"))
     return environment.get_template("report.html.j2").render(
         script=Markup(script),
@@ -108,20 +109,24 @@ def _hash(text: str) -> str:
 
 
 def headline(records: Sequence[Record]) -> dict[str, str] | None:
-    """Accuracy at the first and the last evaluation; None before there is one."""
+    """Accuracy (or a mean grade of another kind) at the first and the last evaluation; None before there is one."""
     accuracy = series(records, "eval/accuracy")
     if not accuracy:
         return None
     (first_step, before), (last_step, after) = accuracy[0], accuracy[-1]
     low, high = (dict(series(records, f"eval/accuracy_{end}")) for end in ("low", "high"))
     known = last_step in low and last_step in high
+    name = held_out_name(*(value for _, value in accuracy))
+    is_share = name == "accuracy"
+    said = percent if is_share else number
     return {
-        "before": percent(before),
-        "after": percent(after) if len(accuracy) > 1 else "",
-        "gain": f"{(after - before) * 100:+.1f} points",
+        "name": "Held-out accuracy" if is_share else "Held-out reward",
+        "before": said(before),
+        "after": said(after) if len(accuracy) > 1 else "",
+        "gain": f"{(after - before) * 100:+.1f} points" if is_share else f"{after - before:+.3g}",
         "verdict": "good" if after > before else "bad" if after < before else "part",
         "steps": f"steps {first_step} to {last_step}",
-        "interval": f"interval {percent(low[last_step])} to {percent(high[last_step])}" if known else "",
+        "interval": f"interval {said(low[last_step])} to {said(high[last_step])}" if known else "",
     }
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlsys.report_numbers import Scale, nice_ticks, number, tick_labels
@@ -36,6 +36,7 @@ class ChartSpec:
     high: float | None = None
     pattern: str = ""  # of further metrics; their label is `label`, with the group in it
     label: str = "{}"
+    no_share: str = ""  # the title where values are no shares, though the axis is for such: a user's own rewards
     interval: bool = False  # a line `x` has a band between `x_low` and `x_high`, where they were logged
 
 
@@ -55,12 +56,13 @@ TIMES = {
 # fmt: off
 SECTIONS: Mapping[str, Sequence[ChartSpec]] = {
     "Overview": (
-        ChartSpec("Held-out accuracy", {"eval/accuracy": "greedy"}, low=0, high=1, interval=True),
+        ChartSpec("Held-out accuracy", {"eval/accuracy": "greedy"}, low=0, high=1, interval=True,
+                  no_share="Held-out reward"),
         ChartSpec("Held-out pass@k", pattern=r"eval/pass_at_(\d+)", label="pass@{}", low=0, high=1, interval=True),
         ChartSpec("Reward", {"reward/mean": "mean", "reward/std": "standard deviation"}, low=0, high=1),
         ChartSpec("Reward terms", {"reward/correct": "correct", "reward/format": "format", "reward/length": "length",
                                    "reward/overlong": "overlong"}),
-        ChartSpec("Groups", {"reward/groups": "all", "reward/agreeing_groups": "agreeing, teach nothing"}, low=0),
+        ChartSpec("Groups", {"reward/groups": "all", "reward/agreeing_groups": "all rewards the same"}, low=0),
         ChartSpec("Time per stage", TIMES, unit="s", stacked=True, low=0),
     ),
     "Policy": (
@@ -167,6 +169,10 @@ def chart(spec: ChartSpec, records: Sequence[Record]) -> Chart | None:
     steps = sorted({step for line in lines for step, _ in line.points})
     every = [points for line in lines for points in (line.points, line.low, line.high)]
     values = [value for points in every for _, value in points if math.isfinite(value)]
+    if (spec.low, spec.high) == (0, 1) and values and not (min(values) >= 0 and max(values) <= 1):
+        spec = replace(spec, low=None, high=None)
+        if not all(0 <= value <= 1 for line in lines for _, value in line.points if math.isfinite(value)):
+            spec = replace(spec, title=spec.no_share or spec.title)
     if spec.stacked:
         values += _totals(lines).values()
     values += [bound for bound in (spec.low, spec.high) if bound is not None]

@@ -17,7 +17,7 @@ class Tried:
 
     id: int
     groups: int
-    solved: float  # mean grade over them, 0 to 1
+    solved: float  # share of their completions that are right, 0 to 1
     last_step: int
     prompt: str  # empty where problems.jsonl does not have it
     answer: str
@@ -42,21 +42,21 @@ class Outcomes:
 
 def outcomes(rows: Sequence[GroupsRow], problems: Mapping[int, ProblemRow]) -> Outcomes | None:
     """None before the first group."""
-    grades: dict[int, list[float]] = {}
+    shares: dict[int, list[float]] = {}
     last: dict[int, int] = {}
     for row in rows:
-        for problem, grade in zip(row.problems, row.solved, strict=True):
-            grades.setdefault(problem, []).append(grade)
+        for problem, share in zip(row.problems, row.solved, strict=True):
+            shares.setdefault(problem, []).append(share)
             last[problem] = max(row.step, last.get(problem, 0))
-    if not grades:
+    if not shares:
         return None
     found: dict[str, list[Tried]] = {"never": [], "always": [], "sometimes": []}
-    for problem, some in grades.items():
+    for problem, some in shares.items():
         kind = "never" if max(some) <= 0 else "always" if min(some) >= 1 else "sometimes"
         known = problems.get(problem)
         prompt, answer = (_short(known.prompt), known.answer) if known else ("", "")
         found[kind].append(Tried(problem, len(some), sum(some) / len(some), last[problem], prompt, answer))
-    return Outcomes(**found, groups=sum(map(len, grades.values())), total=len(problems) or None)
+    return Outcomes(**found, groups=sum(map(len, shares.values())), total=len(problems) or None)
 
 
 def _short(prompt: str) -> str:

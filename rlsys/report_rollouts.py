@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rlsys.records import UNKNOWN, RolloutRow
@@ -121,6 +121,15 @@ def extremes(rows: Sequence[RolloutRow]) -> tuple[list[RolloutRow], list[Rollout
         (row for row in recent if id(row) not in chosen), key=lambda row: (row.reward, row.advantage or 0.0, -row.step)
     )
     return worst[:each], best
+
+
+def verdicts(rewards: Sequence[float]) -> Callable[[float], str]:
+    """The colour of a reward: rewards of 0 to 1 by right and wrong, others by the thirds of their range."""
+    finite = [reward for reward in rewards if math.isfinite(reward)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    third = (high - low) / 3
+    bad, good = (0.0, 1.0) if low >= 0 and high <= 1 else (low + third, high - third)
+    return lambda reward: "good" if reward >= good else "bad" if reward <= bad else "part"
 
 
 def plain(row: RolloutRow) -> Shown:

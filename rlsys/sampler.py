@@ -18,8 +18,9 @@ import numpy as np
 
 from rlsys.canary import BOUND_FACTOR, StartupProbe
 from rlsys.config import ModelSection, SamplerSection
+from rlsys.dimensions import read_config
 from rlsys.drawn import Drawn, gathered, joined
-from rlsys.engine.arguments import UNEMBEDDING, engine_arguments
+from rlsys.engine.arguments import engine_arguments
 from rlsys.engine.attest import attest, attest_base, distance
 from rlsys.engine.lent import lent
 from rlsys.engine.live import BASE_VERSION, Adapter, Hold, LiveVersions, kept
@@ -44,6 +45,8 @@ from rlsys.engine.shards import proven_digest
 from rlsys.engine.start import Device, engine_processes, preload, prepare_environment
 from rlsys.engine.workers import values
 from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, SamplingError, WeightSyncError
+from rlsys.families import family_of
+from rlsys.model_support import unembedding_problem
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import AdapterSnapshot, Attestation, WeightUpdate
@@ -149,13 +152,16 @@ class Sampler:
         run_id: str | None,
         version: int,
         move_on: bool = False,
+        occurrence: Array | None = None,
     ) -> Rollouts:
         """n completions of each of P prompts under one version (`run_id` None and version -1: the base).
 
-        `params.seed` None draws from this sampler's own sequence; else the same problems draw the same. Greedy requests
-        (temperature 0) are computed once and copied; their log-probabilities are those at temperature 1. Stop tokens,
-        but not stop strings' tails, are part of a completion. `move_on`: whenever a newer version of the run is loaded,
-        what is not done goes on under that one; only then do versions differ inside a completion.
+        `params.seed` None draws from this sampler's own sequence; else the same problems draw the same, and a problem
+        that comes again draws anew. `occurrence`: (P,) how often each came in earlier calls or in this one; None: in
+        this one. Greedy requests (temperature 0) are computed once and copied; their log-probabilities are those at
+        temperature 1. Stop tokens, but not stop strings' tails, are part of a completion. `move_on`: whenever a newer
+        version of the run is loaded, what is not done goes on under that one; only then do versions differ inside a
+        completion.
 
         Raises:
             SamplingError: nothing was started.
@@ -169,14 +175,15 @@ class Sampler:
         children = n if params.temperature > 0 else 1
         prompts = _rows(prompt_tokens, prompt_offsets)
         if move_on and run_id is not None:
-            seeds = iter(child_seeds(seed, problems, children))
+            seeds = iter(child_seeds(seed, problems, children, occurrence))
             with self.hold(run_id, version, len(prompts), moves=True) as hold:
                 ones = [replace(params, seed=next(seeds)) for _ in range(len(prompts) * children)]
                 rows = [prompt for prompt in prompts for _ in range(children)]
                 draws = [self.draw(hold, row, one) for row, one in zip(rows, ones, strict=True)]
                 done = [one for one in await _together(draws) for _ in range(n // children)]
             return gathered(problems, prompt_tokens, prompt_offsets, done)
-        requests = [engine_params(params, children, group, self._about) for group in group_seeds(seed, problems)]
+        groups = group_seeds(seed, problems, occurrence)
+        requests = [engine_params(params, children, group, self._about) for group in groups]
         with self._using(run_id, version, len(requests)) as adapter:
             outputs = await self._work(
                 [self._generate(*pair, adapter) for pair in zip(prompts, requests, strict=True)], adapter
@@ -490,10 +497,10 @@ class Sampler:
             )
         if snapshot.dtype != self._model.dtype:
             raise WeightSyncError(f"{where}: found {snapshot.dtype}; wanted model.dtype {self._model.dtype}")
-        if self._device != "cpu" and any(UNEMBEDDING in slot.name for slot in snapshot.layout):
+        reason = unembedding_problem(self._about.vocab_size, family_of(read_config(self._base)), self._device)
+        if reason is not None and any(".layers." not in slot.name for slot in snapshot.layout):
             raise WeightSyncError(
-                f"{where}: holds {UNEMBEDDING} tensors; vLLM's GPU LoRA has no mapping for the rows of prompt "
-                "log-probabilities there and would score them wrong; set lora.train_unembed: false"
+                f"{where}: holds an adapter of the output layer: {reason}; set lora.train_unembed=false"
             )
 
     async def _install(self, snapshot: AdapterSnapshot, adapter: Adapter, leaving: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,10 @@ ONE = np.zeros(1, np.int64)
 
 class ServiceEngine(Sampler):
     """Versions of different runs may have the same number, and one run's may repeat, so the key stands for both."""
+
+    def own_seed(self) -> int:
+        """From the system: a client that names no seed draws anew in each call and in each session."""
+        return secrets.randbits(63)
 
     async def serve(self, key: str, update: WeightUpdate, bound: float | None) -> Attestation:
         """As `load`."""

@@ -29,9 +29,9 @@ class Made:
 class Graded(Made):
     """(R,) rewards, and what of them the loop and its reports need of each of the P groups."""
 
-    solved: Array  # (P,) float64, mean grade: the task's own, without other terms of the reward
-    passed: Array  # (P,) int64, completions with a whole grade
-    agreeing: Array  # (P,) bool, all rewards of the group are the same
+    grade: Array  # (P,) float64, mean grade: the task's own, without other terms of the reward
+    passed: Array  # (P,) int64, completions whose grade is rewards.solved_at or more
+    idle: Array  # (P,) bool, the group teaches nothing: see rlsys.advantages.groups_teach_nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +70,22 @@ class Samplers(Protocol):
     def version(self) -> int:
         """The one that is loaded."""
 
-    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> Made:
-        """(P,) problem ids -> Rollouts, n completions each, under the version that is loaded."""
+    def sample(
+        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+    ) -> Made:
+        """(P,) problem ids -> Rollouts, n completions each, under the version that is loaded.
+
+        A draw is a function of `params.seed`, the problem and its occurrence, `occurrence` (P,) counting what was drawn
+        before under this seed; None: nothing was, so a problem's place among its like in `problems` counts.
+        """
 
     def load(self, update: Published) -> Facts:
         """Serve the update's version from now on; every sampler attests it, or this raises WeightSyncError. What is
         running goes on."""
 
-    def submit(self, split: str, problems: Array, n: int, params: SamplingParams) -> int:
+    def submit(
+        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+    ) -> int:
         """As `sample`, without waiting: a ticket. Each group starts on the version that is loaded when it starts."""
 
     def collect(self, timeout_s: float) -> list[tuple[int, Made]]:
@@ -171,5 +179,5 @@ def joined(parts: Sequence[Made]) -> Made:
 
 def joined_grades(parts: Sequence[Graded]) -> Graded:
     whole = joined(parts)
-    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("solved", "passed", "agreeing"))
+    columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("grade", "passed", "idle"))
     return Graded(whole.refs, whole.facts, *columns)

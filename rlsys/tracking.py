@@ -133,10 +133,10 @@ class Tracker:
         if self._wandb:
             self._wandb.table(self._row, int(step), rows)
 
-    def groups(self, step: int, problems: Sequence[int], solved: Sequence[float]) -> None:
-        """Write down what became of a step's groups: ids of their problems, and the mean grade (0 to 1) of each."""
-        assert len(problems) == len(solved), f"{len(problems)} problems and {len(solved)} grades"
-        row = GroupsRow(int(step), [int(problem) for problem in problems], [float(grade) for grade in solved])
+    def groups(self, step: int, problems: Sequence[int], solved: Sequence[float], grades: Sequence[float] = ()) -> None:
+        """Write down what became of a step's groups: ids of their problems, share solved and mean grade of each."""
+        assert len(problems) == len(solved), f"{len(problems)} problems and {len(solved)} shares"
+        row = GroupsRow(int(step), [int(problem) for problem in problems], [*map(float, solved)], [*map(float, grades)])
         write_line(self._files[GROUPS], asdict(row))
 
     def rewind(self, step: int) -> None:

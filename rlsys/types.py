@@ -263,7 +263,8 @@ class SamplingParams:
 
     ``stop``: None: the model's own end tokens end a completion. Strings end it beside those; one that is the text of a
     special token is that token. Token ids end it alone, and [] means never.
-    ``seed``: the same seed draws the same, and the completions of one request differ; None draws anew each time.
+    ``seed``: the same seed draws the same, and the completions of one request differ. None: a client's request draws
+    anew each time, in this session and in every later one.
 
     Raises:
         SamplingError: a value outside its range.

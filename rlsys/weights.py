@@ -34,7 +34,7 @@ class AdapterSnapshot:
     run_id: str
     version: int
     rank: int
-    dtype: str  # of all tensors: "float32", "float16" or "bfloat16"
+    dtype: str  # of all tensors, as model.dtype
     layout: tuple[TensorSlot, ...]  # sorted by name
     buffer: Array  # (nbytes,) uint8
     digest: str  # digest_tensors of the tensors in layout order

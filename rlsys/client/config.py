@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from rlsys.config import ClusterSection, LearnerSection, ModelSection, Precision, SamplerSection, Section
+from rlsys.config import ClusterSection, LearnerSection, ModelSection, Precision, SamplerSection, Section, refuse_dtype
 
 Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")]
 
@@ -21,7 +21,8 @@ class ServiceConfig(Section):
     cluster: ClusterSection = ClusterSection()
     models: Annotated[dict[str, str], BeforeValidator(_whole_models)] = Field(default_factory=dict)  # name -> folder
     detached: Name | None = None  # a name: what is started lives on until `rlsys stop`
-    dtype: Precision = "float32"  # of the frozen base, in learner and sampler alike
+    # of the frozen base, in learner and sampler alike; None: bfloat16 for samplers on CUDA, float32 on the CPU
+    dtype: Precision | None = None
     max_length: int = Field(2048, ge=8)  # tokens of prompt + completion; less where the model has fewer positions
     lora_alpha: float = Field(32.0, gt=0)  # the Tinker API has no alpha; its documents imply this one
     learner: LearnerSection | None = None  # None: by the devices found
@@ -40,6 +41,22 @@ class ServiceConfig(Section):
                 "`rlsys train`"
             )
         return section
+
+    @model_validator(mode="after")
+    def _served_in_its_dtype(self) -> ServiceConfig:
+        if self.dtype is not None and self.sampler is not None:
+            refuse_dtype(self.dtype, self.sampler, "dtype")
+        return self
+
+    def dtype_for(self, sampler: SamplerSection) -> Precision:
+        """Of a deployment with these samplers.
+
+        Raises:
+            ValueError: they cannot serve adapters in the dtype that was asked for.
+        """
+        dtype = self.dtype or ("bfloat16" if sampler.device == "cuda" else "float32")
+        refuse_dtype(dtype, sampler, "dtype")
+        return dtype
 
 
 class HostSpec(Section):

@@ -45,7 +45,11 @@ class SamplingClient(Ready):
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
     ) -> ApiFuture[ScoredResponse]:
-        """`num_samples` completions of a prompt.
+        """`num_samples` completions of a prompt, which differ among themselves.
+
+        ``sampling_params.seed`` None draws anew in every call, whatever the session. A seed repeats, in later sessions
+        too: the same seed, prompt, `num_samples` and weights draw the same tokens (in float32 on CPU to the bit;
+        elsewhere rounding may turn a token), and so does temperature 0.
 
         Prompt log-probabilities are nats at temperature 1, one per prompt token; the first is None.
 

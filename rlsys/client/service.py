@@ -14,8 +14,9 @@ from rlsys.client.config import ServiceConfig
 from rlsys.client.results import LOSSES, ServerCapabilities, SupportedModel
 from rlsys.client.sampling import SamplingClient
 from rlsys.client.training import TrainingClient
-from rlsys.config import LoraSection
+from rlsys.config import LoraSection, SamplerSection
 from rlsys.errors import ClusterError, ConfigError
+from rlsys.model_support import local_config, refuse_unsupported
 
 BACKEND = "actors.deployment"  # the one on Ray, by name: this package does not know Ray
 
@@ -57,6 +58,7 @@ class ServiceClient:
             ConfigError: no such model (the known ones are listed), or a rank or targets that cannot be served.
             ClusterError: too few resources for a deployment; the shortfall is named.
         """
+        self._refuse_unsupported(base_model, train_mlp)
         deployment = self._deployment(base_model)
         about = deployment.about
         lora = _lora(about, rank, train_mlp, train_attn, train_unembed)
@@ -154,7 +156,24 @@ class ServiceClient:
         return TrainingClient(deployment, model, self._check_open)
 
     def _deployment(self, base_model: str) -> Deployment:
+        self._refuse_unsupported(base_model, train_mlp=False)
         return self._reached().deployment(base_model)
+
+    def _refuse_unsupported(self, base_model: str, train_mlp: bool) -> None:
+        """Of a model on this machine, before Ray or an engine starts for it."""
+        if self._backend is not None:  # it looks itself, and what runs already has been looked at
+            return
+        found = local_config(self.config.models.get(base_model, base_model))
+        if found is None:
+            return
+        sampler = self.config.sampler or SamplerSection()
+        refuse_unsupported(
+            *found,
+            max_length=1,  # a deployment takes what the model has, up to ServiceConfig.max_length
+            lora=LoraSection(train_mlp=train_mlp),
+            sampler=sampler,
+            device="cuda" if self.config.sampler is None or sampler.num_gpus else "cpu",  # None: what the cluster has
+        )
 
     def _reached(self) -> Backend:
         with self._starting:

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config import ModelSection, SamplerSection
+from rlsys.dimensions import read_config
 from rlsys.engine.start import Device
+from rlsys.model_support import serves_unembedding
+from rlsys.roles import names, roles_of, skeleton
+from rlsys.text_part import configuration, is_composite
 
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-UNEMBEDDING = "lm_head"
 CPU_BLOCK_TOKENS = 32  # of the prefix cache: the smallest that the CPU attention takes; vLLM's own default is 128
 GIB = 2**30
 
@@ -57,8 +59,26 @@ def engine_arguments(
         "max_loras": section.max_live_adapters,
         "max_cpu_loras": section.max_live_adapters,
         "max_lora_rank": next(rank for rank in ENGINE_RANKS if rank >= section.max_lora_rank),
-        "lora_target_modules": [*LINEARS, UNEMBEDDING] if cpu else [*LINEARS],
+        "lora_target_modules": target_modules(base, device),
+        **_of_the_model(configuration(base)),
         "worker_extension_cls": "rlsys.engine.adapters.AdapterExtension",
         "disable_log_stats": True,
         **by_device,
     }
+
+
+def target_modules(base: Path, device: Device) -> list[str]:
+    """Last parts of the names of modules that get adapter slots: all that a run may train on this device."""
+    roles = roles_of(skeleton(configuration(base).get_text_config(decoder=True)))
+    mlp = () if roles.experts else roles.mlp
+    unembedding = roles.unembedding if serves_unembedding(read_config(base), device) else ()
+    return [*names(roles.attention), *names(mlp), *names(unembedding)]
+
+
+def _of_the_model(config: Any) -> dict[str, Any]:
+    if is_composite(config):
+        return {"language_model_only": True}  # its towers, which only images would need, are not loaded
+    if config.model_type == "cohere2":
+        # vLLM's layers see sliding_window tokens before a token, those of transformers one fewer, as everywhere else
+        return {"hf_overrides": {"sliding_window": config.sliding_window - 1}}
+    return {}

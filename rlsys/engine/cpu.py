@@ -7,15 +7,18 @@ import multiprocessing
 import os
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rlsys.engine.punica import SegmentedPunica
 from rlsys.engine.rows import steady
+from rlsys.memory import keep_heap_whole
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 SEGMENTED_PUNICA = f"{SegmentedPunica.__module__}.{SegmentedPunica.__qualname__}"
@@ -26,6 +29,7 @@ class CpuWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        keep_heap_whole(self.model_config.get_hidden_size())  # before the weights come
         die_with_parent()
 
     def init_device(self) -> None:
@@ -35,6 +39,7 @@ class CpuWorker(CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         CpuPlatform.get_punica_wrapper = classmethod(lambda cls: SEGMENTED_PUNICA)
+        _give_experts_cpu_kernels()
         super().load_model(*args, **kwargs)
         runner = self.model_runner
         steady(runner.model)
@@ -48,6 +53,17 @@ class CpuWorker(CPUWorker):
                 return stock(hidden_states, *args, **kwargs)
 
         runner._get_prompt_logprobs_dict = with_adapters
+
+
+def _give_experts_cpu_kernels() -> None:
+    """Where LoRA is on, vLLM takes Triton kernels for experts, which a CPU has not. No adapter of ours goes to experts,
+    so theirs are chosen as if it were off."""
+    stock = unquantized_fused_moe_method.select_unquantized_moe_backend
+
+    def as_without_lora(moe_config: Any) -> Any:
+        return stock(replace(moe_config, is_lora_enabled=False))
+
+    unquantized_fused_moe_method.select_unquantized_moe_backend = as_without_lora
 
 
 def _unlink_shared_memory() -> None:

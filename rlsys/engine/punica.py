@@ -102,7 +102,8 @@ class SegmentedPunica(PunicaWrapperCPU):
     ) -> None:
         """The same for the unembedding, whose rows are the sampled positions or one request's prompt."""
         blocks = self._samples if self._prompt_hidden is None else self._prompt_blocks(x)
-        blocks = [block for block in blocks if block.adapter in self.unembedding]
+        known = self.ranks.keys() - self.unembedding  # of these adapters, what is in the slots is zero
+        blocks = [block for block in blocks if block.adapter not in known]
         _apply(blocks, y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), (lora_a_stacked,), (lora_b_stacked,), scale)
 
     @contextmanager

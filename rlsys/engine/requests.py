@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ import numpy as np
 from rlsys.drawn import Drawn, drawn, gathered
 from rlsys.endings import endings_of, has_tokenizer, read_json
 from rlsys.errors import ConfigError, SamplingError
+from rlsys.families import text_part
+from rlsys.problems import occurrences
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 
@@ -28,6 +29,7 @@ class BaseModel:
         config = read_json(folder / "config.json")
         if config is None:
             raise ConfigError(f"sampler: {folder} has no config.json; wanted a Hugging Face model folder")
+        config = text_part(config)
         self.vocab_size = int(config["vocab_size"])
         self.max_positions: int | None = config.get("max_position_embeddings")
         self.endings = endings_of(folder)
@@ -148,28 +150,29 @@ def position_logprob(output: Any, token: int) -> float:
     return float(completion.logprobs[0][token].logprob)
 
 
-def group_seeds(seed: int, problems: Array) -> list[int]:
-    """(P,) seeds by problem, not by place: a batch split over several samplers draws as the whole would.
+def group_seeds(seed: int, problems: Array, occurrence: Array | None = None) -> list[int]:
+    """(P,) seeds by problem and occurrence, not by place: calls draw together what one call for all would.
 
-    A problem that comes twice has two seeds. Each has room for n children above it.
+    `occurrence`: (P,) how often the caller drew each problem before under this seed; None: as often as it stands before
+    in `problems`. Each seed has room for n children above it.
     """
-    times: Counter[int] = Counter()
-    seeds = []
-    for problem in problems.tolist():
-        words = [seed & SEED_WORDS, problem & SEED_WORDS, times[problem]]
-        times[problem] += 1
-        seeds.append(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 2))
-    return seeds
+    times = occurrences(problems) if occurrence is None else occurrence
+    words = zip(problems.tolist(), times.tolist(), strict=True)
+    return [_word(seed, problem & SEED_WORDS, nth) for problem, nth in words]
 
 
-def child_seeds(seed: int, problems: Array, n: int) -> list[int]:
+def child_seeds(seed: int, problems: Array, n: int, occurrence: Array | None = None) -> list[int]:
     """(R,) seeds of P * n completions: those that vLLM gives the children of a group's request."""
-    return [group + child for group in group_seeds(seed, problems) for child in range(n)]
+    return [group + child for group in group_seeds(seed, problems, occurrence) for child in range(n)]
+
+
+def _word(seed: int, *words: int) -> int:
+    return int(np.random.SeedSequence([seed & SEED_WORDS, *words]).generate_state(1, np.uint64)[0] >> 2)
 
 
 def later_seed(seed: int, *where: int) -> int:
     """Of a completion that goes on in a further request; `where` it does so."""
-    return int(np.random.SeedSequence([seed & SEED_WORDS, *where]).generate_state(1, np.uint64)[0] >> 2)
+    return _word(seed, *where)
 
 
 def columns(

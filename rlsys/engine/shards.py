@@ -1,11 +1,14 @@
 """Tensor parallelism: which part of an adapter each worker holds, and the proof that all of them hold all of it.
 
-vLLM cuts an adapter as it cut the layer: B by rows where outputs are split, A by columns where inputs are.
+vLLM cuts an adapter as it cut the layer: B by rows where outputs are split, A by columns where inputs are. Of a fused
+layer a worker takes its rows of each of the fused ones:
+
+    B of qkv_proj, two workers      q q q q k k v v        the first holds   q q . . k . v .
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,33 +18,44 @@ from rlsys.errors import WeightSyncError
 from rlsys.weights import AdapterSnapshot, digest_tensors
 
 Region = tuple[int, int, int, int]  # first row, end, first column, end of a tensor
-Held = tuple[str, Sequence[Region]]  # a worker's digest of its slots, and the region of each tensor of the layout
+Held = tuple[
+    str, Sequence[Sequence[Region]]
+]  # a worker's digest of its slots; the regions of each tensor of the layout
 
 
-def regions(layer: Any, parts: Sequence[str], shapes: Mapping[str, Sequence[int]], cut: bool) -> dict[str, Region]:
-    """What this worker takes of the tensors of a layer's `parts`.
+def pieces(b: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Rows of a fused layer's B, one piece for each of the layers that are fused.
 
-    Where the layer is `cut`, its own slicing says so, given row and column numbers in the place of weights.
+    Raises:
+        ValueError: the rows are not those of the layers.
     """
-    found: dict[str, Region] = {}
-    for side in ("a", "b"):
-        names = [f"{part}.lora_{side.upper()}" for part in parts]
-        wholes = [shapes.get(name) for name in names]
-        slicing = getattr(layer, f"slice_lora_{side}") if cut else None
-        for name, rows, columns in zip(names, _spans(slicing, wholes, 0), _spans(slicing, wholes, 1), strict=True):
-            if rows is not None and columns is not None:
-                found[name] = (*rows, *columns)
-    return found
+    if sum(sizes) != len(b):
+        raise ValueError(f"the engine's layer has outputs of {list(sizes)}; found B with {len(b)} rows")
+    return list(b.split(list(sizes)))
 
 
-def _spans(slicing: Any, wholes: Sequence[Sequence[int] | None], axis: int) -> list[tuple[int, int] | None]:
-    """First and end of the rows (axis 0) or columns (axis 1) that are taken of each; None where there is no tensor."""
+def regions(layer: Any, shapes: Sequence[tuple[Sequence[int], Sequence[int]] | None]) -> list[tuple[list[Region], ...]]:
+    """What a worker of several takes of A and of B for each slot pair of `layer`, given their whole shapes.
+
+    The layer's own slicing says so, given row and column numbers in the place of weights.
+    """
+    sides = []
+    for side in (0, 1):
+        wholes = [None if shape is None else shape[side] for shape in shapes]
+        slicing = layer.slice_lora_a if side == 0 else layer.slice_lora_b
+        rows, columns = (_taken(slicing, wholes, axis) for axis in (0, 1))
+        sides.append([_rectangles(r, c) for r, c in zip(rows, columns, strict=True)])
+    return list(zip(*sides, strict=True))
+
+
+def _taken(slicing: Any, wholes: Sequence[Sequence[int] | None], axis: int) -> list[torch.Tensor | None]:
+    """Numbers of the rows (axis 0) or columns (axis 1) that are taken of each; None where there is no tensor."""
     numbers = [None if shape is None else _numbers(shape, axis) for shape in wholes]
-    if slicing is not None and len(numbers) > 1:
+    if len(numbers) > 1:
         numbers = slicing(numbers)
-    elif slicing is not None and numbers[0] is not None:
+    elif numbers[0] is not None:
         numbers = [slicing(numbers[0])]
-    return [None if part is None else _span(part, axis) for part in numbers]
+    return [None if part is None else part.select(1 - axis, 0) for part in numbers]
 
 
 def _numbers(shape: Sequence[int], axis: int) -> torch.Tensor:
@@ -50,12 +64,25 @@ def _numbers(shape: Sequence[int], axis: int) -> torch.Tensor:
     return (count[:, None] if axis == 0 else count).expand(*shape)
 
 
-def _span(numbers: torch.Tensor, axis: int) -> tuple[int, int]:
-    line = numbers.select(1 - axis, 0)
-    first = int(line[0])
-    if not torch.equal(line, torch.arange(first, first + len(line))):
-        raise ValueError(f"a worker takes {'rows' if axis == 0 else 'columns'} that are not one behind another")
-    return first, first + len(line)
+def _rectangles(rows: torch.Tensor | None, columns: torch.Tensor | None) -> list[Region]:
+    if rows is None or columns is None:
+        return []
+    (left, right), *gaps = _spans(columns)
+    if gaps:
+        raise ValueError("a worker takes columns that are not one behind another")
+    return [(top, bottom, left, right) for top, bottom in _spans(rows)]
+
+
+def _spans(numbers: torch.Tensor) -> list[tuple[int, int]]:
+    """5 6 7 9 10  ->  (5, 8) (9, 11)"""
+    line = numbers.numpy()
+    runs = np.split(line, np.flatnonzero(np.diff(line) != 1) + 1)
+    return [(int(run[0]), int(run[-1]) + 1) for run in runs]
+
+
+def part_of(whole: torch.Tensor, places: Sequence[Region]) -> torch.Tensor:
+    """The regions of a tensor, one below another, as a worker holds them."""
+    return torch.cat([whole[top:bottom, left:right] for top, bottom, left, right in places])
 
 
 def proven_digest(where: str, snapshot: AdapterSnapshot, held: Sequence[Held]) -> str:
@@ -68,9 +95,10 @@ def proven_digest(where: str, snapshot: AdapterSnapshot, held: Sequence[Held]) -
     covered = {name: np.zeros(tuple(tensor.shape), np.bool_) for name, tensor in tensors.items()}
     for rank, (digest, places) in enumerate(held):
         parts = {}
-        for slot, (top, bottom, left, right) in zip(snapshot.layout, places, strict=True):
-            parts[slot.name] = tensors[slot.name][top:bottom, left:right]
-            covered[slot.name][top:bottom, left:right] = True
+        for slot, mine in zip(snapshot.layout, places, strict=True):
+            parts[slot.name] = part_of(tensors[slot.name], mine)
+            for top, bottom, left, right in mine:
+                covered[slot.name][top:bottom, left:right] = True
         wanted = digest_tensors(parts.items())
         if digest != wanted:
             raise WeightSyncError(

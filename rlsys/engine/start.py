@@ -31,6 +31,9 @@ PRIVATE_API = {
     ),
     "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper": "",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner._get_prompt_logprobs_dict": "hidden_states num_scheduled_tokens",
+    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:select_unquantized_moe_backend": "moe_config",
+    "vllm.lora.utils:parse_fine_tuned_lora_name": "name weights_mapper",
+    "vllm.model_executor.models.utils:WeightsMapper.get_rename_mapper": "",
     "vllm.lora.lora_model:LoRAModel.from_lora_tensors": (
         "lora_model_id tensors peft_helper device dtype model_vocab_size weights_mapper skip_prefixes"
     ),

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from fractions import Fraction
 
 import sympy
-from math_verify import LatexExtractionConfig, parse, verify
+from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify
 
 from rlsys.rewards.values import Value, rounds_to
 
@@ -29,29 +30,40 @@ GUARD = 10  # digits at the end that do not count
 # Values that letters take: both signs, no special ratios.
 POINTS = ((0.7310585786, 0.4142135), (-1.2193217, 0.61803398), (2.6457513, -0.3819660))
 
-_LATEX = [LatexExtractionConfig(boxed_match_priority=0)]
+# Units and arguments without braces have been read before; what math-verify takes for units are letters here.
+_SPELLED = LatexNormalizationConfig(units=False, malformed_operators=False)
+_LATEX = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=_SPELLED)]
+# What the grammar does not know, or evaluates at once: to it, lcm(a,b) is ab.
 _UNREAD = re.compile(
-    r"\\(?:sum|prod|int|iint|iiint|oint|lim|limsup|liminf|bigcup|bigcap|partial|begin|operatorname)(?![a-z])|\bd/d|\\frac\{d"
+    r"\\(?:sum|prod|int|iint|iiint|oint|lim|limsup|liminf|bigcup|bigcap|partial|begin|operatorname|gcd|lcm|coth|sech|csch)"
+    r"(?![a-z])|\bd/d|\\frac\{d(?:\^[0-9n]|\^\{[^{}]*\})? ?[A-Za-z]?\}\{d ?[A-Za-z]|[?&#~]"
 )
 _COSTLY = re.compile(
     r"\\(?:sqrt|sin|cos|tan|cot|sec|csc|arc[a-z]+|sinh|cosh|tanh|log|ln|lg|exp|det|gcd|lcm|max|min)|\|"
 )
+_PRIMED = re.compile(r"[A-Za-z](?:_(?:.|\{[^{}]*\}))?'+")
 _LETTER = re.compile(r"\\text\{[^{}]*\}|(\\[A-Za-z]+|[A-Za-z])")
 _FACTORIAL_OF_LETTERS = re.compile(r"\([^()!^]*[a-zA-Z][^()!^]*\) ?!")
 _NUMBER = re.compile(r"[0-9]+")
+# Words, and a space that ends the name of a command or a number; any other space may be read as the one before a unit.
+_SPACE = re.compile(r"(\\text\{[^{}]*\}|\\[A-Za-z]+ +(?=[A-Za-z])|[0-9] +(?=[0-9]))| +")
+# Letters side by side that the grammar takes for a name: t times r is no trace.
+_KEYWORD = re.compile(r"(?<!\\)(?<![A-Za-z])([A-Za-z]*?(?=tr|inf|and|or)[A-Za-z])([A-Za-z])")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9.]+|.", re.DOTALL)
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off: they are, on purpose
 
 
 def same_expression(found: str, wanted: str) -> bool:
-    """Both spelled; not symmetric for equations, as math-verify is not."""
-    if not (affordable(found) and affordable(wanted)):
+    """Both spelled."""
+    if not (affordable(found) and affordable(wanted)) or _primes(found) != _primes(wanted):
         return False
     found, wanted = _own_letters(found, wanted)
     if "gamma" in (found + wanted).lower():  # more letters than there are
         return False
     target, gold = _parse(found), _parse(wanted)
+    if _are_multiples(target, gold):
+        return True
     verdict = _by_numbers(target, gold)
     return bool(verify(gold, target, timeout_seconds=None)) if verdict is None else verdict
 
@@ -149,20 +161,21 @@ def _worth(text: str) -> int:
 
 
 def _own_letters(*texts: str) -> list[str]:
-    """Letters that math-verify would take for others, replaced: capitals beside their small letter, which it reads as
-    that, and gamma, a function to it, read in time that doubles with each."""
+    """Letters that math-verify would misread, replaced: capitals beside their small letter, which are the same to it;
+    gamma, a function to it, read in time that doubles with each; and d, which makes a differential of the next."""
     letters = {match[1] for text in texts for match in _LETTER.finditer(text) if match[1]}
     spare = sorted(set("abchjklmnopqrstuvwxyz") - {letter.lower() for letter in letters})
     ambiguous = sorted(
         letter
         for letter in letters
-        if letter.lower() == r"\gamma" or (letter != letter.lower() and letter.lower() in letters)
+        if letter.lower() == r"\gamma" or letter == "d" or (letter != letter.lower() and letter.lower() in letters)
     )
     names = {letter: f" {new} " for letter, new in zip(ambiguous, spare, strict=False)}
     return [_LETTER.sub(lambda match: names.get(match[0], match[0]), text) for text in texts]
 
 
 def _parse(text: str) -> list[object]:
+    text = _KEYWORD.sub(r"\1{\2}", _SPACE.sub(r"\1", text.strip()))
     expressions: list[object] = parse(rf"\boxed{{{text}}}", _LATEX, parsing_timeout=None)
     return expressions
 
@@ -171,6 +184,39 @@ def _first(expressions: list[object]) -> sympy.Expr | None:
     """The expression, its decimals exact."""
     first = next((e for e in expressions if isinstance(e, sympy.Expr)), None)
     return first and first.xreplace({number: sympy.Rational(str(number)) for number in first.atoms(sympy.Float)})
+
+
+def _primes(text: str) -> Counter[str]:
+    """How often each letter has a prime, which math-verify does not see."""
+    return Counter(match[0] for match in _PRIMED.finditer(text))
+
+
+def _are_multiples(target: list[object], gold: list[object]) -> bool:
+    """Whether both are equations, and one side less the other of the one is a constant times that of the other."""
+    one, other = (_difference(expressions) for expressions in (target, gold))
+    if one is None or other is None:
+        return False
+    names = sorted({symbol.name for symbol in one.free_symbols | other.free_symbols})
+    if not names or "i" in names:
+        return False
+    ratios = []
+    for start, step in POINTS:
+        values = {
+            symbol: sympy.Float(start + step * names.index(symbol.name), DIGITS)
+            for symbol in one.free_symbols | other.free_symbols
+        }
+        a, b = _at(one, values, DIGITS), _at(other, values, DIGITS)
+        if a is None or b is None or not (a.is_real and b.is_real) or a == 0 or b == 0:
+            return False
+        ratios.append(a / b)
+    return not any(_differ(ratios[0], ratio, DIGITS) for ratio in ratios[1:])
+
+
+def _difference(expressions: list[object]) -> sympy.Expr | None:
+    first = expressions[0] if expressions else None
+    if not isinstance(first, sympy.Eq) or not all(isinstance(side, sympy.Expr) for side in first.args):
+        return None
+    return _first([first.lhs - first.rhs])
 
 
 def _by_numbers(target: list[object], gold: list[object]) -> bool | None:

@@ -7,24 +7,20 @@ opinion matters for it. Nothing that a model wrote is executed.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
-from rlsys.rewards import algebra
+from rlsys.rewards import algebra, bases
 from rlsys.rewards.extraction import extract, plain_number
 from rlsys.rewards.shapes import ORDERED, Shape, read
 from rlsys.rewards.spelling import key, spell
 from rlsys.rewards.units import read_quantity, same_quantity, same_units
+from rlsys.rewards.words import as_text, same_words
 
 # Longer answers are wrong unread, unless they are the same text. GSM8K's longest is 11 characters.
 MAX_ANSWER_CHARS = 256
 MAX_ANSWER_DEPTH = 8  # the same for brackets in each other
 MAX_UNMATCHED = 8  # of a list: expressions to be compared each with each
-
-_WORDS = re.compile(r"[A-Za-z][A-Za-z .'-]*")
-_QUOTED = re.compile(r"\\text\{([^{}]*)\}")
-MIN_WORD = 3  # letters; fewer are symbols, and no more than these may be a product of letters
 
 
 def grade(completion: str, answer: str) -> float:
@@ -77,7 +73,7 @@ def _same(found: Shape, wanted: Shape) -> bool:
 def _same_equation(found: Shape, wanted: Shape) -> bool:
     """Equations as they were written, not only their right sides."""
     a, b = found.equation, wanted.equation
-    return bool(a and b) and algebra.same_expression(a, b)
+    return bool(a and b) and algebra.same_expression(bases.decimal(a), bases.decimal(b))
 
 
 def _elements(shape: Shape) -> Sequence[Shape]:
@@ -120,14 +116,18 @@ def _is_value(shape: Shape) -> bool:
 def _same_leaf(found: str, wanted: str) -> bool:
     if key(found) == key(wanted):
         return True
+    based = bases.same(found, wanted)
+    if based is not None:
+        return based
+    found, wanted = bases.decimal(found), bases.decimal(wanted)
     a, b = read_quantity(found), read_quantity(wanted)
     if b.value is not None and (b.value.rational or a.value is not None):
         return a.value is not None and same_quantity(a, b)
-    words = _same_words(found, wanted)
+    words = same_words(a.core, b.core)
     if words is not None:
         return words
     if ":" in found + wanted:  # a ratio or a time, with am and pm
-        return _as_text(found) == _as_text(wanted)
+        return as_text(found) == as_text(wanted)
     if a.percent != b.percent or not same_units(a, b) or r"\infty" in found + wanted:
         return False
     if a.value is not None:
@@ -135,28 +135,6 @@ def _same_leaf(found: str, wanted: str) -> bool:
     if b.value is not None:
         return algebra.same_as_value(a.core, b.value)
     return algebra.same_expression(a.core, b.core)
-
-
-def _same_words(found: str, wanted: str) -> bool | None:
-    """None where these may be products of letters or other expressions."""
-    (a, a_is_word), (b, b_is_word) = _word(found), _word(wanted)
-    if a is not None and a == b:
-        return True
-    return False if a_is_word or b_is_word else None
-
-
-def _word(text: str) -> tuple[str | None, bool]:
-    """Words in one form, if the text can be that; and whether it can be nothing else."""
-    quoted = _QUOTED.fullmatch(text)
-    inside = (quoted[1] if quoted else text).strip(" ().")
-    if quoted is None and not _WORDS.fullmatch(inside):
-        return None, False
-    inside = re.sub(" +", " ", inside)
-    return (inside.casefold() if len(inside) >= MIN_WORD else inside), quoted is not None or len(inside) > MIN_WORD
-
-
-def _as_text(text: str) -> str:
-    return key(re.sub(" +", " ", re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text))).casefold()
 
 
 def _depth(text: str) -> int:

@@ -37,15 +37,17 @@ START_S = 120.0
 # Rebuilding a broken pool, per batch. Pebble gives a pool up when its only process dies outside a call.
 MAX_REBUILDS = 3
 _HEAD = 200  # characters of a completion that an error shows
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
 class Grades:
-    """R completions' rewards. RIGHT is a reward above 0; TIMEOUT and ERROR have reward 0."""
+    """R completions' rewards, any finite ones. RIGHT is one of rewards.solved_at or more; TIMEOUT and ERROR have
+    rewards.failed_grade."""
 
     rewards: Array  # (R,) float32
     outcome: Array  # (R,) int8
-    first_error: str  # of the first TIMEOUT or ERROR, with its traceback's tail; "" without one
+    first_error: str  # of the first TIMEOUT or ERROR, with grader, problem and traceback's tail; "" without one
 
     def counts(self) -> dict[str, float]:
         """Metrics, each a number of completions."""
@@ -80,6 +82,7 @@ class GraderPool:
         function = section.function or function
         self._section = section
         self._source = _source(function)
+        self._name = function if isinstance(function, str) else _name_of(function)
         # Fork would copy the locks of this process' threads. The fork server imports these modules once, so that the
         # process that replaces a killed one is there soon.
         module = function.partition(":")[0] if isinstance(function, str) else function.__module__
@@ -88,8 +91,10 @@ class GraderPool:
         self._graded = 0
         self._pool = self._start()
 
-    def grade(self, completions: Sequence[str], answers: Sequence[str]) -> Grades:
-        """Grade R completions, each against the answer beside it.
+    def grade(
+        self, completions: Sequence[str], answers: Sequence[str], problems: Sequence[str] | None = None
+    ) -> Grades:
+        """Grade R completions, each against the answer beside it. `problems`: what errors call them.
 
         Raises:
             GradingError: more than `max_failed_share` of the batch ran out of time or failed; raised as soon as it is
@@ -121,7 +126,9 @@ class GraderPool:
                     calls.update(self._submit(completions, answers, range(r, r + 1)))
                     continue
             if outcome[r] >= TIMEOUT:
-                failed.append((r, text))
+                rewards[r] = self._section.failed_grade
+                of = "" if problems is None else f", {problems[r]}"
+                failed.append((r, f"{self._name}{of} with answer {answers[r][:_HEAD]!r}: {text}"))
                 if len(failed) > self._section.max_failed_share * R:
                     self._pool = self._restart()
                     raise self._too_many(outcome[: r + 1], failed, completions, R)
@@ -181,7 +188,9 @@ class GraderPool:
         error = call.exception()
         if error is None:
             reward, text = call.result()
-            return (reward, RIGHT if reward > 0 else WRONG, "") if not text else (0.0, ERROR, text)
+            return (
+                (reward, RIGHT if reward >= self._section.solved_at else WRONG, "") if not text else (0.0, ERROR, text)
+            )
         if isinstance(error, BrokenProcessPool):
             raise error
         if isinstance(error, TimeoutError):
@@ -198,7 +207,8 @@ class GraderPool:
         return GradingError(
             f"{len(failed)} of {R} grades failed ({(outcome == TIMEOUT).sum()} timeouts, {(outcome == ERROR).sum()} "
             f"errors, {len(outcome)} tried), above rewards.max_failed_share = {self._section.max_failed_share:g}: "
-            f"their zeros would be trained on. The first, for completion {row} {completions[row][:_HEAD]!r}: {text}"
+            f"their grades of {self._section.failed_grade:g} would be trained on. The first, for completion {row} "
+            f"{completions[row][:_HEAD]!r}, of {text}"
         )
 
 
@@ -214,6 +224,13 @@ def _source(function: Grader | str) -> str | bytes:
             f"rewards: {function!r} cannot be sent to the grader processes ({error}); "
             "wanted a function at the top level of a module, or its path 'package.module:function'"
         ) from error
+
+
+def _name_of(function: Grader) -> str:
+    """As rewards.function would name it, as far as it has a name."""
+    kind = type(function)
+    name = getattr(function, "__qualname__", None) or kind.__qualname__
+    return f"{getattr(function, '__module__', kind.__module__)}:{name}"
 
 
 _Answer = tuple[float, str]  # reward, and the text of the exception if there was one
@@ -247,6 +264,6 @@ def _number(reward: object) -> float:
     if not isinstance(reward, numbers.Real):
         raise TypeError(f"the grader returned {reward!r:.200} of type {type(reward).__name__}; wanted a number")
     value = float(reward)
-    if not math.isfinite(value):
-        raise ValueError(f"the grader returned {value}; wanted a finite number")
+    if not abs(value) <= _LARGEST:  # nor is NaN
+        raise ValueError(f"the grader returned {value}; wanted a finite number" + " of float32" * math.isfinite(value))
     return value

@@ -45,9 +45,18 @@ _THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])")
 _LETTERS = r"(?:\\?[A-Za-z]+|\\text\{[A-Za-z .]+\})"
 _INDEX = r"(?:_(?:[0-9A-Za-z]|\{[0-9A-Za-z,]+\}))?"
 _POINT = r"\([A-Za-z](?:,[A-Za-z])+\)"
-_NAME = re.compile(rf"(?:m?\\angle )?{_LETTERS}(?:\^\{{-1\}})?{_INDEX}'?(?:\([A-Za-z](?:,[A-Za-z])*\))?|{_POINT}")
+_OPERATOR_OF = r"(?:\\text\{[A-Za-z]+\}|\\(?:deg|dim|det|arg) ?)[A-Za-z]"
+_NAME = re.compile(
+    rf"{_OPERATOR_OF}|(?:m?\\angle )?{_LETTERS}(?:\^\{{-1\}})?{_INDEX}'?(?:\([A-Za-z](?:,[A-Za-z])*\))?|{_POINT}"
+)
 _UNKNOWN = re.compile(r"\\?[A-Za-z]+(?:_(?:[0-9A-Za-z]|\{[0-9A-Za-z]+\}))?")
 _NO_NAMES = (r"\pi", r"\infty", "e", "i", r"\frac", r"\sqrt")
+_NOT_LETTERS = re.compile(
+    r"\\text\{[^{}]*\}|\\(?:pi|infty|cdot|times|frac|sqrt|circ)(?![A-Za-z])|[0-9] [mgshlL](?![A-Za-z])"
+)
+_UNKNOWN_LETTER = re.compile(
+    r"(?<![A-Za-z\\])(?![ei](?![A-Za-z]))[A-Za-z](?![A-Za-z])|\\(?:[a-z]*eta|alpha|gamma|lambda|mu)(?![A-Za-z])"
+)
 _LESS, _GREATER = {"<": True, r"\le": False}, {">": True, r"\ge": False}  # and whether the end is open
 _MATRIX = re.compile(r"\\begin\{([pb])matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
 _QUOTED = re.compile(r"\\text\{([^{}]*[0-9][^{}]*)\}")  # not words alone
@@ -145,11 +154,13 @@ def _equation(text: str, sides: Sequence[str]) -> Shape:
     if _NAME.fullmatch(key(left)) and left not in _NO_NAMES:
         value = _read(last)
         return value if value.kind == "malformed" else replace(value, name=key(left), equation=text)
-    return (
-        Shape("equation", text, equation=text)
-        if re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", left))
-        else _read(last)
-    )
+    if _UNKNOWN_LETTER.search(_NOT_LETTERS.sub(" ", left)):
+        return Shape("equation", text, equation=text)
+    if len(sides) == 2 and _NAME.fullmatch(key(last)) and last not in _NO_NAMES and not last.startswith(r"\text"):
+        return _equation(text, [last, left])
+    if len(sides) == 2 and _UNKNOWN_LETTER.search(_NOT_LETTERS.sub(" ", last)):
+        return Shape("equation", text, equation=text)
+    return _read(last)
 
 
 def _inequality(text: str, sides: Sequence[str], signs: Sequence[str]) -> Shape | None:

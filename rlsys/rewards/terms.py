@@ -35,10 +35,10 @@ def total_rewards(
 ) -> tuple[Array, dict[str, float]]:
     """(R,) float32 rewards, and the mean of each weighted term that is in use: they add up to the mean reward.
 
-    ``grades_R``: the task's, 0 to 1. ``texts``: what the model wrote.
+    ``grades_R``: the task's, finite. ``texts``: what the model wrote.
 
     Raises:
-        GradingError: rewards.format_pattern took too long for too many texts.
+        GradingError: rewards.format_pattern took too long for too many texts, or a reward is beyond what float32 holds.
     """
     assert len(grades_R) == len(texts) == len(rollouts.group)
     grades_R = np.asarray(grades_R, np.float64)
@@ -48,10 +48,20 @@ def total_rewards(
         terms["format"] = config.format * form_R
         facts["reward/format_timeouts"] = float(timeouts)
     if config.length != 0:
-        terms["length"] = config.length * brevity(rollouts.sampled_lengths, grades_R >= 1, rollouts.group)
+        terms["length"] = config.length * brevity(
+            rollouts.sampled_lengths, grades_R >= config.solved_at, rollouts.group
+        )
     if overlong.handling == "penalty":
         terms["overlong"] = -overlong.penalty * overlong_share(rollouts.lengths, max_tokens, overlong.buffer_tokens)
     rewards_R = np.sum(list(terms.values()), axis=0)
+    beyond_R = ~(np.abs(rewards_R) <= np.finfo(np.float32).max)
+    if beyond_R.any():
+        r = int(np.argmax(beyond_R))
+        raise GradingError(
+            f"rewards: problem {rollouts.problems[rollouts.group[r]]}: found a reward of {rewards_R[r]:g}, from a "
+            f"grade of {grades_R[r]:g} times rewards.correct {config.correct:g} and the other terms; wanted what "
+            "float32 holds, 3.4e38 at most"
+        )
     if len(rewards_R):
         facts |= {f"reward/{name}": float(values_R.mean()) for name, values_R in terms.items()}
         facts |= {"reward/mean": float(rewards_R.mean()), "reward/std": float(rewards_R.std())}

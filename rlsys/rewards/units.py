@@ -77,6 +77,9 @@ _QUANTITY = re.compile(
     rf"(?P<core>.*?(?:[0-9)}}.]|\\[A-Za-z]+))(?P<space> ?)(?P<unit>(?>{_PIECE}(?:(?: ?/ ?| ?\\cdot ?| )?{_PIECE})*+))",
     re.DOTALL,
 )
+_LETTERED = re.compile(
+    r"(?P<core>.*[A-Za-z]) ?(?P<unit>\\text\{(?P<words>[^{}]*)\}(?:\^(?:[23]|\{[23]\}))?)", re.DOTALL
+)
 _BARE = re.compile(r"\\text\{[^{}]*\}|\^\\circ(?: ?[CFK](?![A-Za-z]))?|\^(?:\{[23]\}|[23])|(?P<word>[A-Za-z.¢€£¥₹]+)")
 _CURRENCY = re.compile(r"([+-]?) ?([€£¥₹]) ?")
 
@@ -101,6 +104,8 @@ def read_quantity(text: str) -> Quantity:
     match = _QUANTITY.fullmatch(text)
     if match and _is_unit(match["unit"], match["space"] != ""):
         core, words = match["core"].rstrip(), match["unit"]
+    elif (match := _LETTERED.fullmatch(text)) and _is_known_unit(match["words"]):  # 2x \text{ cm}
+        core, words = match["core"], match["unit"]
     names = _normal(words)
     while names and names[0] in _SIZES:
         size *= _SIZES[names.pop(0)]
@@ -144,12 +149,19 @@ def _is_unit(text: str, spaced: bool) -> bool:
             continue
         apart = spaced if index == 0 else text[match.start() - 1] in " /"
         name = _short(word.strip(".").lower())
-        known = name in _NAMES and (len(name) > 1 or word in _LETTERS)
-        if known and (apart or len(name) > 1) and name not in _FUNCTIONS - set(_NAMES):
+        letters = len(word.strip("."))  # as written: hours are h in short
+        known = name in _NAMES and (letters > 1 or word in _LETTERS)
+        if known and (apart or letters > 1) and name not in _FUNCTIONS - set(_NAMES):
             continue
         if not (apart and len(name) >= 3 and re.search("[aeiouy]|mph", name)) or name in _FUNCTIONS:
             return False
     return True
+
+
+def _is_known_unit(words: str) -> bool:
+    """Whether words are units by their usual names alone."""
+    names = [name.partition("^")[0] for name in _normal(words)]
+    return bool(names) and all(name in _NAMES or name in ("unit", "/") for name in names)
 
 
 def _normal(text: str) -> list[str]:
@@ -173,7 +185,8 @@ def _normal(text: str) -> list[str]:
 def _short(word: str) -> str:
     if word in _NAMES or word in _SIZES:
         return _NAMES.get(word, word)
-    single = word[:-1] if len(word) > 3 and word.endswith("s") else word
+    is_plural = word.endswith("s") and (len(word) > 3 or (len(word) == 3 and word[:-1] in _NAMES))
+    single = word[:-1] if is_plural else word
     if single in _SIZES:
         return single
     return _NAMES.get(single, single)

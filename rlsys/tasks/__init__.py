@@ -21,7 +21,7 @@ Split = Literal["train", "eval"]
 
 @runtime_checkable
 class Task(Protocol):
-    """What a run needs to know: two splits of problems, and how right one completion is, 0 to 1."""
+    """What a run needs to know: two splits of problems, and how right one completion is: any finite number."""
 
     def problems(self, split: Split) -> Sequence[Problem]: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,18 @@ def test_more_snapshots_than_the_engine_holds_can_be_asked_at_once(
 
     for i, sequences in enumerate(asyncio.run(at_once())):
         assert [one.tokens for one in sequences] == [one.tokens for one in alone[i // 3]]
+
+
+def test_without_a_seed_each_call_draws_anew_and_with_one_it_repeats(service: rlsys.ServiceClient) -> None:
+    client = service.create_sampling_client(base_model="tiny")
+
+    def drawn(params: types.SamplingParams) -> list[tuple[int, ...]]:
+        return [tuple(one.tokens) for one in client.sample(PROMPT, 4, params).result(60).sequences]
+
+    unseeded = [one for _ in range(3) for one in drawn(replace(FEW, seed=None))]
+    assert len(set(unseeded)) == len(unseeded) == 12
+    assert drawn(FEW) == drawn(FEW) and len(set(drawn(FEW))) == 4
+    assert drawn(replace(FEW, temperature=0.0, seed=None)) == drawn(replace(FEW, temperature=0.0, seed=None))
 
 
 def test_a_snapshot_that_nobody_holds_leaves_the_engine(

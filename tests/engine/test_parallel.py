@@ -88,11 +88,11 @@ def test_each_worker_holds_its_half_of_what_is_split_and_all_of_the_rest(
     held = run(two._call("rlsys_read_part", two._live.get("a", 1).id, layout))
     found = {slot.name: [places[i] for _, places in held] for i, slot in enumerate(update.snapshot.layout)}
     layer = "model.layers.1"
-    assert found[f"{layer}.self_attn.k_proj.lora_A"] == [[0, 4, 0, 64]] * 2
-    assert found[f"{layer}.self_attn.k_proj.lora_B"] == [[0, 32, 0, 4], [32, 64, 0, 4]]
-    assert found[f"{layer}.mlp.down_proj.lora_A"] == [[0, 4, 0, 64], [0, 4, 64, 128]]
-    assert found[f"{layer}.mlp.down_proj.lora_B"] == [[0, 64, 0, 4]] * 2
-    assert found["lm_head.lora_B"] == [[0, VOCAB, 0, 4]] * 2
+    assert found[f"{layer}.self_attn.k_proj.lora_A"] == [[[0, 4, 0, 64]]] * 2
+    assert found[f"{layer}.self_attn.k_proj.lora_B"] == [[[0, 32, 0, 4]], [[32, 64, 0, 4]]]
+    assert found[f"{layer}.mlp.down_proj.lora_A"] == [[[0, 4, 0, 64]], [[0, 4, 64, 128]]]
+    assert found[f"{layer}.mlp.down_proj.lora_B"] == [[[0, 64, 0, 4]]] * 2
+    assert found["lm_head.lora_B"] == [[[0, VOCAB, 0, 4]]] * 2
     assert held[0][0] != held[1][0]
 
 

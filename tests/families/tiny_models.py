@@ -69,7 +69,7 @@ class Family:
         return folder
 
 
-_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 256,
@@ -88,7 +88,7 @@ DENSE = (
         "gemma2",
         {
             "sliding_window": WINDOW,
-            "layer_types": _ALTERNATING,
+            "layer_types": ALTERNATING,
             "query_pre_attn_scalar": 24,
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 3.0,
@@ -98,7 +98,7 @@ DENSE = (
     Family(
         "gemma3",
         "gemma3_text",
-        {"sliding_window": WINDOW, "layer_types": _ALTERNATING, "query_pre_attn_scalar": 24},
+        {"sliding_window": WINDOW, "layer_types": ALTERNATING, "query_pre_attn_scalar": 24},
         window=True,
     ),
     Family("phi3", "phi3", attention=("qkv_proj", "o_proj"), mlp=("gate_up_proj", "down_proj")),
@@ -123,13 +123,13 @@ DENSE = (
     Family(
         "cohere2",
         "cohere2",
-        {"sliding_window": WINDOW, "layer_types": _ALTERNATING, "logit_scale": 0.25},
+        {"sliding_window": WINDOW, "layer_types": ALTERNATING, "logit_scale": 0.25},
         window=True,
     ),
     Family(
         "exaone4",
         "exaone4",
-        {"sliding_window": WINDOW, "layer_types": _ALTERNATING, "tie_word_embeddings": True},
+        {"sliding_window": WINDOW, "layer_types": ALTERNATING, "tie_word_embeddings": True},
         window=True,
     ),
 )
@@ -142,7 +142,7 @@ MIXTURES = (
     Family(
         "gpt_oss",
         "gpt_oss",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "layer_types": _ALTERNATING},
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "layer_types": ALTERNATING},
         window=True,
     ),
 )

@@ -58,6 +58,11 @@ def obedient(completion: str, answer: str) -> object:
     return float(completion == answer)
 
 
+def numbers(completion: str, answer: str) -> float:
+    """The number that the completion is."""
+    return float(completion)
+
+
 def killed_once(completion: str, answer: str) -> object:
     """The completion names a file; without it, the process makes it and is killed."""
     try:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.advantages import discounted_future_sum, fold_kl, group_advantages, to_pieces
+from rlsys.advantages import discounted_future_sum, fold_kl, group_advantages, groups_teach_nothing, to_pieces
 from rlsys.config import AdvantageSection, OverlongSection, RlSection, SamplingSection
 from rlsys.datums import DatumBatch, concatenate, take
 from rlsys.errors import ConfigError, DatumError
@@ -334,3 +334,23 @@ def test_without_a_baseline_the_advantage_is_the_reward():
     assert (advantages.tolist(), agreeing.tolist()) == (rewards.tolist(), [True, True, False, False])
     with pytest.raises(ValueError, match="with baseline: none set normalise: none"):
         AdvantageSection(baseline="none", normalise="std")
+
+
+def test_without_a_baseline_groups_that_are_all_right_are_learned_from_and_those_without_reward_left_out():
+    rollouts, none = made([3, 1, 4, 2, 2, 2], [0, 0, 1, 1, 2, 2]), AdvantageSection(baseline="none")
+    rewards = np.array([1.0, 1.0, 0.0, 0.0, -1.0, -1.0])
+    batch, metrics = to_datums(rollouts, rewards, none)
+    assert batch.lengths.tolist() == [4, 2, 3, 3], "a prompt of 2 + completions of 3, 1, 2 and 2 tokens - 1"
+    assert batch.columns["advantages"].tolist() == [0, 1, 1, 1, 0, 1, 0, -1, -1, 0, -1, -1]
+    assert metrics["reward/agreeing_groups"] == 3
+    assert outcomes(rollouts, rewards, none) == [TRAINED, AGREED, TRAINED]
+    assert outcomes(rollouts, rewards) == [AGREED, AGREED, AGREED]
+    whole = AdvantageSection(baseline="none", drop_agreeing=False)
+    assert outcomes(rollouts, rewards, whole) == [TRAINED, TRAINED, TRAINED]
+
+
+def test_groups_are_replaced_where_they_teach_nothing_and_only_there():
+    rewards, group = np.array([1.0, 1.0, 0.0, 0.0, -1.0, 1.0, 0.0, 2.0]), np.repeat(np.arange(4), 2)
+    assert groups_teach_nothing(rewards, group, 4, MEAN).tolist() == [True, True, False, False]
+    none = AdvantageSection(baseline="none")
+    assert groups_teach_nothing(rewards, group, 4, none).tolist() == [False, True, False, False]

@@ -17,6 +17,8 @@ from rlsys import attention
 from rlsys import attention_kernels as kernels
 from rlsys import segments as segments_module
 from rlsys.errors import ConfigError
+from rlsys.logprobs import AS_THEY_ARE, LogitTransform
+from rlsys.proofs import logit_transform, prove_packing
 from rlsys.segments import ALONE, Segments, alone
 
 LENGTHS = np.array([11, 10, 9, 5, 4, 1])
@@ -214,12 +216,15 @@ def test_every_layout_of_a_pack_says_the_same(pack: str, window: int | None, mon
         assert segments.longest == int(wanted.sum(1).max())
 
 
-def test_what_it_does_not_compute_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("argument", "names"), [({"position_bias": 1.0}, "position_bias"), ({"is_causal": False}, "later tokens"),
+                            ({"block_indices": 1, "output_attentions": False}, "block_indices")],
+)  # fmt: skip
+def test_what_it_does_not_compute_is_refused(argument: dict[str, Any], names: str) -> None:
+    """Whatever else a model gives to its attention would be lost."""
     inputs = [x.transpose(0, 1)[None] for x in draw(3)]
-    with pytest.raises(ConfigError, match="position_bias"):
-        attention.packed_attention(
-            nn.Identity(), *inputs, None, rlsys_segments=alone(np.array([3])), position_bias=torch.ones(1)
-        )
+    with pytest.raises(ConfigError, match=f"Identity wants {names} in its attention"):
+        attention.packed_attention(nn.Identity(), *inputs, None, rlsys_segments=alone(np.array([3])), **argument)
 
 
 def test_a_model_that_does_not_hand_the_segments_on_is_refused() -> None:
@@ -247,21 +252,70 @@ def load(path: Path) -> Any:
 
 def test_a_model_that_leaks_between_sequences_is_refused(tiny_model: Callable[[bool], Path]) -> None:
     model = load(tiny_model(True))
-    attention.prove_packing(model)
+    prove_packing(model)
     model.model.layers[1].self_attn = Leaky(model.model.layers[1].self_attn)
     with pytest.raises(ConfigError, match="another sequence"):
-        attention.prove_packing(model)
+        prove_packing(model)
 
 
-def test_a_model_that_changes_its_logits_after_the_output_layer_is_refused(tiny_model: Callable[[bool], Path]) -> None:
-    model = load(tiny_model(True))
+def wrapped(model: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The model with something done to its logits."""
     whole = model.forward
 
-    def capped(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         out = whole(*args, **kwargs)
-        out.logits = out.logits.tanh()
+        out.logits = change(out.logits)
         return out
 
-    model.forward = capped
-    with pytest.raises(ConfigError, match="after the output layer"):
-        attention.prove_packing(model)
+    model.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_or_a_cap_after_the_output_layer_is_read_from_the_model(
+    tiny_model: Callable[[bool], Path], dtype: torch.dtype
+) -> None:
+    """The cap is far above any logit of this model."""
+    model = load(tiny_model(True)).to(dtype)
+    assert logit_transform(model) == AS_THEY_ARE
+    scaled = logit_transform(wrapped(load(tiny_model(True)).to(dtype), lambda logits: logits / 6.0))
+    assert scaled.scale == pytest.approx(1 / 6, rel=1e-6) and scaled.cap is None
+    capped = logit_transform(wrapped(load(tiny_model(True)).to(dtype), lambda logits: 50 * torch.tanh(logits / 50)))
+    assert capped == LogitTransform(cap=50.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [torch.tanh, lambda logits: logits + 1.0, lambda logits: 0.5 * torch.tanh(logits), torch.sinh, torch.sin],
+    ids=["cap of 1", "bias", "cap and scale", "sinh", "sin"],
+)
+def test_what_else_is_done_to_logits_is_refused(tiny_model: Callable[[bool], Path], change: Any) -> None:
+    model = wrapped(load(tiny_model(True)), change)
+    if change is torch.tanh:
+        assert logit_transform(model) == LogitTransform(cap=1.0)
+        return
+    with pytest.raises(ConfigError, match="before or after the output layer"):
+        logit_transform(model)
+
+
+def test_an_output_layer_that_reads_something_else_is_refused(tiny_model: Callable[[bool], Path]) -> None:
+    model = load(tiny_model(True))
+    model.lm_head.register_forward_pre_hook(lambda module, args: (2.0 * args[0],))
+    with pytest.raises(ConfigError, match="before or after the output layer"):
+        logit_transform(model)
+
+
+def test_a_window_that_stands_in_the_configuration_alone_is_refused(tiny_model: Callable[[bool], Path]) -> None:
+    model = load(tiny_model(True))
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.sliding_window = 7
+    model.model.has_sliding_layers = True
+    with pytest.raises(ConfigError, match=r"layer 1 asks its attention for a window of None, config.json says 7"):
+        prove_packing(model)
+
+
+def test_layers_that_are_no_attention_are_refused_by_name(tiny_model: Callable[[bool], Path]) -> None:
+    model = load(tiny_model(True))
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ConfigError, match="layers of linear_attention"):
+        prove_packing(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -41,27 +42,45 @@ def test_the_learning_rate_warms_up_linearly_and_stays() -> None:
 
 
 SCHEDULES = [
-    # rate 0.8, warm-up of 2: 0.4 and 0.8; then x = 1/4, 1/2, 3/4, 1 over the 4 steps that are left of 6, and 1 after
-    (["schedule=linear"], [0.4, 0.8, 0.6, 0.4, 0.2, 0.0, 0.0]),
-    # 0.25 + 0.75 (1 - x) = 0.8125, 0.625, 0.4375, 0.25
-    (["schedule=linear", "final_share=0.25"], [0.4, 0.8, 0.65, 0.5, 0.35, 0.2, 0.2]),
-    # over the 2 steps that are left of 4: x = 1/2, 1
-    (["schedule=linear", "decay_steps=4"], [0.4, 0.8, 0.4, 0.0, 0.0, 0.0, 0.0]),
-    # (1 + cos(pi x)) / 2 = (1 + sqrt(1/2)) / 2 = 0.853553, 0.5, (1 - sqrt(1/2)) / 2 = 0.146447, 0
-    (["schedule=cosine"], [0.4, 0.8, 0.682843, 0.4, 0.117157, 0.0, 0.0]),
-    # 0.1 + 0.9 * 0.853553 = 0.868198, 0.55, 0.231802, 0.1
-    (["schedule=cosine", "final_share=0.1"], [0.4, 0.8, 0.694558, 0.44, 0.185442, 0.08, 0.08]),
+    # rate 0.8, warm-up of 2: 0.4 and 0.8, which is the first of the 5 steps that are left of 6: x = 0, 1/5, ... 4/5
+    (["schedule=linear"], [0.4, 0.8, 0.64, 0.48, 0.32, 0.16, 0.0]),
+    # 0.25 + 0.75 (1 - x) = 1, 0.85, 0.7, 0.55, 0.4, and 0.25 after
+    (["schedule=linear", "final_share=0.25"], [0.4, 0.8, 0.68, 0.56, 0.44, 0.32, 0.2]),
+    # over the 3 steps that are left of 4: x = 0, 1/3, 2/3
+    (["schedule=linear", "decay_steps=4"], [0.4, 0.8, 0.533333, 0.266667, 0.0, 0.0, 0.0]),
+    # without a warm-up (6 - step) / 6
+    (["schedule=linear", "warmup_steps=0"], [0.8, 0.666667, 0.533333, 0.4, 0.266667, 0.133333, 0.0]),
+    # (1 + cos(pi x)) / 2 = 1, 0.904508, 0.654508, 0.345492, 0.095492
+    (["schedule=cosine"], [0.4, 0.8, 0.723607, 0.523607, 0.276393, 0.076393, 0.0]),
+    # 0.1 + 0.9 times the same, and 0.1 after
+    (["schedule=cosine", "final_share=0.1"], [0.4, 0.8, 0.731246, 0.551246, 0.328754, 0.148754, 0.08]),
 ]
 
 
 @pytest.mark.parametrize(("options", "wanted"), SCHEDULES)
 def test_the_learning_rate_comes_down_by_its_schedule(options: list[str], wanted: list[float]) -> None:
-    overrides = ["learning_rate=0.8", "warmup_steps=2", *options]
+    overrides = ["learning_rate=0.8", "warmup_steps=2", *options]  # the last of a key counts
     optim = parse_config(SMALL, [f"rl.optim.{override}" for override in overrides]).rl.optim
     found = [optim.at(step, 6).learning_rate for step in range(7)]
     assert found == pytest.approx(wanted, abs=1e-6)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 3])
+def test_every_step_of_a_schedule_teaches_however_few_there_are(schedule: str, warmup: int) -> None:
+    options = [f"rl.optim.schedule={schedule}", f"rl.optim.warmup_steps={warmup}", "rl.optim.learning_rate=1"]
+    optim = parse_config(SMALL, options).rl.optim
+    for steps in range(40, 0, -1):
+        rates = [optim.at(step, steps).learning_rate for step in range(steps)]
+        assert min(rates) > 0
+        assert rates[0] == 1 / max(1, warmup)
+        down = rates[max(0, warmup - 1) :]
+        assert all(after < before for before, after in itertools.pairwise(down))
+        if warmup <= 1 and schedule == "linear":
+            assert rates == pytest.approx([(steps - step) / steps for step in range(steps)])
+
+
+UNEMBEDDING_ON_CUDA = ["lora.train_unembed=true", "sampler.num_gpus=1", "model.dtype=bfloat16"]
 WRONG = [
     # overrides, what the message must name: the key, and what would be right
     (["rl.stepz=3"], ["rl.stepz", "did you mean 'steps'"]),
@@ -81,11 +100,11 @@ WRONG = [
     (["rl.loss.name=grpo"], ["rl.loss.name", "importance_sampling", "'grpo'"]),
     (["lora.rank=64"], ["lora.rank 64", "sampler.max_lora_rank=64"]),
     (["lora.train_attn=false", "lora.train_mlp=false"], ["lora trains nothing", "train_unembed"]),
-    (["lora.train_unembed=true", "sampler.num_gpus=1"], ["lora.train_unembed", "set lora.train_unembed=false"]),
+    (UNEMBEDDING_ON_CUDA, ["lora.train_unembed", "set lora.train_unembed=false"]),
     (["model.make.head_dim=16"], ["model.make.head_dim", "16"]),
     (["rl.sampling.max_tokens=128"], ["model.max_length 128", "max_tokens"]),
     (["model.path=some/model"], ["exactly one of model.path", "model.make"]),
-    (["model.dtype=float16"], ["model.dtype", "float32", "bfloat16"]),
+    (["model.dtype=float8"], ["model.dtype", "float32", "bfloat16", "float16"]),
     (["task.min_operations=9"], ["task.min_operations", "task.max_operations"]),
     (["run.name=a/b"], ["run.name", "pattern"]),
     (["run=3"], ["run", "dictionary", "3"]),
@@ -118,6 +137,13 @@ def test_a_file_that_is_no_job_is_refused(text: str, named: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
         load_config(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sampler_on_cuda_takes_half_precision_and_a_learner_there_any(dtype: str) -> None:
+    assert parse_config(SMALL, ["sampler.num_gpus=0.5", f"model.dtype={dtype}"]).sampler_device == "cuda"
+    mixed = parse_config(SMALL, ["learner.device=cuda", "learner.num_gpus=0.5"])
+    assert (mixed.model.dtype, mixed.sampler_device) == ("float32", "cpu")
 
 
 def test_a_job_cannot_be_changed_once_read() -> None:

@@ -155,8 +155,47 @@ def test_facts_carry_every_figure_by_name() -> None:
     assert set(facts) == {
         "eval/problems", "eval/samples", "eval/accuracy", "eval/accuracy_low", "eval/accuracy_high", "eval/pass_at_1",
         "eval/pass_at_1_low", "eval/pass_at_1_high", "eval/pass_at_2", "eval/pass_at_2_low", "eval/pass_at_2_high",
+        "eval/solved", "eval/solved_low", "eval/solved_high",
     }  # fmt: skip
     assert (facts["eval/problems"], facts["eval/samples"]) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize("scale", [(-3.0, 0.5), (1e6, 2e5), (0.4, 0.1), (-1e-7, 1e-8)])
+def test_grades_of_any_size_have_their_mean_and_a_normal_interval_that_holds_the_true_one(
+    scale: tuple[float, float],
+) -> None:
+    rng, trials = np.random.default_rng(12), 2000
+    drawn = rng.normal(*scale, size=(trials, 50))
+    found = [evaluation_of(row, None, 0, [1], 0.95).accuracy for row in drawn]
+    assert 0.93 <= np.mean([one.low <= scale[0] <= one.high for one in found]) <= 0.965
+    row, one = drawn[0], found[0]
+    half = 1.959963984540054 * np.std(row, ddof=1) / math.sqrt(50)
+    assert (one.value, one.low, one.high) == pytest.approx((row.mean(), row.mean() - half, row.mean() + half))
+
+
+def test_what_is_solved_is_a_share_whatever_the_grades_are() -> None:
+    grades = np.array([-4.0, -0.5, -0.5, 2.0])
+    found = evaluation_of(grades, None, 0, [1], 0.95, solved_at=-0.5)
+    assert found.solved == wilson(0.75, 4, 0.95) and found.accuracy.value == -0.75
+    assert evaluation_of(grades, None, 0, [1], 0.95).solved.value == 0.25, "a grade of 1 or more"
+    binary = evaluation_of(np.array([1.0, 0.0, 1.0]), None, 0, [1], 0.95)
+    assert binary.solved == binary.accuracy == wilson(2 / 3, 3, 0.95)
+
+
+def test_one_problem_and_problems_that_are_all_the_same_have_finite_ends() -> None:
+    for grades in ([-7.5], [0.25, 0.25], [1e9] * 3):
+        one = evaluation_of(np.array(grades), None, 0, [1], 0.95).accuracy
+        assert one.low == one.value == one.high == grades[0]
+
+
+def test_a_difference_of_grades_of_any_size_is_their_mean_difference_with_a_normal_interval() -> None:
+    rng = np.random.default_rng(13)
+    covered = 0
+    for _ in range(1500):
+        before = rng.normal(-20, 5, 60)
+        found = difference(before, before + rng.normal(3, 2, 60), 0.95)
+        covered += int(found.low <= 3 <= found.high)
+    assert 0.93 <= covered / 1500 <= 0.965
 
 
 def test_without_sampled_completions_there_is_no_pass_at_k() -> None:

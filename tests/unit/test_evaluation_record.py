@@ -67,6 +67,16 @@ def test_the_table_has_each_figure_with_both_ends() -> None:
     assert "pass@k from 2 completions of each at temperature 1" in shown and "31.2" in shown
 
 
+def test_grades_of_any_size_have_a_row_for_their_mean_and_one_for_what_is_solved() -> None:
+    odd = record(solved=(-3.0, 2.5, 0.5, -10.0), samples=0)
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text(odd).splitlines() if "|" in line]
+    rows = {row[0]: row[1:] for row in cells}
+    assert rows["greedy, mean grade"][0] == "-2.5000" and rows["greedy, grade 1 or more"][0] == "0.2500"
+    assert float(rows["greedy, mean grade"][1]) < -2.5 < float(rows["greedy, mean grade"][2])
+    better = record(solved=(-2.0, 4.0, 1.0, -9.0), samples=0)
+    assert compare(odd, better).value == 1.0 and compare(odd, better).low > 0
+
+
 def test_without_samples_the_table_has_no_pass_at_k() -> None:
     assert "pass@" not in text(record(samples=0))
 

@@ -96,6 +96,19 @@ def test_long_texts_are_compared_in_linear_time() -> None:
         r"\ ",
         r"{,",
         r"\text{ ",
+        r"\frac",
+        r"\sqrt[",
+        r"\sqrt(",
+        r"{\rm ",
+        r"\over ",
+        r"\phantom{",
+        r"\textbf{\textit{",
+        "(",
+        "^(",
+        "^-1",
+        "√1",
+        "sin ",
+        r"\text{e}",
     )
     before = time.process_time()
     for part in parts:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlsys import logprobs
-from rlsys.logprobs import chunk_rows, logprobs_and_entropy, token_logprobs
+from rlsys.logprobs import LogitTransform, chunk_rows, logprobs_and_entropy, token_logprobs
 
 T, H, V = 23, 12, 37
 
@@ -198,3 +198,44 @@ def test_half_precision_logits_are_normalised_in_fp32() -> None:
     assert found.dtype == torch.float32
     right = torch.log_softmax(head(hidden).float(), -1)[torch.arange(T), targets]
     torch.testing.assert_close(found, right, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "frozen with bias", "trained", "adapted"])
+@pytest.mark.parametrize("transform", [LogitTransform(scale=0.3), LogitTransform(cap=1.7)], ids=["scale", "cap"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_a_scale_or_a_cap_of_the_logits_is_in_values_gradients_and_entropy(
+    kind: str, transform: LogitTransform, dtype: torch.dtype, bound: float
+) -> None:
+    torch.manual_seed(0)
+    head = make(kind, dtype)
+    hidden = (2 * torch.randn(T, H, dtype=dtype)).requires_grad_()
+    targets, upstream = torch.randint(V, (T,)), torch.randn(T, dtype=dtype)
+    logits = head(hidden)
+    logits = transform.scale * logits if transform.cap is None else transform.cap * torch.tanh(logits / transform.cap)
+    logp = torch.log_softmax(logits / 0.6, -1)
+    whole = logp[torch.arange(T), targets]
+    found, entropy = logprobs_and_entropy(head, hidden, targets, 0.6, 7, transform)
+    assert (found - whole).norm() <= bound * whole.norm()
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1).detach(), rtol=10 * bound, atol=10 * bound)
+    wanted_from = [hidden, *(weight for weight in head.parameters() if weight.requires_grad)]
+    for got, right in zip(
+        torch.autograd.grad(found, wanted_from, upstream),
+        torch.autograd.grad(whole, wanted_from, upstream),
+        strict=True,
+    ):
+        assert (got - right).norm() <= bound * right.norm()
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(scale=0.3), LogitTransform(cap=1.7)], ids=["scale", "cap"])
+def test_in_half_precision_it_rounds_as_transformers_does(transform: LogitTransform) -> None:
+    torch.manual_seed(0)
+    head, hidden = make("frozen", torch.bfloat16), torch.randn(T, H, dtype=torch.bfloat16)
+    targets = torch.randint(V, (T,))
+    logits = head(hidden)
+    if transform.cap is None:
+        logits = logits * transform.scale
+    else:
+        logits = logits / transform.cap
+        logits = torch.tanh(logits) * transform.cap
+    wanted = torch.log_softmax(logits.float(), -1)[torch.arange(T), targets]
+    torch.testing.assert_close(token_logprobs(head, hidden, targets, 1.0, 7, transform), wanted, rtol=1e-6, atol=1e-6)

@@ -79,7 +79,9 @@ class World:
             raise Rewound(None)
 
     # samplers
-    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> Made:
+    def sample(
+        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+    ) -> Made:
         self.loses()
         if split == "train" and self.config.overlap.max_policy_lag is None:
             assert self.loaded == self.state_hash, "samplers serve something else than the learner's weights"
@@ -88,11 +90,14 @@ class World:
             "sampler/completion_tokens": 8.0,
             "sampler/truncated_share": 0.0,
         }
-        return Made(((split, tuple(problems), params.seed, self.loaded, self.version),), facts)
+        nth = () if occurrence is None else tuple(occurrence.tolist())
+        return Made(((split, tuple(problems), params.seed, self.loaded, self.version, nth),), facts)
 
-    def submit(self, split: str, problems: Array, n: int, params: SamplingParams) -> int:
+    def submit(
+        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+    ) -> int:
         ticket = max(self.tickets, default=-1) + 1
-        self.tickets[ticket] = self.sample(split, problems, n, params)
+        self.tickets[ticket] = self.sample(split, problems, n, params, occurrence)
         return ticket
 
     def collect(self, timeout_s: float) -> list[tuple[int, Made]]:
@@ -236,11 +241,50 @@ def test_groups_that_agree_are_replaced_until_the_batch_is_full_or_the_rounds_ar
             assert len(ref[1]) == wanted > 0
             wanted = sum(problem in world.agreeing for problem in ref[1])
         assert wanted == 0 or len(one.rollouts.refs) == 3
-    seeds = [ref[2] for one in world.trained.values() for ref in one.rollouts.refs]
-    assert len(set(seeds)) == len(seeds), "a problem that comes in two rounds of a step would be drawn the same twice"
     assert book.counts()["filtered"] == sum(
         problem in world.agreeing for one in world.trained.values() for problem in one.problems
     )
+
+
+def draws_of(world: World) -> dict[int, list[tuple[int, int, int]]]:
+    """(seed, problem, occurrence) of each group of a step: what its completions are a function of."""
+    return {
+        step: [(ref[2], int(p), nth) for ref in one.rollouts.refs for p, nth in zip(ref[1], ref[5], strict=True)]
+        for step, one in world.trained.items()
+    }
+
+
+CUTS = [
+    # lag, pieces, the rl section: every way in which a step is cut into calls
+    (None, 1, ""),
+    (0, 1, ""),
+    (0, 3, ""),
+    (2, 3, ""),
+    (1, 1, ", substeps: 3"),
+    (None, 1, ", refill_rounds: 2"),
+    (1, 1, ", refill_rounds: 2"),
+]
+
+
+@pytest.mark.parametrize(("lag", "minibatches", "rl"), CUTS)
+@pytest.mark.parametrize("plan", [[], ["", "", "data", "", "", "", "learner"]], ids=["whole", "with losses"])
+def test_a_problem_drawn_twice_in_a_step_draws_anew_however_the_step_is_cut_into_calls(
+    lag: int | None, minibatches: int, rl: str, plan: list[str]
+) -> None:
+    agreeing = frozenset({0}) if "refill" in rl else frozenset[int]()
+    world = World(job(lag=lag, minibatches=minibatches, rl=rl), list(plan), agreeing=agreeing)
+    assert world.run(Ledger(Epochs(num_problems=2, batch=BATCH, seed=4))) == STEPS
+    found = draws_of(world)
+    every = [draw for draws in found.values() for draw in draws]
+    assert len(set(every)) == len(every) >= STEPS * BATCH, "the same seed, problem and occurrence would draw the same"
+    for draws in found.values():
+        assert len({seed for seed, *_ in draws}) == 1, "nothing but the step is in the seed"
+        for problem in (0, 1):
+            assert [nth for _, p, nth in draws if p == problem] == list(range(sum(p == problem for _, p, _ in draws)))
+    if not agreeing:
+        plain = World(job(), [])
+        plain.run(Ledger(Epochs(num_problems=2, batch=BATCH, seed=4)))
+        assert found == draws_of(plain), "each group draws what it would draw in one call for all"
 
 
 def test_substeps_share_the_groups_and_only_the_first_is_on_policy() -> None:
@@ -369,11 +413,13 @@ def test_a_step_is_told_and_evaluated_though_something_is_lost_when_the_next_one
     class Loses(World):
         lost = False
 
-        def submit(self, split: str, problems: Array, n: int, params: SamplingParams) -> int:
+        def submit(
+            self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+        ) -> int:
             if self.version == 2 and not self.lost:
                 self.lost = True
                 raise Rewound(None)
-            return super().submit(split, problems, n, params)
+            return super().submit(split, problems, n, params, occurrence)
 
     world = Loses(job(lag=0), [])
     assert world.run(ledger()) == STEPS

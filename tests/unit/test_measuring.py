@@ -57,6 +57,18 @@ def test_pass_at_k_is_from_the_sampled_completions_and_accuracy_is_not() -> None
     assert found.passed is not None and found.passed.shape == (200,)
 
 
+def test_what_is_solved_is_the_jobs_to_say() -> None:
+    class Costs(Policy):
+        def grade(self, split: str, rollouts: Made) -> Graded:
+            problems = rollouts.refs[0][0]
+            none = np.zeros(len(problems), np.int64)
+            return Graded((), {}, -problems.astype(np.float64), none, none.astype(bool))
+
+    found = measure(job("rewards.solved_at=-2"), policy := Costs(), policy, np.arange(10))
+    assert found.facts["eval/accuracy"] == -4.5 and found.facts["eval/solved"] == 0.3
+    assert found.facts["eval/accuracy_low"] < -4.5 < found.facts["eval/accuracy_high"] < 0
+
+
 def test_two_evaluations_ask_for_the_same_draws_whatever_the_seed_of_the_run() -> None:
     one, other = Policy(), Policy()
     measure(job("eval.samples=2"), one, one, np.arange(4))

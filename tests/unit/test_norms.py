@@ -5,28 +5,33 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers.models.cohere2.modeling_cohere2 import Cohere2LayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from rlsys import norms
 from rlsys.norms import replace_norms
 
+KINDS = pytest.mark.parametrize("kind", [Qwen3RMSNorm, GemmaRMSNorm])
 
-def fresh(dtype: torch.dtype) -> nn.Module:
-    norm = Qwen3RMSNorm(6, eps=1e-5)
+
+def fresh(dtype: torch.dtype, kind: type[nn.Module] = Qwen3RMSNorm) -> nn.Module:
+    norm = kind(6, eps=1e-5)
     norm.weight.data = torch.linspace(-1.0, 2.0, 6)
     return norm.to(dtype)
 
 
-def test_its_gradients_are_those_of_finite_differences() -> None:
-    norm = fresh(torch.float64)
+@KINDS
+def test_its_gradients_are_those_of_finite_differences(kind: type[nn.Module]) -> None:
+    norm = fresh(torch.float64, kind)
     assert replace_norms(norm) == 1
     x = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, weight: norm(x), (x, norm.weight))
 
 
-def test_values_and_gradients_are_those_of_transformers() -> None:
-    norm, plain = fresh(torch.float32), fresh(torch.float32)
+@KINDS
+def test_values_and_gradients_are_those_of_transformers(kind: type[nn.Module]) -> None:
+    norm, plain = fresh(torch.float32, kind), fresh(torch.float32, kind)
     replace_norms(norm)
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
     for module in (norm, plain):
@@ -38,17 +43,21 @@ def test_values_and_gradients_are_those_of_transformers() -> None:
     torch.testing.assert_close(found, wanted)
 
 
+@KINDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_has_transformers_s_values_to_the_bit(dtype: torch.dtype) -> None:
-    norm, plain = fresh(dtype), fresh(dtype)
+def test_half_precision_has_transformers_s_values_to_the_bit(dtype: torch.dtype, kind: type[nn.Module]) -> None:
+    norm, plain = fresh(dtype, kind), fresh(dtype, kind)
     assert replace_norms(norm) == 1
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert torch.equal(norm(x), plain(x))
 
 
+@KINDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients_are_as_near_to_float64_as_those_of_transformers(dtype: torch.dtype) -> None:
-    norm, plain, exact = fresh(dtype), fresh(dtype), fresh(torch.float64)
+def test_half_precision_gradients_are_as_near_to_float64_as_those_of_transformers(
+    dtype: torch.dtype, kind: type[nn.Module]
+) -> None:
+    norm, plain, exact = fresh(dtype, kind), fresh(dtype, kind), fresh(torch.float64, kind)
     replace_norms(norm)
     replace_norms(exact)
     exact.weight.data = norm.weight.data.double()
@@ -85,6 +94,6 @@ def test_rows_of_several_blocks_and_strides_are_as_those_of_one(monkeypatch: pyt
     torch.testing.assert_close(torch.autograd.grad(norm(x), (x, norm.weight), upstream), whole)
 
 
-@pytest.mark.parametrize("norm", [GemmaRMSNorm(6), GemmaRMSNorm(6).bfloat16(), nn.LayerNorm(6)])
+@pytest.mark.parametrize("norm", [Cohere2LayerNorm(6), Cohere2LayerNorm(6).bfloat16(), nn.LayerNorm(6)])
 def test_another_formula_stays_as_it_is(norm: nn.Module) -> None:
     assert replace_norms(norm) == 0

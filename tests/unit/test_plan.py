@@ -156,10 +156,11 @@ def test_a_job_that_fits_has_no_shortfall() -> None:
     assert planned().shortfalls == ()
 
 
+ON_CUDA = ["sampler.num_gpus=1", "model.dtype=bfloat16"]
 WRONG_PLACES = [
     # overrides, nodes, what the shortfall must name
     (["sampler.num_cpus=20"], [BIG], ["21 CPU asked for, 8 found, 13 too few", "sampler.num_cpus=4"]),
-    (["sampler.num_gpus=1"], [BIG], ["1 GPU asked for, 0 found", "sampler.num_gpus=0"]),
+    (ON_CUDA, [BIG], ["1 GPU asked for, 0 found", "sampler.num_gpus=0"]),
     (["learner.resources={big: 1}"], [BIG], ["1 big asked for, 0 found", "learner.resources"]),
     (["sampler.nodes=[10.0.0.9]"], [BIG], ["no node '10.0.0.9'", "here"]),
     (["learner.num_cpus=6"], [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)], ["no single node", "6 CPU"]),
@@ -180,14 +181,13 @@ WRONG_PLACES = [
     ),
     (["sampler.kv_cache_gb=100"], [BIG], ["memory:", "64.00 GiB found", "sampler.kv_cache_gb"]),
     (
-        ["sampler.num_gpus=1", "model.make.vocab_size=150000", "sampler.gpu_memory_utilization=0.1"],
+        [*ON_CUDA, "model.make.vocab_size=150000", "sampler.gpu_memory_utilization=0.05"],
         [Node("a", {"CPU": 8.0, "GPU": 1.0}, 64 * GIB, GIB)],
         ["GPU memory (unmeasured prediction)", "sampler.gpu_memory_utilization"],
     ),
     (["model.make.num_heads=5"], [BIG], ["model.make.num_heads 5", "model.make.num_kv_heads=1"]),
-    (["learner.device=cuda"], [BIG], ["learner.num_gpus 0", "set learner.num_gpus=1"]),
     (
-        ["sampler.tensor_parallel_size=3", "sampler.num_gpus=3"],
+        ["sampler.tensor_parallel_size=3", "sampler.num_gpus=3", "model.dtype=bfloat16"],
         [Node("a", {"CPU": 8.0, "GPU": 8.0}, 64 * GIB, 80 * GIB)],
         ["sampler.tensor_parallel_size 3", "sampler.tensor_parallel_size=2"],
     ),
@@ -208,8 +208,8 @@ WARNED = [
     (["model.max_length=60"], ["model.max_length 60 leaves 12 tokens"]),
     (["sampler.max_lora_rank=256"], ["sampler.max_lora_rank=16"]),
     (["lora.rank=100", "sampler.max_lora_rank=128"], ["lora.rank=64"]),
-    (["sampler.num_gpus=1", "sampler.enforce_eager=true"], ["sampler.enforce_eager=false"]),
-    (["learner.num_gpus=1"], ["learner.device=cuda"]),
+    ([*ON_CUDA, "sampler.enforce_eager=true"], ["sampler.enforce_eager=false"]),
+    (["rl.optim={schedule: linear, decay_steps: 10}"], ["rl.optim.decay_steps 10", "rl.optim.decay_steps=25"]),
     (["learner.threads=4"], ["learner.num_cpus=4"]),
     (["model.make.vocab_size=150000"], ["learner.logprob_chunk_tokens=256"]),
 ]
@@ -269,7 +269,7 @@ def test_the_command_ends_with_code_1_where_the_job_does_not_fit() -> None:
 
 
 def test_predictions_for_a_gpu_are_marked_as_unmeasured() -> None:
-    done = run_plan("configs/quickstart.yaml", "learner.device=cuda", "learner.num_gpus=1", "sampler.num_gpus=1")
+    done = run_plan("configs/quickstart.yaml", "learner.device=cuda", "learner.num_gpus=1", *ON_CUDA)
     assert "UNMEASURED" in done.stdout and done.returncode == 1
 
 

@@ -164,6 +164,17 @@ def test_an_online_run_is_pointed_to_and_an_accuracy_that_is_not_there_is_not_ma
     assert not any("adapter" in label for label in rows)
 
 
+def test_mean_grades_outside_0_to_1_are_called_a_reward_and_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    out = console(terminal=False)
+    with (bars := Progress(out)).stage("rl", 2):
+        bars.update(1, accuracy=-12.5)
+    assert "held-out reward -12.500" in written(out) and "accuracy" not in written(out)
+    where = {"steps": 3, "seconds": 1.0, "wandb_dir": None, "wandb_url": None, "adapter": None}
+    rows = dict(closing_rows(Path("r"), accuracy_before=-1250.0, accuracy_after=0.5, **where))
+    assert rows["held-out reward"] == "-1250.0 before, 0.500 after"
+
+
 def test_durations_and_figures_are_short() -> None:
     assert [duration(seconds) for seconds in (0.4, 61, 3723)] == ["0:00", "1:01", "1:02:03"]
     assert shown({"reward": 0.5123, "tokens/s": 18304.4}) == "reward 0.512  tokens/s 18304"

@@ -210,6 +210,23 @@ def test_each_token_says_its_numbers_and_replies_are_marked(tmp_path: Path) -> N
     assert [attrs["class"] for attrs in tokens] == ["t am3 qm3", "t reply begins", "t am3", "t am3"]
 
 
+def test_rewards_of_any_size_have_a_report_in_their_own_numbers(tmp_path: Path) -> None:
+    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=str) as tracker:
+        for step, mean in enumerate((-120.0, -75.0, 30.0)):
+            ends = {"eval/accuracy_low": mean - 8, "eval/accuracy_high": mean + 8}
+            tracker.log(step, {"eval/accuracy": mean, **ends, "reward/mean": mean / 10, "reward/std": 4.0})
+        rewards = (-90.0, -20.0, 60.0)
+        tracker.rollouts(1, [rollout(1, "train", "2 + 2 =", " 5", "4", reward, 0.0, 4, "stop") for reward in rewards])
+        tracker.groups(1, [0, 1, 2], [0.0, 0.5, 1.0], [-90.0, 1e6, -3.0])
+    page = Page(write_report(tmp_path))
+    assert "Held-out reward" in page.text and "Held-out accuracy" not in page.text
+    for part in ("-120", "+150", "interval 22 to 38"):
+        assert part in page.text, part
+    assert "-12000" not in page.text and "points" not in page.text, "a reward is no share"
+    badges = re.findall(r'class="badge (\w+)">reward ([^<]+)<', page.source)
+    assert {("bad", "-90"), ("part", "-20"), ("good", "60")} == set(badges)
+
+
 def test_one_evaluation_is_no_improvement() -> None:
     found = headline([{"step": 0, "time": 0.0, "stage": "rl", "eval/accuracy": 0.5}])
     assert found is not None

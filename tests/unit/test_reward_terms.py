@@ -39,6 +39,21 @@ def test_the_grade_alone_is_the_reward_by_default():
     assert facts == {"reward/correct": 0.625, "reward/mean": 0.625, "reward/std": 0.375}
 
 
+def test_what_is_right_for_the_length_term_is_the_jobs_to_say():
+    rollouts = made([4, 8], [0, 0])
+    section = RewardSection(length=1.0, solved_at=-3.0)
+    rewards, _ = total_rewards(np.array([-2.5, -5.0]), rollouts, ["a", "b"], section, KEEP, 8)
+    assert rewards.tolist() == [-2.5 + 0.5, -5.0 - 0.5]
+    wrong, _ = total_rewards(np.array([-3.5, -5.0]), rollouts, ["a", "b"], section, KEEP, 8)
+    assert wrong.tolist() == [-3.5, -5.0 - 0.5], "short and wrong is no better"
+
+
+def test_a_reward_that_weights_make_too_large_is_refused_with_its_problem():
+    section = RewardSection(correct=1e30)
+    with pytest.raises(GradingError, match=r"problem 0: found a reward of -1e\+40, from a grade of -1e\+10"):
+        total_rewards(np.array([1.0, -1e10]), made([2, 3], [0, 0]), ["a", "b"], section, KEEP, 8)
+
+
 def test_all_terms_by_hand():
     rollouts = made([4, 6, 8, 10], [0, 0, 0, 0])
     texts = [r"\boxed{1}", "no answer", "#### 2", r"\boxed{3}"]

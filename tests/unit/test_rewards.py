@@ -40,9 +40,9 @@ def grade(pool: GraderPool, *completions: str) -> Grades:
 def test_rewards_come_back_in_order_with_their_outcomes(pool: GraderPool) -> None:
     grades = grade(pool, "7", "8", "half", "true", "minus one")
     assert grades.rewards.tolist() == [1.0, 0.0, 0.5, 1.0, -1.0] and grades.rewards.dtype == np.float32
-    assert grades.outcome.tolist() == [RIGHT, WRONG, RIGHT, RIGHT, WRONG] and grades.outcome.dtype == np.int8
+    assert grades.outcome.tolist() == [RIGHT, WRONG, WRONG, RIGHT, WRONG] and grades.outcome.dtype == np.int8
     assert grades.first_error == ""
-    assert grades.counts() == {"reward/wrong": 2, "reward/timeouts": 0, "reward/errors": 0}
+    assert grades.counts() == {"reward/wrong": 3, "reward/timeouts": 0, "reward/errors": 0}
 
 
 def test_an_empty_batch_has_no_grades(pool: GraderPool) -> None:
@@ -85,6 +85,37 @@ def test_a_grader_that_fails_is_an_error_and_the_others_are_graded(pool: GraderP
     assert grades.rewards.tolist() == [1.0, 0.0, 1.0, 0.0]
     assert text in grades.first_error
     assert grades.counts()["reward/errors"] == 1
+
+
+def test_what_is_right_and_what_a_failure_counts_as_are_the_jobs_to_say() -> None:
+    section = RewardSection(timeout_s=TIMEOUT_S, max_failed_share=1.0, solved_at=-1.5, failed_grade=-7)
+    pool = GraderPool(section, sample_graders.numbers)
+    try:
+        grades = grade(pool, "-2", "-1.5", "3e9", "0.25", "nan", "1e39")
+        assert grades.outcome.tolist() == [WRONG, RIGHT, RIGHT, RIGHT, ERROR, ERROR]
+        assert grades.rewards.tolist() == [-2.0, -1.5, 3e9, 0.25, -7.0, -7.0]
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e39"])
+def test_a_reward_that_is_no_finite_number_names_its_grader_and_its_problem(value: str) -> None:
+    section = RewardSection(timeout_s=TIMEOUT_S, max_failed_share=0.0, function="tests.unit.sample_graders:numbers")
+    pool = GraderPool(section, sample_graders.obedient)
+    try:
+        with pytest.raises(GradingError) as caught:
+            pool.grade(["1", value], ["7", "8"], ["training problem 3", "training problem 5"])
+        message = str(caught.value)
+        for part in (
+            "tests.unit.sample_graders:numbers",
+            "training problem 5",
+            "answer '8'",
+            f"returned {float(value)}",
+        ):
+            assert part in message, message
+        assert "wanted a finite number" in message
+    finally:
+        pool.close()
 
 
 def test_a_batch_in_which_most_graders_failed_stops_the_run() -> None:

@@ -22,7 +22,7 @@ def held(columns: tuple[int, int], wrong: float = 0.0) -> Held:
     """By a worker of a layer that is split by inputs."""
     a = TENSORS["down.lora_A"][:, columns[0] : columns[1]] + wrong
     digest = digest_tensors([("down.lora_A", a), ("down.lora_B", TENSORS["down.lora_B"])])
-    return digest, [(0, 2, *columns), B]
+    return digest, [[(0, 2, *columns)], [B]]
 
 
 def test_parts_that_are_right_and_make_up_the_whole_have_the_whole_s_digest() -> None:

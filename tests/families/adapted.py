@@ -1,0 +1,79 @@
+"""A learner of a family's tiny model with one run whose adapter is large, and what plain transformers says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlsys.checkpoints import save_run
+from rlsys.config import LearnerSection, LoraSection, ModelSection
+from rlsys.dimensions import read_config
+from rlsys.learner import Learner
+from rlsys.model_support import serves_unembedding
+from rlsys.text_part import load_language_model
+from rlsys.types import Array
+from tests.families.tiny_composites import COMPOSITES, Composite
+from tests.families.tiny_models import FAMILIES, MIXTURES, VOCAB_SIZE, Family
+
+LENGTH = 640  # far beyond the windows of 64
+TOKENS = np.random.default_rng(0).integers(8, VOCAB_SIZE, LENGTH).astype(np.int32)
+OFFSETS = np.array([0, LENGTH])
+MODELS: dict[str, Family | Composite] = {**FAMILIES, **{composite.name: composite for composite in COMPOSITES}}
+GOAL = 1e-5  # nats, of one token in float32
+NOISE = 4.0  # times what float32 itself strays from float64 in transformers: two programs stray each by about that
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """Run "run" has a B that is not zero, and is saved at `checkpoint`."""
+
+    family: Family | Composite
+    folder: Path
+    model: ModelSection
+    learner: Learner
+    checkpoint: Path
+    bound: float  # nats, between two programs that compute the same in float32
+
+    def logprobs(self, run_id: str | None) -> Array:
+        """(LENGTH - 1,) of the tokens but the first, by the learner."""
+        return self.learner.logprobs(run_id, TOKENS, OFFSETS)[1:]
+
+
+def adapted(name: str, place: Path) -> Adapted:
+    family = MODELS[name]
+    folder = family.save(place / "base")
+    model = ModelSection(path=str(folder), max_length=LENGTH)
+    learner = Learner(folder, model, LearnerSection())
+    serves_output = serves_unembedding(read_config(folder), "cpu")
+    lora = LoraSection(rank=8, alpha=16.0, train_mlp=family not in MIXTURES, train_unembed=serves_output)
+    learner.create_run("run", lora, seed=1)
+    draw = torch.Generator().manual_seed(2)
+    for key, weight in learner.run_state("run").weights.items():
+        if key.endswith("lora_B"):
+            weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
+    save_run(learner, "run", place / "checkpoint", with_optimizer=False)
+    plain = {
+        dtype: load_language_model(folder, dtype=dtype, attention="eager") for dtype in (torch.float32, torch.float64)
+    }
+    error = distance(*(logprobs_of(one) for one in plain.values()))
+    return Adapted(family, folder, model, learner, place / "checkpoint", max(GOAL, NOISE * error))
+
+
+def logprobs_of(model: Any) -> Array:
+    """(LENGTH - 1,) of the tokens but the first, by plain transformers."""
+    model.config._experts_implementation = "eager"  # torch's grouped product has no float64
+    with torch.no_grad():
+        logits: Tensor = model.eval()(torch.from_numpy(TOKENS[None]).long()).logits[0, :-1]
+    targets = torch.from_numpy(TOKENS[1:]).long()
+    found: Array = torch.log_softmax(logits.double(), -1).gather(1, targets[:, None])[:, 0].numpy()
+    return found
+
+
+def distance(a: Array, b: Array) -> float:
+    """Of the token that differs most."""
+    return float(np.abs(np.asarray(a, np.float64) - b).max())
