@@ -31,11 +31,11 @@ class LearnerActor:
 
     def make_base(self) -> tuple[dict[str, bytes], Facts]:
         from rlsys.base import pack_folder
-        from rlsys.memory import keep_heap_whole
+        from rlsys.memory import bound_growth
         from rlsys.supervised import make_base
 
         assert self.config.model.make
-        keep_heap_whole(self.config.model.make.hidden_size)
+        bound_growth(self.config.model.make.hidden_size)
         with tempfile.TemporaryDirectory(prefix="rlsys-base-") as scratch:
             out = Path(scratch) / "base"
             result = make_base(
@@ -66,7 +66,7 @@ class LearnerActor:
         from rlsys.canary import canary_tokens
         from rlsys.dimensions import hidden_size, read_config
         from rlsys.learner import Learner
-        from rlsys.memory import keep_heap_whole
+        from rlsys.memory import bound_growth
         from rlsys.model_support import refuse_unsupported
         from rlsys.policy import Policy
         from rlsys.ranks import ALONE, Ranks
@@ -89,7 +89,7 @@ class LearnerActor:
                     sampler=self.config.sampler,
                     device=self.config.sampler_device,
                 )
-            keep_heap_whole(hidden_size(found))
+            bound_growth(hidden_size(found))
             name = self.config.model.path or str(
                 (self.config.run_dir / "base").absolute()
             )  # as adapter_config.json says

@@ -46,6 +46,7 @@ class Dimensions:
     tie_embeddings: bool
     biased: frozenset[str] = frozenset()  # linears with a bias
     num_experts: int = 0  # of a layer that is a mixture
+    experts_per_token: int = 0
     expert_size: int = 0  # intermediate size of one expert
     mixture_layers: int = 0  # the others have one MLP
     window: int | None = None  # tokens that the windowed layers see
@@ -167,6 +168,7 @@ def of_config(config: Mapping[str, Any], source: str) -> Dimensions:
         tie_embeddings=bool(value(family, text, "tie_word_embeddings")),
         biased=frozenset(family.always_biased).union(*asked),
         num_experts=number("num_experts") if family.experts else 0,
+        experts_per_token=number("num_experts_per_tok") if family.experts else 0,
         expert_size=number(expert_size_key(family)) if family.experts else 0,
         mixture_layers=mixtures,
         window=number("sliding_window") if windowed else None,

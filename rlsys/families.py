@@ -41,6 +41,7 @@ class Family:
     windows: Windows = "none"
     period: int = 0
     experts: bool = False  # a mixture: its experts are trained by no adapter
+    wide_norms: bool = False  # norms that keep a fp32 copy of what they read for the backward pass
     expert_biases: bool = False  # of the experts' matrices and of the router
     sinks: bool = False  # one logit per head that attention may go to instead of a token
     output_layer: bool = True  # vLLM's model has one that an adapter can go to, instead of taking the embeddings
@@ -186,6 +187,7 @@ _ROWS = (
         )
         | {"tie_word_embeddings": True},
         norms=1,
+        wide_norms=True,
         biases=_ASKED,
         windows="pattern",
         period=4,
@@ -207,7 +209,8 @@ _ROWS = (
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
         _defaults(
-            2048, 6144, 24, 32, 4, **_QWEN, moe_intermediate_size=768, num_experts=128, decoder_sparse_step=1
+            2048, 6144, 24, 32, 4, **_QWEN, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+            decoder_sparse_step=1,
         ),
         head_norms="head",
         biases=_ASKED,
@@ -220,7 +223,7 @@ _ROWS = (
         "GptOssForCausalLM",
         _defaults(
             2880, 2880, 36, 64, 8, vocab_size=201088, head_dim=64, max_position_embeddings=131072,
-            attention_bias=True, num_experts=128, sliding_window=128,
+            attention_bias=True, num_experts=128, num_experts_per_tok=4, sliding_window=128,
         ),
         biases=_ASKED,
         windows="pattern",

@@ -10,18 +10,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlsys.config import JobConfig, LoraSection, SamplerSection
 from rlsys.dimensions import SAVED_BYTES, Dimensions
+from rlsys.model_support import unembedding_problem
 from rlsys.precision import computing_dtype
 
 MIB, GIB = 2**20, 2**30
 FP32 = 4
 LOGIT_BYTES = 64 * MIB  # of a chunk of logits, whatever the vocabulary
 LOGIT_BLOCK = 262_144  # values of the softmax that a thread of a CPU works on at once
-CANARY_TOKENS = 64
+CANARY_TOKENS = 1536  # of the long canary (rlsys/canary.py), which a learner scores by eager attention
+CANARY_ROWS = 80  # of its positions, which a sampler scores at once
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
 
 # glibc serves smaller blocks from a heap that is left in pieces, larger ones by pages that go back at once. Its own
@@ -30,6 +33,10 @@ ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM o
 # keep glibc's own limit; in larger ones the matrix products outweigh them.
 MMAP_THRESHOLD, SMALL_HIDDEN = MIB, 256
 M_MMAP_THRESHOLD = -3  # malloc.h
+# oneDNN keeps a kernel of each shape of matrix product, 1,024 of them, each about 0.5 MiB of code and data, and a new
+# number of rows needs new ones: an engine's steps and a bfloat16 learner's micro-batches rarely have the same. Made
+# anew they cost 4 ms where a decoding step of a 135M model takes 30 to 80 ms; small models keep all of them.
+KERNEL_CACHE, KEPT_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 64
 HEAP_SLACK = 1.4  # of what is served from the heap; measured
 HEAP_SLACK_OF_SMALL = 3.2  # where glibc decides; fitted to the quickstart, the only such model that was measured
 
@@ -71,7 +78,7 @@ class RoleMemory:
 def learner_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
     """Of one rank."""
     phases = [_supervised(config, dims)] if config.model.make else []
-    phases += [_loading(config, dims), _updating(config, dims), _saving(config, dims)]
+    phases += [_loading(config, dims), _comparing(config, dims), _updating(config, dims), _saving(config, dims)]
     if config.learner.device == "cpu" and mmap_threshold(dims.hidden_size) == math.inf:
         phases = [_in_pieces(phase) for phase in phases]
     return RoleMemory("learner", tuple(phases))
@@ -138,12 +145,16 @@ def micro_batch_tokens(config: JobConfig) -> int:
 
 def activations(config: JobConfig, dims: Dimensions, tokens: int) -> int:
     """What autograd keeps of `tokens` packed tokens until the backward pass has used it."""
-    layer = _resident(config, dims, _layer_blocks(config, dims), tokens)
+    attention = _resident(config, dims, _attention_blocks(config, dims), tokens)
+    mlp = _resident(config, dims, _mlp_blocks(config, dims), tokens)
+    mixture = _resident(config, dims, _mixture_blocks(config, dims), tokens)
     ends = _resident(config, dims, _end_blocks(config, dims), tokens)
     if not config.learner.gradient_checkpointing:
-        return dims.num_layers * layer + ends
+        mlps = (dims.num_layers - dims.mixture_layers) * mlp + dims.mixture_layers * mixture
+        return dims.num_layers * attention + mlps + ends
     inputs = _resident(config, dims, [(1, _computed_bytes(config) * dims.hidden_size)], tokens)
-    return dims.num_layers * inputs + layer + ends  # one layer at a time is run again
+    largest = max(mlp, mixture) if dims.mixture_layers else mlp
+    return dims.num_layers * inputs + attention + largest + ends  # one layer at a time is run again
 
 
 def working(config: JobConfig, dims: Dimensions, tokens: int) -> int:
@@ -157,9 +168,11 @@ def mmap_threshold(hidden_size: int) -> float:
     return math.inf if hidden_size < SMALL_HIDDEN else MMAP_THRESHOLD
 
 
-def keep_heap_whole(hidden_size: int) -> None:
-    """Set glibc's limit for this process, as the predictions expect it; another C library is left as it is."""
+def bound_growth(hidden_size: int) -> None:
+    """Settle, for this process, what would let it grow over a run, as the predictions expect it. Call before its first
+    matrix product. Another C library than glibc is left as it is, and so is a limit that the user has set."""
     if mmap_threshold(hidden_size) < math.inf:
+        os.environ.setdefault(KERNEL_CACHE, str(KEPT_KERNELS))
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
@@ -185,24 +198,41 @@ def _computed_bytes(config: JobConfig) -> int:
     return SAVED_BYTES[computing_dtype(config.model.dtype, config.learner.device)]
 
 
-def _layer_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
-    """Kept of one layer, all in the dtype that is computed in but for norms' and attention's figures per row.
+def _attention_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
+    """Kept of one layer but its MLP, all in the dtype that is computed in but for norms' and attention's figures per
+    row.
 
-    Attention keeps q, k, v and its output, q and k also from before their norms; the two norms of the layer keep their
-    inputs and the adapters those norms' outputs; the MLP keeps gate, silu(gate), up and their product; every adapter
-    keeps x A'.
+    Attention keeps q, k, v and its output, q and k also from before their norms; the norms of the layer keep their
+    inputs and the adapters those norms' outputs; every adapter keeps x A'.
     """
     lora, size = config.lora, _computed_bytes(config)
-    hidden, inner, query, kv = dims.hidden_size, dims.intermediate_size, dims.query_size, dims.kv_size
-    small = FP32 * (2 * dims.num_heads + dims.num_kv_heads + 2)
-    blocks: Blocks = [(2, size * query), (2, size * kv), (3, size * inner), (2, size * hidden), (1, small)]
+    hidden, query, kv = dims.hidden_size, dims.query_size, dims.kv_size
+    of_norms = FP32 if dims.family.wide_norms else size
+    small = FP32 * (2 * dims.num_heads + dims.num_kv_heads + dims.family.norms)
+    blocks: Blocks = [(2, size * query), (2, size * kv), (dims.family.norms, of_norms * hidden), (1, small)]
     if dims.family.head_norms != "none":
+        blocks += [(1, of_norms * query), (1, of_norms * kv)]
+    if "qkv_proj" in dims.attention:  # values are a view of what is kept whole
         blocks += [(1, size * query), (1, size * kv)]
     if lora.train_attn:
-        blocks += [(1, size * hidden), (4, size * lora.rank)]
-    if lora.train_mlp:
-        blocks += [(1, size * hidden), (1, size * inner), (3, size * lora.rank)]
+        blocks += [(1, size * hidden), (len(dims.attention), size * lora.rank)]
     return blocks
+
+
+def _mlp_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
+    """Kept of one MLP: gate, silu(gate), up and their product, which an adapter reads."""
+    lora, size = config.lora, _computed_bytes(config)
+    blocks: Blocks = [(3, size * dims.intermediate_size)]
+    if lora.train_mlp:
+        blocks += [(1, size * dims.hidden_size), (1, size * dims.intermediate_size), (len(dims.mlp), size * lora.rank)]
+    return blocks
+
+
+def _mixture_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
+    """The same of each expert that a token goes to, and what comes out of it."""
+    size, times = _computed_bytes(config), dims.experts_per_token
+    of_activation = 6 if dims.family.expert_biases else 3  # gpt-oss clamps gate and up, and adds one to up
+    return [(times * of_activation, size * dims.expert_size), (times, size * dims.hidden_size)]
 
 
 def _end_blocks(config: JobConfig, dims: Dimensions) -> Blocks:
@@ -238,6 +268,15 @@ def _loading(config: JobConfig, dims: Dimensions) -> Phase:
     if config.model.make:
         parts["packed base"] = 2 * files  # as Ray's object and as a copy of it
     return Phase("loading", parts | {"runtime": LEARNER_RUNTIME})
+
+
+def _comparing(config: JobConfig, dims: Dimensions) -> Phase:
+    """The long canary through transformers' eager attention: of one layer all scores, masked, and as probabilities."""
+    size, tokens = _computed_bytes(config), min(CANARY_TOKENS, config.model.max_length)
+    scores = dims.num_heads * tokens * tokens * (3 * size + FP32)
+    head = _head_bytes(config, dims, tokens)
+    parts = {**_weights(config, dims), "scores": scores, "logits and working space": head, "runtime": LEARNER_RUNTIME}
+    return Phase("scoring its canary", parts)
 
 
 def _trained(config: JobConfig, dims: Dimensions) -> dict[str, int]:
@@ -300,7 +339,8 @@ def _slots(config: JobConfig, dims: Dimensions) -> int:
     """Slots are as wide as the widest adapter allowed and cover every linear module, trained or not."""
     section, size = config.sampler, SAVED_BYTES[config.model.dtype]
     layers = dims.num_layers * _sides(dims.attention) + (dims.num_layers - dims.mixture_layers) * _sides(dims.mlp)
-    ends = dims.hidden_size + dims.vocab_size if config.sampler_device == "cpu" else 0
+    on_output = unembedding_problem(dims.vocab_size, dims.family, config.sampler_device) is None
+    ends = dims.hidden_size + dims.vocab_size if on_output else 0
     slots = section.max_live_adapters * slot_width(section) * (layers + ends)
     return size * (slots + section.max_live_adapters * adapter_parameters(config.lora, dims))
 
@@ -324,4 +364,4 @@ def _engine_logits(config: JobConfig, dims: Dimensions) -> int:
     """The logits, their log-softmax in fp32, and a comparison of a byte each for the rank; on a GPU noise too."""
     copies = 2 * FP32 + 1 + (0 if config.model.dtype == "float32" else 2)
     copies += 2 * FP32 if config.sampler_device == "cuda" else 0
-    return max(sampled_at_once(config), CANARY_TOKENS) * dims.vocab_size * copies
+    return max(sampled_at_once(config), min(CANARY_ROWS, config.sampler.max_num_seqs)) * dims.vocab_size * copies

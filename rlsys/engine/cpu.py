@@ -18,7 +18,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rlsys.engine.punica import SegmentedPunica
 from rlsys.engine.rows import steady
-from rlsys.memory import keep_heap_whole
+from rlsys.memory import bound_growth
 
 PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 SEGMENTED_PUNICA = f"{SegmentedPunica.__module__}.{SegmentedPunica.__qualname__}"
@@ -29,7 +29,7 @@ class CpuWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        keep_heap_whole(self.model_config.get_hidden_size())  # before the weights come
+        bound_growth(self.model_config.get_hidden_size())  # before the weights come
         die_with_parent()
 
     def init_device(self) -> None:

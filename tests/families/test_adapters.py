@@ -46,14 +46,14 @@ def test_peft_loads_the_saved_adapter_onto_the_model(trained: Adapted) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         whole = load_whole(trained.folder, dtype=torch.float32, attn_implementation="eager")
-        model = PeftModel.from_pretrained(whole, trained.checkpoint)
+        model = PeftModel.from_pretrained(whole, trained.checkpoints / "run")
     ours = trained.logprobs("run")
     assert distance(logprobs_of(model), ours) < trained.bound
     assert abs(ours - trained.logprobs(None)).mean() > 1000 * trained.bound, "the adapter has to be large"
 
 
 def test_a_merged_model_is_base_and_adapter(trained: Adapted, tmp_path: Path) -> None:
-    export_merged(trained.folder, trained.checkpoint, tmp_path / "merged")
+    export_merged(trained.folder, trained.checkpoints / "run", tmp_path / "merged")
     model = load_whole(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
     assert distance(logprobs_of(model), trained.logprobs("run")) < trained.bound
 
@@ -69,8 +69,8 @@ def test_experts_are_refused_with_the_way_out(family: Family, tmp_path: Path) ->
 @pytest.mark.parametrize(("name", "is_cut"), [("glm4", True), ("phi3", False)])
 def test_for_vllm_a_fused_module_is_cut_where_vllm_has_it_in_parts(name: str, is_cut: bool, tmp_path: Path) -> None:
     trained = adapted(name, tmp_path)
-    export_adapter(trained.checkpoint, tmp_path / "peft")
-    export_adapter(trained.checkpoint, tmp_path / "vllm", for_vllm=True)
+    export_adapter(trained.checkpoints / "run", tmp_path / "peft")
+    export_adapter(trained.checkpoints / "run", tmp_path / "vllm", for_vllm=True)
     whole, cut = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("peft", "vllm"))
     targets = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())["target_modules"]
     assert ("gate_up_proj" in targets) != is_cut

@@ -83,9 +83,9 @@ def check_scores(served: Served, run: Run) -> None:
 
 
 def test_vllm_s_own_loader_takes_the_exported_adapter(served: Served, run: Run, tmp_path: Path) -> None:
-    export_adapter(served.trained.checkpoint, tmp_path / "adapter", for_vllm=True)
+    export_adapter(served.trained.checkpoints / "inner", tmp_path / "adapter", for_vllm=True)
     found = run(scored_by_vllm(served.sampler, tmp_path / "adapter"))
-    assert distance(found, served.trained.logprobs("run")) < served.trained.bound
+    assert distance(found, served.trained.logprobs("inner")) < served.trained.bound
 
 
 async def scored_by_vllm(sampler: Sampler, adapter: Path) -> Array:
