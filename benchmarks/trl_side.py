@@ -30,7 +30,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 class Timed(GRPOTrainer):
     """Says how long generation took, and all that comes before the forward pass of the loss."""
 
-    generate_s = rollout_s = 0.0
+    generate_s = rollout_s = mean_length = groups_dropped = 0.0
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
         began = time.perf_counter()
@@ -42,6 +42,9 @@ class Timed(GRPOTrainer):
         began = time.perf_counter()
         found = super()._generate_and_score_completions(inputs)
         self.rollout_s = time.perf_counter() - began
+        metrics = self._metrics["train"]  # emptied at the end of training, before on_train_end
+        self.mean_length = metrics["completions/mean_length"][-1]
+        self.groups_dropped = metrics["frac_reward_zero_std"][-1]
         return found
 
 
@@ -59,13 +62,11 @@ class Turns(TrainerCallback):
 
     def _over(self) -> None:
         trainer = self.trainer
-        lengths = trainer._metrics["train"]["completions/mean_length"]
-        spread = trainer._metrics["train"]["frac_reward_zero_std"]
         facts = {
             "generate_s": trainer.generate_s,
             "rollout_s": trainer.rollout_s,
-            "mean_length": lengths[-1] if lengths else 0.0,
-            "groups_dropped": spread[-1] if spread else 0.0,
+            "mean_length": trainer.mean_length,
+            "groups_dropped": trainer.groups_dropped,
         }
         self.turn.over(**facts)
 
