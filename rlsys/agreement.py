@@ -1,9 +1,9 @@
 """Where transformers and vLLM compute the same model differently, the learner computes what its samplers do.
 
-rotary embeddings that depend on the length   transformers goes by the longest sequence of a forward pass, so that a
-                                              token depends on what it is packed with; vLLM by the longest sequence
-                                              that it may ever be given
-Cohere 2                                      vLLM's window is one token longer, as the model was trained
+Rotary embeddings whose factors depend on the length (longrope): transformers goes by the longest sequence of a forward
+pass, so that a token depends on what it is packed with; vLLM by the longest sequence that it may ever be given.
+
+Cohere 2's window: one token longer in vLLM, as the model was trained.
 """
 
 from __future__ import annotations
