@@ -31,8 +31,8 @@ NOISE = 4.0  # times what float32 itself strays from float64 in transformers: tw
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """Runs "run", of all that can be trained, and "inner", of the layers alone, each with a B that is not zero; saved in
-    `checkpoints`."""
+    """Run "run" is of all that can be trained and "inner" of the layers alone, each with a B that is not zero. Both are
+    saved in `checkpoints`."""
 
     family: Family | Composite
     folder: Path
