@@ -30,12 +30,14 @@ def local_folder(base: Base) -> Iterator[Path]:
     """The folder to load the base from; a packed one is unpacked until the block ends, since it is in memory by then.
 
     Raises:
-        ConfigError: model.path is neither a folder of this node nor a model that the hub gives, or holds no model.
+        ConfigError: model.path is neither a folder of this node nor a model that the hub gives, or holds no model that
+            can be trained.
     """
     if isinstance(base, str):
         folder = Path(base) if Path(base).is_dir() else _download(base)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.path: {base!r} has no config.json; wanted config, tokenizer and safetensors")
+        from rlsys.model_folder import check_files  # brings transformers, which clients do without until here
+
+        check_files(folder)
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="rlsys-base-") as scratch:

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -134,8 +135,12 @@ class RayBackend:
         return RayDeployment(about, learner, samplers, self._model_id)
 
     def _specs(self, base_model: str, source: str) -> tuple[HostSpec, SamplerSpec]:
+        from rlsys.model_folder import check_tokenizer  # brings transformers, which joining needs not
+
         config = self._config
         with local_folder(source) as folder:
+            for note in check_tokenizer(folder):
+                warnings.warn(note, stacklevel=2)
             found = read_config(folder)
         max_length = min(config.max_length, max_positions(found) or config.max_length)
         learner, sampler = sections(config, ray.cluster_resources())

@@ -55,12 +55,12 @@ class Check:
 
 
 def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) -> Iterator[Check]:
-    """Every check, the quick ones first. `out` is where runs are written; a `job`'s model is looked at too."""
+    """Every check, the quick ones first. `out` is where runs are written, `job` the one whose model is looked at."""
     quick: Sequence[Callable[[], Sequence[Check]]] = (
         python_version,
         package_versions,
         devices,
-        lambda: [] if job is None else [model(job)],
+        lambda: [] if job is None else [model(job), *model_files(job)],
         lambda: [disk("runs", out), disk("Ray's files", Path(os.environ.get("RAY_TMPDIR") or "/tmp"))],
         lambda: [shared_memory(cluster.object_store_gb)],
         lambda: [port(number, use) for number, use in PORTS.items()],
@@ -194,6 +194,21 @@ def hub() -> Check:
         f"{parts.hostname} does not answer ({problem}); {cache}",
         "only models in the cache or in a folder (model.path) can be used; behind a proxy this may be a false alarm",
     )
+
+
+def model_files(job: JobConfig) -> list[Check]:
+    """Of the job's folder of a model: files, headers, tokenizer; no weight is loaded."""
+    from rlsys.model_folder import check_job
+
+    if job.model.path is None or not Path(job.model.path).exists():
+        return []
+    try:
+        notes = check_job(job)
+    except ConfigError as error:
+        return [Check("model files", "fail", str(error), "see docs/tokenizers.md and docs/tasks.md")]
+    if notes:
+        return [Check("model files", "warn", note, "right where it is meant so") for note in notes]
+    return [Check("model files", "ok", f"{job.model.path}: configuration, weights and tokenizer fit together")]
 
 
 def ray_answers(address: str | None) -> Check:

@@ -25,6 +25,7 @@ from rlsys.config import JobConfig
 from rlsys.errors import RlsysError
 from rlsys.evaluation_record import Graded, Record
 from rlsys.measuring import Measured, measure
+from rlsys.model_folder import check_job
 from rlsys.model_support import refuse_unsupported_job
 from rlsys.problems import ProblemSet
 from rlsys.progress import Progress
@@ -62,6 +63,8 @@ def evaluate(config: JobConfig, candidate: Candidate, progress: Progress) -> Rec
         RlsysError: whatever stopped it, as one readable cause.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
+    for note in check_job(candidate.config):
+        progress.note(f"rlsys: {note}")
     refuse_unsupported_job(candidate.config)
     failures, own, interrupts = Failures(), _own(candidate.config), Interrupts(progress.note)
     try:

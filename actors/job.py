@@ -29,6 +29,7 @@ from rlsys.config import JobConfig
 from rlsys.errors import RlsysError, RunExistsError
 from rlsys.facts import Facts
 from rlsys.ledger import Ledger
+from rlsys.model_folder import check_job
 from rlsys.model_support import refuse_unsupported_job
 from rlsys.problems import Epochs
 from rlsys.progress import Progress, stage_times
@@ -69,6 +70,8 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     """
     started = time.monotonic()
     losses.resolve(config.rl.loss.name, config.rl.loss.params)  # wrong parameters are refused before any work
+    for note in check_job(config):
+        progress.note(f"rlsys: {note}")
     refuse_unsupported_job(config)
     with RunStore.open(config, fresh, progress.note) as store:
         config = store.config  # with the run's own date

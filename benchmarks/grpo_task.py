@@ -1,12 +1,15 @@
-"""What both sides of benchmarks/grpo_step.py work on: prompts of random words, and a reward that differs within groups.
+"""What both sides of benchmarks/grpo_step.py work on: prompts, and rewards that differ within groups.
 
-A word is a number below the vocabulary, and a token. Standard library only, but for the task as rlsys takes it.
+Random words, for models of random weights: a word is a number below the vocabulary, and a token. Questions from a file,
+for the real model. Standard library only, but for the tasks as rlsys takes them.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +30,16 @@ def share_of_even(completion: str, answer: str) -> float:
     return sum(word[-1] in "02468" for word in words) / max(1, len(words))
 
 
+def share_of_vowels(completion: str, answer: str) -> float:
+    """Of the completion's letters. A model that is seldom right differs from itself in this: groups never agree, which
+    would leave a side with less to learn."""
+    letters = [letter for letter in completion.lower() if letter.isalpha()]
+    return sum(letter in "aeiou" for letter in letters) / max(1, len(letters))
+
+
+REWARDS = {"share_of_even": share_of_even, "share_of_vowels": share_of_vowels}
+
+
 class RandomWords:
     """The prompts as a task of rlsys; `task.options` are the arguments of `prompts`."""
 
@@ -41,3 +54,19 @@ class RandomWords:
 
     def grade(self, completion: str, answer: str) -> float:
         return share_of_even(completion, answer)
+
+
+class Questions:
+    """A JSON list of texts as a task of rlsys; `task.options` are its `file` and the reward's name."""
+
+    def __init__(self, section: TaskSection, seed: int) -> None:
+        self._texts: list[str] = json.loads(Path(section.options["file"]).read_text(encoding="utf-8"))
+        self._reward = REWARDS[section.options["reward"]]
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        from rlsys.problems import Problem
+
+        return [Problem(text, "") for text in (self._texts if split == "train" else self._texts[:2])]
+
+    def grade(self, completion: str, answer: str) -> float:
+        return self._reward(completion, answer)

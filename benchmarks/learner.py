@@ -1,6 +1,7 @@
 """Learner tokens per second: ``rlsys.learner.Learner`` against transformers + PEFT in padded batches.
 
     python -m benchmarks.learner [--dtype bfloat16 float32] [--threads 2] [--repeats 5] [--profile]
+    python -m benchmarks.learner --model smollm2 --dtype bfloat16 --gsm8k ../gsm8k
 
 One update of a 54M Qwen3 shape with LoRA r16 on its seven linear layers: forward and backward over DATUMS sequences
 (groups of 8, prompts of 90 to 110 tokens, completion lengths uniform in 20 to 400, seed 0), then AdamW. The rate is
@@ -10,6 +11,10 @@ fp32), the threads, the sequences and the loss (PPO's clipped ratio); neither ch
 The other side pads on the right: rows x longest <= budget, attention mask, transformers' SDPA attention, logits of all
 positions, their log-softmax in fp32, gather, loss, backward, and AdamW after the last. It comes twice: sequences as
 they were drawn, which is the usual loop and the one that the target is against, and sorted by length first.
+
+smollm2 is the same on the real model with sequences as a step of GRPO has them: 8 groups of 8 on a prompt of 100 to 150
+tokens, and completions of 200 tokens of text. There rlsys comes twice, as a job runs it, with the prompts of a group
+shared, and without; of lengths so equal, sorting changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +22,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +32,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.real import described, prompts_of, real_model
 from benchmarks.rows import Row, Target, by_turns, finish
 from benchmarks.shapes import DTYPES, S54, write_model
 from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch
 from rlsys.learner import Learner
+from rlsys.problems import ProblemSet
 from rlsys.rollouts import offsets_of
-from rlsys.types import AdamParams
+from rlsys.types import AdamParams, Array
 
 BUDGET, GROUP = 4096, 8
+DATUMS = {"54m": 32, "smollm2": 64}
 ADAM = AdamParams(learning_rate=1e-4)
 LORA = LoraSection(rank=16, alpha=32.0)
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LOW, HIGH = 0.8, 1.2
-ALL, SORTED, OURS = "padded, as drawn", "padded, sorted by length", "rlsys"
+NOISE = 0.1  # nats between the log-probabilities of sampler and learner
+ALL, SORTED, OURS, APART = "padded, as drawn", "padded, sorted by length", "rlsys", "rlsys, prompts not shared"
+SIDES = {"54m": [OURS, ALL, SORTED], "smollm2": [OURS, APART, ALL]}
+TARGETS = {
+    "54m": [Target(OURS, ALL, 2.0, ">="), Target(OURS, SORTED, 1.0, ">=")],
+    "smollm2": [Target(OURS, ALL, 3.0, ">="), Target(APART, ALL, 2.0, ">=")],
+}
 
 
 def drawn(datums: int, vocab_size: int, seed: int = 0) -> DatumBatch:
@@ -47,27 +63,51 @@ def drawn(datums: int, vocab_size: int, seed: int = 0) -> DatumBatch:
     random = np.random.default_rng(seed)
     prompts = np.repeat(random.integers(90, 111, datums // GROUP), GROUP)
     completions = random.integers(20, 401, datums)
-    lengths = prompts + completions - 1  # predictions
-    offsets = offsets_of(lengths)
-    first = np.repeat(offsets[:-1] + prompts - 1, lengths)
-    weights = (np.arange(offsets[-1]) >= first).astype(np.float32)
     # of a random model every token has about the same probability, so the ratio is near 1, as on policy
-    logprobs = -np.log(vocab_size) + random.normal(0, 0.1, offsets[-1])
-    by_datum = np.repeat(random.normal(size=datums), lengths)
+    lengths = prompts + completions - 1
+    logprobs = -np.log(vocab_size) + random.normal(0, NOISE, lengths.sum())
+    by_datum = random.normal(size=datums)
     ids = [random.integers(1, vocab_size, int(length) + 1) for length in lengths]
     for group in range(0, datums, GROUP):
         for member in range(group, group + GROUP):
             ids[member][: prompts[group]] = ids[group][: prompts[group]]
+    return aligned(ids, prompts, logprobs, by_datum)
+
+
+def aligned(ids: Sequence[Array], prompts: Array, logprobs_T: Array, by_datum: Array) -> DatumBatch:
+    """Whole sequences whose first `prompts` tokens do not count."""
+    lengths = np.array([len(sequence) - 1 for sequence in ids])  # predictions
+    offsets = offsets_of(lengths)
+    first = np.repeat(offsets[:-1] + prompts - 1, lengths)
+    weights = (np.arange(offsets[-1]) >= first).astype(np.float32)
     return DatumBatch(
         np.concatenate([sequence[:-1] for sequence in ids]).astype(np.int32),
         np.concatenate([sequence[1:] for sequence in ids]).astype(np.int32),
         offsets,
         {
             "weights": weights,
-            "logprobs": (logprobs * weights).astype(np.float32),
-            "advantages": (by_datum * weights).astype(np.float32),
+            "logprobs": (logprobs_T * weights).astype(np.float32),
+            "advantages": (np.repeat(by_datum, lengths) * weights).astype(np.float32),
         },
     )
+
+
+def as_grpo_has_them(learner: Learner, problems: ProblemSet, groups: int, completion: int) -> DatumBatch:
+    """Groups on the first problems, in order; completions are text of the others, and their log-probabilities are the
+    base's with some noise, so that the ratio is near 1, as on policy."""
+    random = np.random.default_rng(0)
+    heads, offsets = problems.select(range(groups))
+    text = np.resize(problems.prompt_tokens[problems.prompt_offsets[groups] :], groups * GROUP * completion)
+    tails = text.reshape(groups, GROUP, completion)
+    ids = [
+        np.concatenate([head, tail])
+        for head, members in zip(np.split(heads, offsets[1:-1]), tails, strict=True)
+        for tail in members
+    ]
+    whole = offsets_of([len(sequence) for sequence in ids])
+    base = np.delete(learner.logprobs(None, np.concatenate(ids), whole), whole[:-1])  # of each but the first
+    prompts = np.repeat(np.diff(offsets), GROUP)
+    return aligned(ids, prompts, base + random.normal(0, NOISE, len(base)), random.normal(size=len(ids)))
 
 
 class Padded:
@@ -130,25 +170,54 @@ def padded_batches(lengths: Any, order: Any, budget: int) -> list[Any]:
     return [np.asarray(batch) for batch in batches]
 
 
-def ours(folder: Path, dtype: str, threads: int) -> Learner:
-    section = LearnerSection(threads=threads, token_budget=BUDGET, share_prompts=False)
+def ours(folder: Path, dtype: str, threads: int, share: bool = False) -> Learner:
+    section = LearnerSection(threads=threads, token_budget=BUDGET, share_prompts=share)
     learner = Learner(folder, ModelSection(path=str(folder), dtype=dtype, max_length=1024), section)  # type: ignore[arg-type]
     learner.create_run("run", LORA, seed=0)
     return learner
 
 
-def measure(dtype: str, threads: int, datums: int, repeats: int, profile: bool, sides: list[str]) -> Row:
-    with tempfile.TemporaryDirectory() as name:
-        parameters = write_model(Path(name), S54, dtype)
-        learner, padded = ours(Path(name), dtype, threads), Padded(Path(name), dtype)
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One model in each side's hands, and what they learn from."""
+
+    learners: Mapping[str, Learner]  # side -> learner
+    padded: Padded
+    batch: DatumBatch
+    about: Mapping[str, Any]
+
+
+def prepare(model: str, dtype: str, threads: int, datums: int, tokens: int, gsm8k: Path | None) -> Work:
+    if model == "54m":
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            parameters = write_model(folder, S54, dtype)
+            base = f"{parameters / 1e6:.1f}M parameters in {dtype}, adapters in float32"
+            learners = {OURS: ours(folder, dtype, threads)}
+            batch = drawn(datums, S54["vocab_size"])
+            return Work(learners, Padded(folder, dtype), batch, {"base": base, "prompts shared": False})
+    folder = real_model()
+    prompts = prompts_of(folder, gsm8k)
+    learners = {OURS: ours(folder, dtype, threads, share=True), APART: ours(folder, dtype, threads)}
+    batch = as_grpo_has_them(learners[OURS], prompts.problems, datums // GROUP, tokens)
+    about = {
+        "base": {**described(folder), "dtype": dtype, "adapters": "float32"},
+        "prompts": prompts.about,
+        "completions": f"{GROUP} of each prompt, {tokens} tokens",
+        "prompts shared": {OURS: True, APART: False, ALL: False},
+    }
+    return Work(learners, Padded(folder, dtype), batch, about)
+
+
+def measure(model: str, dtype: str, threads: int, options: argparse.Namespace) -> Row:
+    datums = options.datums or DATUMS[model]
+    work = prepare(model, dtype, threads, datums, options.tokens, options.gsm8k)
+    padded, batch, learner = work.padded, work.batch, work.learners[OURS]
     torch.set_num_threads(threads)
-    batch, loss = (
-        drawn(datums, S54["vocab_size"]),
-        losses.resolve("ppo", {"clip_low_threshold": LOW, "clip_high_threshold": HIGH}),
-    )
+    loss = losses.resolve("ppo", {"clip_low_threshold": LOW, "clip_high_threshold": HIGH})
     tokens = float(batch.columns["weights"].sum())
 
-    def update_ours() -> float:
+    def update_ours(learner: Learner = learner) -> float:
         found = learner.forward_backward("run", batch, loss, where="weighted")
         learner.optim_step("run", ADAM)
         return found.loss_sum
@@ -167,7 +236,7 @@ def measure(dtype: str, threads: int, datums: int, repeats: int, profile: bool, 
         return side
 
     every = {
-        OURS: rate(update_ours),
+        **{side: rate(partial(update_ours, made)) for side, made in work.learners.items()},
         ALL: rate(lambda: update_padded(False)),
         SORTED: rate(lambda: update_padded(True)),
     }
@@ -177,30 +246,32 @@ def measure(dtype: str, threads: int, datums: int, repeats: int, profile: bool, 
     padded.optimizer.zero_grad(set_to_none=True)
     bound = 1e-3 if dtype == "float32" else 3e-2
     assert abs(first[0] - first[1]) <= bound * float(np.abs(batch.columns["advantages"]).sum()), first
-    found = by_turns({side: every[side] for side in sides}, repeats)
+    found = by_turns({side: every[side] for side in options.sides or SIDES[model]}, options.repeats)
     cells = {
         name: int(sum(len(rows) * batch.lengths[rows].max() for rows in padded_batches(batch.lengths, order, BUDGET)))
         for name, order in ((ALL, np.arange(datums)), (SORTED, np.argsort(batch.lengths, kind="stable")))
     }
     more: dict[str, Any] = {"loss of the first update": first, "cells of padded batches": cells}
-    if profile:
+    if options.profile:
         more["profile"] = profiled(update_ours)
+    one = "1_thread" if threads == 1 else f"{threads}_threads"
+    of_model = "" if model == "54m" else f"{model}_"
+    what = "" if model == "54m" else ", SmolLM2-135M-Instruct"
     return Row(
-        f"learner_{dtype}_{threads}_threads" if threads > 1 else f"learner_{dtype}_1_thread",
-        f"learner tokens/s, {dtype}, {threads} thread{'s' if threads > 1 else ''}",
-        "python -m benchmarks.learner",
+        f"learner_{of_model}{dtype}_{one}",
+        f"learner tokens/s{what}, {dtype}, {one.replace('_', ' ')}",
+        "python -m benchmarks.learner" + ("" if model == "54m" else f" --model {model}"),
         "completion tokens/s",
         found,
-        [Target(OURS, ALL, 2.0, ">=")] + ([Target(OURS, SORTED, 1.0, ">=")] if SORTED in found else []),
+        [target for target in TARGETS[model] if target.of in found and target.to in found],
         {
-            "base": f"{parameters / 1e6:.1f}M parameters in {dtype}, adapters in float32",
+            **work.about,
             "threads": threads,
             "sequences": datums,
             "tokens read": len(batch.tokens),
             "completion tokens": int(tokens),
             "token budget": BUDGET,
             "gradient checkpointing": False,
-            "prompts shared": False,
             "loss": "ppo",
             "optimizer": "AdamW, one step per update",
         },
@@ -221,14 +292,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", default=DTYPES)
     parser.add_argument("--threads", nargs="+", type=int, default=[2])
-    parser.add_argument("--datums", type=int, default=32)
+    parser.add_argument("--model", choices=SIDES, default="54m")
+    parser.add_argument("--datums", type=int, help=f"sequences; by default {DATUMS}")
+    parser.add_argument("--tokens", type=int, default=200, help="of a completion, for smollm2")
+    parser.add_argument("--gsm8k", type=Path, help="folder with its train.jsonl and test.jsonl, for smollm2")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sides", nargs="+", default=[OURS, ALL, SORTED])
+    parser.add_argument("--sides", nargs="+", choices=(OURS, APART, ALL, SORTED), help="by default the model's own")
     parser.add_argument("--profile", action="store_true")
     arguments = parser.parse_args()
     for dtype in arguments.dtype:
         for threads in arguments.threads:
-            finish(measure(dtype, threads, arguments.datums, arguments.repeats, arguments.profile, arguments.sides))
+            finish(measure(arguments.model, dtype, threads, arguments))
 
 
 if __name__ == "__main__":

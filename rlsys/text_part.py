@@ -75,6 +75,7 @@ def text_part(whole: PreTrainedModel) -> PreTrainedModel:
         part: PreTrainedModel = AutoModelForCausalLM.from_config(decoder.config)
     setattr(part, part.base_model_prefix, decoder)
     part.set_output_embeddings(head)
+    decoder.config.tie_word_embeddings = whole.config.tie_word_embeddings
     part.config = decoder.config  # one for both: whoever changes how the model computes, changes it here
     part.generation_config = whole.generation_config
     path = next(name for name, module in whole.named_modules() if module is decoder)

@@ -23,8 +23,11 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from rlsys.engine.lent import borrowed
 from rlsys.engine.punica import SegmentedPunica
 from rlsys.engine.shards import Held, Region, pieces, regions
+from rlsys.engine.text_only import register
 from rlsys.engine.workers import Answer, answer
 from rlsys.weights import digest_tensors
+
+register()  # this module is imported in each worker before its model is loaded
 
 Layout = list[tuple[str, list[int], int, int]]  # (name, shape, offset, nbytes) of each tensor in a snapshot's buffer
 PREFIX = "base_model.model."  # PEFT's, of a module's name

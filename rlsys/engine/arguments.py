@@ -8,6 +8,7 @@ from typing import Any
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.dimensions import read_config
 from rlsys.engine.start import Device
+from rlsys.engine.text_only import text_only
 from rlsys.model_support import serves_unembedding
 from rlsys.roles import names, roles_of, skeleton
 from rlsys.text_part import configuration, is_composite
@@ -60,7 +61,7 @@ def engine_arguments(
         "max_cpu_loras": section.max_live_adapters,
         "max_lora_rank": next(rank for rank in ENGINE_RANKS if rank >= section.max_lora_rank),
         "lora_target_modules": target_modules(base, device),
-        **_of_the_model(configuration(base)),
+        **({"hf_overrides": text_only} if is_composite(configuration(base)) else {}),
         "worker_extension_cls": "rlsys.engine.adapters.AdapterExtension",
         "disable_log_stats": True,
         **by_device,
@@ -73,12 +74,3 @@ def target_modules(base: Path, device: Device) -> list[str]:
     mlp = () if roles.experts else roles.mlp
     unembedding = roles.unembedding if serves_unembedding(read_config(base), device) else ()
     return [*names(roles.attention), *names(mlp), *names(unembedding)]
-
-
-def _of_the_model(config: Any) -> dict[str, Any]:
-    if is_composite(config):
-        return {"language_model_only": True}  # its towers, which only images would need, are not loaded
-    if config.model_type == "cohere2":
-        # vLLM's layers see sliding_window tokens before a token, those of transformers one fewer, as everywhere else
-        return {"hf_overrides": {"sliding_window": config.sliding_window - 1}}
-    return {}

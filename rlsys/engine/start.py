@@ -12,6 +12,7 @@ from multiprocessing import forkserver
 from typing import Any, Literal
 
 from rlsys.config import SamplerSection
+from rlsys.engine.text_only import register
 from rlsys.errors import ClusterError
 
 Device = Literal["cpu", "cuda"]
@@ -76,6 +77,7 @@ def preload(device: Device = "cpu") -> None:
         forkserver.ensure_running()
     importlib.import_module("vllm.v1.engine.async_llm")
     check_private_api(device)
+    register()
 
 
 def check_private_api(device: Device = "cpu") -> None:

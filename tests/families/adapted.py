@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlsys.agreement import follow_sampler
 from rlsys.checkpoints import save_run
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.dimensions import read_config
@@ -30,13 +31,14 @@ NOISE = 4.0  # times what float32 itself strays from float64 in transformers: tw
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """Run "run" has a B that is not zero, and is saved at `checkpoint`."""
+    """Run "run" is of all that can be trained and "inner" of the layers alone, each with a B that is not zero. Both are
+    saved in `checkpoints`."""
 
     family: Family | Composite
     folder: Path
     model: ModelSection
     learner: Learner
-    checkpoint: Path
+    checkpoints: Path
     bound: float  # nats, between two programs that compute the same in float32
 
     def logprobs(self, run_id: str | None) -> Array:
@@ -51,21 +53,23 @@ def adapted(name: str, place: Path) -> Adapted:
     learner = Learner(folder, model, LearnerSection())
     serves_output = serves_unembedding(read_config(folder), "cpu")
     lora = LoraSection(rank=8, alpha=16.0, train_mlp=family not in MIXTURES, train_unembed=serves_output)
-    learner.create_run("run", lora, seed=1)
     draw = torch.Generator().manual_seed(2)
-    for key, weight in learner.run_state("run").weights.items():
-        if key.endswith("lora_B"):
-            weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-    save_run(learner, "run", place / "checkpoint", with_optimizer=False)
+    for run, section in (("run", lora), ("inner", lora.model_copy(update={"train_unembed": False}))):
+        learner.create_run(run, section, seed=1)
+        for key, weight in learner.run_state(run).weights.items():
+            if key.endswith("lora_B"):
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
+        save_run(learner, run, place / "checkpoints" / run, with_optimizer=False)
     plain = {
         dtype: load_language_model(folder, dtype=dtype, attention="eager") for dtype in (torch.float32, torch.float64)
     }
     error = distance(*(logprobs_of(one) for one in plain.values()))
-    return Adapted(family, folder, model, learner, place / "checkpoint", max(GOAL, NOISE * error))
+    return Adapted(family, folder, model, learner, place / "checkpoints", max(GOAL, NOISE * error))
 
 
 def logprobs_of(model: Any) -> Array:
-    """(LENGTH - 1,) of the tokens but the first, by plain transformers."""
+    """(LENGTH - 1,) of the tokens but the first, by plain transformers, which is told where vLLM computes otherwise."""
+    follow_sampler(model, LENGTH)
     model.config._experts_implementation = "eager"  # torch's grouped product has no float64
     with torch.no_grad():
         logits: Tensor = model.eval()(torch.from_numpy(TOKENS[None]).long()).logits[0, :-1]

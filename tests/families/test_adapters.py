@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,14 @@ from rlsys.export import export_adapter, export_merged
 from rlsys.learner import Learner
 from rlsys.roles import names, roles_of, skeleton
 from rlsys.text_part import load_language_model, load_whole
-from tests.families.adapted import LENGTH, MODELS, TOKENS, Adapted, adapted, distance, logprobs_of
+from tests.families.adapted import LENGTH, MODELS, TOKENS, Adapted, distance, logprobs_of
 from tests.families.tiny_composites import COMPOSITES, Composite
 from tests.families.tiny_models import COMMON, FAMILIES, MIXTURES, Family
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Adapted:
-    return adapted(request.param, tmp_path_factory.mktemp(request.param))
+def trained(request: pytest.FixtureRequest, trained_of: Callable[[str], Adapted]) -> Adapted:
+    return trained_of(request.param)
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -46,14 +47,14 @@ def test_peft_loads_the_saved_adapter_onto_the_model(trained: Adapted) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
         whole = load_whole(trained.folder, dtype=torch.float32, attn_implementation="eager")
-        model = PeftModel.from_pretrained(whole, trained.checkpoint)
+        model = PeftModel.from_pretrained(whole, trained.checkpoints / "run")
     ours = trained.logprobs("run")
     assert distance(logprobs_of(model), ours) < trained.bound
     assert abs(ours - trained.logprobs(None)).mean() > 1000 * trained.bound, "the adapter has to be large"
 
 
 def test_a_merged_model_is_base_and_adapter(trained: Adapted, tmp_path: Path) -> None:
-    export_merged(trained.folder, trained.checkpoint, tmp_path / "merged")
+    export_merged(trained.folder, trained.checkpoints / "run", tmp_path / "merged")
     model = load_whole(tmp_path / "merged", dtype=torch.float32, attn_implementation="eager")
     assert distance(logprobs_of(model), trained.logprobs("run")) < trained.bound
 
@@ -67,10 +68,12 @@ def test_experts_are_refused_with_the_way_out(family: Family, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "is_cut"), [("glm4", True), ("phi3", False)])
-def test_for_vllm_a_fused_module_is_cut_where_vllm_has_it_in_parts(name: str, is_cut: bool, tmp_path: Path) -> None:
-    trained = adapted(name, tmp_path)
-    export_adapter(trained.checkpoint, tmp_path / "peft")
-    export_adapter(trained.checkpoint, tmp_path / "vllm", for_vllm=True)
+def test_for_vllm_a_fused_module_is_cut_where_vllm_has_it_in_parts(
+    name: str, is_cut: bool, trained_of: Callable[[str], Adapted], tmp_path: Path
+) -> None:
+    trained = trained_of(name)
+    export_adapter(trained.checkpoints / "run", tmp_path / "peft")
+    export_adapter(trained.checkpoints / "run", tmp_path / "vllm", for_vllm=True)
     whole, cut = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("peft", "vllm"))
     targets = json.loads((tmp_path / "vllm" / "adapter_config.json").read_text())["target_modules"]
     assert ("gate_up_proj" in targets) != is_cut

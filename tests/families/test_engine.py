@@ -19,7 +19,7 @@ from rlsys.export import export_adapter
 from rlsys.sampler import Sampler, prepare_environment
 from rlsys.types import Array
 from rlsys.weights import WeightUpdate
-from tests.families.adapted import LENGTH, MODELS, OFFSETS, TOKENS, Adapted, adapted, distance
+from tests.families.adapted import LENGTH, MODELS, OFFSETS, TOKENS, Adapted, distance
 
 SECTION = SamplerSection(
     kv_cache_gb=0.1, max_num_seqs=16, max_num_batched_tokens=1024, max_lora_rank=8, max_live_adapters=2
@@ -49,14 +49,13 @@ def run() -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def served(request: pytest.FixtureRequest, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from serving(adapted(request.param, tmp_path_factory.mktemp(request.param)), SECTION, run)
+def served(request: pytest.FixtureRequest, run: Run, trained_of: Callable[[str], Adapted]) -> Iterator[Served]:
+    yield from serving(trained_of(request.param), SECTION, run)
 
 
 @pytest.fixture(scope="module", params=FUSED)
-def pair(request: pytest.FixtureRequest, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    two = SECTION.model_copy(update={"tensor_parallel_size": 2})
-    yield from serving(adapted(request.param, tmp_path_factory.mktemp(request.param)), two, run)
+def pair(request: pytest.FixtureRequest, run: Run, trained_of: Callable[[str], Adapted]) -> Iterator[Served]:
+    yield from serving(trained_of(request.param), SECTION.model_copy(update={"tensor_parallel_size": 2}), run)
 
 
 def serving(trained: Adapted, section: SamplerSection, run: Run) -> Iterator[Served]:
@@ -83,9 +82,9 @@ def check_scores(served: Served, run: Run) -> None:
 
 
 def test_vllm_s_own_loader_takes_the_exported_adapter(served: Served, run: Run, tmp_path: Path) -> None:
-    export_adapter(served.trained.checkpoint, tmp_path / "adapter", for_vllm=True)
+    export_adapter(served.trained.checkpoints / "inner", tmp_path / "adapter", for_vllm=True)
     found = run(scored_by_vllm(served.sampler, tmp_path / "adapter"))
-    assert distance(found, served.trained.logprobs("run")) < served.trained.bound
+    assert distance(found, served.trained.logprobs("inner")) < served.trained.bound
 
 
 async def scored_by_vllm(sampler: Sampler, adapter: Path) -> Array:

@@ -79,7 +79,8 @@ DENSE = (
     Family("llama2", "llama", {"num_key_value_heads": 4}),
     Family("llama3", "llama", {"rope_parameters": _LLAMA3}),
     Family("smollm2", "llama", {"tie_word_embeddings": True, "rope_theta": 100000.0}),
-    Family("qwen2", "qwen2", {"tie_word_embeddings": True}),
+    # it has no head_dim of its own, and vLLM on CPU has no attention for heads of 64 / 4
+    Family("qwen2", "qwen2", {"tie_word_embeddings": True, "num_attention_heads": 2, "num_key_value_heads": 1}),
     Family("qwen3", "qwen3", {"tie_word_embeddings": True}),
     Family("mistral", "mistral", {"sliding_window": WINDOW}, window=True),
     Family("gemma", "gemma", {"hidden_activation": "gelu_pytorch_tanh"}),

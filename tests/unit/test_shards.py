@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlsys.engine.shards import Held, Region, proven_digest
+from rlsys.engine.shards import Held, Region, part_of, pieces, proven_digest, regions
 from rlsys.engine.workers import answer, values
 from rlsys.errors import ActorFailedError, WeightSyncError
 from rlsys.weights import digest_tensors, snapshot_of
@@ -39,6 +39,42 @@ def test_a_part_that_nobody_holds_is_missed() -> None:
         proven_digest("here", SNAPSHOT, [held((0, 4)), held((0, 4))])
     with pytest.raises(WeightSyncError, match=r"holds 2 values"):
         proven_digest("here", SNAPSHOT, [held((0, 4)), held((5, 8))])
+
+
+class FusedLayer:
+    """A worker's slice of gate_up_proj, as vLLM's ColumnParallelLinearWithLoRA cuts it."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def slice_lora_a(self, a: torch.Tensor) -> torch.Tensor:
+        return a
+
+    def slice_lora_b(self, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat([half.chunk(2)[self.rank] for half in b.chunk(2)])
+
+
+def test_a_worker_of_a_fused_layer_holds_rows_that_do_not_lie_together() -> None:
+    tensors = {"gate_up.lora_A": torch.randn(2, 4), "gate_up.lora_B": torch.randn(8, 2)}
+    snapshot = snapshot_of("a", 1, 2, tensors, "float32")
+    found = [regions(FusedLayer(rank), [((2, 4), (8, 2))]) for rank in (0, 1)]
+    assert found[1] == [([(0, 2, 0, 4)], [(2, 4, 0, 2), (6, 8, 0, 2)])]
+    workers = []
+    for rank, ((in_a, in_b),) in enumerate(found):
+        mine = [("gate_up.lora_A", tensors["gate_up.lora_A"])]
+        mine.append(("gate_up.lora_B", FusedLayer(rank).slice_lora_b(tensors["gate_up.lora_B"])))
+        assert torch.equal(part_of(tensors["gate_up.lora_B"], in_b), mine[1][1])
+        workers.append((digest_tensors(mine), [in_a, in_b]))
+    assert proven_digest("here", snapshot, workers) == snapshot.digest
+    with pytest.raises(WeightSyncError, match=r"no tensor-parallel worker holds 8 values of gate_up\.lora_B"):
+        proven_digest("here", snapshot, [workers[1], workers[1]])
+
+
+def test_a_fused_b_is_cut_only_into_the_layers_that_are_fused() -> None:
+    b = torch.arange(8.0)[:, None]
+    assert [piece[:, 0].tolist() for piece in pieces(b, [4, 2, 2])] == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    with pytest.raises(ValueError, match=r"outputs of \[4, 2\]; found B with 8 rows"):
+        pieces(b, [4, 2])
 
 
 class Worker:

@@ -1,0 +1,31 @@
+"""Scaling of losses for a model that computes in float16, whose smallest number is 6e-8 and whose largest is 65,504.
+
+A loss is multiplied by a power of two ahead of the backward pass, and gradients, which are float32, are divided by it:
+both are exact. The power is chosen for each micro-batch from its own dL/dp and lowered where a gradient overflows, so
+that nothing is carried from step to step: a step that is resumed or replayed has the same scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+LARGEST = 64.0  # |dL/dp| after scaling: a gradient of B sums thousands of tokens, one of A is times a B that is small
+LOWER = 16.0  # after an overflow
+LEAST = 2.0**-12  # of the first scale: below, it is not the scale that makes numbers infinite
+
+
+def first_scale(slope_T: Tensor) -> float:
+    """By which the slopes dL/dp of a micro-batch are multiplied at first."""
+    largest = float(slope_T.abs().max()) if len(slope_T) else 0.0
+    if largest == 0.0 or not math.isfinite(largest):
+        return 1.0
+    return 2.0 ** math.floor(math.log2(LARGEST / largest))
+
+
+def are_finite(gradients: Iterable[Tensor]) -> bool:
+    sizes = [gradient.abs().max() for gradient in gradients]
+    return not sizes or bool(torch.stack(sizes).isfinite().all())
