@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: quickstart test check unit soak bench real-model real-tokenizers gpu-check clean
+.PHONY: quickstart test check unit soak bench bench-real-model real-model real-tokenizers gpu-check clean
 
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml --fresh
@@ -41,6 +41,13 @@ BENCHES := learner learner_memory prefix_sharing custom_loss weight_sync sampler
 bench: $(READY)
 	for row in $(BENCHES); do $(BIN)/python -m benchmarks.$$row || exit 1; done
 	for row in tiny tiny-fp32 54m; do $(BIN)/python -m benchmarks.grpo_step --row $$row || exit 1; done
+	$(BIN)/python -m benchmarks.rows
+
+# The rows on a real model, about two hours. GSM8K: a folder with its train.jsonl and test.jsonl; without, arithmetic.
+GSM8K ?=
+bench-real-model: real-model
+	$(BIN)/python -m benchmarks.real_model $(if $(GSM8K),--gsm8k $(GSM8K))
+	$(BIN)/python -m benchmarks.agreement $(if $(GSM8K),--gsm8k $(GSM8K))
 	$(BIN)/python -m benchmarks.rows
 
 # Wants CUDA, torch, transformers and peft, and no environment of its own: make gpu-check PYTHON=python3 ARGS=--skip-rows

@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--trl-repeats", type=int, help="default: as --repeats")
     parser.add_argument("--trl-warmups", type=int, help="default: as --warmups")
     parser.add_argument("--gsm8k", type=Path, help="folder with its train.jsonl and test.jsonl, for smollm2")
+    parser.add_argument("--problems", type=int, help="of a step, in the place of the row's own number")
     parser.add_argument("--tokens", type=int, help="of a completion, in the place of the row's own number")
     parser.add_argument("--trl", type=Path, default=ROOT / ".bench", help="where TRL is, or is installed to")
     parser.add_argument("--set", action="append", default=[], help="section.key=value of the job")
@@ -281,7 +282,8 @@ def main() -> None:
     options = parser.parse_args()
     gsm8k = None if options.gsm8k is None else options.gsm8k.resolve()
     os.chdir(ROOT)
-    case = replace(CASES[options.row], max_tokens=options.tokens or CASES[options.row].max_tokens)
+    case = CASES[options.row]
+    case = replace(case, max_tokens=options.tokens or case.max_tokens, prompts=options.problems or case.prompts)
     if case.dtype not in DTYPES:
         print(f"grpo-{options.row}: left out: no kernels for {case.dtype} here (python -m benchmarks.precision)")
         return

@@ -26,18 +26,21 @@ from pathlib import Path
 from benchmarks.real import real_model
 
 DTYPE = "bfloat16"
+GROUP = 8  # completions of a prompt, in all three
 
 
 def commands(options: argparse.Namespace) -> dict[str, list[str]]:
     """Part -> module and arguments."""
     common = ["--repeats", options.repeats, *(["--gsm8k", options.gsm8k] if options.gsm8k else [])]
     common += ["--tokens", options.tokens]
+    problems = ["--problems", options.problems]
     threads = ["--threads", options.threads]
     trl = ["--trl-repeats", options.repeats if options.trl_repeats is None else options.trl_repeats]
     trl += ["--trl-warmups", options.trl_warmups]
-    sampler = ["benchmarks.sampler", "--models", "smollm2", "--dtypes", DTYPE, *threads, *common]
+    sampler = ["benchmarks.sampler", "--models", "smollm2", "--dtypes", DTYPE, *threads, *problems, *common]
     learner = ["benchmarks.learner", "--model", "smollm2", "--dtype", DTYPE, *threads, *common, "--profile"]
-    grpo = ["benchmarks.grpo_step", "--row", "smollm2", "--warmups", 1, *trl, *common]
+    learner += ["--datums", options.problems * GROUP]
+    grpo = ["benchmarks.grpo_step", "--row", "smollm2", "--warmups", 1, *trl, *problems, *common]
     every = {"sampler": sampler, "learner": learner, "grpo": grpo}
     return {name: [str(word) for word in every[name]] for name in options.only}
 
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--trl-repeats", type=int, help="default: as --repeats")
     parser.add_argument("--trl-warmups", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2, help="of sampler and learner; grpo has always two")
+    parser.add_argument("--problems", type=int, default=8, help="of a step or repetition, each with 8 completions")
     parser.add_argument("--tokens", type=int, default=200, help="of a completion")
     parser.add_argument("--gsm8k", type=Path, help="folder with its train.jsonl and test.jsonl; default: arithmetic")
     options = parser.parse_args()

@@ -88,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--gsm8k", type=Path, help="folder with its train.jsonl and test.jsonl, for smollm2")
+    parser.add_argument("--problems", type=int, help="prompts of a repetition, in the place of the model's own number")
     parser.add_argument("--tokens", type=int, help="of a completion, in the place of the model's own number")
     return parser.parse_args()
 
@@ -260,7 +261,8 @@ def main() -> None:
     options = arguments()
     with cluster(ClusterSection()):
         for dtype, name in itertools.product(options.dtypes, options.models):
-            case = replace(MODELS[name], length=options.tokens or MODELS[name].length)
+            case = MODELS[name]
+            case = replace(case, groups=options.problems or case.groups, length=options.tokens or case.length)
             for row in measure(name, case, dtype, options.threads, options.repeats, options.gsm8k):
                 finish(row)
 
