@@ -21,7 +21,7 @@ def register() -> None:
 
 def text_only(config: Any) -> Any:
     """The configuration of a checkpoint's text part, for ``hf_overrides``."""
-    if config.model_type not in ARCHITECTURES:  # vLLM first asks with an empty one what becomes of its model_type
+    if config.model_type not in ARCHITECTURES:  # vLLM asks with a stand-in first, whether the type would change
         return config
     text = config.get_text_config(decoder=True)
     text.architectures = [ARCHITECTURES[config.model_type]]
