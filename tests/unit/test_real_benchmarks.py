@@ -21,7 +21,6 @@ from rlsys.config import LoraSection, parse_config
 from rlsys.endings import endings_of, load_tokenizer
 from rlsys.problems import Problem, encode
 from rlsys.rendering import Renderer
-from rlsys.types import AdamParams
 
 needs_model = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs models/SmolLM2-135M-Instruct: make real-model")
 
