@@ -63,9 +63,9 @@ def evaluate(config: JobConfig, candidate: Candidate, progress: Progress) -> Rec
         RlsysError: whatever stopped it, as one readable cause.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
+    refuse_unsupported_job(candidate.config)
     for note in check_job(candidate.config):
         progress.note(f"rlsys: {note}")
-    refuse_unsupported_job(candidate.config)
     failures, own, interrupts = Failures(), _own(candidate.config), Interrupts(progress.note)
     try:
         # Watched again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.

@@ -70,9 +70,9 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     """
     started = time.monotonic()
     losses.resolve(config.rl.loss.name, config.rl.loss.params)  # wrong parameters are refused before any work
+    refuse_unsupported_job(config)
     for note in check_job(config):
         progress.note(f"rlsys: {note}")
-    refuse_unsupported_job(config)
     with RunStore.open(config, fresh, progress.note) as store:
         config = store.config  # with the run's own date
         accuracies = _accuracies(store)

@@ -3,11 +3,13 @@
 Rotary embeddings whose factors depend on the length (longrope): transformers goes by the longest sequence of a forward
 pass, so that a token depends on what it is packed with; vLLM by the longest sequence that it may ever be given.
 
-Cohere 2's window, one token longer in vLLM, is no matter of the learner: the engine is told transformers' own
-(rlsys/engine/arguments.py).
+Cohere 2's window: one token longer in vLLM, as the model was trained.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlsys.errors import ConfigError
 
+_WINDOW_AND_ITSELF = ("cohere2",)  # model types whose window does not count the token itself
 _FIXED = "longrope, fixed"  # a rope_type that transformers leaves alone
 
 
@@ -33,6 +36,27 @@ def follow_sampler(model: PreTrainedModel, max_length: int) -> None:
         elif isinstance(kinds, str):
             _fix_rotary(model, module, kinds, max_length, None)
             module.rope_type = _FIXED if kinds == "longrope" else kinds
+    _change_window(model, 1)
+
+
+@contextmanager
+def as_published(model: PreTrainedModel) -> Iterator[None]:
+    """In the block the model's configuration is the one that it came with."""
+    _change_window(model, -1)
+    try:
+        yield
+    finally:
+        _change_window(model, 1)
+
+
+def _change_window(model: PreTrainedModel, by: int) -> None:
+    config = model.config.get_text_config()
+    if config.model_type not in _WINDOW_AND_ITSELF or config.sliding_window is None:
+        return
+    config.sliding_window += by
+    for module in model.modules():
+        if isinstance(getattr(module, "sliding_window", None), int):
+            module.sliding_window += by
 
 
 def _fix_rotary(model: PreTrainedModel, module: nn.Module, kind: str, max_length: int, layer_type: str | None) -> None:

@@ -118,12 +118,12 @@ def plan(
     from rlsys.planning import this_machine
 
     job = load_config(config, overrides or ())
+    refuse_structure(job.model.path)
     notes: tuple[str, ...] = ()
     if _holds_more_than_a_config(job.model.path):
         from rlsys.model_folder import check_job  # brings transformers, which other plans do without
 
         notes = check_job(job)
-    refuse_structure(job.model.path)
     dims = dimensions(job.model)
     where = job.cluster.address or address
     if where:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from rlsys import attention, loss_scale, losses
-from rlsys.agreement import follow_sampler
+from rlsys.agreement import as_published, follow_sampler
 from rlsys.budget import TokenBudget
 from rlsys.custom import CustomLoss, evaluate, result_metrics
 from rlsys.datums import DatumBatch
@@ -462,7 +462,8 @@ class Learner:
         try:
             for weight, values in kept:
                 weight.data = values.to(self._saved_dtype)
-            self._model.save_pretrained(out)
+            with as_published(self._model):
+                self._model.save_pretrained(out)
         finally:
             for weight, values in kept:
                 weight.data = values

@@ -33,10 +33,13 @@ ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM o
 # keep glibc's own limit; in larger ones the matrix products outweigh them.
 MMAP_THRESHOLD, SMALL_HIDDEN = MIB, 256
 M_MMAP_THRESHOLD = -3  # malloc.h
-# oneDNN keeps a kernel of each shape of matrix product, 1,024 of them, each about 0.5 MiB of code and data, and a new
-# number of rows needs new ones: an engine's steps and a bfloat16 learner's micro-batches rarely have the same. Made
-# anew they cost 4 ms where a decoding step of a 135M model takes 30 to 80 ms; small models keep all of them.
-KERNEL_CACHE, KEPT_KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 64
+# oneDNN keeps a kernel of each shape of matrix product, 1,024 of them, each about 0.5 MiB of code and data, and torch
+# keeps what calls them in a cache of its own. A new number of rows needs new ones, and the steps of an engine and the
+# micro-batches of a bfloat16 learner rarely have the same: either grew by 500 to 700 MiB over a run. Made anew they
+# cost 4 ms where a decoding step of a 135M model takes 30 to 80 ms; small models keep all of them. A layer needs fewer
+# than 64 forward and backward.
+KERNEL_CACHES, KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 64
+LEARNER_KERNELS, ENGINE_KERNELS = 80 * MIB, 40 * MIB  # of so many; measured. Products in float32 are MKL's in a learner
 HEAP_SLACK = 1.4  # of what is served from the heap; measured
 HEAP_SLACK_OF_SMALL = 3.2  # where glibc decides; fitted to the quickstart, the only such model that was measured
 
@@ -116,6 +119,7 @@ def sampler_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
             "KV cache": int(config.sampler.kv_cache_gb * GIB),
             "LoRA slots": _slots(config, dims),
             **passing,
+            "kernels": ENGINE_KERNELS if mmap_threshold(dims.hidden_size) < math.inf else 0,
             "runtime": SAMPLER_RUNTIME,
         },
     )
@@ -172,7 +176,8 @@ def bound_growth(hidden_size: int) -> None:
     """Settle, for this process, what would let it grow over a run, as the predictions expect it. Call before its first
     matrix product. Another C library than glibc is left as it is, and so is a limit that the user has set."""
     if mmap_threshold(hidden_size) < math.inf:
-        os.environ.setdefault(KERNEL_CACHE, str(KEPT_KERNELS))
+        for name in KERNEL_CACHES:
+            os.environ.setdefault(name, str(KEPT_KERNELS))
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
@@ -297,9 +302,15 @@ def _updating(config: JobConfig, dims: Dimensions) -> Phase:
             **_trained(config, dims),
             "activations": activations(config, dims, tokens),
             "logits and working space": working(config, dims, tokens),
+            **_kernels(config),
             "runtime": LEARNER_RUNTIME,
         },
     )
+
+
+def _kernels(config: JobConfig) -> dict[str, int]:
+    in_half = config.learner.device == "cpu" and _computed_bytes(config) < FP32
+    return {"kernels": LEARNER_KERNELS} if in_half else {}
 
 
 def _saving(config: JobConfig, dims: Dimensions) -> Phase:

@@ -308,8 +308,11 @@ def _warnings(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Ite
         )
     if learner.num_workers > completions:
         yield f"learner.num_workers {learner.num_workers}: a step has {completions} sequences, so some ranks idle"
+    # One learner and one sampler that take turns may each use the cores of both.
+    turns = config.overlap.max_policy_lag is None and learner.num_workers == sampler.num_workers == 1
+    lent = {"learner": sampler.num_cpus, "sampler": learner.num_cpus} if turns else {}
     for who, section in (("learner", learner), ("sampler", sampler)):
-        if section.threads > max(1.0, section.num_cpus):
+        if section.threads > max(1.0, section.num_cpus + lent.get(who, 0.0)):
             yield (
                 f"{who}.threads {section.threads} is more than {who}.num_cpus {section.num_cpus:g}: they compete for "
                 f"cores that Ray gives to others; {who}.num_cpus={section.threads}"

@@ -96,6 +96,8 @@ class Sampler:
         self._tokens_generated = self._running = 0
         self._noise = self._start_s = 0.0
         self._about = BaseModel(base)
+        # read now: the folder of a base that came through Ray is gone once the engine has loaded it
+        self._family = family_of(read_config(base))
         if self._about.max_positions is not None and model.max_length > self._about.max_positions:
             raise ConfigError(
                 f"model.max_length: found {model.max_length}; {base} has positions for {self._about.max_positions}"
@@ -497,7 +499,7 @@ class Sampler:
             )
         if snapshot.dtype != self._model.dtype:
             raise WeightSyncError(f"{where}: found {snapshot.dtype}; wanted model.dtype {self._model.dtype}")
-        reason = unembedding_problem(self._about.vocab_size, family_of(read_config(self._base)), self._device)
+        reason = unembedding_problem(self._about.vocab_size, self._family, self._device)
         if reason is not None and any(".layers." not in slot.name for slot in snapshot.layout):
             raise WeightSyncError(
                 f"{where}: holds an adapter of the output layer: {reason}; set lora.train_unembed=false"

@@ -21,6 +21,8 @@ def register() -> None:
 
 def text_only(config: Any) -> Any:
     """The configuration of a checkpoint's text part, for ``hf_overrides``."""
+    if config.model_type not in ARCHITECTURES:  # vLLM asks with a stand-in first, whether the type would change
+        return config
     text = config.get_text_config(decoder=True)
     text.architectures = [ARCHITECTURES[config.model_type]]
     text.tie_word_embeddings = config.tie_word_embeddings

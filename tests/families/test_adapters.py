@@ -50,7 +50,7 @@ def test_peft_loads_the_saved_adapter_onto_the_model(trained: Adapted) -> None:
         model = PeftModel.from_pretrained(whole, trained.checkpoints / "run")
     ours = trained.logprobs("run")
     assert distance(logprobs_of(model), ours) < trained.bound
-    assert abs(ours - trained.logprobs(None)).mean() > 1000 * trained.bound, "the adapter has to be large"
+    assert abs(ours - trained.logprobs(None)).mean() > 100 * trained.bound, "the adapter has to be large"
 
 
 def test_a_merged_model_is_base_and_adapter(trained: Adapted, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlsys import losses
 from rlsys.budget import TokenBudget
@@ -52,8 +52,12 @@ def draw(length: int, seed: int = 0) -> np.ndarray:
 
 
 def by_transformers(path: Path, tokens: np.ndarray, dtype: torch.dtype, kernel: str = "eager") -> np.ndarray:
-    """(T - 1,) nats of each token but the first, by transformers as it comes."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=kernel).eval()
+    """(T - 1,) nats of each token but the first, by transformers as it comes; Cohere 2 with the window that it was
+    trained with, as vLLM has it."""
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type == "cohere2":
+        config.sliding_window += 1
+    model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, attn_implementation=kernel).eval()
     ids = torch.from_numpy(tokens.astype(np.int64))
     with torch.no_grad():
         logp = model(ids[None], use_cache=False).logits[0].float().log_softmax(-1)
@@ -190,3 +194,12 @@ def test_a_rotary_embedding_that_grows_with_the_sequence_is_refused(tmp_path: Pa
     path = stretched(tmp_path, {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}, "llama2")
     with pytest.raises(ConfigError, match="rotary embedding of type 'dynamic'"):
         learner_in(path, "float32")
+
+
+def test_cohere_2_is_saved_with_the_window_it_came_with(folders: Folders, tmp_path: Path) -> None:
+    learner = learner_in(folders("cohere2"), "float32", "all")
+    learner.save_model(tmp_path / "saved")
+    assert AutoConfig.from_pretrained(tmp_path / "saved").sliding_window == WINDOW
+    again, tokens = learner_in(tmp_path / "saved", "float32"), draw(200)
+    ends = np.array([0, 200])
+    np.testing.assert_array_equal(again.logprobs(None, tokens, ends), learner.logprobs(None, tokens, ends))

@@ -211,6 +211,7 @@ WARNED = [
     ([*ON_CUDA, "sampler.enforce_eager=true"], ["sampler.enforce_eager=false"]),
     (["rl.optim={schedule: linear, decay_steps: 10}"], ["rl.optim.decay_steps 10", "rl.optim.decay_steps=25"]),
     (["learner.threads=4"], ["learner.num_cpus=4"]),
+    (["learner.threads=2", "overlap.max_policy_lag=1"], ["learner.num_cpus=2"]),
     (["model.make.vocab_size=150000"], ["learner.logprob_chunk_tokens=256"]),
 ]
 
