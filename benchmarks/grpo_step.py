@@ -163,7 +163,7 @@ def job(case: Case, both: Given, folder: Path, steps: int, changes: list[str]) -
         "rl.optim.beta2": 0.999,
         "rl.optim.eps": 1e-8,
         "eval.every_steps": 0,
-        "eval.max_tokens": 8,
+        "eval.max_tokens": min(8, case.max_tokens),
         "checkpoint.every_steps": 10_000,
         "tracking.wandb": "disabled",
     }
