@@ -1,4 +1,4 @@
-"""Draw the held-out accuracy of several runs as docs/quickstart.svg: what the README shows.
+"""Draw the held-out accuracy of several runs as one picture: the curves of the README.
 
 python benchmarks/curve.py runs/quickstart-21 runs/quickstart-22 runs/quickstart-23 > docs/quickstart.svg
 """
@@ -19,7 +19,7 @@ def main(runs: list[str]) -> None:
     last = max(step for points in curves.values() for step, _ in points)
     box = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12"'
     print(f'<svg xmlns="http://www.w3.org/2000/svg" {box}>')
-    print("<title>Greedy accuracy on 200 held-out problems by RL step</title>")
+    print("<title>Greedy accuracy on held-out problems by RL step</title>")
     for level in (0.0, 0.25, 0.5, 0.75, 1.0):
         print(f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(level):.1f}" y2="{y(level):.1f}" stroke="#8884"/>')
         print(f'<text x="{LEFT - 8}" y="{y(level) + 4:.1f}" text-anchor="end" fill="#888">{level:.2f}</text>')
