@@ -6,11 +6,16 @@ Library exceptions are for programmers; their first line goes into a message onl
 from __future__ import annotations
 
 import codecs
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rlsys.errors import ConfigError
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_PLAIN = re.compile(r"[\w./ @=,+-]*")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -51,6 +56,21 @@ def decode(content: bytes, where: str, first_line: int = 1) -> str:
             f"{where}, line {line}: found {kind} at byte {column} of the line; wanted UTF-8: save the file in that "
             "encoding, such as with `iconv -f ENCODING -t UTF-8`"
         ) from None
+
+
+@contextmanager
+def plain_path(folder: Path) -> Iterator[Path]:
+    """The folder, for libraries that take a path for a pattern or an address; until the block ends.
+
+    A link with a plain name where the path has signs that mean something to them: exp[1], a*b, a::b.
+    """
+    if _PLAIN.fullmatch(str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="rlsys-link-") as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder.resolve())
+        yield link
 
 
 def first_line(error: BaseException) -> str:

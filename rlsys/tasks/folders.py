@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import glob
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlsys.config import SourceSection
 from rlsys.errors import ConfigError, did_you_mean
-from rlsys.reading import first_line, read_text
+from rlsys.reading import first_line, plain_path, read_text
 from rlsys.tasks.row_files import FORMATS, format_of
 
 PLAIN_OPTIONS = {"data_files", "data_dir", "default", "description", "version", "features"}  # of a README's config
@@ -21,8 +20,6 @@ Splits = Mapping[str, Sequence[tuple[Path, str]]]  # the files of each, and thei
 
 def splits_of_folder(source: SourceSection, folder: Path, key: str) -> Splits | None:
     """As `datasets` deals the files of a folder out to splits; None where they are of a format of the library's.
-
-    The folder is looked at through a link with a plain name: the library takes paths for patterns and for addresses.
 
     Raises:
         ConfigError: the folder holds no data set, or not this subset of one.
@@ -38,10 +35,9 @@ def splits_of_folder(source: SourceSection, folder: Path, key: str) -> Splits | 
     options = _options_of_folder(source, folder, where)
     if options.keys() - PLAIN_OPTIONS:
         return None
-    with tempfile.TemporaryDirectory(prefix="rlsys-rows-") as place:
-        link = Path(place) / "rows"
-        link.symlink_to((folder / (options.get("data_dir") or "")).resolve())
-        base, named = glob.escape(str(link)), options.get("data_files")
+    root = (folder / (options.get("data_dir") or "")).resolve()
+    with plain_path(root) as plain:
+        base, named = glob.escape(str(plain)), options.get("data_files")
         try:
             patterns = get_data_patterns(base) if named is None else sanitize_patterns(named)
             files = {str(split): _resolved(of_split, base) for split, of_split in patterns.items()}
@@ -49,10 +45,10 @@ def splits_of_folder(source: SourceSection, folder: Path, key: str) -> Splits | 
             raise ConfigError(f"{where} holds no files of rows; wanted some that end in {', '.join(FORMATS)}") from None
         except (OSError, ValueError) as error:
             raise ConfigError(f"{where}: its README.md names files that are not there: {said(error)}") from error
-        kept, root = _of_one_format(files, where), link.resolve()
+        kept = _of_one_format(files, where)
     if kept is None:
         return None
-    names = {split: [str(Path(file).relative_to(link)) for file in found] for split, found in kept.items()}
+    names = {split: [str(Path(file).relative_to(plain)) for file in found] for split, found in kept.items()}
     return {split: [(root / name, name) for name in found] for split, found in names.items()}
 
 
