@@ -6,9 +6,10 @@ Library exceptions are for programmers; their first line goes into a message onl
 from __future__ import annotations
 
 import codecs
+import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +27,20 @@ def read_text(path: Path, where: str) -> str:
         ConfigError: it cannot be read, or is not UTF-8.
     """
     return decode(read_bytes(path, where), where)
+
+
+def why_undecodable(paths: Iterable[Path]) -> str:
+    """Which of some texts is not UTF-8 or no JSON, where a library said only that it cannot read one; "" of none."""
+    for path in paths:
+        try:
+            text = read_text(path, str(path))
+            if path.suffix == ".json":
+                json.loads(text)
+        except ConfigError as error:
+            return str(error)
+        except json.JSONDecodeError as error:
+            return f"{path}, line {error.lineno}: is no JSON: {error.msg}, column {error.colno}"
+    return ""
 
 
 def read_bytes(path: Path, where: str) -> bytes:
