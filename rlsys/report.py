@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -63,7 +64,7 @@ def report_of(run_dir: Path) -> Path:
 def page(run_dir: Path) -> str:
     records, rows = read_metrics(run_dir), read_rollouts(run_dir)
     config_text = _text(run_dir / CONFIG)
-    config = yaml.safe_load(config_text) or {}
+    config = _config(run_dir / CONFIG, config_text)
     charts = {title: [(spec, chart(spec, records)) for spec in specs] for title, specs in SECTIONS.items()}
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -96,8 +97,26 @@ def page(run_dir: Path) -> str:
         pairs=pairs(rows),
         errors=_text(run_dir / ERRORS)[-MAX_ERRORS:],
         config=config_text,
-        environment=json.loads(_text(run_dir / ENVIRONMENT) or "{}"),
+        environment=_environment(run_dir / ENVIRONMENT),
     )
+
+
+def _config(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: is damaged: found {type(found).__name__}; wanted the sections of a job")
+    return found
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path) or "{}")
+    except ValueError as error:
+        raise ConfigError(f"{path}: is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _text(path: Path) -> str:
