@@ -32,6 +32,7 @@ from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSecti
 from rlsys.dimensions import max_positions, read_config
 from rlsys.errors import ConfigError
 from rlsys.model_support import refuse_unsupported, serves_unembedding
+from rlsys.shell import as_written
 from rlsys.types import Array, SamplingParams
 
 NAMESPACE = "rlsys"
@@ -88,7 +89,7 @@ class RayBackend:
         Raises:
             ConfigError: no such model.
         """
-        source = _resolved(self._config.models.get(base_model, base_model))
+        source = _resolved(self._config.source(base_model))
         if Path(source).is_dir() or _key(source) in _running():
             return source
         reason = "no folder on this node"
@@ -145,7 +146,7 @@ class RayBackend:
         max_length = min(config.max_length, max_positions(found) or config.max_length)
         learner, sampler = sections(config, ray.cluster_resources())
         dtype, device = dtype_of(config, sampler), sampler.device
-        model = ModelSection(path=source, dtype=dtype, max_length=max_length)
+        model = ModelSection(path=as_written(source), dtype=dtype, max_length=max_length)
         refuse_unsupported(found, source, max_length=max_length, lora=None, sampler=sampler, device=device)
         host = HostSpec(
             base_model=base_model,

@@ -16,6 +16,7 @@ from rlsys.config import JobConfig, LoraSection, ModelSection
 from rlsys.errors import CheckpointError
 from rlsys.records import CONFIG, read_problems
 from rlsys.run_store import BASE, CHECKPOINTS, day_of, newest
+from rlsys.shell import as_written
 
 Kind = Literal["base", "adapter", "merged"]
 ADAPTER = {ADAPTER_CONFIG, WEIGHTS, MANIFEST}  # files of a checkpoint
@@ -64,7 +65,7 @@ def find(config: JobConfig, checkpoint: Path | None) -> Candidate:
     if (path / MANIFEST).is_file():
         return _adapter(config, path, path, _run_of(path))
     if (path / MODEL_CONFIG).is_file():
-        model = ModelSection(path=str(path), dtype=config.model.dtype, max_length=config.model.max_length)
+        model = ModelSection(path=as_written(path), dtype=config.model.dtype, max_length=config.model.max_length)
         config = _dated(config.model_copy(update={"model": model}), config.run_dir)
         return Candidate("merged", _named("merged", path.name), str(path), None, str(path), {}, (), config)
     if (path / ADAPTER_CONFIG).is_file():

@@ -8,11 +8,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from rlsys.config import load_config
+from rlsys.config import load_command, load_config
 from rlsys.errors import ConfigError, RlsysError
+from rlsys.shell import expand, expanded
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+def _expanded(path: Path | None) -> Path | None:
+    return None if path is None else expanded(path)
+
+
+def _expanded_text(path: str | None) -> str | None:
+    return None if path is None else expand(path)
 
 
 @app.callback()
@@ -22,7 +31,7 @@ def rlsys() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="The job's YAML.")],
+    config: Annotated[Path, typer.Argument(help="The job's YAML.", callback=_expanded)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
     ] = None,
@@ -31,7 +40,7 @@ def train(
     """Train a policy, or go on with a run that was interrupted.
 
     Joins the cluster of RAY_ADDRESS or cluster.address, else starts Ray on this machine."""
-    job = load_config(config, overrides or ())
+    job = load_command(config, overrides or ())
 
     from actors.job import train as run_job  # Ray and torch are loaded once the configuration is known to be right
     from rlsys.progress import Progress, closing_rows
@@ -61,23 +70,28 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    config: Annotated[Path, typer.Argument(help="The job's YAML.")],
+    config: Annotated[Path, typer.Argument(help="The job's YAML.", callback=_expanded)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A run's directory, a checkpoint of one, or a merged model; none: the base.")
+        Path | None,
+        typer.Option(
+            help="A run's directory, a checkpoint of one, or a merged model; none: the base.", callback=_expanded
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(help="Completions of each problem for pass@k; none: eval.samples.", min=0)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of JSON and table; none: the run's, in eval/.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of JSON and table; none: the run's, in eval/.", callback=_expanded)
+    ] = None,
 ) -> None:
     """Evaluate a policy on the job's held-out problems: greedy accuracy and pass@k, with confidence intervals.
 
     Trains nothing, and changes nothing of a run but its eval/, so that the run may be at work meanwhile.
     """
-    job = load_config(config, [*(overrides or ()), *([] if samples is None else [f"eval.samples={samples}"])])
+    job = load_command(config, [*(overrides or ()), *([] if samples is None else [f"eval.samples={samples}"])])
 
     from rlsys.candidates import find
 
@@ -99,7 +113,7 @@ def evaluate(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="The job's YAML.")],
+    config: Annotated[Path, typer.Argument(help="The job's YAML.", callback=_expanded)],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
     ] = None,
@@ -117,7 +131,7 @@ def plan(
     from rlsys.planning import plan as compare
     from rlsys.planning import this_machine
 
-    job = load_config(config, overrides or ())
+    job = load_command(config, overrides or ())
     refuse_structure(job.model.path)
     notes: tuple[str, ...] = ()
     if _holds_more_than_a_config(job.model.path):
@@ -150,7 +164,8 @@ def _holds_more_than_a_config(model_path: str | None) -> bool:
 @app.command()
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(help="A job whose model, cluster section and run.dir are looked at.")
+        Path | None,
+        typer.Argument(help="A job whose model, cluster section and run.dir are looked at.", callback=_expanded),
     ] = None,
 ) -> None:
     """Check this machine: versions, devices, disk, ports, Ray, vLLM, logins; of a job, its model too.
@@ -171,11 +186,12 @@ def doctor(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder.", callback=_expanded)],
+    out: Annotated[Path, typer.Argument(help="A new folder.", callback=_expanded)],
     merged: Annotated[bool, typer.Option("--merged", help="The base with the adapter added to its weights.")] = False,
     base: Annotated[
-        str | None, typer.Option(help="Of --merged: folder or hub name; else the checkpoint's own.")
+        str | None,
+        typer.Option(help="Of --merged: folder or hub name; else the checkpoint's own.", callback=_expanded_text),
     ] = None,
     for_vllm: Annotated[
         bool, typer.Option("--for-vllm", help="As vLLM loads it where PEFT's form is another: GLM-4's gate_up_proj.")
@@ -196,7 +212,7 @@ def export(
         export_adapter(checkpoint, out, for_vllm)
 
 
-RUN = typer.Argument(help="A run's name, or its directory.")
+RUN = typer.Argument(help="A run's name, or its directory.", callback=_expanded_text)
 ADDRESS = typer.Option(help="The Ray cluster; none: what the run's directory says.", envvar="RAY_ADDRESS")
 
 
@@ -218,7 +234,7 @@ def scale(
 
 @app.command()
 def ledger(
-    run: Annotated[Path, typer.Argument(help="A run's directory; it may be running.")],
+    run: Annotated[Path, typer.Argument(help="A run's directory; it may be running.", callback=_expanded)],
 ) -> None:
     """What has become of every problem that a run has drawn, as its last checkpoint has it."""
     from rlsys.ledger import Ledger, describe
@@ -238,12 +254,13 @@ def ledger(
 
 @app.command()
 def replay(
-    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    run: Annotated[Path, typer.Argument(help="A run's directory.", callback=_expanded)],
     step: Annotated[int, typer.Option(help="Of the steps whose rollouts are kept (tracking.rollout_steps).")],
     device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="None: the learner's own.")] = None,
     tolerance: Annotated[float | None, typer.Option(help="Relative; none: 1e-5.", min=0.0)] = None,
     out: Annotated[
-        Path | None, typer.Option(help="A JSON file: figures, and p, q and advantage of each token.")
+        Path | None,
+        typer.Option(help="A JSON file: figures, and p, q and advantage of each token.", callback=_expanded),
     ] = None,
 ) -> None:
     """Compute a step of a run again, from the rollouts and the checkpoint that it kept, and compare every figure.
@@ -267,7 +284,9 @@ def replay(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run's directory; it may be running, or have died.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run's directory; it may be running, or have died.", callback=_expanded)
+    ],
 ) -> None:
     """Write a run's report.html anew, from what it has written down so far: one page that needs no network."""
     from rlsys.report import report_of
@@ -279,7 +298,7 @@ def report(
 def stop(
     name: Annotated[
         str | None, typer.Argument(help="A run's name or directory, or a detached deployment's name or base; none: "
-                                        "every deployment.")
+                                        "every deployment.", callback=_expanded_text)
     ] = None,
     address: Annotated[str | None, ADDRESS] = None,
 ) -> None:  # fmt: skip

@@ -9,30 +9,46 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import regex
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from rlsys import yaml_text
 from rlsys.errors import ConfigError
+from rlsys.overrides import apply, refuse_contradictions
+from rlsys.shell import PathText
 from rlsys.types import AdamParams, SamplingParams
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
+def _plain_name(text: str) -> str:
+    """A folder of its own in whatever folder it is put into, and a word that a command does not take for an option."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", text):
+        raise ValueError(
+            f"found {text!r}; wanted 1 to 128 letters, digits, '.', '_' and '-', the first a letter, a digit or '_', "
+            "and no path"
+        )
+    return text
+
+
+Name = Annotated[str, AfterValidator(_plain_name)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    dir: str = "runs"  # the run directory is dir/name
+    name: Name
+    dir: PathText = "runs"  # the run directory is dir/name
     seed: int = Field(0, ge=0)
 
 
@@ -101,7 +117,7 @@ class MakeSection(Section):
 
 
 class ModelSection(Section):
-    path: str | None = None  # a Hugging Face folder or hub name; exactly one of path and make
+    path: PathText | None = None  # a Hugging Face folder or hub name; exactly one of path and make
     make: MakeSection | None = None
     dtype: Precision = "float32"  # of the frozen base, in learner and sampler alike; the adapter is fp32 in the learner
     max_length: int = Field(128, ge=8)  # tokens of prompt + completion
@@ -118,7 +134,7 @@ class ModelSection(Section):
 class SourceSection(Section):
     """Rows of a data set: a local file or folder (jsonl, json, csv, parquet), or a name on the Hub."""
 
-    path: str = Field(min_length=1)
+    path: PathText
     subset: str | None = None  # of a data set that has several, such as "main" of openai/gsm8k
     split: str = "train"  # of a Hub data set or of a folder that has several
 
@@ -269,9 +285,9 @@ class RewardSection(Section):
     """
 
     correct: float = 1.0  # weight of the task's grade
-    solved_at: float = Field(1.0, allow_inf_nan=False)  # the grade from which on a completion counts as right
+    solved_at: float = 1.0  # the grade from which on a completion counts as right
     # where the grader timed out or failed; where grades may be negative, set it as low as the worst of them
-    failed_grade: float = Field(0.0, allow_inf_nan=False)
+    failed_grade: float = 0.0
     format: float = 0.0  # weight of 1 for a completion of the right form, else 0
     format_pattern: str | None = None  # regular expression that is searched; None: it has a final answer
     length: float = Field(0.0, ge=0)  # weight of brevity within the group, Kimi k1.5, arXiv:2501.12599 section 2.3.3
@@ -597,16 +613,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is no UTF-8; save the file as UTF-8") from error
     return parse_config(text, overrides, source=str(path))
+
+
+def load_command(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """As ``load_config``, of a command line: a key given twice there with different values is refused."""
+    refuse_contradictions(overrides, JobConfig)
+    return load_config(path, overrides)
 
 
 def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config") -> JobConfig:
     """As ``load_config``, from text."""
-    tree = _yaml(text, source)
+    tree = yaml_text.read(text, JobConfig, source)
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: found {type(tree).__name__} at the top; wanted sections such as 'run:'")
-    for override in overrides:
-        _apply(tree, override)
+    apply(tree, overrides, JobConfig)
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:
@@ -615,7 +638,7 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config
 
 def dump_config(config: JobConfig) -> str:
     """The resolved job as YAML, defaults included: what a run directory keeps."""
-    return str(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def keys(section: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str]:
@@ -626,28 +649,6 @@ def keys(section: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str
             yield prefix + name
         else:
             yield from keys(inner, f"{prefix}{name}.")
-
-
-def _yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: is not valid YAML: {error}") from error
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override {override!r}: wanted section.key=value, such as rl.steps=10")
-    *sections, name = key.strip().split(".")
-    for section in sections:
-        inner = tree.get(section)
-        if inner is None:
-            inner = tree[section] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
-        tree = inner
-    tree[name] = _yaml(value, f"override {override!r}")
 
 
 REQUIRED = {
@@ -668,7 +669,8 @@ def _explain(detail: Mapping[str, Any]) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" or isinstance(detail["input"], dict):
         return f"{dotted}: {message}" if dotted else message
-    return f"{dotted}: found {detail['input']!r}; {message[0].lower()}{message[1:]}"
+    found = "nothing" if detail["input"] is None else repr(detail["input"])
+    return f"{dotted}: found {found}; {message[0].lower()}{message[1:]}"
 
 
 def _nearest(where: Sequence[str]) -> str:
@@ -687,5 +689,6 @@ def _nearest(where: Sequence[str]) -> str:
 
 
 def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, alone or in a list."""
     candidates = getattr(annotation, "__args__", (annotation,))
     return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

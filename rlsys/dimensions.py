@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from rlsys import yaml_text
 from rlsys.config import MakeSection, ModelSection
 from rlsys.errors import ConfigError, did_you_mean
 from rlsys.families import (
@@ -185,7 +186,9 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     """
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = yaml_text.read_json(path.read_text(encoding="utf-8"), f"model.path: {path}")
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model.path: {path} cannot be read ({error}); wanted config, tokenizer and safetensors in the folder"

@@ -8,7 +8,6 @@ lets completions run on to the limit. Any token named in any place ends a comple
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlsys import yaml_text
 from rlsys.chat_template import last_turn_end
 from rlsys.control_tokens import control_tokens, special_tokens
 from rlsys.errors import ConfigError
@@ -118,7 +118,9 @@ def read_json(path: Path) -> Any:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return yaml_text.read_json(path.read_text(encoding="utf-8"), f"model.path: {path}")
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"model.path: {path} is no JSON ({error}); copy the file again") from error
 

@@ -18,6 +18,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from rlsys import yaml_text
 from rlsys.errors import ConfigError
 from rlsys.evaluation import Interval, difference
 from rlsys.files import replace_file
@@ -77,7 +78,7 @@ def read(path: Path) -> Record:
         ConfigError: the file is not there, or is no evaluation of rlsys.
     """
     try:
-        body = json.loads(path.read_bytes())
+        body = yaml_text.read_json(path.read_bytes(), str(path))
         found = (body.pop("format"), body.pop("format_version"))
         if found != (FORMAT, FORMAT_VERSION):
             raise ConfigError(f"{path}: found {found[0]!r} {found[1]!r}; wanted {FORMAT!r} {FORMAT_VERSION}")

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 
@@ -42,18 +43,30 @@ def replace_folder(path: Path, files: Mapping[str, bytes]) -> None:
         for folder in folders:
             sync_folder(folder)
         new.chmod(0o755)  # mkdtemp's 0700 would hide it from other users
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
+        remove(old)
+        if os.path.lexists(path):
             os.rename(path, old)
         os.rename(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
     sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it. Of a symbolic link the link alone: what it points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_folder(path: Path) -> None:
     """It vanishes at once, and is taken apart afterwards."""
+    if path.is_symlink():
+        path.unlink()
+        return
     gone = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     os.rename(path, gone)
     shutil.rmtree(gone, ignore_errors=True)

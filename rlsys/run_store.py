@@ -20,7 +20,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -30,12 +29,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from rlsys import yaml_text
 from rlsys.config import JobConfig, dump_config, keys
 from rlsys.errors import CheckpointError, ConfigError, RunExistsError
-from rlsys.files import is_plain, remove_folder, replace_file, replace_folder
+from rlsys.files import is_plain, remove, remove_folder, replace_file, replace_folder
 from rlsys.ledger import Ledger
 from rlsys.records import CONFIG, last_step
 
@@ -51,6 +50,14 @@ MAY_CHANGE = ("rl.steps",)
 _STEP = re.compile(r"step-(\d{6,})")
 _OLD = re.compile(r"\.(step-\d{6,}|base|adapter)\.old")
 _KNOWN = frozenset(keys())
+# What rlsys writes into a run's directory. --fresh removes this, and nothing that somebody else put there.
+_WRITTEN = re.compile(
+    r"lock|run\.json|config(\.\d+)?\.yaml|checkpoints|base|adapter|eval|steps|wandb|tensorboard|report\.html"
+    r"|(metrics|rollouts|groups|problems)\.jsonl|environment\.json|errors\.log"
+)
+_TEMPORARY = re.compile(
+    r"\.(step-\d{6,}|base|adapter|config|run|metrics|rollouts|groups|problems|environment|report)\..*"
+)
 
 Note = Callable[[str], None]
 
@@ -84,23 +91,25 @@ class RunStore:
 
     @classmethod
     def open(cls, config: JobConfig, fresh: bool = False, note: Note = print) -> RunStore:
-        """Begin a run, or go on with the one in the directory; with `fresh` its content is removed first.
+        """Begin a run, or go on with the one in the directory; with `fresh` what rlsys wrote there is removed first.
 
         Raises:
             RunExistsError: another driver is at work there; the directory holds files but no run, or a run that
-                computes something else.
+                computes something else; or it is a symbolic link, and `fresh` would remove files elsewhere.
             ConfigError: it cannot be made or written, or rl.steps lies below what is done.
             CheckpointError: there are checkpoints and none is whole, or there are none where there should be.
         """
         run_dir = config.run_dir
         try:
             refuse_foreign(run_dir)
+            if fresh:
+                _refuse_link(run_dir)
             run_dir.mkdir(parents=True, exist_ok=True)
             lock = _locked(run_dir)
             try:
                 refuse_foreign(run_dir)  # nobody else writes from here on
                 if fresh:
-                    _empty(run_dir)
+                    _empty(run_dir, note)
                 return _opened(config, lock, note)
             except BaseException:
                 os.close(lock)
@@ -229,26 +238,52 @@ def read_info(run_dir: Path) -> dict[str, Any]:
 def day_of(run_dir: Path) -> str | None:
     """The day (ISO 8601) on which the run in the directory began, as its chat template writes it; None: no run."""
     try:
-        tree = yaml.safe_load((run_dir / CONFIG).read_text("utf-8"))
+        tree = yaml_text.read((run_dir / CONFIG).read_text("utf-8"), JobConfig, CONFIG)
         day = (tree.get("prompt") or {}).get("date")
         if day is not None:
             return str(day)
         started = json.loads((run_dir / INFO).read_bytes())["started"]  # of an rlsys that kept no date
         return date.fromtimestamp(started).isoformat()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None  # whether there is a run, and a whole one, is for others to say
 
 
 def refuse_foreign(run_dir: Path) -> None:
     """Raises RunExistsError where the directory holds files that are no run of rlsys."""
-    if not run_dir.is_dir() or (run_dir / CONFIG).is_file():
+    if not run_dir.is_dir() or _is_run(run_dir):
         return
     begun = {LOCK, INFO, "eval"}  # of a driver that died before the configuration was written, or of `rlsys eval`
     found = sorted(path.name for path in run_dir.iterdir() if path.name not in begun and not _is_temporary(path))
     if found:
         raise RunExistsError(
             f"{run_dir} holds files ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''}) but no run of rlsys "
-            f"(no {CONFIG}), so it is left alone, with --fresh too. Give the run another name (run.name=...) or run.dir"
+            f"({INFO} and a {CONFIG} that is a job's), so it is left alone, with --fresh too. Give the run "
+            "another name (run.name=...) or run.dir; a run whose files are damaged has to be removed by hand"
+        )
+
+
+def _is_run(run_dir: Path) -> bool:
+    """By what an rlsys wrote: other programs have a config.yaml too."""
+    try:
+        tree = yaml_text.read((run_dir / CONFIG).read_text("utf-8"), JobConfig, CONFIG)
+        whole = {"run", "model"} <= tree.keys() <= JobConfig.model_fields.keys()
+        if whole and all(isinstance(tree[name], dict) for name in ("run", "model")) and "name" in tree["run"]:
+            return True
+    except FileNotFoundError:
+        return False  # it is written last, and removed last
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # damaged, or of something else
+    try:
+        return {"wandb_id", "started"} <= json.loads((run_dir / INFO).read_bytes()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _refuse_link(run_dir: Path) -> None:
+    if run_dir.is_symlink():
+        raise RunExistsError(
+            f"{run_dir} is a symbolic link to {run_dir.resolve()}, where --fresh removes nothing; give its folder "
+            "itself (run.dir=... run.name=...), or remove the link"
         )
 
 
@@ -257,10 +292,10 @@ def refuse_changes(config: JobConfig, run_dir: Path) -> None:
     path = run_dir / CONFIG
     ways = "give this run another name (run.name=...), or start over with --fresh, which removes what is there"
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
+        found = yaml_text.read(path.read_text("utf-8"), JobConfig, str(path))
         # keys that this rlsys no longer has fall away, and new ones had their defaults
         before = JobConfig.model_validate(_known(found))
-    except (yaml.YAMLError, ValidationError, AttributeError, UnicodeDecodeError) as error:
+    except (ConfigError, ValidationError, AttributeError, UnicodeDecodeError) as error:
         why = str(error).splitlines()[0]
         raise RunExistsError(f"{path} is no configuration that this rlsys can read ({why}); {ways}") from error
     day = day_of(run_dir)
@@ -381,7 +416,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _locked(run_dir: Path) -> int:
     """The lock file's descriptor, locked. It is not inherited, so nothing that a dead driver started holds it."""
-    handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -411,15 +446,18 @@ def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def _empty(run_dir: Path) -> None:
-    """Remove all but the lock; config.yaml goes last, so that a directory half emptied still counts as a run."""
+def _empty(run_dir: Path, note: Note) -> None:
+    """Remove what rlsys wrote, but the lock; config.yaml goes last: a directory half emptied still counts as a run."""
+    others = []
     for path in sorted(run_dir.iterdir(), key=lambda path: path.name == CONFIG):
         if path.name == LOCK:
             continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+        if _WRITTEN.fullmatch(path.name) or _is_temporary(path):
+            remove(path)
         else:
-            path.unlink()
+            others.append(path.name)
+    if others:
+        note(f"{run_dir}: --fresh leaves what no rlsys wrote: {', '.join(sorted(others))}")
 
 
 def _sweep(run_dir: Path, note: Note) -> None:
@@ -430,15 +468,12 @@ def _sweep(run_dir: Path, note: Note) -> None:
             os.rename(path, path.parent / old[1])
         elif _is_temporary(path):
             note(f"{path.parent}: {path.name} was left by a driver that died while writing it; removed")
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            remove(path)
 
 
 def _is_temporary(path: Path) -> bool:
     """Of ``rlsys.files``."""
-    return re.match(r"\.(step-\d{6,}|base|adapter|config|run|metrics|rollouts|environment)\.", path.name) is not None
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -477,7 +512,7 @@ def _newest(run_dir: Path, note: Note, set_aside: bool) -> Resume | None:
 def _set_aside(path: Path) -> None:
     """Keep a damaged checkpoint for whoever wants to know why, under a name that nothing reads."""
     target = path.with_name(f"damaged-{path.name}")
-    shutil.rmtree(target, ignore_errors=True)
+    remove(target)
     os.rename(path, target)
 
 

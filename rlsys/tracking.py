@@ -23,8 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-import yaml
-
+from rlsys import yaml_text
 from rlsys.config import TrackingSection
 from rlsys.errors import CheckpointError
 from rlsys.files import replace_file
@@ -83,7 +82,7 @@ class Tracker:
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         found_environment = environment()
-        config_text = yaml.safe_dump(dict(config), sort_keys=False)
+        config_text = yaml_text.dump(config)
         replace_file(run_dir / CONFIG, config_text.encode())
         replace_file(run_dir / ENVIRONMENT, (json.dumps(found_environment, indent=2) + "\n").encode())
         self._run_dir = run_dir

@@ -6,9 +6,17 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from rlsys.config import ClusterSection, LearnerSection, ModelSection, Precision, SamplerSection, Section, refuse_dtype
-
-Name = Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")]
+from rlsys.config import (
+    ClusterSection,
+    LearnerSection,
+    ModelSection,
+    Name,
+    Precision,
+    SamplerSection,
+    Section,
+    refuse_dtype,
+)
+from rlsys.shell import PathText, expand
 
 
 def _whole_models(value: object) -> object:
@@ -19,7 +27,9 @@ class ServiceConfig(Section):
     """One deployment per base model: a learner that all training clients share, and samplers."""
 
     cluster: ClusterSection = ClusterSection()
-    models: Annotated[dict[str, str], BeforeValidator(_whole_models)] = Field(default_factory=dict)  # name -> folder
+    models: Annotated[dict[str, PathText], BeforeValidator(_whole_models)] = Field(
+        default_factory=dict
+    )  # name -> folder
     detached: Name | None = None  # a name: what is started lives on until `rlsys stop`
     # of the frozen base, in learner and sampler alike; None: bfloat16 for samplers on CUDA, float32 on the CPU
     dtype: Precision | None = None
@@ -27,7 +37,7 @@ class ServiceConfig(Section):
     lora_alpha: float = Field(32.0, gt=0)  # the Tinker API has no alpha; its documents imply this one
     learner: LearnerSection | None = None  # None: by the devices found
     sampler: SamplerSection | None = None
-    checkpoints: str = "checkpoints"  # the folder, on the learner's node, under which states are saved
+    checkpoints: PathText = "checkpoints"  # the folder, on the learner's node, under which states are saved
     start_timeout_s: float = Field(900.0, gt=0)
     room_timeout_s: float = Field(120.0, gt=0)  # how long a request waits for room in a full engine
     gap_timeout_s: float = Field(600.0, gt=0)  # how long a call waits for one entered before it that never arrives
@@ -47,6 +57,14 @@ class ServiceConfig(Section):
         if self.dtype is not None and self.sampler is not None:
             refuse_dtype(self.dtype, self.sampler, "dtype")
         return self
+
+    def source(self, base_model: str) -> str:
+        """The folder or hub name that a name of `models` stands for, or that `base_model` is itself.
+
+        Raises:
+            ConfigError: it is a path with a variable or a user that does not exist.
+        """
+        return self.models[base_model] if base_model in self.models else expand(base_model)
 
     def dtype_for(self, sampler: SamplerSection) -> Precision:
         """Of a deployment with these samplers.

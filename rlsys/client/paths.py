@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlsys.errors import CheckpointError
+from rlsys.shell import expand
 
 Kind = Literal["weights", "sampler_weights"]
 _PATH = re.compile(r"(?:rlsys|tinker|mint)://([A-Za-z0-9][A-Za-z0-9._:-]*)/(weights|sampler_weights)/([^/]+)")
@@ -14,6 +15,15 @@ _PATH = re.compile(r"(?:rlsys|tinker|mint)://([A-Za-z0-9][A-Za-z0-9._:-]*)/(weig
 
 def path_of(model_id: str, kind: Kind, name: str) -> str:
     return f"rlsys://{model_id}/{kind}/{name}"
+
+
+def given(path: str) -> str:
+    """A saved state as its user names it: of a folder ``~`` and variables are those of the user's machine.
+
+    Raises:
+        ConfigError: it is a path with a variable or a user that does not exist.
+    """
+    return path if "://" in path else expand(path)
 
 
 def folder_of(root: Path, path: str) -> Path:

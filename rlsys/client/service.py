@@ -11,12 +11,14 @@ from typing import Any, Self
 
 from rlsys.client.backend import About, Backend, Deployment, ModelHandle, SnapshotHandle
 from rlsys.client.config import ServiceConfig
+from rlsys.client.paths import given
 from rlsys.client.results import LOSSES, ServerCapabilities, SupportedModel
 from rlsys.client.sampling import SamplingClient
 from rlsys.client.training import TrainingClient
 from rlsys.config import LoraSection, SamplerSection
 from rlsys.errors import ClusterError, ConfigError
 from rlsys.model_support import local_config, refuse_unsupported
+from rlsys.shell import as_written, expand
 
 BACKEND = "actors.deployment"  # the one on Ray, by name: this package does not know Ray
 
@@ -35,8 +37,9 @@ class ServiceClient:
         models: dict[str, str] | None = None,
         backend: Backend | None = None,
     ) -> None:
-        given = config or ServiceConfig()
-        self.config = given.model_copy(update={"models": {**given.models, **(models or {})}})
+        chosen = config or ServiceConfig()
+        more = {name: expand(folder) for name, folder in (models or {}).items()}
+        self.config = chosen.model_copy(update={"models": {**chosen.models, **more}})
         self._backend = backend
         self._starting = threading.Lock()
         self._closed = False
@@ -111,7 +114,8 @@ class ServiceClient:
         if model_path is None:
             assert base_model is not None
             return SamplingClient(self._deployment(base_model), None, self._check_open)
-        deployment = self._deployment(base_model or self._reached().base_model_of(model_path))
+        model_path = given(model_path)
+        deployment = self._deployment(base_model or as_written(self._reached().base_model_of(model_path)))
         snapshot: SnapshotHandle = deployment.open(model_path).result()
         return SamplingClient(deployment, snapshot, self._check_open)
 
@@ -149,7 +153,8 @@ class ServiceClient:
         self.close()
 
     def _restored(self, path: str, base_model: str | None, *, optimizer: bool) -> TrainingClient:
-        deployment = self._deployment(base_model or self._reached().base_model_of(path))
+        path = given(path)
+        deployment = self._deployment(base_model or as_written(self._reached().base_model_of(path)))
         return self._training(deployment, deployment.restore_model(path, optimizer).result())
 
     def _training(self, deployment: Deployment, model: ModelHandle) -> TrainingClient:
@@ -163,7 +168,7 @@ class ServiceClient:
         """Of a model on this machine, before Ray or an engine starts for it."""
         if self._backend is not None:  # it looks itself, and what runs already has been looked at
             return
-        found = local_config(self.config.models.get(base_model, base_model))
+        found = local_config(self.config.source(base_model))
         if found is None:
             return
         sampler = self.config.sampler or SamplerSection()

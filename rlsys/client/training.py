@@ -19,6 +19,7 @@ import numpy as np
 from rlsys.client.backend import Deployment, ModelHandle, TrainAnswer
 from rlsys.client.containers import outputs
 from rlsys.client.futures import ApiFuture, Ready
+from rlsys.client.paths import given
 from rlsys.client.results import (
     GetInfoResponse,
     LoadWeightsResponse,
@@ -132,14 +133,14 @@ class TrainingClient(Ready):
         Raises, in the future:
             CheckpointError: damaged, foreign, or of another rank or other targets. The run is as before.
         """
-        return self._call("load_state", (path, False), LoadWeightsResponse)
+        return self._call("load_state", (given(path), False), LoadWeightsResponse)
 
     async def load_state_async(self, path: str) -> ApiFuture[LoadWeightsResponse]:
         return self.load_state(path)
 
     def load_state_with_optimizer(self, path: str) -> ApiFuture[LoadWeightsResponse]:
         """As `load_state`, with the optimizer's state to the bit."""
-        return self._call("load_state", (path, True), LoadWeightsResponse)
+        return self._call("load_state", (given(path), True), LoadWeightsResponse)
 
     async def load_state_with_optimizer_async(self, path: str) -> ApiFuture[LoadWeightsResponse]:
         return self.load_state_with_optimizer(path)

@@ -121,14 +121,14 @@ def test_a_whole_model_is_evaluated_in_place_of_the_base(tiny_model: Models, tmp
 
 
 def test_a_base_made_from_nothing_is_that_of_the_checkpoints_run(run: Path, tmp_path: Path) -> None:
-    made = job(tmp_path / "elsewhere", "model={make: {}}")
+    made = job(tmp_path / "elsewhere", "model={path: null, make: {}}")
     with pytest.raises(CheckpointError, match=r"makes its base from nothing.*rlsys train"):
         find(made, None)
     with pytest.raises(CheckpointError, match="makes its base from nothing"):
         find(made, run)
     (run / "base").mkdir()
     assert find(made, run).base == run / "base"
-    assert find(job(run.parent, "model={make: {}}"), None).base == run / "base"
+    assert find(job(run.parent, "model={path: null, make: {}}"), None).base == run / "base"
 
 
 def test_an_adapter_of_another_rank_is_refused_with_both(run: Path) -> None:

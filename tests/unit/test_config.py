@@ -106,7 +106,7 @@ WRONG = [
     (["model.path=some/model"], ["exactly one of model.path", "model.make"]),
     (["model.dtype=float8"], ["model.dtype", "float32", "bfloat16", "float16"]),
     (["task.min_operations=9"], ["task.min_operations", "task.max_operations"]),
-    (["run.name=a/b"], ["run.name", "pattern"]),
+    (["run.name=a/b"], ["run.name", "no path"]),
     (["run=3"], ["run", "dictionary", "3"]),
     (["rl.steps"], ["'rl.steps'", "section.key=value"]),
     (["run.name.x=1"], ["run.name.x=1", "name is a value"]),

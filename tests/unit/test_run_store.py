@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import yaml
 
-from rlsys.config import JobConfig, dump_config, load_config
+from rlsys.client.config import ServiceConfig
+from rlsys.config import JobConfig, RunSection, dump_config, load_config
 from rlsys.errors import CheckpointError, ConfigError, RunExistsError
 from rlsys.ledger import TRAINED, Ledger
 from rlsys.problems import Epochs
@@ -294,6 +295,134 @@ def test_a_folder_that_is_no_run_is_left_alone_with_fresh_too(tmp_path: Path) ->
         with pytest.raises(RunExistsError, match=r"thesis\.tex.*no run of rlsys"):
             RunStore.open(config(tmp_path), fresh)
     assert os.listdir(tmp_path / "kept") == ["thesis.tex"]
+
+
+NO_NAMES = [
+    ".",
+    "..",
+    "",
+    "/",
+    "a/b",
+    "../a",
+    "/tmp/a",
+    "a\n",
+    "\na",
+    "a\0b",
+    "-rf",
+    ".hidden",
+    "a b",
+    "~",
+    "$HOME",
+    "a" * 129,
+]
+
+
+@pytest.mark.parametrize("name", NO_NAMES, ids=repr)
+def test_a_run_name_is_one_folder_of_run_dir(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"run\.name: found .*and no path"):
+        config(tmp_path, f"run.name={json.dumps(name)}")
+    with pytest.raises(ValueError, match="and no path"):
+        RunSection(name=name)
+    with pytest.raises(ValueError, match="and no path"):
+        ServiceConfig(detached=name)
+
+
+def foreign(folder: Path, config_text: str = "") -> Path:
+    """A folder of somebody's work."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "thesis.tex").write_text("")
+    if config_text:
+        (folder / "config.yaml").write_text(config_text)
+    return folder
+
+
+NO_RUNS = [
+    "defaults: [a]\nmodel: x\n",
+    "run: {name: a}\n",
+    "run: {name: a}\nmodel: {}\ndata: {}\n",
+    "- run\n- model\n",
+    "run: [",
+    "run: name\nmodel: y\n",
+    "\0",
+]
+
+
+@pytest.mark.parametrize("text", NO_RUNS)
+def test_fresh_removes_nothing_where_another_program_has_its_config_yaml(tmp_path: Path, text: str) -> None:
+    folder = foreign(tmp_path / "kept", text)
+    for fresh in (False, True):
+        with pytest.raises(RunExistsError, match=r"config\.yaml.*no run of rlsys"):
+            RunStore.open(config(tmp_path), fresh)
+    assert sorted(os.listdir(folder)) == ["config.yaml", "thesis.tex"]
+
+
+def test_fresh_leaves_what_somebody_else_put_into_a_run(tmp_path: Path) -> None:
+    saved(config(tmp_path), 1)
+    foreign(tmp_path / "kept" / "notes")
+    foreign(tmp_path / "kept")
+    said: list[str] = []
+    RunStore.open(config(tmp_path), fresh=True, note=said.append).close()
+    assert sorted(os.listdir(tmp_path / "kept")) == ["config.yaml", "lock", "notes", "run.json", "thesis.tex"]
+    assert os.listdir(tmp_path / "kept" / "notes") == ["thesis.tex"]
+    assert any("leaves what no rlsys wrote: notes, thesis.tex" in line for line in said)
+    RunStore.open(config(tmp_path)).close()
+
+
+def test_fresh_removes_nothing_through_a_link_in_place_of_the_run(tmp_path: Path) -> None:
+    saved(config(tmp_path / "other"), 1)
+    (tmp_path / "kept").symlink_to(tmp_path / "other" / "kept")
+    with pytest.raises(RunExistsError, match=r"is a symbolic link to .*other/kept"):
+        RunStore.open(config(tmp_path), fresh=True)
+    RunStore.open(config(tmp_path)).close()
+    assert (tmp_path / "kept" / "checkpoints" / "step-000001").is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "base", "adapter", "steps", "wandb", "eval", ".base.old", "config.001.yaml"]
+)
+def test_fresh_removes_a_link_and_not_what_it_points_to(tmp_path: Path, name: str) -> None:
+    saved(config(tmp_path), 1)
+    elsewhere, link = foreign(tmp_path / "elsewhere"), tmp_path / "kept" / name
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.symlink_to(elsewhere)
+    RunStore.open(config(tmp_path), fresh=True).close()
+    assert not link.is_symlink()
+    assert os.listdir(elsewhere) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints/step-000001", "checkpoints/damaged-step-000003", "checkpoints/.step-000003.x"]
+)
+def test_a_run_that_goes_on_removes_links_and_not_what_they_point_to(tmp_path: Path, name: str) -> None:
+    saved(config(tmp_path), 1, 2, 3)
+    elsewhere, link = foreign(tmp_path / "elsewhere"), tmp_path / "kept" / name
+    if link.is_dir():
+        shutil.rmtree(link)
+    link.symlink_to(elsewhere)
+    (tmp_path / "kept" / "checkpoints" / "step-000003" / "resume.json").write_text("")
+    saved(config(tmp_path), 4, 5)
+    assert os.listdir(elsewhere) == ["thesis.tex"]
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    saved(config(tmp_path), 1)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "kept" / "lock").unlink()
+    (tmp_path / "kept" / "lock").symlink_to(victim)
+    with pytest.raises(ConfigError, match="symbolic links"):
+        RunStore.open(config(tmp_path), fresh=True)
+    assert victim.read_text() == "precious"
+
+
+def test_a_run_with_a_damaged_configuration_is_one_by_its_run_json(tmp_path: Path) -> None:
+    saved(config(tmp_path), 1)
+    (tmp_path / "kept" / "config.yaml").write_text("run: [")
+    with pytest.raises(RunExistsError, match=r"no configuration that this rlsys can read.*--fresh"):
+        RunStore.open(config(tmp_path))
+    RunStore.open(config(tmp_path), fresh=True).close()
+    assert not (tmp_path / "kept" / "checkpoints").exists()
 
 
 def test_fresh_leaves_nothing_of_the_run_before(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ WRONG = [
     ("an unknown device", SMALL, ["learner.device=tpu"], "learner.device", "'cpu' or 'cuda'"),
     ("an unknown placement", SMALL, ["sampler.placement=TIGHT"], "sampler.placement", "'STRICT_PACK'"),
     ("a head that CPU attention lacks", SMALL, ["model.make.head_dim=48"], "model.make.head_dim", "multiple of 32"),
-    ("a name with a slash", SMALL, ["run.name=a/b"], "run.name", "pattern"),
+    ("a name with a slash", SMALL, ["run.name=a/b"], "run.name", "no path"),
     ("two models", SMALL, ["model.path=some/model"], "model.path", "exactly one"),
     ("no model", "run: {name: a}\nmodel: {}\n", [], "model.path", "exactly one"),
     ("no model section", "run: {name: a}\n", [], "model is required", "model: {make: {}}"),
