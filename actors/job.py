@@ -26,8 +26,9 @@ from rlsys import loop, losses, overlap
 from rlsys.base import pack_folder
 from rlsys.checkpoints import CONFIG, MANIFEST, WEIGHTS
 from rlsys.config import JobConfig
-from rlsys.errors import RlsysError, RunExistsError
+from rlsys.errors import RlsysError, RunExistsError, StorageError
 from rlsys.facts import Facts
+from rlsys.files import refusal
 from rlsys.learning_checks import LearningChecks, see_records
 from rlsys.ledger import Ledger
 from rlsys.model_folder import check_job
@@ -84,19 +85,19 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
         interrupts = Interrupts(progress.note)
         tracker = _tracker(config, store, progress)
         observer = JobObserver(config, tracker, progress, failures, accuracies)
-        try:
-            # Watched again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
-            with interrupts.watched(), tracker, cluster(config.cluster) as where, interrupts.watched():
-                _announce(config, store, where, progress)
-                with crew(config, store, failures, progress) as cast:
-                    steps = _run(config, cast, store, observer, interrupts, progress)
-                save_adapter(store)
-                tracker.adapter(store.run_dir / "adapter")
-        except RlsysError as error:
-            raise type(error)(failures.report(error)) from error
-        finally:
+        with (
+            _results(store, failures, progress.note),
+            interrupts.watched(),
+            tracker,
+            cluster(config.cluster) as where,
+            # Again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
+            interrupts.watched(),
+        ):
+            _announce(config, store, where, progress)
+            with crew(config, store, failures, progress) as cast:
+                steps = _run(config, cast, store, observer, interrupts, progress)
             save_adapter(store)
-            write_report(store.run_dir)
+            tracker.adapter(store.run_dir / "adapter")
         return Outcome(
             run_dir=store.run_dir,
             steps=steps,
@@ -107,6 +108,34 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
             wandb_dir=tracker.wandb_dir,
             wandb_url=tracker.wandb_url,
         )
+
+
+@contextmanager
+def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -> Iterator[None]:
+    """Leave adapter and report, however the block ends. Where it fails, what fails here too is only told beside it.
+
+    Raises:
+        StorageError: the disk takes no more of the run.
+        RlsysError: what the block raised, with the error that came first.
+    """
+    try:
+        yield
+        save_adapter(store)
+        write_report(store.run_dir)
+    except BaseException as error:
+        told = error
+        if isinstance(error, OSError) and (refused := refusal(error, store.run_dir)) is not None:
+            told = StorageError(refused)
+        elif isinstance(error, RlsysError):
+            told = type(error)(failures.report(error))
+        for what, leave in (("adapter", lambda: save_adapter(store)), ("report", lambda: write_report(store.run_dir))):
+            try:
+                leave()
+            except Exception as failure:
+                note(f"{store.run_dir}: the {what} cannot be written: {str(failure).splitlines()[0]}")
+        if told is error:
+            raise
+        raise told from error
 
 
 def save_adapter(store: RunStore) -> None:
