@@ -21,7 +21,9 @@ from markupsafe import Markup
 
 from rlsys.errors import ConfigError
 from rlsys.files import replace_file
+from rlsys.learning_checks import signs_of
 from rlsys.progress import duration, held_out_name
+from rlsys.recording import told
 from rlsys.records import (
     CONFIG,
     ENVIRONMENT,
@@ -85,6 +87,7 @@ def page(run_dir: Path) -> str:
         name=config.get("run", {}).get("name", run_dir.name),
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
         headline=headline(records),
+        signs=[(_steps(sign.steps), sign.text) for sign in signs_of(records, config)],
         tiles=tiles(records, config.get("rl", {}).get("steps")),
         sections={title: [drawn for _, drawn in some if drawn] for title, some in charts.items()},
         closed=CLOSED,
@@ -125,6 +128,12 @@ def _text(path: Path) -> str:
 
 def _hash(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _steps(steps: Sequence[int]) -> str:
+    """Few steps by number, else from the first to the last."""
+    said = told(list(steps))
+    return said if len(said) <= 40 else f"{len(steps)} of the steps {steps[0]} to {steps[-1]}"
 
 
 def headline(records: Sequence[Record]) -> dict[str, str] | None:
