@@ -79,9 +79,7 @@ def why_not_joined(where: str, error: BaseException) -> str:
     low = text.lower()
     if isinstance(error, AuthenticationError) or any(word in low for word in REFUSED):
         mode = os.environ.get("RAY_AUTH_MODE")
-        now = (
-            f"RAY_AUTH_MODE is {mode!r} here" if mode else "RAY_AUTH_MODE is not set here, which Ray takes for 'token'"
-        )
+        now = f"RAY_AUTH_MODE is {mode!r} here" if mode else "RAY_AUTH_MODE is not set here"
         return (
             f"the Ray cluster at {where} refuses this process's token: {_line(error)}. {now}. Set RAY_AUTH_MODE to "
             "what the cluster was started with: disabled, or token with the cluster's own token in RAY_AUTH_TOKEN, in "
@@ -103,7 +101,9 @@ def why_not_joined(where: str, error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip().rstrip(".")
+    """The first sentence: Ray adds advice of its own for several lines."""
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return said.partition(". ")[0].strip().rstrip(".")
 
 
 def _knock(address: str) -> None:
