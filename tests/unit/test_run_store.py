@@ -18,11 +18,12 @@ import pytest
 import yaml
 
 from rlsys.client.config import ServiceConfig
-from rlsys.config import JobConfig, RunSection, dump_config, load_config
+from rlsys.config import JobConfig, RunSection, TrackingSection, dump_config, load_config
 from rlsys.errors import CheckpointError, ConfigError, RunExistsError
 from rlsys.ledger import TRAINED, Ledger
 from rlsys.problems import Epochs
 from rlsys.records import read_metrics
+from rlsys.report import report_of
 from rlsys.run_store import FIXED, RunStore, day_of, newest, refuse_changes
 from rlsys.tracking import Tracker
 
@@ -459,6 +460,7 @@ DRIVER = """
 import pathlib, subprocess, sys
 sys.path.insert(0, {here!r})
 from test_run_store import config, files_at, ledger_at
+from rlsys.report import report_of
 from rlsys.run_store import RunStore
 job = config(pathlib.Path({folder!r}), "checkpoint.keep=1", "rl.steps=5000", "rl.problems_per_step=2")
 store = RunStore.open(job)
@@ -564,3 +566,26 @@ def test_a_disk_without_room_is_an_error_and_leaves_the_checkpoint_before(tmp_pa
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "step-000002: cannot be written: File too large" in done.stdout
     assert folders(job) == ["step-000001"]
+
+
+@pytest.mark.parametrize("name", ["exp[1]", "a*b", "what?", "{a,b}", "two words", "50%20", "a#b", "\xfc\u4e2d", "a::b"])
+def test_the_path_of_a_run_is_no_pattern(tmp_path: Path, name: str) -> None:
+    """Beside a folder that the pattern would match, and that is left as it is."""
+    other = config(tmp_path / "exp1")
+    saved(other, 1)
+    job = config(tmp_path / name)
+    saved(job, 1, 2)
+    written = yaml.safe_load((job.run_dir / "config.yaml").read_text())
+    tracking = TrackingSection(wandb="disabled", tensorboard=True)
+    with Tracker(job.run_dir, tracking, "r", written, note=str) as tracker:
+        for step in (1, 2):
+            tracker.log(step, {"reward/mean": 0.5})
+        tracker.rewind(1)
+        tracker.log(2, {"reward/mean": 0.5})
+    with RunStore.open(job, note=str) as store:
+        assert store.resume is not None and store.resume.step == 2
+    assert [record["step"] for record in read_metrics(job.run_dir)] == [1, 2]
+    assert report_of(job.run_dir).is_file()
+    with RunStore.open(job, fresh=True, note=str) as store:
+        assert store.resume is None
+    assert folders(other) == ["step-000001"]

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
+from test_rendering import CHATML, tokenizer_of
 
 from rlsys import tasks
-from rlsys.config import ColumnSection, SourceSection, SupervisedSection, TaskSection, parse_config
+from rlsys.config import ColumnSection, PromptSection, SourceSection, SupervisedSection, TaskSection, parse_config
 from rlsys.errors import ConfigError
 from rlsys.problem_sets import problem_sets
 from rlsys.problems import Problem
+from rlsys.rendering import Renderer
 from rlsys.tasks.arithmetic import Arithmetic
 
 PROMPT = re.compile(
@@ -318,3 +322,31 @@ def test_the_data_set_section_that_the_docs_show_loads() -> None:
     job = parse_config("run: {name: a}\nmodel: {make: {}}\n" + "".join(blocks))
     assert job.task.name == "dataset"
     assert job.prompt.max_tokens == 512
+
+
+def test_a_data_set_in_verls_form_is_rendered_as_its_messages_and_graded(tmp_path: Path) -> None:
+    def row(i: int) -> dict[str, Any]:
+        said = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{i} + {i}?"}]
+        return {
+            "data_source": "openai/gsm8k",
+            "prompt": said[i % 2 :],  # every other one without a system message
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(2 * i)},
+            "extra_info": {"split": "train", "index": i},
+        }
+
+    sources = {}
+    for split, rows in (("train", range(4)), ("eval", range(4, 6))):
+        sources[split] = SourceSection(path=str(tmp_path / f"{split}.parquet"))
+        parquet.write_table(pyarrow.Table.from_pylist(list(map(row, rows))), sources[split].path)
+    columns = ColumnSection(prompt="prompt", answer="reward_model.ground_truth")
+    task = tasks.build(TaskSection(name="dataset", columns=columns, **sources), seed=0)
+    renderer = Renderer(tokenizer_of(CHATML), PromptSection())
+    sets = problem_sets(task, renderer.ids)
+    assert sets.train.prompts == ("0 + 0?", "1 + 1?", "2 + 2?", "3 + 3?")
+    assert sets.eval.answers == ("8", "10")
+    tokens, offsets = sets.train.select([2, 3])
+    said = (("system", "Be brief."), ("user", "2 + 2?"))
+    assert tokens[: offsets[1]].tolist() == renderer.ids(said)
+    assert tokens[offsets[1] :].tolist() == renderer.ids("3 + 3?")
+    assert task.grade("\\boxed{8}", sets.eval.answers[0]) == 1.0
