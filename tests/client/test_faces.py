@@ -11,6 +11,7 @@ import pytest
 
 import rlsys
 from rlsys import types
+from tests.waiting import FAR_S
 
 FUTURE, CLIENT, VALUE = "a future", "a client", "a value"
 PROMPT = types.ModelInput.from_ints([5, 900, 31_000])
@@ -60,7 +61,7 @@ def check(client: Any, method: str, arguments: tuple[Any, ...], plain: str, awai
     returned = getattr(client, method)(*arguments)
     assert kind(returned) == plain
     if plain == FUTURE:
-        value = returned.result(timeout=60)
+        value = returned.result(timeout=FAR_S)
         assert kind(value) == VALUE
         assert asyncio.run(_await(returned)) is value  # one answer, however it is asked for
     if plain == CLIENT:

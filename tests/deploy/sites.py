@@ -13,13 +13,16 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from ray.util import get_node_ip_address
+
+from tests import waiting
+from tests.waiting import Sign, cpu_of_all, until
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -118,24 +121,19 @@ class Site:
             "RLSYS_AGENT_PORT": str(self.agent),
             "RLSYS_CLIENT_PORT": str(self.client),
             "RLSYS_RAY_OPTIONS": f"--num-cpus=2 --object-store-memory={150 * 2**20}",
-            "RLSYS_WAIT_S": "240",
+            "RLSYS_WAIT_S": "1200",
             **self.more,
         }
 
-    def run(
-        self, command: str, node: str = "driver", timeout_s: float = 300, **more: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, command: str, node: str = "driver", **more: str) -> subprocess.CompletedProcess[str]:
         """A command to its end, in the checkout, with both outputs in one."""
-        return subprocess.run(
+        return waiting.run(
             ["bash", "-c", command],
             cwd=ROOT,
             env=self.environment(node) | more,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout_s,
-            check=False,
+            merged=True,
+            signs=[self.moves],
         )
 
     def begin(self, command: str, node: str = "driver", **more: str) -> subprocess.Popen[str]:
@@ -187,13 +185,18 @@ class Site:
                 found.append(int(entry.name))
         return found
 
-    def gone_within(self, seconds: float) -> bool:
-        end = time.monotonic() + seconds
-        while self.processes():
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.1)
-        return True
+    @property
+    def moves(self) -> Sign:
+        """What its nodes compute; who waits for them computes nothing."""
+        return cpu_of_all(self.processes)
+
+    def until_gone(self) -> None:
+        left = Sign("processes", lambda: len(self.processes()))
+        until(lambda: not left.read(), "all processes of a site to end", left, state=self.said, poll_s=0.1)
+
+    def exit_code(self, process: subprocess.Popen[str]) -> int:
+        """Of a command that `begin` started, once it has ended."""
+        return waiting.exit_code(process, " ".join(map(str, process.args)), self.moves, state=self.said)
 
     def end(self) -> None:
         for _ in range(3):  # what the dying still start
@@ -202,10 +205,11 @@ class Site:
                     os.kill(pid, signal.SIGKILL)
                 except ProcessLookupError:
                     continue
-            if self.gone_within(2):
+            with suppress(AssertionError):
+                until(lambda: not self.processes(), "the end", cap_s=2)
                 break
         for process in self.blocking:
-            process.wait(10)
+            self.exit_code(process)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -34,7 +34,6 @@ def test_head_and_worker_commands_of_each_file_make_a_cluster_that_stops(name: s
     stop(here)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.soak
 def test_a_job_submitted_to_the_launchers_nodes_trains_and_strangers_are_refused(
     site: Callable[..., Site], job: Callable[..., JobConfig], tmp_path: Path
@@ -51,15 +50,14 @@ def test_a_job_submitted_to_the_launchers_nodes_trains_and_strangers_are_refused
     command, address, config, _runs = shlex.split(readme_line("deploy/submit.sh http"))
     assert (address, config) == ("http://127.0.0.1:8265", "configs/quickstart.yaml")
     submitted = shlex.join([command, here.url, write_job(job, tmp_path), f"run.dir={tmp_path}"])
-    done = here.run(submitted, timeout_s=500)
+    done = here.run(submitted)
     assert done.returncode == 0 and "succeeded" in done.stdout, here.said(done.stdout)
     assert trained_steps(tmp_path) == [1]
-    assert stranger.wait(60) != 0 and "let in" not in here.said()
+    assert here.exit_code(stranger) != 0 and "let in" not in here.said()
     stop(here)
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_the_rayjobs_entrypoint_trains(
     site: Callable[..., Site], job: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
@@ -73,22 +71,21 @@ def test_the_rayjobs_entrypoint_trains(
     env = json.dumps({"env_vars": {"RLSYS_CONFIG": write_job(job, tmp_path), "RLSYS_RUNS": str(tmp_path)}})
     submitted = f"ray job submit --address {here.url} --runtime-env-json {shlex.quote(env)} -- "
     # KubeRay splits the entrypoint into words, as a shell does without expanding anything.
-    done = here.run(submitted + shlex.join(spec["entrypoint"].split()), timeout_s=500, RAY_AUTH_MODE="token")
+    done = here.run(submitted + shlex.join(spec["entrypoint"].split()), RAY_AUTH_MODE="token")
     assert done.returncode == 0, here.said(done.stdout)
     assert trained_steps(tmp_path) == [1]
     stop(here)
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_the_slurm_script_starts_nodes_trains_and_ends_them(
     site: Callable[..., Site], job: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
     here = slurm(site)
-    done = here.run(slurm_command(job, tmp_path), timeout_s=500)
+    done = here.run(slurm_command(job, tmp_path))
     assert done.returncode == 0 and "2 nodes are up" in done.stdout, done.stdout
     assert trained_steps(tmp_path) == [1]
-    assert here.gone_within(20)
+    here.until_gone()
 
 
 @pytest.mark.soak
@@ -99,8 +96,8 @@ def test_a_cancelled_slurm_job_leaves_nothing_behind(
     script = here.begin(slurm_command(job, tmp_path))
     here.await_nodes(2)
     script.send_signal(signal.SIGTERM)  # what `scancel --batch` sends
-    assert script.wait(60) == 143
-    assert here.gone_within(20), here.said()
+    assert here.exit_code(script) == 143
+    here.until_gone()
 
 
 def test_what_make_test_starts_stands_for_every_file() -> None:
@@ -118,7 +115,7 @@ def stop(here: Site) -> None:
         here.do("deploy/node.sh stop", node)
     for process in here.blocking:
         process.send_signal(signal.SIGTERM)
-    assert here.gone_within(20), here.said()
+    here.until_gone()
 
 
 def write_bootstrap_config(here: Site) -> None:
@@ -133,7 +130,7 @@ def http_status(here: Site, token: str) -> int:
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with urllib.request.urlopen(
-            urllib.request.Request(f"{here.url}/api/jobs/", headers=headers), timeout=10
+            urllib.request.Request(f"{here.url}/api/jobs/", headers=headers), timeout=300
         ) as got:
             return int(got.status)
     except urllib.error.HTTPError as error:

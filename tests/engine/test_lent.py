@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlsys.engine.lent import borrowed, lent
+from tests.waiting import cpu_of, until
 
 
 def _sum_after(path: str, opened: Any, returned: Any, answers: Any) -> None:
@@ -25,10 +26,12 @@ def test_what_another_process_has_borrowed_outlives_the_lending_and_is_its_own()
     with lent(buffer) as path:
         other = context.Process(target=_sum_after, args=(path, opened, returned, answers))
         other.start()
-        assert opened.wait(60)
+        until(lambda: opened.is_set() or not other.is_alive(), "the other process to open it", cpu_of(other.pid))
+        assert opened.is_set()
         (mine := borrowed(path))[:] = 0
     returned.set()
-    assert answers.get(timeout=60) == int(buffer.sum()) + 1
+    until(lambda: not answers.empty() or not other.is_alive(), "an answer", cpu_of(other.pid))
+    assert answers.get(timeout=1) == int(buffer.sum()) + 1
     other.join()
     assert not mine.any() and buffer.any()
 

@@ -18,6 +18,7 @@ from rlsys.errors import SamplingError
 from rlsys.rollouts import LENGTH, STOP, Rollouts
 from rlsys.sampler import Sampler
 from rlsys.types import SamplingParams
+from tests.waiting import Sign, until_async
 
 Run = Callable[..., Any]
 LONG = SamplingParams(max_tokens=200, seed=3, stop=[])
@@ -30,10 +31,9 @@ def adapters(reference: Reference) -> list[dict[str, torch.Tensor]]:
 
 async def under_way(sampler: Sampler, tokens: int) -> None:
     """Until the engine has made about so many steps more."""
-    until = sampler._pulse.advanced + tokens
-    async with asyncio.timeout(30):  # what is sampled may be over already
-        while sampler._pulse.advanced < until:
-            await asyncio.sleep(0.001)
+    end, advanced = sampler._pulse.advanced + tokens, Sign("steps", lambda: sampler._pulse.advanced)
+    # what is sampled may be over already
+    await until_async(lambda: sampler._pulse.advanced >= end, f"step {end} of the engine", advanced, stall_s=120)
 
 
 async def sample_while_loading(

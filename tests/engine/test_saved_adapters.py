@@ -8,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +21,8 @@ from tiny_engine import BOUND, MAX_LENGTH, VOCAB, Reference
 from rlsys.checkpoints import save_run
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.learner import Learner
+from tests.waiting import FAR_S, size_of, until
 
-START_S = 240.0  # of a server on a busy machine
 SECTIONS = {"inner": LoraSection(rank=4, alpha=8.0), "with-output": LoraSection(rank=8, alpha=4.0, train_unembed=True)}
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -83,14 +81,16 @@ def address(learner: Learner, reference: Reference, tmp_path_factory: pytest.Tem
 
 
 def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and server.poll() is None:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start: {log.read_text()[-3000:]}")
+    said = lambda: log.read_text()[-3000:]  # noqa: E731
+    until(lambda: answers(url), "a server", size_of(log), process=server, state=said, poll_s=0.5)
+
+
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=5).close()
+    except OSError:  # urllib's own is one
+        return False
+    return True
 
 
 def complete(address: str, model: str, prompt: list[int]) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def complete(address: str, model: str, prompt: list[int]) -> dict[str, Any]:
     request = urllib.request.Request(
         f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=FAR_S) as answer:
         choice: dict[str, Any] = json.load(answer)["choices"][0]
     return choice
 

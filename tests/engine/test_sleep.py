@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference
+from tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference, at_work
 
 from rlsys.config import ModelSection
 from rlsys.errors import SamplingError
@@ -35,7 +35,7 @@ def test_a_sampler_at_work_refuses_to_sleep(sampler: Sampler, run: Run) -> None:
     async def sleep_at_work() -> None:
         params = SamplingParams(max_tokens=90, seed=1, stop=[])
         work = asyncio.create_task(sampler.sample(np.array([1]), TOKENS, offsets_of([30]), 2, params, None, -1))
-        await asyncio.sleep(0.01)
+        await at_work(sampler)
         with pytest.raises(SamplingError, match="found 1 running requests; wanted none before it sleeps"):
             await sampler.sleep()
         assert len((await work).tokens) == 180

@@ -11,8 +11,10 @@ import torch
 
 from rlsys.canary import BaseCanary, StartupProbe, by_depth, compared
 from rlsys.config import SamplerSection
+from rlsys.sampler import Sampler
 from rlsys.types import Array
 from rlsys.weights import AdapterSnapshot, WeightUpdate, snapshot_of
+from tests.waiting import until_async
 
 VOCAB, EOS, MAX_LENGTH = 160, 1, 256
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -24,6 +26,16 @@ SECTION = SamplerSection(
     max_live_adapters=4,
 )
 BOUND = 1e-4  # nats, |sampler - transformers| of one token in float32
+
+
+async def at_work(sampler: Sampler, calls: int = 1) -> None:
+    """Until the engine computes for so many calls."""
+    before = sampler._pulse.advanced
+    await until_async(
+        lambda: sampler.stats().running_requests == calls and sampler._pulse.advanced > before,
+        f"an engine at work for {calls} calls",
+        state=sampler.stats,
+    )
 
 
 @dataclass(frozen=True, slots=True)

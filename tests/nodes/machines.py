@@ -29,16 +29,18 @@ from typing import Self
 
 import psutil
 
+from tests.waiting import Sign, cpu_of_all, exit_code, family, size_of, until, until_gone
+
 ROOT = Path(__file__).parents[2]
-UP_LIMIT_S = 180.0
 UP_ATTEMPTS = 3  # Ray gives its own start 30 s and no more, which a busy machine may exceed
 SUBNET = "10.88.0"
 PORT = 6390
-# A dead node is noticed within seconds, a live one may be slow for 15 s: this machine runs all nodes at once.
-FAST_HEALTH_CHECKS = {
+# This machine runs all nodes at once, and maybe more: a live node may be silent for a minute, after which a dead
+# one is noticed at the latest.
+HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "5000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "20000",
     "RAY_health_check_failure_threshold": "3",
 }
 # Killed with the thread that started it, so nothing is left where a test run is killed.
@@ -95,7 +97,7 @@ class Machine:
         path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
         ours = {"HOME": f"{self.tmp}/home", "TMPDIR": self.tmp, "PATH": path, "PYTHONPATH": str(ROOT)}
         ray = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-        return kept | {"OMP_NUM_THREADS": "1"} | ours | ray | FAST_HEALTH_CHECKS
+        return kept | {"OMP_NUM_THREADS": "1"} | ours | ray | HEALTH_CHECKS
 
     def sees(self, path: str) -> Path:
         """The file or folder that it knows by this absolute path."""
@@ -111,13 +113,12 @@ class Machine:
     def bury(self) -> None:
         """Wait until nothing is left of a killed machine."""
         for process in self.started:
-            process.wait(timeout=UP_LIMIT_S)
-        _, left = psutil.wait_procs(self.dying, timeout=UP_LIMIT_S)
-        assert not left, f"machine {self.name} is killed, and yet there is {left}"
+            exit_code(process, f"a process of machine {self.name}, which is killed")
+        until_gone([process.pid for process in self.dying], f"all of machine {self.name}, which is killed, to end")
 
     def family(self) -> list[psutil.Process]:
         """Every process of the machine."""
-        return [member for process in self.started for member in _family(process.pid)]
+        return [member for process in self.started for member in family(process.pid)]
 
     @property
     def started(self) -> list[subprocess.Popen[str]]:
@@ -130,24 +131,18 @@ class Driver:
 
     process: subprocess.Popen[str]
     log: Path
-    started: float = field(default_factory=time.monotonic)
+    moves: Sign  # what its cluster computes; the driver itself waits most of the time
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait(self, limit_s: float) -> int:
-        try:
-            return self.process.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"the driver still runs after {limit_s:.0f} s:\n{self.output()[-6000:]}") from None
+    def wait(self) -> int:
+        return exit_code(self.process, "the driver", size_of(self.log), self.moves, state=self.output)
 
-    def until(self, happened: Callable[[], bool], limit_s: float, what: str) -> None:
+    def until(self, happened: Callable[[], bool], what: str) -> None:
         """Wait for something that the running driver brings about."""
-        deadline = time.monotonic() + limit_s
-        while not happened():
-            over = self.process.poll() is not None or time.monotonic() > deadline
-            assert not over, f"{what}: not within {limit_s:.0f} s (exit code {self.process.poll()}):\n{self.output()}"
-            time.sleep(0.1)
+        signs = size_of(self.log), self.moves
+        until(happened, what, *signs, process=self.process, state=self.output, poll_s=0.1)
 
 
 class Machines(ABC):
@@ -216,7 +211,8 @@ class Machines(ABC):
     def drive(self, *command: str, **env: str) -> Driver:
         """Start a command on the head, with the cluster's address in RAY_ADDRESS."""
         log = self.scratch / f"driver-{len(self.head.processes)}.log"
-        return Driver(self.head.spawn(command, log, RAY_ADDRESS=self.ray_address, **env), log)
+        moves = cpu_of_all(lambda: [process.pid for machine in self.all.values() for process in machine.started])
+        return Driver(self.head.spawn(command, log, RAY_ADDRESS=self.ray_address, **env), log, moves)
 
     def train(self, config: Path, *overrides: str) -> Driver:
         """`rlsys train` on the head. The file is copied there."""
@@ -355,20 +351,9 @@ def kept_folders() -> list[Path]:
     return sorted(folder for folder in folders if not any(other in folder.parents for other in folders))
 
 
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def _until(process: subprocess.Popen[str], log: Path, text: str) -> None:
-    deadline = time.monotonic() + UP_LIMIT_S
-    while text not in (said := log.read_text(errors="replace")):
-        over = process.poll() is not None or time.monotonic() > deadline
-        assert not over, f"no {text.strip()!r} from it (exit code {process.poll()}):\n{said}"
-        time.sleep(0.05)
+    said = lambda: log.read_text(errors="replace")  # noqa: E731
+    until(lambda: text in said(), f"{text.strip()!r} from it", size_of(log), process=process, state=said)
 
 
 def _run(*command: str) -> None:

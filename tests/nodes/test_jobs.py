@@ -20,11 +20,10 @@ from rlsys.records import read_metrics
 from tests.nodes.conftest import FORM, KIND, write_job
 from tests.nodes.machines import Driver, Machine, Machines
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(5400)
 Job = Callable[..., Path]
 SLOW = {"function": "tests.nodes.graders:slow_variety"}
-LIMIT_S = 240.0  # of one wait: all machines share these cores, and maybe with others
-WAIT_S = 25  # for a place: longer than a new machine takes to join
+WAIT_S = 120  # for a place: longer than a new machine takes to join, on cores that all machines share
 MAKE = {
     "vocab_size": 160, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 32,
     "intermediate_size": 64,
@@ -63,10 +62,10 @@ class Run:
         return [line for line in read_metrics(self.dir) if "reward/mean" in line]
 
     def until_step(self, step: int) -> None:
-        self.driver.until(lambda: bool(self.steps) and self.steps[-1]["step"] >= step, LIMIT_S, f"step {step}")
+        self.driver.until(lambda: bool(self.steps) and self.steps[-1]["step"] >= step, f"step {step}")
 
     def finish(self) -> None:
-        assert self.driver.wait(LIMIT_S) == 0, self.driver.output()
+        assert self.driver.wait() == 0, self.driver.output()
 
     def check_whole(self, steps: int) -> None:
         """All steps, and an adapter."""
@@ -109,7 +108,7 @@ def test_a_sampler_on_another_machine_gets_base_and_adapters_through_ray_alone(m
     by_address = {"learner": {"nodes": [a.address]}, "sampler": {"nodes": [b.address]}}
     by_resource = {"learner": {"resources": {"a": 0.1}}, "sampler": {"resources": {"b": 0.1}}}
     run = Run(machines, job(model={"make": MAKE}, **(by_address if machines.own_files else by_resource)))
-    run.driver.until(lambda: "SamplerActor" in actors_on(b) and "LearnerActor" in actors_on(a), LIMIT_S, "its actors")
+    run.driver.until(lambda: "SamplerActor" in actors_on(b) and "LearnerActor" in actors_on(a), "its actors")
     assert "LearnerActor" not in actors_on(b) and "SamplerActor" not in actors_on(a)
     run.finish()
     run.check_whole(steps=3)
@@ -148,7 +147,7 @@ def story(
         back_s, on_c = time.monotonic() - killed, actors_on(c)
         run.until_step(at + 3)
         killed = machines.kill("c")
-        code = run.driver.wait(LIMIT_S)
+        code = run.driver.wait()
         story = Story(run, at, back_s, on_c, code, time.monotonic() - killed)
         print(f"killed at step {at}; the next step {back_s:.1f} s later; the end {story.end_s:.1f} s after the second")
         print(run.driver.output())
@@ -168,8 +167,8 @@ def test_a_job_whose_last_sampler_has_nowhere_to_go_ends_with_the_reason(story: 
     said = story.run.driver.output()
     message = said[said.rindex("StalledError") :]
     waited = re.search(r"sampler 0 has waited (\d+) s \(watchdog\.sample_s\) for a place: (.*) on one node", message)
-    assert waited and WAIT_S <= int(waited[1]) < WAIT_S + 10 and "1 engines" in waited[2], message
-    assert story.code == 1 and story.end_s < WAIT_S + 60  # until Ray knows, and until all is put away
+    assert waited and int(waited[1]) >= WAIT_S and "1 engines" in waited[2], message
+    assert story.code == 1
     assert "Traceback" not in said
 
 
@@ -185,12 +184,12 @@ def test_a_job_that_ended_for_want_of_a_machine_goes_on_once_there_is_one(
         sampler={"resources": {"engines": 1}},
         rewards=SLOW,
         rl={"steps": 12},
-        watchdog={"sample_s": 5},
+        watchdog={"sample_s": 60},
     )
     run = Run(machines, config)
     run.until_step(3)
     machines.kill("b")
-    assert run.driver.wait(LIMIT_S) == 1, run.driver.output()
+    assert run.driver.wait() == 1, run.driver.output()
     run.check_so_far()
     machines.add("c", resources={"engines": 1})
     again = Run(machines, config)
@@ -216,7 +215,7 @@ def test_the_samplers_that_are_left_do_the_work_of_a_lost_one_until_it_is_back(
     run.until_step(3)
     assert "SamplerActor" in actors_on(a)
     killed = machines.kill("b")
-    run.driver.until(lambda: "sampler 1 serves version" in run.driver.output(), LIMIT_S, "another sampler 1")
+    run.driver.until(lambda: "sampler 1 serves version" in run.driver.output(), "another sampler 1")
     print(f"the lost sampler serves again {time.monotonic() - killed:.1f} s later, after step {run.steps[-1]['step']}")
     run.finish()
     run.check_whole(steps=60)
@@ -265,7 +264,7 @@ def test_a_job_goes_on_with_the_samplers_left_while_a_lost_one_has_no_place(
     run = Run(machines, config)
     run.until_step(2)
     killed = machines.kill("b")
-    run.driver.until(lambda: time.monotonic() - killed > start_s + 20, LIMIT_S, "a long time without a second sampler")
+    run.driver.until(lambda: time.monotonic() - killed > start_s + 20, "a long time without a second sampler")
     run.until_step(run.steps[-1]["step"] + 2)
     run.check_so_far()
 

@@ -12,9 +12,11 @@ import psutil
 import pytest
 
 from tests.nodes.machines import Machine, Machines
+from tests.waiting import FAR_S, until
 
-SERVE = "import socket, time; s = socket.create_server(('127.0.0.1', 7777)); print('up', flush=True); time.sleep(60)"
-KNOCK = "import socket; socket.create_connection(('127.0.0.1', 7777), timeout=5)"
+LISTEN = "import socket, time; s = socket.create_server(('127.0.0.1', 7777)); print('up', flush=True)"
+SERVE = f"{LISTEN}; time.sleep({FAR_S})"
+KNOCK = "import socket; socket.create_connection(('127.0.0.1', 7777), timeout=300)"
 
 
 def run(machine: Machine, *command: str) -> subprocess.CompletedProcess[str]:
@@ -30,8 +32,8 @@ def test_machines_share_no_file_memory_port_or_process(machines: Machines) -> No
     refuse_one_host(machines)
     a, b = machines.machine("a"), machines.machine("b")
     server = a.spawn([sys.executable, "-c", SERVE], a.log)
-    while "up\nup" not in a.log.read_text():  # that of the machine, and that of the server
-        assert server.poll() is None, a.log.read_text()
+    # that of the machine, and that of the server
+    until(lambda: "up\nup" in a.log.read_text(), "a server", process=server, state=a.log.read_text)
     name = f"of-machine-a-{uuid.uuid4()}"
     for path in (f"/tmp/{name}", f"/dev/shm/{name}", f"{a.env()['HOME']}/{name}"):
         assert run(a, "touch", path).returncode == 0
@@ -51,9 +53,8 @@ def test_nothing_is_left_of_machines_that_are_killed(machines: Machines) -> None
     )
     started = {name: machines.machine(name) for name in ("a", "b")}
     for machine in started.values():
-        machine.spawn(["sh", "-c", "sleep 601 & sleep 602"], machine.log)
-    while len(sleepers()) < 4:
-        pass
+        machine.spawn(["sh", "-c", "sleep 60001 & sleep 60002"], machine.log)
+    until(lambda: len(sleepers()) == 4, "four processes", state=sleepers)
     machines.close()
     assert sleepers() == []
     assert not machines.scratch.exists()
@@ -65,5 +66,5 @@ def sleepers() -> list[int]:
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
-        if process.info["cmdline"] in (["sleep", "601"], ["sleep", "602"])
+        if process.info["cmdline"] in (["sleep", "60001"], ["sleep", "60002"])
     ]

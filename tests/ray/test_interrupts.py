@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,8 +16,7 @@ import pytest
 from actors.interrupts import Interrupts
 from rlsys.config import JobConfig, dump_config
 from rlsys.records import read_metrics
-
-LIMIT_S = 150.0
+from tests.waiting import Sign, exit_code, size_of, until
 
 
 @pytest.fixture
@@ -42,12 +40,13 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     with output.open("w") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
     try:
-        _wait_until(lambda: _steps(config) >= 2 or process.poll() is not None)
+        signs = size_of(output), Sign("steps", lambda: _steps(config))
+        until(lambda: _steps(config) >= 2, "step 2", *signs, process=process, state=output.read_text)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # what a terminal does: the whole foreground group
         else:
             process.send_signal(number)
-        code = process.wait(timeout=LIMIT_S)
+        code = exit_code(process, "the job", *signs, state=output.read_text)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -58,8 +57,8 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     assert steps == list(range(1, len(steps) + 1))
     assert (config.run_dir / "adapter" / "adapter_model.safetensors").is_file()
     assert (config.run_dir / "report.html").is_file()
-    _wait_until(lambda: not _marked(str(tmp_path)), limit_s=30.0)
-    assert _marked(str(tmp_path)) == []
+    left = Sign("processes", lambda: len(_marked(str(tmp_path))))
+    until(lambda: not left.read(), "all processes of the job to end", left, state=lambda: _marked(str(tmp_path)))
     assert not list(short_tmp.iterdir()), "temporary files stay behind"
 
 
@@ -117,7 +116,7 @@ Path(sys.argv[1]).write_text("saved")
     os.close(theirs)
     assert b"ready" in os.read(ours, 100)
     os.close(ours)  # the terminal is gone; the kernel tells its session
-    assert process.wait(timeout=LIMIT_S) == 0
+    assert exit_code(process, "the program") == 0
     assert (tmp_path / "done").read_text() == "saved"
 
 
@@ -125,12 +124,6 @@ def _steps(config: JobConfig) -> int:
     if not (config.run_dir / "metrics.jsonl").is_file():
         return 0
     return sum("reward/mean" in line for line in read_metrics(config.run_dir))
-
-
-def _wait_until(condition: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
-    end = time.monotonic() + limit_s
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.2)
 
 
 def _marked(mark: str) -> list[str]:

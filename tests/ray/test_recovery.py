@@ -22,10 +22,10 @@ from rlsys.problems import Epochs
 from rlsys.progress import Progress
 from rlsys.records import read_metrics
 from rlsys.run_store import RunStore, newest
+from tests.waiting import cpu_of, size_of, until
 
 Job = Callable[..., JobConfig]
 STEPS = 8
-LIMIT_S = 120.0
 
 
 def weights(config: JobConfig) -> bytes:
@@ -53,9 +53,9 @@ def killing(config: JobConfig, *plan: Victim) -> Iterator[list[int]]:
     over = threading.Event()
 
     def wait_and_kill() -> None:
-        end, seen = time.monotonic() + LIMIT_S, 0
+        seen = 0
         for victim in plan:
-            while not over.is_set() and time.monotonic() < end:
+            while not over.is_set():  # the job's own end, which the watchdog sees to
                 made = steps(config)[-1:] if (config.run_dir / "metrics.jsonl").is_file() else []
                 processes = victim() if made and made[0] > seen else []
                 if processes:
@@ -207,6 +207,8 @@ def test_a_run_in_two_parts_equals_one_in_one_part_to_the_bit_and_in_its_figures
 
 def test_samplers_come_and_go_while_a_job_runs(job: Job, undisturbed: tuple[JobConfig, bytes]) -> None:
     config = job("rl.steps=100000")
+    metrics = config.run_dir / "metrics.jsonl"
+    signs = size_of(metrics), cpu_of(os.getpid())
     asked: list[str] = []
     errors: list[BaseException] = []
 
@@ -215,13 +217,13 @@ def test_samplers_come_and_go_while_a_job_runs(job: Job, undisturbed: tuple[JobC
         from actors.control import ask
 
         try:
-            _until(lambda: config.run_dir.joinpath("metrics.jsonl").is_file() and len(steps(config)) >= 1)
+            until(lambda: metrics.is_file() and len(steps(config)) >= 1, "step 1", *signs)
             asked.append(ask("micro", "scale", 2))
-            _until(lambda: _workers(config) == 2)
+            until(lambda: _workers(config) == 2, "a second sampler", *signs)
             with pytest.raises(ClusterError, match=r"no room|no node"):
                 ask("micro", "scale", 50)
             asked.append(ask("micro", "scale", 1))
-            _until(lambda: _workers(config) == 1)
+            until(lambda: _workers(config) == 1, "one sampler", *signs)
             asked.append(ask("micro", "stop", None))
         except BaseException as error:
             errors.append(error)
@@ -240,10 +242,3 @@ def test_samplers_come_and_go_while_a_job_runs(job: Job, undisturbed: tuple[JobC
 
 def _workers(config: JobConfig) -> float:
     return [line for line in read_metrics(config.run_dir) if "sampler/workers" in line][-1]["sampler/workers"]
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LIMIT_S
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)

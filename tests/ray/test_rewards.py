@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from rlsys.config import JobConfig, dump_config
 from rlsys.errors import GradingError
 from rlsys.progress import Progress
 from rlsys.records import read_groups, read_metrics
+from tests.waiting import run
 
 Job = Callable[..., JobConfig]
 ROOT = Path(__file__).parents[2]
@@ -31,13 +31,10 @@ def test_the_reward_function_of_the_docs_runs_as_the_docs_say(job: Job, tmp_path
     (tmp_path / "job.yaml").write_text(dump_config(config), "utf-8")
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), "."])
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-m", "rlsys", "train", "job.yaml", "rewards.function=my_rewards:brief"],
         cwd=tmp_path,
         env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = read_metrics(config.run_dir)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.waiting import cpu_of, run
 
 PROGRAM = """
 import sys
@@ -39,4 +42,4 @@ def test_a_detached_deployment_lives_until_rlsys_stop_and_then_gives_its_resourc
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return run(command, signs=[cpu_of(os.getpid())])

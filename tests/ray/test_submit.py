@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from rlsys.config import JobConfig, dump_config
 from rlsys.records import read_metrics
+from tests.waiting import cpu_of, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,7 +19,7 @@ def test_a_submitted_job_runs_on_the_cluster_and_writes_its_run(
     config = job("rl.steps=1")
     (tmp_path / "job.yaml").write_text(dump_config(config))
     command = [ROOT / "deploy" / "submit.sh", dashboard, tmp_path / "job.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = run(command, signs=[cpu_of(os.getpid())])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout and "held-out accuracy" in done.stdout
     assert [line["step"] for line in read_metrics(config.run_dir) if "reward/mean" in line] == [1]
@@ -27,6 +28,6 @@ def test_a_submitted_job_runs_on_the_cluster_and_writes_its_run(
 def test_a_submitted_job_that_fails_says_why(dashboard: str, job: Callable[..., JobConfig], tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(dump_config(job()).replace("steps:", "stepz:", 1))
     command = [ROOT / "deploy" / "submit.sh", dashboard, tmp_path / "job.yaml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = run(command, signs=[cpu_of(os.getpid())])
     assert done.returncode == 1
     assert "stepz is no key" in done.stdout + done.stderr

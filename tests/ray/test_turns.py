@@ -90,7 +90,7 @@ def test_an_environment_that_fails_stops_the_run_with_its_cause(ray_cluster: str
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(7200)
 def test_a_model_learns_to_ask_the_calculator(ray_cluster: str, tmp_path: Path) -> None:
     config = load_config("configs/calculator.yaml", [f"run.dir={tmp_path}", "tracking.wandb=disabled"])
     outcome = jobs.train(config, Progress())

@@ -23,8 +23,10 @@ from rlsys.rollouts import offsets_of
 from rlsys.types import SamplingParams
 from tests.ray.conftest import JOB
 from tests.ray.small_actors import Loop, Worker
+from tests.waiting import FAR_S, slowdown, until, until_gone
 
-LIMIT_S = 3.0
+TIMES = round(slowdown())  # on a loaded machine all limits here are longer
+LIMIT_S = 3.0 * TIMES
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,10 @@ def actor(connected: None) -> Iterator[Callable[..., Any]]:
 
 def test_slow_work_that_moves_is_not_judged_stalled(actor: Callable[..., Any]) -> None:
     worker, began = actor(), time.monotonic()
-    assert watched(worker.work.remote(16, 0.5), Watchdog("learn", LIMIT_S), "learner", "step 3", worker) == 16
+    assert (
+        watched(worker.work.remote(16 * TIMES, 0.5), Watchdog("learn", LIMIT_S), "learner", "step 3", worker)
+        == 16 * TIMES
+    )
     assert time.monotonic() - began > 2 * LIMIT_S
 
 
@@ -59,20 +64,21 @@ def test_a_stuck_actor_is_named_with_its_work_its_log_and_the_key_to_raise(actor
     stuck, busy = actor(), actor()
     dog, began = Watchdog("sample", LIMIT_S), time.monotonic()
     waits = [
-        Waiting(busy.work.remote(40, 0.25), "sampler 0", "sampling 8 completions of problems 1, 2", busy),
+        Waiting(busy.work.remote(40 * TIMES, 0.25), "sampler 0", "sampling 8 completions of problems 1, 2", busy),
         Waiting(stuck.stick.remote(), "sampler 1", "sampling 8 completions of problems 3, 17, 40", stuck),
     ]
     with pytest.raises(StalledError) as caught:
         watched_all(waits, dog)
-    assert LIMIT_S < time.monotonic() - began < 3 * LIMIT_S
+    assert LIMIT_S < time.monotonic() - began < 5 * LIMIT_S
     message = str(caught.value)
-    assert message.startswith("sample: nothing moved for 3 s.")
-    assert "raise watchdog.sample_s (now 3)" in message
+    assert message.startswith(f"sample: nothing moved for {LIMIT_S:g} s.")
+    assert f"raise watchdog.sample_s (now {LIMIT_S:g})" in message
     assert re.search(
         r"waiting for sampler 1: sampling 8 completions of problems 3, 17, 40; since \d\d:\d\d:\d\d", message
     )
     assert re.search(r"its progress last changed \d+ s ago: 0", message)
-    assert re.search(r"also waiting for sampler 0: .*its progress last changed [01] s ago", message)
+    moved = re.search(r"also waiting for sampler 0: .*its progress last changed (\d+) s ago", message)
+    assert moved and int(moved[1]) < LIMIT_S
     assert "log of sampler 1: end of " in message and "  | entering the long sleep" in message
 
 
@@ -85,18 +91,18 @@ def test_an_actor_that_cannot_even_tell_its_progress_is_named_too(actor: Callabl
 def test_without_an_actor_the_limit_counts_from_the_beginning(actor: Callable[..., Any]) -> None:
     worker = actor()
     with pytest.raises(StalledError, match="advantages: centring rewards"):
-        watched(worker.work.remote(20, 0.25), Watchdog("advantage", LIMIT_S), "advantages", "centring rewards")
+        watched(worker.work.remote(20 * TIMES, 0.25), Watchdog("advantage", LIMIT_S), "advantages", "centring rewards")
 
 
 def test_ranks_that_wait_for_one_another_move_together(actor: Callable[..., Any]) -> None:
     """A rank that is done with its share stands still in the sum until the others are."""
     fast, slow = actor(), actor()
-    end = slow.work.remote(16, 0.5)
+    end = slow.work.remote(16 * TIMES, 0.5)
     waits = [
         Waiting(fast.take.remote(end), "learner rank 0", "step 3", fast, together="ranks"),
         Waiting(end, "learner rank 1", "step 3", slow, together="ranks"),
     ]
-    assert watched_all(waits, Watchdog("learn", LIMIT_S)) == [16, 16]
+    assert watched_all(waits, Watchdog("learn", LIMIT_S)) == [16 * TIMES] * 2
 
 
 def test_what_is_done_comes_back_at_once_and_a_short_wait_asks_nobody(actor: Callable[..., Any]) -> None:
@@ -106,15 +112,18 @@ def test_what_is_done_comes_back_at_once_and_a_short_wait_asks_nobody(actor: Cal
     later = Waiting(worker.stick.remote(), "learner", "sticking", worker)
     assert dog.wait_any([later, done]) == [done] and value(done) == 7
     began = time.monotonic()
-    assert dog.wait_any([later], 0.2) == [] and time.monotonic() - began < 0.5
+    assert dog.wait_any([later], 0.2) == [] and time.monotonic() - began < LIMIT_S
 
 
 def test_a_driver_that_was_stopped_looks_again_before_it_judges(actor: Callable[..., Any]) -> None:
     worker = actor()
-    dog, waiting = Watchdog("learn", LIMIT_S), Waiting(worker.work.remote(36, 0.25), "learner", "step 3", worker)
+    dog, waiting = (
+        Watchdog("learn", LIMIT_S),
+        Waiting(worker.work.remote(36 * TIMES, 0.25), "learner", "step 3", worker),
+    )
     assert dog.wait_any([waiting], 0.1) == []
-    time.sleep(6)  # more than the limit, without a look
-    assert watched_all([waiting], dog) == [36]
+    time.sleep(2 * LIMIT_S)  # more than the limit, without a look
+    assert watched_all([waiting], dog) == [36 * TIMES]
 
 
 def test_a_foreign_error_is_one_line_with_its_place_and_its_traceback_in_a_file(
@@ -141,7 +150,7 @@ def test_a_failure_that_came_by_way_of_an_argument_names_who_failed_first(actor:
     with pytest.raises(
         ActorFailedError, match=r"^Worker \(pid \d+ on \S+\): ValueError: bad thing .*needed by learner\n"
     ):
-        wait(third.take.remote(second.take.remote(first.bad.remote())), 20, "learner")
+        wait(third.take.remote(second.take.remote(first.bad.remote())), FAR_S, "learner")
     with pytest.raises(GradingError, match=r"^graders: all of them failed$"):
         watched(third.take.remote(second.take.remote(first.refuse.remote())), dog, "learner", "step 3", third)
     with pytest.raises(DataLostError, match=r"^learner: what it needed is lost with sampler 1: its process is gone"):
@@ -152,13 +161,11 @@ def test_an_actor_that_dies_is_said_to_be_dead_and_its_last_words_are_kept(
     actor: Callable[..., Any], tmp_path: Path
 ) -> None:
     worker, failures = actor(), Failures(tmp_path / "errors.log")
-    began = time.monotonic()
     with pytest.raises(ActorDiedError, match=r"^learner: its process is gone \(pid \d+ on \S+\): killed, out of mem"):
-        watched(worker.die.remote(), Watchdog("learn", 60, failures), "learner", "step 3", worker)
-    assert time.monotonic() - began < 10
+        watched(worker.die.remote(), Watchdog("learn", FAR_S, failures), "learner", "step 3", worker)
     assert "these were my last words" in failures.first()
     with pytest.raises(ActorDiedError, match="killed"):
-        wait(worker.take.remote(1), 10, "learner: again")
+        wait(worker.take.remote(1), FAR_S, "learner: again")
     failures.add("sampler 0", StalledError("a late consequence"))
     assert "these were my last words" in failures.report(StalledError("a late consequence"))
     failures.forget()
@@ -167,16 +174,16 @@ def test_an_actor_that_dies_is_said_to_be_dead_and_its_last_words_are_kept(
 
 def test_a_constructor_that_fails_is_an_error_and_no_death(actor: Callable[..., Any]) -> None:
     with pytest.raises(ActorFailedError, match=r"^learner: LookupError: no such base \(.* in __init__\)\n") as caught:
-        wait(actor(Worker, True).take.remote(1), 20, "learner")
+        wait(actor(Worker, True).take.remote(1), FAR_S, "learner")
     assert not isinstance(caught.value, ActorDiedError)
 
 
 def test_lost_data_is_told_apart_from_a_death(actor: Callable[..., Any]) -> None:
     owner, worker = actor(), actor()
-    (ref,) = wait(owner.own.remote(), 20, "owner")
+    (ref,) = wait(owner.own.remote(), FAR_S, "owner")
     ray.kill(owner)
     time.sleep(2)  # until the cluster knows
-    for call in (lambda: wait(worker.take.remote(ref), 60, "learner"), lambda: wait(ref, 60, "learner")):
+    for call in (lambda: wait(worker.take.remote(ref), FAR_S, "learner"), lambda: wait(ref, FAR_S, "learner")):
         with pytest.raises(DataLostError, match=r"^learner: what it needed is lost"):
             call()
 
@@ -185,13 +192,12 @@ def test_the_tail_of_a_log_is_there_for_the_living_and_the_dead(actor: Callable[
     worker = actor()
     worker.stick.remote()
     ray.get(worker.progress.remote())
-    time.sleep(0.3)
-    assert "entering the long sleep" in tail(worker)
+    until(lambda: "entering the long sleep" in tail(worker), "its log", state=lambda: tail(worker))
     ray.kill(worker)
     time.sleep(0.3)
     began = time.monotonic()
     assert "entering the long sleep" in tail(worker) and str(process_of(worker)) in tail(worker)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < LIMIT_S
 
 
 class AskedSampler(SamplerActor):
@@ -209,8 +215,8 @@ def sampler(connected: None, micro_base: Path) -> Iterator[Any]:
     """A started sampler actor."""
     config = parse_config(JOB, [f"model.path={micro_base}"])
     made = ray.remote(AskedSampler).options(num_cpus=0.5, max_concurrency=1000).remote(config, 0)
-    wait(made.preload.remote(), 200, "sampler 0")
-    wait(made.start.remote(str(micro_base), None, None), 120, "sampler 0")
+    wait(made.preload.remote(), FAR_S, "sampler 0")
+    wait(made.start.remote(str(micro_base), None, None), FAR_S, "sampler 0")
     yield made
     ray.kill(made)
 
@@ -238,12 +244,11 @@ def test_a_stopped_engine_is_a_stall_that_names_its_sampler(sampler: Any) -> Non
         assert "its progress last changed" in message and "log of sampler 0: end of" in message
     finally:
         engine.resume()
-    assert wait(waiting.ref, 60, "sampler 0") == 60
+    assert wait(waiting.ref, FAR_S, "sampler 0") == 60
 
 
 def test_an_engine_ends_with_its_actor_even_if_it_is_stopped(sampler: Any) -> None:
     engine = engine_of(sampler)
     engine.suspend()
     ray.kill(sampler)
-    gone, alive = psutil.wait_procs([engine], timeout=10)
-    assert gone and not alive
+    until_gone([engine.pid], "the engine of a killed actor to end")

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.waiting import run
+
 ROOT = Path(__file__).parents[2]
 
 PROGRAM = """
@@ -23,7 +25,7 @@ if __name__ == "__main__":
         from rlsys.report import write_report
         return [actors.__file__, rlsys.__file__]
 
-    print(json.dumps(ray.get(where.remote(), timeout=60)))
+    print(json.dumps(ray.get(where.remote())))
     ray.shutdown()
 """
 
@@ -38,9 +40,7 @@ def test_an_installed_wheel_is_imported_by_a_ray_worker_started_outside_the_chec
     (elsewhere / "program.py").write_text(PROGRAM)
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"PYTHONPATH": str(site), "HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "program.py"], cwd=elsewhere, env=env, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run([sys.executable, "program.py"], cwd=elsewhere, env=env)
     assert done.returncode == 0, done.stderr
     files = json.loads(done.stdout.splitlines()[-1])
     assert all(file.startswith(str(site)) for file in files), files

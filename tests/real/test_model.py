@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from rlsys.learner import Learner
 from rlsys.precision import multiplies_bfloat16
 from rlsys.records import read_metrics
 from rlsys.types import Array
+from tests.waiting import run
 
 ROOT = Path(__file__).parents[2]
 RANGES = ((1, 64), (64, 256), (256, 512), (512, 1024), (1024, 1536))
@@ -70,7 +70,7 @@ def test_a_job_in_bfloat16_runs_as_it_comes(tmp_path: Path) -> None:
         "tracking.wandb=disabled", "rewards.function=tests.ray.graders:variety",
     ]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    done = run(command, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = read_metrics(tmp_path / "calculator-smollm2-135m")
     (step,) = [line for line in lines if "reward/mean" in line]

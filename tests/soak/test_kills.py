@@ -25,13 +25,13 @@ from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.records import read_metrics
 from tests.ray.conftest import JOB, micro_base, ray_cluster
 from tests.ray.test_recovery import actors_of, engines, ledger_of, steps, weights
+from tests.waiting import Sign, cpu_of, exit_code, size_of, until
 
 __all__ = ["micro_base", "ray_cluster"]  # fixtures
 
 KILLS = int(os.environ.get("RLSYS_SOAK_KILLS", "50"))
 PER_RUN = 10
 STEPS = 60
-STUCK_S = 180.0
 KINDS: dict[str, Callable[[], list[psutil.Process]]] = {
     "learner": lambda: actors_of("LearnerActor"),
     "sampler": lambda: actors_of("SamplerActor"),
@@ -47,7 +47,7 @@ def _graders() -> list[psutil.Process]:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(36000)
 def test_random_kills_lose_nothing_and_change_nothing(ray_cluster: str, micro_base: Path, tmp_path: Path) -> None:
     draw = random.Random(20)
     wanted = [kind for kind in ["driver", *KINDS] for _ in range(-(-KILLS // (1 + len(KINDS))))][:KILLS]
@@ -100,7 +100,7 @@ def _run_through(config: JobConfig, kinds: list[str], draw: random.Random) -> li
             victim = _kill(kind, driver, draw)
             began = time.monotonic()
             if kind == "driver":
-                driver.wait(timeout=30)
+                driver.wait()
                 driver = _begin(config)
             _wait_for(lambda before=before: _last_step(config) > before, config, driver)
             rows.append({"kind": kind, "step": before, "pid": victim, "seconds": round(time.monotonic() - began, 2)})
@@ -109,7 +109,7 @@ def _run_through(config: JobConfig, kinds: list[str], draw: random.Random) -> li
         else:
             break
     assert not todo, f"the run ended before {todo} could be killed"
-    assert driver.wait(timeout=STUCK_S) == 0, _output(config)
+    assert exit_code(driver, "the run", *_signs(config), state=lambda: _output(config)) == 0, _output(config)
     return rows
 
 
@@ -123,15 +123,16 @@ def _kill(kind: str, driver: subprocess.Popen[bytes], draw: random.Random) -> in
     if kind == "driver":
         driver.send_signal(signal.SIGKILL)
         return driver.pid
-    end = time.monotonic() + STUCK_S
-    while time.monotonic() < end:
-        try:
-            victim = draw.choice(KINDS[kind]())
-            victim.send_signal(signal.SIGKILL)
-            return victim.pid
-        except (IndexError, psutil.Error):
-            time.sleep(0.05)
-    raise AssertionError(f"no {kind} to kill")
+    return until(lambda: _killed_one(KINDS[kind](), draw), f"a {kind} to kill", cpu_of(os.getpid()))
+
+
+def _killed_one(candidates: list[psutil.Process], draw: random.Random) -> int:
+    try:
+        victim = draw.choice(candidates)
+        victim.send_signal(signal.SIGKILL)
+    except (IndexError, psutil.Error):
+        return 0
+    return victim.pid
 
 
 def _last_step(config: JobConfig) -> int:
@@ -141,13 +142,13 @@ def _last_step(config: JobConfig) -> int:
 
 
 def _wait_for(condition: Callable[[], bool], config: JobConfig, driver: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + STUCK_S
-    while not condition() and driver.poll() in (None, 0):
-        assert time.monotonic() < end, f"no step for {STUCK_S:.0f} s\n{_output(config)}"
-        if driver.poll() == 0:
-            return
-        time.sleep(0.05)
+    over = lambda: condition() or driver.poll() is not None  # noqa: E731
+    until(over, "a step", *_signs(config), cpu_of(driver.pid), state=lambda: _output(config))
     assert driver.poll() in (None, 0), _output(config)
+
+
+def _signs(config: JobConfig) -> list[Sign]:
+    return [size_of(config.run_dir.parent / "output"), size_of(config.run_dir / "metrics.jsonl"), cpu_of(os.getpid())]
 
 
 def _output(config: JobConfig) -> str:

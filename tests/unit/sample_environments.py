@@ -21,7 +21,7 @@ def answering(turns: Sequence[str], answer: str) -> Any:
     if order == "answer":
         return answer
     if order == "sleep":
-        time.sleep(60)
+        time.sleep(1e5)
     if order == "raise":
         raise KeyError("lost the dice")
     if order == "leave":

@@ -22,7 +22,7 @@ def obedient(completion: str, answer: str) -> object:
     """Does what the completion says; otherwise 1 for an equal answer."""
     match completion:
         case "sleep":
-            time.sleep(1000)
+            time.sleep(1e5)
         case "long call into C":
             return sum(itertools.repeat(0))
         case "exit":

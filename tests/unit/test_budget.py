@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tiny_learner import Models
 from rlsys.budget import LEAST, TokenBudget
 from rlsys.errors import ActorFailedError
 from rlsys.ranks import ALONE, Ranks, is_out_of_memory
+from tests.waiting import run
 
 TOO_MUCH = 2**52  # bytes; more than any address space
 
@@ -117,10 +117,8 @@ print(json.dumps({"loss": result.loss_sum, "norm": norm, "tokens": learner.token
 
 def ran(path: Path, limit_mib: int, budget: int, *, custom: bool = False) -> dict[str, float]:
     """In a process of its own that may grow by so much, 0 for as it likes."""
-    done = subprocess.run(
-        [sys.executable, "-c", IN_LITTLE_MEMORY, *map(str, (path, limit_mib, budget, int(custom)))],
-        capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2], check=False,
-    )  # fmt: skip
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, *map(str, (path, limit_mib, budget, int(custom)))]
+    done = run(command, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

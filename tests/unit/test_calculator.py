@@ -70,9 +70,9 @@ def test_arithmetic_is_done_as_on_paper(expression: str, value: int) -> None:
     ],
 )
 def test_what_is_not_arithmetic_of_whole_numbers_or_too_long_is_not_understood(expression: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert evaluate(expression) is None
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
 
 
 def test_a_turn_that_asks_is_answered_and_one_that_does_not_is_the_last() -> None:

@@ -70,7 +70,7 @@ def test_the_one_idle_for_longest_leaves_and_comes_back() -> None:
 def test_a_full_engine_makes_a_request_wait_and_then_refuses_it() -> None:
     async def main() -> None:
         engine = Engine(1, limit_s=0.05)
-        busy = asyncio.create_task(engine.request("a", 0.3))
+        busy = asyncio.create_task(engine.request("a", 1.0))
         await asyncio.sleep(0.01)
         with pytest.raises(StalledError, match="holds 1 snapshots, all of them in use"):
             await engine.request("b")

@@ -19,6 +19,7 @@ from rlsys.environment import Environment
 from rlsys.errors import GradingError, SamplingError
 from rlsys.rollouts import ENVIRONMENT, LENGTH, STOP, Rollouts, offsets_of
 from rlsys.types import SamplingParams
+from tests.waiting import slowdown, until_async
 
 END, OFFSET = 1, 1000  # a character is its code point + OFFSET
 PARAMS = SamplingParams(max_tokens=60, seed=7)
@@ -40,7 +41,7 @@ class Script:
     end_ids: tuple[int, ...] = (END,)
     calls: list[tuple[str, int, int, tuple[str, ...]]] = field(default_factory=list)
     holds: list[tuple[Any, ...]] = field(default_factory=list)
-    pause_s: dict[str, float] = field(default_factory=dict)
+    after: dict[str, int] = field(default_factory=dict)  # calls that are made before this one goes on
 
     def own_seed(self) -> int:
         return 99
@@ -56,7 +57,7 @@ class Script:
     async def draw(self, hold: int, prompt: list[int], params: SamplingParams, also_stop: Sequence[str] = ()) -> Drawn:
         assert params.seed is not None
         so_far = text(prompt)
-        await asyncio.sleep(self.pause_s.get(so_far, 0))
+        await until_async(lambda: len(self.calls) >= self.after.get(so_far, 0), "calls of others")
         self.calls.append((so_far, params.seed, params.max_tokens, tuple(also_stop)))
         whole = ids(self.writes(so_far, params.seed))
         tokens = whole[: params.max_tokens]
@@ -65,7 +66,7 @@ class Script:
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[Environment]:
-    made = Environment(TurnSection(reply_timeout_s=1.0, workers=2), answering)
+    made = Environment(TurnSection(reply_timeout_s=2.0 * round(slowdown()), workers=2), answering)
     yield made
     made.close()
 
@@ -168,7 +169,7 @@ def test_where_most_replies_fail_the_run_stops_with_the_cause(environment: Envir
 
 
 def test_no_completion_waits_for_the_turns_of_another(environment: Environment) -> None:
-    script = Script(lambda prompt, _: "count;" if prompt.count("<") < 3 else "bye;", pause_s={"A": 0.5})
+    script = Script(lambda prompt, _: "count;" if prompt.count("<") < 3 else "bye;", after={"A": 4})
     sample(script, environment, ["A", "B"])
     order = [prompt[0] for prompt, *_ in script.calls]
     assert order == [*"BBBBAAAA"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -14,13 +13,15 @@ from sample_environments import Breaks, Unpicklable, answering
 from rlsys.config import TurnSection
 from rlsys.environment import ERROR, OVER, REPLIED, TIMEOUT, Environment, Reply
 from rlsys.errors import ConfigError
+from tests.waiting import FAR_S, slowdown
 
+TIMEOUT_S = 2.0 * round(slowdown())
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[Environment]:
-    made = Environment(TurnSection(reply_timeout_s=1.0, workers=2), answering)
+    made = Environment(TurnSection(reply_timeout_s=TIMEOUT_S, workers=2), answering)
     yield made
     made.close()
 
@@ -40,7 +41,7 @@ def test_a_reply_sees_all_turns_and_the_answer_and_none_is_the_end(environment: 
 @pytest.mark.parametrize(
     ("order", "outcome", "why"),
     [
-        ("sleep", TIMEOUT, "no reply within turns.reply_timeout_s = 1 s"),
+        ("sleep", TIMEOUT, "no reply within turns.reply_timeout_s = "),
         ("raise", ERROR, "lost the dice"),
         ("leave", ERROR, "SystemExit"),
         ("number", ERROR, "replied 7 of type int; wanted a text or None"),
@@ -55,11 +56,9 @@ def test_a_fault_is_an_outcome_of_its_own_and_the_next_reply_comes(
     environment: Environment, order: str, outcome: int, why: str
 ) -> None:
     before = environment.progress()
-    began = time.perf_counter()
     reply = ask(environment, order)
     assert (reply.outcome, reply.text) == (outcome, "")
     assert why in reply.why
-    assert time.perf_counter() - began < 10
     assert ask(environment, "say on") == Reply(REPLIED, "on")
     assert environment.progress() == before + 2
 
@@ -68,18 +67,21 @@ def test_half_a_surrogate_pair_becomes_text(environment: Environment) -> None:
     assert ask(environment, "surrogate") == Reply(REPLIED, "a?b")
 
 
-def test_a_reply_that_hangs_does_not_hold_up_the_others(environment: Environment) -> None:
-    async def both() -> tuple[Reply, float]:
-        slow = asyncio.create_task(environment.reply(["sleep"], ""))
-        await asyncio.sleep(0)
-        began = time.perf_counter()
-        for _ in range(5):
-            assert (await environment.reply(["say now"], "")).text == "now"
-        seconds = time.perf_counter() - began
-        return await slow, seconds
+def test_a_reply_that_hangs_does_not_hold_up_the_others() -> None:
+    made = Environment(TurnSection(reply_timeout_s=FAR_S, workers=2), answering)
 
-    slow, seconds = asyncio.run(both())
-    assert slow.outcome == TIMEOUT and seconds < 0.9
+    async def both() -> None:
+        slow = asyncio.create_task(made.reply(["sleep"], ""))
+        await asyncio.sleep(0)
+        for _ in range(5):
+            assert (await made.reply(["say now"], "")).text == "now"
+        assert not slow.done()
+        slow.cancel()
+
+    try:
+        asyncio.run(both())
+    finally:
+        made.close()
 
 
 def test_whoever_stops_waiting_stops_the_call(environment: Environment) -> None:

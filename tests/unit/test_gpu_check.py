@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +14,7 @@ from packaging.utils import canonicalize_name
 
 from benchmarks.gpu_parts import LearnerValues, LoraValues, ModelValues
 from rlsys.config import LearnerSection, LoraSection, ModelSection, Section
+from tests.waiting import run
 
 ROOT = Path(__file__).parents[2]
 UNUSED = {"typer", "pydantic"}  # of transformers' own command line, which is not run; a GPU machine may be without
@@ -50,11 +50,10 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(900)  # half a minute of one core
 def test_it_passes_on_a_cpu_with_torch_transformers_and_peft_alone(packages: Path, tmp_path: Path) -> None:
     assert not ABSENT & {path.name for path in packages.iterdir()}
     command = [sys.executable, "-S", "-m", "benchmarks.gpu_check", "--device", "cpu", "--quick", "--repeats", "1"]
-    ran = subprocess.run(
+    ran = run(
         [*command, "--out", str(tmp_path)],
         env={
             "PATH": os.environ["PATH"],
@@ -63,10 +62,6 @@ def test_it_passes_on_a_cpu_with_torch_transformers_and_peft_alone(packages: Pat
             "OMP_NUM_THREADS": "1",
         },
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
     )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     found = json.loads((tmp_path / "gpu_check.json").read_text())
@@ -89,13 +84,9 @@ def test_its_sections_have_the_keys_and_defaults_of_a_job(
 
 
 def test_without_a_gpu_it_says_what_it_wants(tmp_path: Path) -> None:
-    ran = subprocess.run(
+    ran = run(
         [sys.executable, "-m", "benchmarks.gpu_check"],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
     )
     assert ran.returncode == 2 and "wanted one, or --device cpu" in ran.stderr

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from rlsys.memory import KERNEL_CACHES, LEARNER_KERNELS, MIB
+from tests.waiting import run
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -42,15 +42,12 @@ print(resident() - before)
 def growth(hidden_size: int, **environment: str) -> int:
     """Bytes, in a fresh process: the caches read their sizes once."""
     free = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-c", SCRIPT, str(hidden_size)],
         cwd=ROOT,
         env={**free, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=240,
     )
+    assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 

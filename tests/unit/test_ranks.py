@@ -30,10 +30,12 @@ from rlsys.learner import Learner
 from rlsys.packing import bins
 from rlsys.ranks import ALONE, Ranks, free_address
 from rlsys.types import AdamParams, Array
+from tests.waiting import cpu_of, slowdown, until
 
 PROCESSES = 4
 LONER = 3  # a process that is in no group: one that failed to join cannot join again
-PATIENCE_S = 30.0
+PATIENCE_S = 600.0
+SHORT_S = 2.0 * round(slowdown())  # of ranks that wait in vain
 BUDGET = 30  # tokens of a micro-batch
 Task = Callable[..., Any]
 
@@ -47,8 +49,8 @@ class Pool:
     def send(self, process: int, task: Task, *arguments: Any) -> None:
         self.connections[process].send((task, arguments))
 
-    def receive(self, process: int, limit_s: float = 60.0) -> Any:
-        assert self.connections[process].poll(limit_s), f"process {process} did not answer"
+    def receive(self, process: int) -> Any:
+        until(self.connections[process].poll, f"an answer of process {process}", cpu_of(os.getpid()), poll_s=0.01)
         return self.connections[process].recv()
 
     def together(self, size: int, task: Task, *arguments: Any) -> list[Any]:
@@ -293,16 +295,15 @@ def bad_share(ranks: Ranks, path: Path, good: DatumBatch, bad: DatumBatch, shard
     """The error of a batch in which one rank's share is bad, and the gradient from before and after it."""
     learner, loss = with_run(learner_on(ranks, path, shard=shard)), losses.resolve("importance_sampling")
     learner.forward_backward("run", good, loss)
-    before, began = gradients(learner), time.monotonic()
+    before = gradients(learner)
     try:
         learner.forward_backward("run", bad, loss)
     except Exception as error:
         failure = error
-    seconds = time.monotonic() - began
     kept = all(torch.equal(a, b) for a, b in zip(before.values(), gradients(learner).values(), strict=True))
     if not shard:
         learner.optim_step("run", AdamParams(1e-2))  # the group goes on
-    return failure, kept, seconds, arrays(weights(learner))
+    return failure, kept, arrays(weights(learner))
 
 
 def short_of_memory(ranks: Ranks, fits: int, also: str) -> Any:
@@ -343,29 +344,29 @@ def one_bad() -> DatumBatch:
 
 
 def test_what_fails_on_one_rank_fails_on_all_and_leaves_their_gradients(pool: Pool, tiny_model: Models) -> None:
-    (told, kept0, seconds, owned0), (own, kept1, _, owned1) = pool.together(
+    (told, kept0, owned0), (own, kept1, owned1) = pool.together(
         2, bad_share, tiny_model(True), draw(), one_bad(), False
     )
     assert isinstance(own, IndexError)
     assert isinstance(told, ActorFailedError) and "rank 1 failed in its share" in str(told)
-    assert kept0 and kept1 and seconds < 5
+    assert kept0 and kept1
     assert_same([owned0, owned1])
 
 
 def test_what_fails_on_one_rank_of_a_shared_base_is_an_error_on_the_others_within_the_timeout(
     pool: Pool, tiny_model: Models
 ) -> None:
-    other, failed = pool.outcomes(2, bad_share, tiny_model(True), draw(), one_bad(), True, patience_s=3.0)
+    other, failed = pool.outcomes(2, bad_share, tiny_model(True), draw(), one_bad(), True, patience_s=2 * SHORT_S)
     assert isinstance(failed[0], IndexError)
     assert isinstance(other[0], StalledError | ActorDiedError), other
     assert "learner rank 0 of 2: the forward pass" in str(other[0])
-    assert other[1] and failed[1] and other[2] < 6
+    assert other[1] and failed[1]
 
 
 def joined_alone(address: str) -> Any:
     began = time.monotonic()
     try:
-        Ranks.join(address, 0, 2, "cpu", 1.5)
+        Ranks.join(address, 0, 2, "cpu", SHORT_S)
     except StalledError as error:
         return str(error), time.monotonic() - began
     raise AssertionError("it met nobody")
@@ -375,12 +376,12 @@ def test_a_rank_that_never_comes_is_named_within_the_timeout(pool: Pool) -> None
     pool.send(LONER, joined_alone, free_address("127.0.0.1"))
     text, seconds = pool.receive(LONER)
     assert "learner rank 0 of 2: not all ranks met at tcp://127.0.0.1" in text
-    assert 1.4 < seconds < 8
+    assert 0.9 * SHORT_S < seconds < 10 * SHORT_S
 
 
 def joined_at_a_taken_port(address: str) -> str:
     with pytest.raises(ClusterError, match="is taken; wanted a free port") as caught:
-        Ranks.join(address, 0, 2, "cpu", 2.0)
+        Ranks.join(address, 0, 2, "cpu", SHORT_S)
     return str(caught.value)
 
 
@@ -394,22 +395,27 @@ def test_a_port_that_is_taken_is_said_to_be(pool: Pool) -> None:
         assert "is taken" in str(pool.receive(LONER))
 
 
-def stays_away(ranks: Ranks, path: Path) -> Any:
+def stays_away(ranks: Ranks, path: Path, over: Path) -> Any:
+    """Rank 1 makes no call until rank 0 has given up, and writes that to `over`."""
     learner, began = with_run(learner_on(ranks, path)), time.monotonic()
     if ranks.rank == 1:
-        time.sleep(2.5)
+        until(over.exists, "rank 0 to give up")
         return None
     try:
         learner.forward_backward("run", draw(), losses.resolve("importance_sampling"))
     except StalledError as error:
         return str(error), time.monotonic() - began
+    finally:
+        over.touch()
     raise AssertionError("nobody was waited for")
 
 
-def test_a_rank_that_does_not_call_is_a_stall_within_the_timeout(pool: Pool, tiny_model: Models) -> None:
-    (text, seconds), _ = pool.outcomes(2, stays_away, tiny_model(True), patience_s=1.5)
-    assert "learner rank 0 of 2: a sum over ranks: after" in text and "limit 1.5 s" in text
-    assert 1.4 < seconds < 5
+def test_a_rank_that_does_not_call_is_a_stall_within_the_timeout(
+    pool: Pool, tiny_model: Models, tmp_path: Path
+) -> None:
+    (text, seconds), _ = pool.outcomes(2, stays_away, tiny_model(True), tmp_path / "over", patience_s=SHORT_S)
+    assert "learner rank 0 of 2: a sum over ranks: after" in text and f"limit {SHORT_S:g} s" in text
+    assert 0.9 * SHORT_S < seconds < 10 * SHORT_S
 
 
 def sharded_facts(ranks: Ranks, path: Path, batch: DatumBatch, shard: bool, scratch: Path) -> Any:
@@ -501,7 +507,7 @@ def test_a_rank_that_dies_is_an_error_on_the_others_at_once(pool: Pool) -> None:
     """The last test of the module: afterwards one process is gone."""
     address = free_address("127.0.0.1")
     for rank in range(3):
-        pool.send(rank, as_rank, address, rank, 3, 10.0, dies_in_a_sum, ())
+        pool.send(rank, as_rank, address, rank, 3, 5 * SHORT_S, dies_in_a_sum, ())
     answers = [pool.receive(rank) for rank in range(2)]
     assert any(isinstance(error, ActorDiedError) for error, _ in answers), answers
-    assert all("learner rank" in str(error) and seconds < 15 for error, seconds in answers)
+    assert all("learner rank" in str(error) and seconds < 10 * SHORT_S for error, seconds in answers)

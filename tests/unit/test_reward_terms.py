@@ -143,10 +143,10 @@ CATASTROPHE = RewardSection(format=1.0, format_pattern=r"(x+x+)+y")
 
 
 def test_a_pattern_that_backtracks_for_ever_is_stopped_and_counted():
-    start = time.perf_counter()
+    start = time.process_time()
     found, timeouts = forms(["xxy", "x" * 5000, "z"], CATASTROPHE)
     assert (found.tolist(), timeouts) == ([1, 0, 0], 1)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_a_pattern_that_backtracks_on_most_texts_stops_the_run():

@@ -21,8 +21,9 @@ from rlsys.errors import ConfigError, GradingError
 from rlsys.rewards import math_answers
 from rlsys.rewards.extraction import extract, plain_number
 from rlsys.rewards.pool import ERROR, RIGHT, TIMEOUT, WRONG, GraderPool, Grades, resolve
+from tests.waiting import FAR_S, slowdown, until, until_gone
 
-TIMEOUT_S = 3.0  # a machine under load has to make a grade within it
+TIMEOUT_S = 3.0 * round(slowdown())  # a machine under load has to make a grade within it
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +56,11 @@ def test_graders_run_in_a_process_of_their_own(pool: GraderPool) -> None:
 
 @pytest.mark.parametrize("hang", ["sleep", "long call into C"])
 def test_a_grader_without_end_is_killed_and_the_others_are_graded(pool: GraderPool, hang: str) -> None:
-    before = time.monotonic()
     grades = grade(pool, "7", hang, *["7"] * 50, hang, "8")
     assert grades.outcome.tolist() == [RIGHT, TIMEOUT, *[RIGHT] * 50, TIMEOUT, WRONG]
     assert grades.rewards[1] == 0
     assert grades.counts() == {"reward/wrong": 1, "reward/timeouts": 2, "reward/errors": 0}
     assert f"timeout_s = {TIMEOUT_S:g} s" in grades.first_error
-    assert time.monotonic() - before < 2 * TIMEOUT_S + 5  # two new processes on a busy machine
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_no_failure_is_allowed_at_share_zero() -> None:
 
 
 def test_a_grade_whose_process_was_killed_from_outside_is_repeated_and_counts_as_no_failure(tmp_path: Path) -> None:
-    pool = GraderPool(RewardSection(timeout_s=5, max_failed_share=0.0), sample_graders.killed_once)
+    pool = GraderPool(RewardSection(timeout_s=600, max_failed_share=0.0), sample_graders.killed_once)
     try:
         files = [str(tmp_path / name) for name in "abc"]
         grades = pool.grade(files, ["1", "0.5", "0"])
@@ -168,7 +167,7 @@ def test_a_grade_that_is_killed_twice_is_an_error(pool: GraderPool) -> None:
 
 
 def test_an_idle_process_that_was_killed_is_replaced() -> None:
-    pool = GraderPool(RewardSection(timeout_s=5, max_failed_share=0.0), sample_graders.obedient)
+    pool = GraderPool(RewardSection(timeout_s=600, max_failed_share=0.0), sample_graders.obedient)
     try:
         pid = round(float(grade(pool, "pid").rewards[0]) * 2**24)
         os.kill(pid, signal.SIGKILL)
@@ -179,7 +178,7 @@ def test_an_idle_process_that_was_killed_is_replaced() -> None:
 
 
 def test_two_processes_grade_a_batch_in_order() -> None:
-    pool = GraderPool(RewardSection(workers=2, timeout_s=5, max_failed_share=0.0), sample_graders.obedient)
+    pool = GraderPool(RewardSection(workers=2, timeout_s=600, max_failed_share=0.0), sample_graders.obedient)
     try:
         assert grade(pool, *["7", "8"] * 100).outcome.tolist() == [RIGHT, WRONG] * 100
     finally:
@@ -190,10 +189,8 @@ def test_progress_counts_grades_as_they_end_while_one_still_runs(pool: GraderPoo
     before = pool.progress()
     grading = threading.Thread(target=grade, args=(pool, "7", "raise", "sleep"))
     grading.start()
-    deadline = time.monotonic() + 20
-    while pool.progress() < before + 2 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert pool.progress() == before + 2 and grading.is_alive(), "the third one sleeps"
+    until(lambda: pool.progress() == before + 2, "two grades", state=pool.progress, poll_s=0.01)
+    assert grading.is_alive(), "the third one sleeps"
     grading.join()
 
 
@@ -203,15 +200,13 @@ def _until_the_pool_ends(pool: GraderPool, *completions: str) -> None:
 
 
 def test_close_kills_what_still_runs() -> None:
-    pool = GraderPool(RewardSection(timeout_s=600, max_failed_share=1.0), sample_graders.obedient)
+    pool = GraderPool(RewardSection(timeout_s=FAR_S, max_failed_share=1.0), sample_graders.obedient)
     grade(pool, "7")
     # more text than a pipe holds, so that the pool is also stuck in sending
     stuck = threading.Thread(target=_until_the_pool_ends, args=(pool, "sleep", *["x" * 2000] * 200), daemon=True)
     stuck.start()
     time.sleep(0.3)
-    before = time.monotonic()
-    pool.close()
-    assert time.monotonic() - before < 5
+    pool.close()  # and does not wait for the grade
 
 
 OWNER = """
@@ -235,21 +230,11 @@ def test_grader_processes_do_not_outlive_a_killed_owner() -> None:
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    deadline = time.monotonic() + 10
-    while _runs(pid):
-        assert time.monotonic() < deadline, f"grader {pid} is still there"
-        time.sleep(0.05)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    until_gone([pid], "a grader of a killed process to end")
 
 
 def test_the_function_of_the_config_goes_before_the_task_s_own() -> None:
-    section = RewardSection(function="sample_graders:bonus_of_three", timeout_s=5)
+    section = RewardSection(function="sample_graders:bonus_of_three", timeout_s=600)
     pool = GraderPool(section, sample_graders.obedient)
     try:
         assert grade(pool, "8").rewards.tolist() == [3.0]
@@ -258,7 +243,7 @@ def test_the_function_of_the_config_goes_before_the_task_s_own() -> None:
 
 
 def test_a_method_of_a_picklable_task_can_grade() -> None:
-    pool = GraderPool(RewardSection(timeout_s=5), sample_graders.Stateful(0.25).grade)
+    pool = GraderPool(RewardSection(timeout_s=600), sample_graders.Stateful(0.25).grade)
     try:
         assert grade(pool, "8").rewards.tolist() == [0.25]
     finally:
@@ -291,7 +276,7 @@ def test_a_path_may_lead_into_a_class() -> None:
 
 
 def test_an_answer_that_would_compute_for_ever_is_wrong_and_not_computed() -> None:
-    pool = GraderPool(RewardSection(timeout_s=20, max_failed_share=1.0), math_answers.grade)
+    pool = GraderPool(RewardSection(timeout_s=600, max_failed_share=1.0), math_answers.grade)
     try:
         grades = pool.grade(["\\boxed{9^{9^{9^9}}}", "\\boxed{\\frac{1}{2}}"], ["7", "0.5"])
         assert grades.outcome.tolist() == [WRONG, RIGHT]
@@ -330,10 +315,10 @@ def test_the_final_answer_is_the_last_closed_box_or_else_the_last_mark(text: str
 
 
 def test_extraction_takes_linear_time() -> None:
-    before = time.monotonic()
+    before = time.process_time()
     extract("\\boxed{" * 100_000)
     extract("\\boxed{1}" * 100_000 + "#" * 100_000)
-    assert time.monotonic() - before < 2
+    assert time.process_time() - before < 2
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from rlsys.conversation import Conversations
 from rlsys.errors import ConfigError
 from rlsys.sandbox import Sandbox
 from rlsys.tasks.python_tool import PythonTool
+from tests.waiting import slowdown, until
 
 SANDBOX = Sandbox(seconds=10.0, cpu_s=2)
 
@@ -131,11 +131,9 @@ def test_privileges_cannot_be_had_back() -> None:
     ],
 )
 def test_what_it_takes_is_bounded(code: str, said: str) -> None:
-    began = time.monotonic()
-    written = Sandbox(seconds=5.0).run(code)
-    assert said in written
+    written = Sandbox(seconds=600.0).run(code)
+    assert said in written and "stopped after" not in written
     assert len(written) <= Sandbox().output_characters + 50
-    assert time.monotonic() - began < 8
 
 
 @confined
@@ -146,47 +144,37 @@ def test_the_wall_clock_ends_it_with_all_that_it_started() -> None:
         "for _ in range(2):\n"
         "    if os.fork() == 0: os.setsid()\n"  # out of the process group
         "print('here', flush=True)\n"
-        "time.sleep(60)\n"
+        "time.sleep(1e5)\n"
     )
-    before = sandboxed_processes()
-    began = time.monotonic()
-    written = Sandbox(seconds=1.0).run(code)
-    assert time.monotonic() - began < 4
-    assert written.startswith("here") and written.endswith("[stopped after 1 s]")
+    before, seconds = sandboxed_processes(), 2.0 * round(slowdown())
+    written = Sandbox(seconds=seconds).run(code)
+    assert written.startswith("here") and written.endswith(f"[stopped after {seconds:g} s]")
     assert set(sandboxed_processes()) <= set(before)
 
 
 @confined
 def test_busy_processes_end_by_their_own_limit_of_cpu_time() -> None:
-    began = time.monotonic()
-    assert Sandbox(seconds=30.0, cpu_s=1).run("while True: pass") == ""
-    assert time.monotonic() - began < 15
+    assert Sandbox(seconds=600.0, cpu_s=1).run("while True: pass") == ""
 
 
 @confined
 def test_what_is_left_running_in_the_background_ends_with_the_first_process() -> None:
     before = sandboxed_processes()
-    began = time.monotonic()
-    assert SANDBOX.run("import os, time\nif os.fork() == 0: time.sleep(60)\nelse: print('done')") == "done\n"
-    assert time.monotonic() - began < 5
+    code = "import os, time\nif os.fork() == 0: time.sleep(1e5)\nelse: print('done')"
+    assert Sandbox(seconds=600.0).run(code) == "done\n"
     assert set(sandboxed_processes()) <= set(before)
 
 
 @confined
 def test_nothing_outlives_an_owner_that_is_killed() -> None:
-    code = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); print(1); time.sleep(60)"
-    program = f"from rlsys.sandbox import Sandbox; Sandbox(seconds=50.0).run({code!r})"
+    code = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); print(1); time.sleep(1e5)"
+    program = f"from rlsys.sandbox import Sandbox; Sandbox(seconds=50000.0).run({code!r})"
     before = set(sandboxed_processes())
     owner = subprocess.Popen([sys.executable, "-c", program])
-    until = time.monotonic() + 30
-    while len(set(sandboxed_processes()) - before) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-    assert len(set(sandboxed_processes()) - before) == 2
+    until(lambda: len(set(sandboxed_processes()) - before) == 2, "two processes", process=owner)
     owner.kill()
     owner.wait()
-    while set(sandboxed_processes()) - before and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not set(sandboxed_processes()) - before
+    until(lambda: not set(sandboxed_processes()) - before, "both to end", state=sandboxed_processes)
     assert not list(Path(tempfile.gettempdir()).glob("rlsys-sandbox-*"))
 
 

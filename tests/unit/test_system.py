@@ -15,7 +15,7 @@ import pytest
 
 from rlsys.system import GIB, System
 
-BOUND_S = 0.005  # of one look
+BOUND_S = 0.005  # of CPU time, for one look
 TAKEN = 2**26  # bytes
 
 
@@ -66,10 +66,10 @@ def test_a_look_is_cheap(tmp_path: Path) -> None:
     system.watch({f"p{at}": os.getpid() for at in range(8)})
     took = []
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.process_time()
         system.figures()
-        took.append(time.perf_counter() - start)
-    assert sorted(took)[5] < BOUND_S  # the machine may be busy with something else
+        took.append(time.process_time() - start)
+    assert sorted(took)[5] < BOUND_S  # some take longer, with caches that are cold
 
 
 def test_a_node_without_gpus_has_no_figures_of_gpus_and_none_is_asked_for(tmp_path: Path) -> None:

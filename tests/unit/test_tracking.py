@@ -40,14 +40,15 @@ from rlsys.records import (
 )
 from rlsys.report_charts import SECTIONS
 from rlsys.tracking import Tracker
+from tests.waiting import FAR_S, slowdown
 
 DISABLED = TrackingSection(wandb="disabled")
 OFFLINE = TrackingSection(wandb="offline", tags=["tested"], log_adapter=True)
 CONFIG = {"run": {"name": "tracked"}, "rl": {"steps": 2}}
 ROW = rollout(0, "before", "1 + 1 =", " 3 <|end|> \ud83d é", "2", 0.0, None, 4, "length")
 FAKE_KEY = "0123456789" * 4
-CONNECT_TIMEOUT_S = 5.0
-HELD_UP_S = 2.5  # half of that; a call as slow as this waited for wandb, not for a busy machine
+CONNECT_TIMEOUT_S = 5.0 * round(slowdown())
+HELD_UP_S = CONNECT_TIMEOUT_S / 2  # a call as slow as this waited for wandb, not for a busy machine
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +255,7 @@ def test_a_server_that_stops_answering_is_told_and_does_not_hold_up_the_end(trou
     assert "wandb: online at http://127.0.0.1" in run.output
     assert "wandb: gave up (" in run.output
     assert "wandb sync" in run.output
-    assert run.close_s < 30.0, "wandb alone would try for days"
+    assert run.close_s < 6 * CONNECT_TIMEOUT_S, "wandb alone would try for days"
 
 
 def test_a_failure_within_wandb_is_told_and_costs_the_copy_only(tmp_path: Path) -> None:
@@ -476,7 +477,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tro
             "no network": tracked(folder / "2", 9, key, isolate if can_isolate else []),
             "stops answering": tracked(folder / "3", fading.server_port, key),
         }
-        outputs = {name: child.communicate(timeout=90)[0] for name, child in children.items()}
+        outputs = {name: child.communicate()[0] for name, child in children.items()}
     assert all(child.returncode == 0 for child in children.values()), outputs
     yield {name: Troubled(folder / str(i), output) for i, (name, output) in enumerate(outputs.items())}
     fading.shutdown()
@@ -496,7 +497,7 @@ class FadingWandb(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
         if "file_stream" in self.path:
-            time.sleep(60)
+            time.sleep(FAR_S)
             return
         project = {"id": "p", "name": "rlsys", "entity": {"id": "e", "name": "me"}}
         bucket = {"id": "x", "name": "r", "displayName": "r", "config": "{}", "historyLineCount": 0, "project": project}
