@@ -13,8 +13,9 @@ from typing import Any
 import ray
 from ray._private import worker as ray_worker
 
-from rlsys.config import ClusterSection
+from rlsys.config import ClusterSection, checked_address
 from rlsys.errors import ClusterError
+from rlsys.shell import variable
 
 KNOCK_TIMEOUT_S = 10.0
 
@@ -22,7 +23,7 @@ KNOCK_TIMEOUT_S = 10.0
 @contextmanager
 def cluster(section: ClusterSection) -> Iterator[str]:
     """Yields where the cluster is, in words. ``cluster.address`` beats RAY_ADDRESS."""
-    address = section.address or os.environ.get("RAY_ADDRESS")
+    address = checked_address(section.address or variable("RAY_ADDRESS"))
     # Ray prints every death of a worker in its own words; ours are told once, with their cause (actors/logs.py).
     ray_worker.print_to_stdstream = _said_elsewhere
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls whose answer nobody wants any more
