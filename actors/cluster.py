@@ -12,18 +12,23 @@ from typing import Any
 
 import ray
 from ray._private import worker as ray_worker
+from ray.exceptions import AuthenticationError, RayError
 
+from actors.surroundings import refuse_surroundings
 from rlsys.config import ClusterSection, checked_address
 from rlsys.errors import ClusterError
 from rlsys.shell import variable
 
 KNOCK_TIMEOUT_S = 10.0
+START = "Start one with `ray start --head`, or unset RAY_ADDRESS to have one started here for this job"
+REFUSED = ("unauthenticated", "authentication token", "token authentication", "invalid token", "authenticationerror")
 
 
 @contextmanager
 def cluster(section: ClusterSection) -> Iterator[str]:
     """Yields where the cluster is, in words. ``cluster.address`` beats RAY_ADDRESS."""
     address = checked_address(section.address or variable("RAY_ADDRESS"))
+    refuse_surroundings(starts_ray=not address)
     # Ray prints every death of a worker in its own words; ours are told once, with their cause (actors/logs.py).
     ray_worker.print_to_stdstream = _said_elsewhere
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls whose answer nobody wants any more
@@ -55,15 +60,51 @@ def _said_elsewhere(data: Any, ignore_prefix: bool) -> None:
 
 
 def _join(address: str) -> str:
+    where = f"{address!r} (cluster.address or RAY_ADDRESS)"
     try:
         _knock(address)
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster answers at {where}: {_line(error)}. {START}") from error
+    try:
         ray.init(address=address, log_to_driver=False, logging_level="warning")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address!r} (cluster.address or RAY_ADDRESS): {str(error).splitlines()[0]}. "
-            "Start one with `ray start --head`, or unset RAY_ADDRESS to have one started here for this job"
-        ) from error
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(why_not_joined(where, error)) from error
     return f"the Ray cluster at {address}"
+
+
+def why_not_joined(where: str, error: BaseException) -> str:
+    """What Ray's error on joining means, and the way out: refused, of another version, or not there."""
+    chain, text = error, str(error)
+    while (chain := chain.__cause__ or chain.__context__) is not None:  # type: ignore[assignment]
+        text += f" {chain}"
+    low = text.lower()
+    if isinstance(error, AuthenticationError) or any(word in low for word in REFUSED):
+        mode = os.environ.get("RAY_AUTH_MODE")
+        now = f"RAY_AUTH_MODE is {mode!r} here" if mode else "RAY_AUTH_MODE is not set here"
+        return (
+            f"the Ray cluster at {where} refuses this process's token: {_line(error)}. {now}. Set RAY_AUTH_MODE to "
+            "what the cluster was started with: disabled, or token with the cluster's own token in RAY_AUTH_TOKEN, in "
+            "the file of RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token"
+        )
+    if "version mismatch" in low or "versions don't match" in low:
+        return (
+            f"the Ray cluster at {where} is of another version: {' '.join(text.split())[:300]}. Use the same Ray and "
+            "Python on both sides (pip install 'ray[default]==VERSION'), or start a cluster from this environment"
+        )
+    if "could not find any running ray instance" in low or "'auto'" in low:
+        return f"no Ray cluster answers at {where}: {_line(error)}. {START}"
+    tls = os.environ.get("RAY_USE_TLS", "0")
+    return (
+        f"something listens at {where}, but it does not answer as a Ray cluster does: {_line(error)}. Look at the port "
+        "(6379 unless `ray start --head --port` says otherwise; 8265 is the dashboard and takes no jobs of this kind), "
+        f"at TLS (RAY_USE_TLS is {tls!r} here, and has to be the same on both sides), and at RAY_AUTH_MODE and token"
+    )
+
+
+def _line(error: BaseException) -> str:
+    """The first sentence: Ray adds advice of its own for several lines."""
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return said.partition(". ")[0].strip().rstrip(".")
 
 
 def _knock(address: str) -> None:

@@ -27,6 +27,7 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from actors.surroundings import faults
 from rlsys.config import ClusterSection, JobConfig
 from rlsys.dimensions import dimensions
 from rlsys.engine.start import VLLM_VERSION
@@ -62,6 +63,7 @@ def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) ->
         devices,
         lambda: [] if job is None else [model(job), *model_files(job)],
         lambda: [disk("runs", out), disk("Ray's files", Path(os.environ.get("RAY_TMPDIR") or "/tmp"))],
+        lambda: surroundings(starts_ray=not (cluster.address or os.environ.get("RAY_ADDRESS"))),
         lambda: [shared_memory(cluster.object_store_gb)],
         lambda: [port(number, use) for number, use in PORTS.items()],
         lambda: [open_files(), token_file(), wandb_login(), hub()],
@@ -125,6 +127,14 @@ def disk(name: str, where: Path) -> Check:
     status: Status = "ok" if free >= DISK_WARN else "warn" if free >= DISK_FAIL else "fail"
     remedy = "" if status == "ok" else "make room, or choose another place: run.dir for runs, RAY_TMPDIR for Ray"
     return Check(f"disk, {name}", status, f"{free / GIB:.1f} GiB free in {folder}", remedy)
+
+
+def surroundings(starts_ray: bool) -> list[Check]:
+    """Temporary folders, home directory and user, as a job that starts now would meet them."""
+    found = list(faults(starts_ray))
+    if not found:
+        return [Check("temporary files", "ok", f"{tempfile.gettempdir()}, with room for the names of sockets")]
+    return [Check(fault.name, "fail" if fault.fatal else "warn", fault.found, fault.remedy) for fault in found]
 
 
 def shared_memory(object_store_gb: float, where: Path = Path("/dev/shm")) -> Check:

@@ -24,6 +24,7 @@ from rlsys.candidates import Candidate
 from rlsys.config import JobConfig
 from rlsys.errors import RlsysError
 from rlsys.evaluation_record import Graded, Record
+from rlsys.learning_checks import LearningChecks
 from rlsys.measuring import Measured, measure
 from rlsys.model_folder import check_job
 from rlsys.model_support import refuse_unsupported_job
@@ -78,6 +79,8 @@ def evaluate(config: JobConfig, candidate: Candidate, progress: Progress) -> Rec
                     problems = _start(cast, packed, candidate.trained)
                 with progress.stage("evaluating", None):
                     measured = _measured(own, cast, len(problems))
+        for sign in LearningChecks(config.model_dump(mode="json")).see(0, measured.facts):
+            progress.note(f"rlsys: {sign}")
     except RlsysError as error:
         raise type(error)(failures.report(error)) from error
     return Record(

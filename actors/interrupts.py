@@ -1,7 +1,11 @@
-"""Ctrl-C and SIGTERM: the first lets the step in flight finish, the second stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first lets the step in flight finish, the second stops at once.
+
+A terminal that is closed often sends SIGHUP twice (its shell and the kernel both do), so a second one asks for nothing.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +19,15 @@ class Interrupts:
         self.note = note
         self.requested = False
         self._patient = False
+        self._hung_up = False
 
     @contextmanager
     def watched(self) -> Iterator[Interrupts]:
         """Handle the signals until the block ends."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which is how nohup asks to go on
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield self
         finally:
@@ -41,7 +49,23 @@ class Interrupts:
         return "stopping after the step in flight"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+            if self._hung_up:
+                return
+            self._hung_up = True
         if self.requested or not self._patient:
             raise KeyboardInterrupt
         self.requested = True
         self.note("stopping after the step in flight; interrupt again to drop it and stop now")
+
+
+def _leave_terminal() -> None:
+    """Writing to a terminal that hung up fails, and what ends a run has things to say: from now on to nobody."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -26,8 +26,10 @@ from rlsys import loop, losses, overlap
 from rlsys.base import pack_folder
 from rlsys.checkpoints import CONFIG, MANIFEST, WEIGHTS
 from rlsys.config import JobConfig
-from rlsys.errors import RlsysError, RunExistsError
+from rlsys.errors import RlsysError, RunExistsError, StorageError
 from rlsys.facts import Facts
+from rlsys.files import refusal
+from rlsys.learning_checks import LearningChecks, see_records
 from rlsys.ledger import Ledger
 from rlsys.model_folder import check_job
 from rlsys.model_support import refuse_unsupported_job
@@ -83,19 +85,19 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
         interrupts = Interrupts(progress.note)
         tracker = _tracker(config, store, progress)
         observer = JobObserver(config, tracker, progress, failures, accuracies)
-        try:
-            # Watched again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
-            with interrupts.watched(), tracker, cluster(config.cluster) as where, interrupts.watched():
-                _announce(config, store, where, progress)
-                with crew(config, store, failures, progress) as cast:
-                    steps = _run(config, cast, store, observer, interrupts, progress)
-                save_adapter(store)
-                tracker.adapter(store.run_dir / "adapter")
-        except RlsysError as error:
-            raise type(error)(failures.report(error)) from error
-        finally:
+        with (
+            _results(store, failures, progress.note),
+            interrupts.watched(),
+            tracker,
+            cluster(config.cluster) as where,
+            # Again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
+            interrupts.watched(),
+        ):
+            _announce(config, store, where, progress)
+            with crew(config, store, failures, progress) as cast:
+                steps = _run(config, cast, store, observer, interrupts, progress)
             save_adapter(store)
-            write_report(store.run_dir)
+            tracker.adapter(store.run_dir / "adapter")
         return Outcome(
             run_dir=store.run_dir,
             steps=steps,
@@ -106,6 +108,34 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
             wandb_dir=tracker.wandb_dir,
             wandb_url=tracker.wandb_url,
         )
+
+
+@contextmanager
+def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -> Iterator[None]:
+    """Leave adapter and report, however the block ends. Where it fails, what fails here too is only told beside it.
+
+    Raises:
+        StorageError: the disk takes no more of the run.
+        RlsysError: what the block raised, with the error that came first.
+    """
+    try:
+        yield
+        save_adapter(store)
+        write_report(store.run_dir)
+    except BaseException as error:
+        told = error
+        if isinstance(error, OSError) and (refused := refusal(error, store.run_dir)) is not None:
+            told = StorageError(refused)
+        elif isinstance(error, RlsysError):
+            told = type(error)(failures.report(error))
+        for what, leave in (("adapter", lambda: save_adapter(store)), ("report", lambda: write_report(store.run_dir))):
+            try:
+                leave()
+            except Exception as failure:
+                note(f"{store.run_dir}: the {what} cannot be written: {str(failure).splitlines()[0]}")
+        if told is error:
+            raise
+        raise told from error
 
 
 def save_adapter(store: RunStore) -> None:
@@ -240,7 +270,7 @@ def _task_facts(cast: Crew, store: RunStore, observer: JobObserver) -> dict[str,
     store.note(problems=digest, train_problems=int(facts["task/train_problems"]))
     cast.graders.write_problems(str(store.run_dir.absolute()))
     if store.resume is None:
-        observer.tracker.log(0, facts)
+        observer.on_task(facts)
     return {split: int(facts[f"task/{split}_problems"]) for split in ("train", "eval")}
 
 
@@ -320,6 +350,8 @@ class JobObserver:
         self.graders: RestartedGraders  # set once the actors are up; nothing is observed before
         self.pids: Callable[[], dict[str, int]] = dict
         self._look_at = 0
+        self.checks = LearningChecks(config.model_dump(mode="json"))
+        see_records(self.checks, read_metrics(self.run_dir))  # of a run that goes on: told already
 
     def on_supervised(self, news: list[dict[str, float]]) -> None:
         for figures in news:
@@ -332,10 +364,15 @@ class JobObserver:
                 int(last["sft/step"]), loss=last["sft/loss"], tokens_per_s=last["sft/tokens_per_s"], accuracy=accuracy
             )
 
+    def on_task(self, facts: Facts) -> None:
+        self.tracker.log(0, facts)
+        self._check(0, facts)
+
     def on_rewind(self, step: int) -> None:
         self.tracker.rewind(step)
         forget_after(self.run_dir, step)
         self.accuracies = {at: accuracy for at, accuracy in self.accuracies.items() if at <= step}
+        self.checks.rewind(step)
 
     def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
         self.failures.forget()
@@ -343,6 +380,7 @@ class JobObserver:
             self.system.watch(self.pids())
             self._look_at = step + WATCH_EVERY
         self.tracker.log(step, {**facts, **self.system.figures()})
+        self._check(step, facts)
         rewards, samples = trained.rewards, self.config.rl.samples_per_problem
         self.tracker.groups(
             step, trained.problems.tolist(), (rewards.passed / samples).tolist(), rewards.grade.tolist()
@@ -360,11 +398,17 @@ class JobObserver:
 
     def on_eval(self, step: int, facts: Facts, rollouts: Made, rewards: Graded) -> None:
         self.tracker.log(step, facts)
+        self._check(step, facts)
         self.accuracies[step] = facts["eval/accuracy"]
         self.progress.update(step, accuracy=facts["eval/accuracy"])
         if step in (0, self.config.rl.steps):
             phase = "before" if step == 0 else "after"
             self._show("eval", phase, step, EVAL_ROWS, rollouts, rewards)
+
+    def _check(self, step: int, facts: Facts) -> None:
+        """Tell the user what keeps the run from learning, once."""
+        for text in self.checks.see(step, facts):
+            self.progress.note(f"rlsys: step {step}: {text}")
 
     def _show(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping
@@ -148,8 +149,8 @@ class Failures:
         self._seen.append(seen)
         if self.file is not None:
             whole = "\n".join([f"{type(error).__name__} {seen}", *getattr(error, "__notes__", [])])
-            with self.file.open("a") as file:
-                file.write(f"{whole}\n\n")
+            with contextlib.suppress(OSError), self.file.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{whole}\n\n")  # where the disk is full, that is what the run ends with
 
     def first(self) -> str:
         """The first error in words, with its log's tail; empty without one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from rlsys.config import load_command, load_config
-from rlsys.errors import ConfigError, RlsysError
+from rlsys.errors import ConfigError, RlsysError, StorageError
+from rlsys.files import refusal
 from rlsys.shell import expand, expanded
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -321,9 +323,18 @@ def stop(
 
 
 def main() -> None:
-    """The console script: an error of rlsys is one readable message and exit code 1, not a traceback."""
+    """The console script: an error of rlsys, or of a disk, is one readable message and exit code 1, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # LANG=C and its like cannot write what a model may say
     try:
         app(standalone_mode=True)
+    except OSError as error:
+        refused = refusal(error, Path.cwd())
+        if refused is None:
+            raise
+        print(f"{StorageError.__name__}: {refused}", file=sys.stderr)
+        sys.exit(1)
     except RlsysError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)

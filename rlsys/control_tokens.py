@@ -34,6 +34,7 @@ class ControlTokens:
         self._texts = sorted(found, key=lambda text: (-len(text), text))  # of two that begin alike, the longer one
         self._ids = {text: found[text][0] for text in found}
         self._tokens = {text: found[text][1] for text in found}
+        self._all = frozenset(self._ids.values())
         self._spelled = re.compile("|".join(map(re.escape, self._texts))) if found else None
 
     @property
@@ -58,8 +59,16 @@ class ControlTokens:
         """
         if _MARK.search(text) is None:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-            return ids
+            if self._written_by(ids) == self._spelled_in(text):
+                return ids
         return self.ids_with_marks(text)
+
+    def _written_by(self, ids: list[int]) -> list[int]:
+        return [id_ for id_ in ids if id_ in self._all]
+
+    def _spelled_in(self, text: str) -> list[int]:
+        """Fewer than the tokenizer finds where it normalises first: full-width letters become those of a token."""
+        return [] if self._spelled is None else [self._ids[found] for found in self._spelled.findall(text)]
 
     def ids_with_marks(self, text: str) -> list[int]:
         """As ``ids``, by the way that marks take: equal to the ordinary one where there are none."""
@@ -67,7 +76,7 @@ class ControlTokens:
         if self._spelled is not None:
             text = self._spelled.sub(lambda found: names[found[0]], text)
         found: list[int] = inner.encode(self.readable(text), add_special_tokens=False).ids
-        forged = sorted({id_ for id_ in found if id_ in self._ids.values()})
+        forged = sorted(self._all.intersection(found))
         if forged:
             told = ", ".join(self._tokenizer.convert_ids_to_tokens(forged))
             raise ConfigError(

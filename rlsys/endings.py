@@ -19,7 +19,9 @@ from rlsys import yaml_text
 from rlsys.chat_template import last_turn_end
 from rlsys.control_tokens import control_tokens, special_tokens
 from rlsys.errors import ConfigError
+from rlsys.reading import first_line, why_undecodable
 
+_TOKENIZER_TEXTS = ("*token*.json", "vocab.json", "chat_template*.json", "*.jinja", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 GENERATION, CONFIG, TOKENIZER, TEMPLATE = "generation_config.json", "config.json", "the tokenizer", "the chat template"
 
@@ -99,7 +101,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of a damaged file, of another library's format, or of a class that is not known
-        why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        texts = sorted(path for name in _TOKENIZER_TEXTS for path in folder.glob(name) if path.is_file())
+        why = why_undecodable(texts) or first_line(error)  # the library leaves the file out of its messages
         raise ConfigError(
             f"model.path: the tokenizer in {folder} cannot be loaded ({why}); wanted tokenizer.json and "
             "tokenizer_config.json as save_pretrained writes them"

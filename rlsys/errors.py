@@ -18,6 +18,7 @@
     ├── ActorFailedError (RuntimeError)    an actor died, or raised something that is not in this tree
     │   ├── ActorDiedError                 it is gone, or its engine is: its work can be done again by another
     │   └── DataLostError                  what a stage made was on a node that is gone: the stage can be done again
+    ├── StorageError (RuntimeError)        a disk does not take what has to be written: full, read-only, over quota
     └── CheckpointError (ValueError)       a file of weights is damaged, foreign or misplaced
 
 To add one: derive from RlsysError and the builtin that a caller would expect, take one message, and draw it above.
@@ -102,6 +103,10 @@ class ActorDiedError(ActorFailedError):
 
 class DataLostError(ActorFailedError):
     """An object that a stage had made is gone with its node."""
+
+
+class StorageError(RlsysError, RuntimeError):
+    """A disk does not take what has to be written."""
 
 
 class CheckpointError(RlsysError, ValueError):

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+
+# what a disk answers that is full, over quota, read-only or broken; a file that grew beyond `ulimit -f`
+REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.EACCES, errno.EPERM})
+
+
+def refusal(error: OSError, folder: Path) -> str | None:
+    """A disk's refusal in one line; None where the error is no disk's. `folder`: where it was, unless it says so."""
+    if error.errno not in REFUSALS:
+        return None
+    room = {errno.ENOSPC, errno.EDQUOT}
+    help_ = "make room, or choose another place" if error.errno in room else "choose a place that can be written"
+    return f"{error.filename or folder}: cannot be written: {error.strerror}; {help_} (run.dir)"
 
 
 def replace_file(path: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ def named(path: str, key: str, wanted: str) -> object:
         raise ConfigError(f"{key}: found {path!r}; wanted {wanted}")
     try:
         found: object = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything
+    except (Exception, SystemExit) as error:  # the user's module may raise anything, and a script may end itself
         raise ConfigError(
             f"{key}: {path!r}: importing {module_name} raised {type(error).__name__}: {error}; "
             "it has to be importable where it is used (install it, or put its folder on PYTHONPATH)"

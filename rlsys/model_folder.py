@@ -91,6 +91,10 @@ def check_files(folder: Path) -> None:
         if found is not None:
             raise ConfigError(f"model.path: {folder} holds {found.name} and no {CONFIG}. {_about_file(found)}")
         raise ConfigError(f"model.path: {str(folder)!r} has no config.json; wanted config, tokenizer and safetensors")
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"model.path: {folder}/{CONFIG} holds {type(config).__name__}; wanted an object of names and values"
+        )
     _check_config(folder, config)
     headers = {path.name: _header(path) for path in _weight_files(folder)}
     _check_index(folder, headers)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlsys.errors import ConfigError
+from rlsys.messages import why_not_messages
 from rlsys.problems import Problem, ProblemSet, encode
 from rlsys.splits import example, repeated, shared
 from rlsys.tasks import CountingTask, Split, Task
@@ -27,8 +29,10 @@ class ProblemSets:
         return self.train if split == "train" else self.eval
 
 
-def problem_sets(task: Task, encode_fn: Callable[[str], Sequence[int]], max_tokens: int | None = None) -> ProblemSets:
-    """Of a task; `encode_fn` makes a question its prompt's tokens, longer ones than `max_tokens` are dropped.
+def problem_sets(task: Task, encode_fn: Callable[[Any], Sequence[int]], max_tokens: int | None = None) -> ProblemSets:
+    """Of a task; `encode_fn` makes a question or messages the tokens of a prompt.
+
+    Prompts longer than `max_tokens` are dropped.
 
     Raises:
         ConfigError: a split has no problem that is usable, or all training problems are held out.
@@ -65,4 +69,24 @@ def _problems(task: Task, split: Split) -> Sequence[Problem]:
                 f"task: problem {place} of {split} is {str(problem)[:120]!r}; wanted "
                 "rlsys.problems.Problem(prompt, answer), both of them texts"
             )
+        why = _why_unusable(problem)
+        if why:
+            raise ConfigError(f"task: problem {place} of {split}, {problem.prompt[:80]!r}: {why}")
     return found
+
+
+def _why_unusable(problem: Problem) -> str:
+    pairs = isinstance(problem.messages, tuple) and all(
+        isinstance(message, tuple) and len(message) == 2 and all(isinstance(text, str) for text in message)
+        for message in problem.messages
+    )
+    if not pairs:
+        return (
+            f"its messages are {str(problem.messages)[:120]!r}; wanted a tuple of (role, content), both of them texts"
+        )
+    for text in (problem.prompt, problem.answer, *(content for _, content in problem.messages)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return f"a text has half a character ({text[error.start]!a}) at {error.start}; wanted a whole one"
+    return f"it {why_not_messages(problem.messages)}" if problem.messages and why_not_messages(problem.messages) else ""

@@ -9,10 +9,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from rlsys.errors import ConfigError
+from rlsys.messages import Messages
 from rlsys.rollouts import offsets_of, spans
 from rlsys.types import Array
 
@@ -21,8 +23,19 @@ from rlsys.types import Array
 class Problem:
     """What the model is asked and what a grader compares with."""
 
-    prompt: str
+    prompt: str  # the question; of messages, what people and the search for repeated problems see
     answer: str
+    messages: Messages = ()  # what the model is asked instead, where it is more than a question
+
+    @classmethod
+    def of_messages(cls, messages: Messages, answer: str) -> Problem:
+        """A single message of the user's is a question like any other.
+
+        Whatever system message comes first, the same question is the same problem.
+        """
+        said = [(role, content) for role, content in messages if role != "system"]
+        prompt = said[0][1] if len(said) == 1 else "\n".join(f"{role}: {content}" for role, content in said)
+        return cls(prompt, answer, () if len(messages) == 1 else messages)
 
 
 def distinct(draw: Callable[[], Problem], count: int) -> tuple[Problem, ...]:
@@ -87,16 +100,18 @@ def occurrences(problems: Array, before: Array | Sequence[int] = ()) -> Array:
 
 
 def encode(
-    problems: Sequence[Problem], encode_fn: Callable[[str], Sequence[int]], max_tokens: int | None = None
+    problems: Sequence[Problem], encode_fn: Callable[[Any], Sequence[int]], max_tokens: int | None = None
 ) -> ProblemSet:
     """Problems with their prompts' tokens; those of more than `max_tokens` are dropped, and ids count the others.
 
+    `encode_fn` takes a question, or messages where the problem has them.
+
     Raises:
-        ConfigError: there are no problems, or a prompt has no token, or every one is too long.
+        ConfigError: there are no problems, or a prompt cannot be written or has no token, or every one is too long.
     """
     if not problems:
         raise ConfigError("task: found no problems; wanted at least 1")
-    rows = [np.asarray(encode_fn(problem.prompt), dtype=np.int32) for problem in problems]
+    rows = [np.asarray(_tokens(problem, at, encode_fn), dtype=np.int32) for at, problem in enumerate(problems)]
     lengths = [len(row) for row in rows]
     if 0 in lengths:
         at = lengths.index(0)
@@ -114,6 +129,15 @@ def encode(
         prompt_offsets=offsets_of([lengths[i] for i in kept]),
         dropped=len(problems) - len(kept),
     )
+
+
+def _tokens(problem: Problem, at: int, encode_fn: Callable[[Any], Sequence[int]]) -> Sequence[int]:
+    try:
+        return encode_fn(problem.messages or problem.prompt)
+    except ConfigError as error:
+        if not problem.messages:
+            raise
+        raise ConfigError(f"task: problem {at}, {problem.prompt[:80]!r}, is a list of messages: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from rlsys.config import PromptSection
 from rlsys.control_tokens import ControlTokens, control_tokens
 from rlsys.endings import text_end
 from rlsys.errors import ConfigError
+from rlsys.messages import Messages
 from rlsys.types import Array
 
 BETWEEN_EXAMPLES = "\n\n"  # few-shot examples without a chat template
@@ -52,12 +53,19 @@ class Renderer:
         self._tokenizer, self._section = tokenizer, section
         self._controls = control_tokens(tokenizer)
 
-    def render(self, question: str) -> str:
+    def render(self, question: str | Messages) -> str:
         """The prompt as a person reads it."""
         return self._controls.readable(self._written(question))
 
-    def ids(self, question: str) -> list[int]:
-        """The prompt as tokens. Control tokens are those of the chat template, or of prompt.template without one."""
+    def ids(self, question: str | Messages) -> list[int]:
+        """The prompt as tokens. Control tokens are those of the chat template, or of prompt.template without one.
+
+        Messages are written as messages: system first, then few-shot examples, then what was said. prompt.template
+        stands around the last of them.
+
+        Raises:
+            ConfigError: messages without a chat template, or with a system prompt beside the job's.
+        """
         text = self._written(question)
         return self._controls.ids(text) if self.chat else _begun(self._tokenizer, self._controls, text)
 
@@ -81,8 +89,10 @@ class Renderer:
             return ids
         return ids[ids.index(end[-1]) + 1 :]
 
-    def _written(self, question: str) -> str:
+    def _written(self, question: str | Messages) -> str:
         """The prompt as text, with marks."""
+        if not isinstance(question, str):
+            return self._conversation(question)
         asked = self._question(question)
         if self.chat:
             return self._prompt([*self._opening, {"role": "user", "content": asked}])
@@ -91,6 +101,26 @@ class Renderer:
             for example in self._section.few_shot
         ]
         return BETWEEN_EXAMPLES.join([*shown, asked])
+
+    def _conversation(self, messages: Messages) -> str:
+        if not self.chat:
+            raise ConfigError(
+                "prompt.chat: without a chat template there is no way to write messages of "
+                f"{', '.join(role for role, _ in messages)}; wanted one message of the user's, or a model with a "
+                "chat template"
+            )
+        protect = self._controls.protect
+        *before, (last, asked) = messages
+        spoken = [{"role": role, "content": protect(content)} for role, content in before]
+        opening = self._opening
+        if spoken and spoken[0]["role"] == "system":
+            if self._section.system is not None:
+                raise ConfigError(
+                    "prompt.system: the messages begin with a system prompt already; leave prompt.system out, or the "
+                    "system messages out of the data"
+                )
+            opening = [spoken.pop(0), *opening]
+        return self._prompt([*opening, *spoken, {"role": last, "content": self._question(asked)}])
 
     def _question(self, question: str) -> str:
         """In a chat all of it is one message's text; else the template is the only place for control tokens."""
@@ -167,17 +197,15 @@ def build_supervised_example(
     that write today's.
 
     Raises:
-        ConfigError: no message is the assistant's, or the template does not tell which part of the text is.
+        ConfigError: no message is the assistant's, one holds something other than texts or has a control token as its
+            role, or the template does not tell which part of the text is the assistant's.
     """
     if not any(message["role"] == "assistant" for message in messages):
         raise ConfigError(
             f"messages: found roles {[message['role'] for message in messages]}; wanted at least one 'assistant'"
         )
     controls = control_tokens(tokenizer)
-    said = [
-        {key: text if key == "role" else controls.protect(text) for key, text in message.items()}
-        for message in messages
-    ]
+    said = [_protected(message, at, controls) for at, message in enumerate(messages)]
     if tokenizer.chat_template:
         parts = [
             (controls.ids(text), taught)
@@ -192,6 +220,21 @@ def build_supervised_example(
     tokens = [np.array(ids, np.int32) for ids, _ in parts]
     weights = [np.full(len(ids), taught, np.float32) for ids, taught in parts]
     return np.concatenate(tokens), np.concatenate(weights)
+
+
+def _protected(message: Message, at: int, controls: ControlTokens) -> Message:
+    for key, text in message.items():
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"messages: message {at}: {key} is {type(text).__name__} {str(text)[:80]!r}; wanted a text"
+            )
+    role = message["role"]  # which templates write as it is, and compare with those that they know
+    if controls.protect(role) != role:
+        raise ConfigError(
+            f"messages: message {at}: the role {role[:80]!r} spells a control token; wanted a role that the chat "
+            "template knows, such as user"
+        )
+    return {key: text if key == "role" else controls.protect(text) for key, text in message.items()}
 
 
 def _taught_parts(

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -20,7 +21,9 @@ from markupsafe import Markup
 
 from rlsys.errors import ConfigError
 from rlsys.files import replace_file
+from rlsys.learning_checks import signs_of
 from rlsys.progress import duration, held_out_name
+from rlsys.recording import told
 from rlsys.records import (
     CONFIG,
     ENVIRONMENT,
@@ -63,7 +66,7 @@ def report_of(run_dir: Path) -> Path:
 def page(run_dir: Path) -> str:
     records, rows = read_metrics(run_dir), read_rollouts(run_dir)
     config_text = _text(run_dir / CONFIG)
-    config = yaml.safe_load(config_text) or {}
+    config = _config(run_dir / CONFIG, config_text)
     charts = {title: [(spec, chart(spec, records)) for spec in specs] for title, specs in SECTIONS.items()}
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -84,6 +87,7 @@ def page(run_dir: Path) -> str:
         name=config.get("run", {}).get("name", run_dir.name),
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
         headline=headline(records),
+        signs=[(_steps(sign.steps), sign.text) for sign in signs_of(records, config)],
         tiles=tiles(records, config.get("rl", {}).get("steps")),
         sections={title: [drawn for _, drawn in some if drawn] for title, some in charts.items()},
         closed=CLOSED,
@@ -96,8 +100,26 @@ def page(run_dir: Path) -> str:
         pairs=pairs(rows),
         errors=_text(run_dir / ERRORS)[-MAX_ERRORS:],
         config=config_text,
-        environment=json.loads(_text(run_dir / ENVIRONMENT) or "{}"),
+        environment=_environment(run_dir / ENVIRONMENT),
     )
+
+
+def _config(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is damaged: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: is damaged: found {type(found).__name__}; wanted the sections of a job")
+    return found
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_text(path) or "{}")
+    except ValueError as error:
+        raise ConfigError(f"{path}: is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _text(path: Path) -> str:
@@ -106,6 +128,12 @@ def _text(path: Path) -> str:
 
 def _hash(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _steps(steps: Sequence[int]) -> str:
+    """Few steps by number, else from the first to the last."""
+    said = told(list(steps))
+    return said if len(said) <= 40 else f"{len(steps)} of the steps {steps[0]} to {steps[-1]}"
 
 
 def headline(records: Sequence[Record]) -> dict[str, str] | None:

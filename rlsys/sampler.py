@@ -47,6 +47,7 @@ from rlsys.engine.workers import values
 from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, SamplingError, WeightSyncError
 from rlsys.families import family_of
 from rlsys.model_support import unembedding_problem
+from rlsys.reading import plain_path
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import AdapterSnapshot, Attestation, WeightUpdate
@@ -118,8 +119,9 @@ class Sampler:
 
         self._log = EngineLog()
         try:
-            with engine_processes(self._device):
-                self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.engine_arguments()))
+            with engine_processes(self._device), plain_path(self._base) as folder:  # vLLM globs for the weights
+                arguments = {**self.engine_arguments(), "model": str(folder)}
+                self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except RuntimeError as error:  # of the engine's process, which vLLM does not hand over
             raise ActorFailedError(
                 f"sampler {self._name}: the vLLM engine did not start on {self._base}: {self._log.cause()}"

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rlsys import losses, tasks
 from rlsys.base import initial_model, new_folder
 from rlsys.config import JobConfig, SupervisedSection
+from rlsys.control_tokens import control_tokens
 from rlsys.datums import DatumBatch
 from rlsys.endings import endings_of_tokenizer, text_end
 from rlsys.errors import ConfigError, QualityError
@@ -91,7 +92,8 @@ class Gate:
         """One turn of each, up to the end of the first stop text."""
         encoded = [np.array(ids, np.int32) for ids in _encode(self.tokenizer, prompts)]
         stops = self.environment.stop if self.environment else ()
-        single = [ids[0] for ids in _encode(self.tokenizer, list(stops)) if len(ids) == 1] if stops else []
+        stop_ids = self.tokenizer(list(stops), add_special_tokens=False)["input_ids"] if stops else []
+        single = [ids[0] for ids in stop_ids if len(ids) == 1]  # a stop may be a special token
         ends = endings_of_tokenizer(self.tokenizer).ids
         completions = learner.greedy(encoded, self.max_tokens, [*ends, *single])
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -223,7 +225,13 @@ def _up_to(text: str, stops: Sequence[str]) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Of texts from data: what spells a control token makes none."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    controls = control_tokens(tokenizer)
+    for at, text in enumerate(texts):
+        protected = controls.protect(text)
+        if protected != text:
+            ids[at] = controls.ids(protected)
     return ids
 
 

@@ -12,6 +12,7 @@ id, move to wandb/superseded. A step that is done again, and whose row online is
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -162,8 +163,14 @@ class Tracker:
         return records
 
     def _close_files(self) -> None:
-        for file in self._files.values():
-            file.close()
+        """All of them, whatever a full disk says to the first.
+
+        Raises:
+            OSError: what was written last of one is not on the disk.
+        """
+        with contextlib.ExitStack() as closing:
+            for file in self._files.values():
+                closing.callback(file.close)
 
     def adapter(self, folder: Path) -> None:
         """Log an adapter folder as a wandb artifact, when tracking.log_adapter asks for it."""
@@ -186,17 +193,23 @@ class Tracker:
         """Finish the wandb run, within a bounded time, and close the files. A second call does nothing."""
         if self._files[METRICS].closed:
             return
-        self._close_files()
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.close(exit_code, self._row, self._rows)
+        with contextlib.ExitStack() as closing:
+            if self._wandb:
+                closing.callback(self._wandb.close, exit_code, self._row, self._rows)
+            if self._board:
+                closing.callback(self._board.close)
+            closing.callback(self._close_files)
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close(0 if kind is None else 130 if issubclass(kind, KeyboardInterrupt) else 1)
+        try:
+            self.close(0 if kind is None else 130 if issubclass(kind, KeyboardInterrupt) else 1)
+        except OSError as failure:
+            if kind is None:
+                raise
+            self._note(f"{self._run_dir}: its files cannot be closed: {failure}")  # the error on its way is the cause
 
 
 class _Wandb:

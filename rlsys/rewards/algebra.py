@@ -33,15 +33,16 @@ POINTS = ((0.7310585786, 0.4142135), (-1.2193217, 0.61803398), (2.6457513, -0.38
 # Units and arguments without braces have been read before; what math-verify takes for units are letters here.
 _SPELLED = LatexNormalizationConfig(units=False, malformed_operators=False)
 _LATEX = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=_SPELLED)]
-# What the grammar does not know, or evaluates at once: to it, lcm(a,b) is ab.
+# What the grammar does not know, or evaluates at once: to it, lcm(a,b) is ab, x \approx 3 is 3, and f|_{x=1} is f.
 _UNREAD = re.compile(
-    r"\\(?:sum|prod|int|iint|iiint|oint|lim|limsup|liminf|bigcup|bigcap|partial|begin|operatorname|gcd|lcm|coth|sech|csch)"
-    r"(?![a-z])|\bd/d|\\frac\{d(?:\^[0-9n]|\^\{[^{}]*\})? ?[A-Za-z]?\}\{d ?[A-Za-z]|[?&#~]"
+    r"\\(?:sum|prod|int|iint|iiint|oint|lim|limsup|liminf|bigcup|bigcap|partial|begin|operatorname|gcd|lcm|coth|sech|csch"
+    r"|approx|approxeq|sim|simeq|cong|doteq|propto)(?![a-z])|\|_|\bd/d"
+    r"|\\frac\{d(?:\^[0-9n]|\^\{[^{}]*\})? ?[A-Za-z]?\}\{d ?[A-Za-z]|[?&#~]"
 )
 _COSTLY = re.compile(
     r"\\(?:sqrt|sin|cos|tan|cot|sec|csc|arc[a-z]+|sinh|cosh|tanh|log|ln|lg|exp|det|gcd|lcm|max|min)|\|"
 )
-_PRIMED = re.compile(r"[A-Za-z](?:_(?:.|\{[^{}]*\}))?'+")
+_PRIMED = re.compile(r"""(?:[A-Za-z](?:_(?:.|\{[^{}]*\}))?|[0-9]+|[)\]}|])['"]+""")
 _LETTER = re.compile(r"\\text\{[^{}]*\}|(\\[A-Za-z]+|[A-Za-z])")
 _FACTORIAL_OF_LETTERS = re.compile(r"\([^()!^]*[a-zA-Z][^()!^]*\) ?!")
 _NUMBER = re.compile(r"[0-9]+")
@@ -49,6 +50,8 @@ _NUMBER = re.compile(r"[0-9]+")
 _SPACE = re.compile(r"(\\text\{[^{}]*\}|\\[A-Za-z]+ +(?=[A-Za-z])|[0-9] +(?=[0-9]))| +")
 # Letters side by side that the grammar takes for a name: t times r is no trace.
 _KEYWORD = re.compile(r"(?<!\\)(?<![A-Za-z])([A-Za-z]*?(?=tr|inf|and|or)[A-Za-z])([A-Za-z])")
+# The grammar takes it for a transpose and leaves it out, of numbers and letters too: 2^T is not 2.
+_POWER_T = re.compile(r"\^ ?(?:T|\{ ?T ?\})")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9.]+|.", re.DOTALL)
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off: they are, on purpose
@@ -70,7 +73,7 @@ def same_expression(found: str, wanted: str) -> bool:
 
 def same_as_value(expression: str, value: Value) -> bool:
     """Whether an expression is worth `value`, or rounds to it where that is a decimal long enough."""
-    if not affordable(expression) or "gamma" in expression.lower():
+    if not affordable(expression) or _primes(expression) or "gamma" in expression.lower():
         return False
     first = _first(_parse(expression))
     if first is None or first.free_symbols:
@@ -175,7 +178,7 @@ def _own_letters(*texts: str) -> list[str]:
 
 
 def _parse(text: str) -> list[object]:
-    text = _KEYWORD.sub(r"\1{\2}", _SPACE.sub(r"\1", text.strip()))
+    text = _POWER_T.sub("^{(T)}", _KEYWORD.sub(r"\1{\2}", _SPACE.sub(r"\1", text.strip())))
     expressions: list[object] = parse(rf"\boxed{{{text}}}", _LATEX, parsing_timeout=None)
     return expressions
 
@@ -187,7 +190,7 @@ def _first(expressions: list[object]) -> sympy.Expr | None:
 
 
 def _primes(text: str) -> Counter[str]:
-    """How often each letter has a prime, which math-verify does not see."""
+    """How often each letter, number or bracket has primes, which math-verify does not see."""
     return Counter(match[0] for match in _PRIMED.finditer(text))
 
 

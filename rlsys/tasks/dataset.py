@@ -72,8 +72,12 @@ class DataSet:
     def _load(self, source: SourceSection, columns: ColumnSection, split: str) -> list[Problem]:
         found = rows.load(source, columns, f"task.{split}")
         self._facts[f"task/{split}_unusable"] = float(found.unusable)
-        pairs = zip(found.prompts, found.answers, strict=True)
-        return [Problem(prompt, self.answer(answer)) for prompt, answer in pairs]
+        return [
+            Problem(asked, self.answer(answer))
+            if isinstance(asked, str)
+            else Problem.of_messages(asked, self.answer(answer))
+            for asked, answer in zip(found.prompts, found.answers, strict=True)
+        ]
 
 
 def _some(problems: Sequence[Problem], most: int | None, seed: str) -> tuple[Problem, ...]:

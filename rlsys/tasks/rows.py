@@ -1,35 +1,38 @@
-"""Prompts and answers of a data set: a local file or folder, or a name on the Hub. The one home of `datasets`.
+"""Prompts and answers of a data set: a local file or folder, or a name on the Hub.
 
-A path that exists here is local, anything else is a name on the Hub. Both are read by the same library, so the same
-files give the same rows. The library keeps a Hub data set in its cache, and it comes from there when the Hub is out of
-reach.
+A path that exists here is local, anything else is a name on the Hub. `datasets` says which files of a folder or of a
+Hub name belong to a split, and fetches them; JSON, CSV and Parquet are then read by rlsys/tasks/row_files.py, wherever
+they come from: the same files give the same rows. Other formats are read by the library. It keeps a Hub data set in its
+cache, and it comes from there when the Hub is out of reach.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from rlsys.config import ColumnSection, SourceSection
 from rlsys.errors import ConfigError, did_you_mean
+from rlsys.messages import Messages
+from rlsys.reading import first_line
+from rlsys.tasks import cells
+from rlsys.tasks.folders import PLAIN_OPTIONS, Splits, in_our_formats, said, splits_of_folder
+from rlsys.tasks.row_files import FORMATS, Row, format_of, read_file
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 HUB_LIMIT_S = 10.0  # for the first answer; after that the library's own limits hold
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_SHOWN = 80  # characters of a value in a message
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
     """N rows as text, and what became of those that are none."""
 
-    prompts: tuple[str, ...]
+    prompts: tuple[str | Messages, ...]
     answers: tuple[str, ...]
     unusable: int  # rows left out: no text or number in one of the columns
     why: str  # of the first of those; "" without one
@@ -43,9 +46,9 @@ def load(source: SourceSection, columns: ColumnSection, key: str) -> Rows:
     """
     path = Path(source.path).expanduser()
     if path.exists():
-        rows = _local(source, path, key)
-    elif _HUB_NAME.fullmatch(source.path) and path.suffix not in FORMATS:
-        rows = _hub(source, key)
+        rows = _local(source, columns, path, key)
+    elif _HUB_NAME.fullmatch(source.path) and format_of(source.path) is None:
+        rows = _hub(source, columns, key)
     else:
         raise ConfigError(
             f"{key}.path: no file or folder {source.path!r} here; wanted one, or the name of a data set on the Hugging "
@@ -57,60 +60,146 @@ def load(source: SourceSection, columns: ColumnSection, key: str) -> Rows:
     return found
 
 
-def _as_text(rows: Iterable[Mapping[str, Any]], columns: ColumnSection, where: str) -> Rows:
-    prompts, answers, unusable, why = [], [], 0, ""
+def _as_text(rows: Iterable[Row], columns: ColumnSection, where: str) -> Rows:
+    prompts, answers, unusable, why = list[str | Messages](), list[str](), 0, ""
+    seen, known = set[str](), dict[str, None]()  # columns that some row has; names of all of them
+    read = {columns.prompt: cells.question, columns.answer: cells.text}
     for number, row in enumerate(rows):
-        for column, name in ((columns.prompt, "prompt"), (columns.answer, "answer")):
-            if column not in row:
-                raise ConfigError(
-                    f"task.columns.{name}: {where} has no column {column!r}; it has {', '.join(row)}"
-                    f"{did_you_mean(column, row)}"
-                )
-        prompt, answer = _text(row[columns.prompt]), _text(row[columns.answer])
-        if prompt is not None and answer is not None:
-            prompts.append(prompt)
-            answers.append(answer)
+        found = {column: cells.at(row, column) for column in read}
+        seen.update(column for column, value in found.items() if value is not cells.MISSING)
+        if len(seen) < len(found):
+            known.update(dict.fromkeys(cells.names(row)))
+        column = columns.prompt
+        try:
+            asked = cells.question(_present(found[column]))
+            column = columns.answer
+            answer = cells.text(_present(found[column]))
+        except cells.UnusableError as error:
+            unusable += 1
+            why = why or f"row {number}: {column} {str(error).replace('COLUMN', column)}"
             continue
-        unusable += 1
-        if not why:
-            column = columns.prompt if prompt is None else columns.answer
-            value = row[column]
-            why = f"row {number}: {column} is {type(value).__name__} {str(value)[:_SHOWN]!r}, wanted a text or a number"
+        prompts.append(asked)
+        answers.append(answer)
+    for column, name in ((columns.prompt, "prompt"), (columns.answer, "answer")):
+        if known and column not in seen:
+            raise ConfigError(
+                f"task.columns.{name}: {where} has no column {column!r}; it has {', '.join(known)}"
+                f"{did_you_mean(column, known)}"
+            )
     return Rows(tuple(prompts), tuple(answers), unusable, why)
 
 
-def _text(value: object) -> str | None:
-    """Texts as they are, numbers as one writes them; None for a blank text and for anything else."""
-    if isinstance(value, str):
-        return value if value.strip() else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return str(int(value)) if value == int(value) else repr(value)
+def _present(value: Any) -> Any:
+    return None if value is cells.MISSING else value
 
 
-def _local(source: SourceSection, path: Path, key: str) -> Iterator[Mapping[str, Any]]:
+def _local(source: SourceSection, columns: ColumnSection, path: Path, key: str) -> Iterator[Row]:
     """Read where it lies: nothing is copied into a cache."""
     if path.is_dir():
-        return _read(f"{key}: {path}", str(path.resolve()), name=source.subset, split=source.split, streaming=True)
-    if path.suffix not in FORMATS:
+        return _folder(source, columns, path, key)
+    if format_of(path.name) is None:
         raise ConfigError(f"{key}.path: found {path}; wanted a folder, or a file that ends in {', '.join(FORMATS)}")
-    files = {"rows": str(path.resolve())}
-    return _read(f"{key}: {path}", FORMATS[path.suffix], data_files=files, split="rows", streaming=True)
+    return read_file(path, _roots(columns), f"{key}: {path}")
 
 
-def _hub(source: SourceSection, key: str) -> Iterator[Mapping[str, Any]]:
+def _folder(source: SourceSection, columns: ColumnSection, path: Path, key: str) -> Iterator[Row]:
+    splits = splits_of_folder(source, path, key)
+    if splits is None:
+        return _read(f"{key}: {path}", str(path.resolve()), name=source.subset, split=source.split, streaming=True)
+    return _of_split(splits, source, columns, f"{key}: {path}")
+
+
+def _hub(source: SourceSection, columns: ColumnSection, key: str) -> Iterator[Row]:
     problem = _out_of_reach(source.path, key)
     if problem is None:
-        return _read(f"{key}: {source.path} on the Hub", source.path, name=source.subset, split=source.split)
+        where = f"{key}: {source.path} on the Hub"
+        splits = _splits_of_hub(source, where)
+        if splits is None:
+            return _read(where, source.path, name=source.subset, split=source.split)
+        return _of_split(splits, source, columns, where)
     with _offline():
         try:
+            snapshot = _snapshot(source.path)
+            if snapshot is not None:
+                splits = splits_of_folder(source, snapshot, key)
+                if splits is not None:
+                    return _of_split(splits, source, columns, f"{key}: {source.path} in the cache")
             return _read(f"{key}: {source.path} in the cache", source.path, name=source.subset, split=source.split)
-        except ConfigError:
+        except ConfigError as error:
             raise ConfigError(
                 f"{key}.path: {source.path!r} is no file or folder here, the Hugging Face Hub cannot be reached "
                 f"({problem}), and the cache does not hold it; set {key}.path to a local file or folder of the same "
                 f"rows ({', '.join(FORMATS)}), or load it once where there is a network and bring HF_HOME along"
-            ) from None
+            ) from error
+
+
+def _of_split(splits: Splits, source: SourceSection, columns: ColumnSection, where: str) -> Iterator[Row]:
+    """The rows of one split, or of a part of it or of several together: train[:10%], train+test."""
+    if source.split in splits:
+        return _of_files(splits[source.split], columns, where)
+    import datasets
+
+    known = ", ".join(map(repr, splits))
+    unknown = ConfigError(f"{where} has no split {source.split!r}; it has {known}{did_you_mean(source.split, splits)}")
+    names = [part.split("[")[0].strip() for part in source.split.split("+")]
+    if not all(name in splits for name in names):
+        raise unknown
+    rows = {name: list(_of_files(splits[name], columns, where)) for name in names}
+    try:
+        spec = datasets.ReadInstruction.from_spec(source.split)
+        parts = spec.to_absolute({name: len(found) for name, found in rows.items()})
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"{where}: split {source.split!r}: {error}; it has {known}") from error
+    return (row for part in parts for row in rows[part.splitname][part.from_ : part.to])
+
+
+def _of_files(files: Sequence[tuple[Path, str]], columns: ColumnSection, where: str) -> Iterator[Row]:
+    for path, name in files:
+        yield from read_file(path, _roots(columns), f"{where}: {name}", name)
+
+
+def _roots(columns: ColumnSection) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*cells.roots(columns.prompt), *cells.roots(columns.answer))))
+
+
+def _splits_of_hub(source: SourceSection, where: str) -> Splits | None:
+    """As ``splits_of_folder``; the files of all splits of the subset are fetched into the Hub's cache."""
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(source.path, name=source.subset)
+        if not _is_plain(builder.config):
+            return None
+        manager = datasets.DownloadManager(base_path=builder.base_path)
+        files = {str(split): [str(file) for file in found] for split, found in builder.config.data_files.items()}
+        if in_our_formats({split: [(Path(file), file) for file in found] for split, found in files.items()}) is None:
+            return None
+        return {
+            split: [(Path(path), Path(file).name) for path, file in zip(manager.download(found), found, strict=True)]
+            for split, found in files.items()
+        }
+    except Exception as error:  # of a library that speaks to a server
+        raise ConfigError(f"{where} cannot be read: {said(error)}") from error
+
+
+def _is_plain(config: Any) -> bool:
+    """Whether a subset's README sets nothing that changes how its files are read, such as names of CSV columns."""
+    if not config.data_files:
+        return False
+    plain = type(config)()
+    read = [field.name for field in fields(config) if field.name not in (*PLAIN_OPTIONS, "name", "sep")]
+    return all(getattr(config, name) == getattr(plain, name) for name in read)
+
+
+def _snapshot(name: str) -> Path | None:
+    """The files of a data set that were fetched before; None where there are none."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
+        return None
 
 
 def _out_of_reach(name: str, key: str) -> str | None:
@@ -144,7 +233,7 @@ def _out_of_reach(name: str, key: str) -> str | None:
             f"{key}.path: {name!r} is no file or folder here and no data set on the Hugging Face Hub that may be read "
             "from here; mind the name, and for a private or gated one log in with `hf auth login`"
         )
-    return None if error is None else (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None if error is None else first_line(error)
 
 
 @contextmanager
@@ -161,12 +250,11 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def _read(where: str, *args: str, **options: Any) -> Iterator[Mapping[str, Any]]:
+def _read(where: str, *args: str, **options: Any) -> Iterator[Row]:
     import datasets
 
     try:
         rows: list[Mapping[str, Any]] = list(datasets.load_dataset(*args, **options))
     except Exception as error:  # of a library that reads whatever file it is given
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{where} cannot be read: {said}") from error
+        raise ConfigError(f"{where} cannot be read: {said(error)}") from error
     return iter(rows)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from tiny_engine import Reference
 
+from rlsys.config import ModelSection, SamplerSection
 from rlsys.engine.start import check_private_api
 from rlsys.errors import ClusterError
+from rlsys.sampler import Sampler
+from rlsys.types import SamplingParams
 
 COMPILER = re.compile(r"(^|-)(cc|gcc|g\+\+|c\+\+|clang|clang\+\+|icx|icpx)(-[0-9.]+)?$")
 PROGRAM = """
@@ -79,6 +86,22 @@ def test_an_engine_starts_with_no_compiler_and_ends_when_its_parent_is_killed(
     while Path(f"/proc/{engine}").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not Path(f"/proc/{engine}").exists()
+
+
+def test_a_path_of_a_model_is_no_pattern_and_no_address(
+    reference: Reference, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    folder = tmp_path / "exp[1] *? {a,b} 100% #1 a::b w\xf6rld"
+    shutil.copytree(reference.folder, folder)
+    model = ModelSection(path=str(folder), max_length=64)
+    sampler = Sampler(name="s", base=folder, model=model, section=SamplerSection(kv_cache_gb=0.1), seed=0)
+    run(sampler.start())
+    try:
+        one = np.array([0]), np.arange(4, dtype=np.int32), np.array([0, 4])
+        rollouts = run(sampler.sample(*one, 2, SamplingParams(max_tokens=8, stop=[]), None, -1))
+        assert len(rollouts.tokens) == 16
+    finally:
+        run(sampler.stop())
 
 
 def test_another_vllm_is_refused_before_it_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def short_tmp() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     job: Callable[..., JobConfig], tmp_path: Path, short_tmp: Path, number: signal.Signals
 ) -> None:
@@ -77,6 +77,48 @@ def test_the_first_signal_asks_between_steps_and_the_second_raises() -> None:
 def test_where_there_is_no_step_to_finish_a_signal_raises_at_once() -> None:
     with Interrupts(print).watched(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_hang_up_asks_once_however_often_it_comes() -> None:
+    notes: list[str] = []
+    with Interrupts(notes.append).watched() as interrupts, interrupts.between_steps() as should_stop:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert should_stop() and len(notes) == 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_hang_up_is_ignored_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupts(print).watched():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_after_a_hang_up_what_is_said_to_the_terminal_fails_no_longer(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys
+from pathlib import Path
+from actors.interrupts import Interrupts
+with Interrupts(lambda text: print(text, flush=True)).watched() as interrupts, interrupts.between_steps() as asked:
+    print("ready", flush=True)
+    while not asked():
+        signal.pause()
+print("the end", flush=True)
+Path(sys.argv[1]).write_text("saved")
+"""
+    ours, theirs = os.openpty()
+    command = ["setsid", "-c", "-w", sys.executable, "-c", program, str(tmp_path / "done")]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    assert b"ready" in os.read(ours, 100)
+    os.close(ours)  # the terminal is gone; the kernel tells its session
+    assert process.wait(timeout=LIMIT_S) == 0
+    assert (tmp_path / "done").read_text() == "saved"
 
 
 def _steps(config: JobConfig) -> int:

@@ -291,3 +291,36 @@ def test_a_problem_with_a_token_that_the_model_has_not_is_refused_before_engines
     data.write_text("\n".join(map(json.dumps, rows)))
     with pytest.raises(ConfigError, match=r"'what of <tool5>\?': its prompt has the token id 265, .* 264 rows"):
         Grading.start(job(folder, *asked, "task.train_problems=39"), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [
+        ("tokenizer.json", b'{"version": "\xe9"}', r"tokenizer\.json, line 1: found byte 0xe9"),
+        ("tokenizer.json", b'{"version":\n', r"tokenizer\.json, line 2: is no JSON"),
+        ("tokenizer_config.json", b"\xff\xfe{\x00}\x00", r"tokenizer_config\.json, line 1: found UTF-16"),
+        ("tokenizer_config.json", b"{}\n}", r"tokenizer_config\.json, line 2: is no JSON: Extra data"),
+        ("chat_template.jinja", b"{# caf\xe9 #}", r"chat_template\.jinja, line 1: found byte 0xe9 at byte 7"),
+        ("config.json", b'{"model_type": "\xe9"}', r"config\.json"),
+        ("config.json", b"[1]", r"config\.json holds list; wanted an object"),
+        ("generation_config.json", b"{\xe9}", r"generation_config\.json"),
+        ("model.safetensors.index.json", b"{\xe9}", r"model\.safetensors\.index\.json"),
+        ("model.safetensors.index.json", b"[]", r"model\.safetensors\.index\.json has no weight_map"),
+    ],
+)
+def test_a_file_of_a_model_that_cannot_be_decoded_is_one_line_with_file_and_place(
+    folder: Path, name: str, content: bytes, place: str
+) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"model\.path: .*{place}") as raised:
+        check_job(job(folder))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["exp[1]", "a*b", "two words", "50%20", "a#b", "\xfc\u4e2d", "a::b", "{a,b}", "what?"])
+def test_the_path_of_a_model_is_no_pattern(folder: Path, name: str) -> None:
+    moved = folder.rename(folder.with_name(name))
+    assert check_job(job(moved)) == check_tokenizer(moved) == ()
+    next(iter(moved.glob("*.safetensors"))).unlink()
+    with pytest.raises(ConfigError, match=r"1 of the \d+ files that .* are missing"):
+        check_job(job(moved))

@@ -77,3 +77,35 @@ def test_what_is_no_problem_is_refused_by_its_place(wrong: object) -> None:
 def test_an_empty_split_is_refused(train: Sequence[Problem], held_out: Sequence[Problem]) -> None:
     with pytest.raises(ConfigError):
         problem_sets(Listed(train, held_out), letters)
+
+
+def test_the_same_question_is_held_out_whatever_system_prompt_it_has() -> None:
+    system = Problem.of_messages((("system", "Be brief."), ("user", "A?")), "1")
+    assert (system.prompt, len(system.messages)) == ("A?", 2)
+    sets = problem_sets(Listed([*asked("b"), system], asked("a")), lambda question: [len(question)])
+    assert sets.train.prompts == ("b",)
+
+
+def test_messages_reach_the_renderer_and_their_text_the_records() -> None:
+    said = (("user", "a?"), ("assistant", "b"), ("user", "c?"))
+    seen: list[Any] = []
+    problem_sets(Listed([Problem.of_messages(said, "1")], asked("x")), lambda question: seen.append(question) or [1])
+    assert seen == [said, "x"]
+    assert Problem.of_messages(said, "1").prompt == "user: a?\nassistant: b\nuser: c?"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        (Problem("a", "1", ("user", "a")), r"wanted a tuple of \(role, content\)"),  # type: ignore[arg-type]
+        (Problem("a", "1", [("user", "a")]), r"wanted a tuple of \(role, content\)"),  # type: ignore[arg-type]
+        (Problem("a", "1", (("tool", "a"),)), "a message of the role 'tool'"),
+        (Problem("a", "1", (("user", "a"), ("assistant", "b"))), "ends in a message of assistant"),
+        (Problem("half \ud83d", "1"), "half a character"),
+        (Problem("a", "\ud83d"), "half a character"),
+        (Problem("a", "1", (("user", "\ud83d"),)), "half a character"),
+    ],
+)
+def test_messages_and_texts_that_cannot_be_written_are_refused_by_their_place(wrong: Problem, why: str) -> None:
+    with pytest.raises(ConfigError, match=rf"task: problem 1 of train, .*{why}"):
+        problem_sets(Listed([*asked("b"), wrong], asked("c")), letters)

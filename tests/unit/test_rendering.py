@@ -337,3 +337,65 @@ def test_without_a_chat_template_messages_lie_end_to_end() -> None:
 def test_messages_without_an_assistant_teach_nothing_and_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"found roles \['user'\]"):
         build_supervised_example(tokenizer_of(CHATML), CONVERSATION[:1])
+
+
+CHAT = (("system", "Be brief."), ("user", "1+1?"), ("assistant", "2"), ("user", "2+2?"))
+
+
+def test_a_prompt_of_messages_is_written_as_messages() -> None:
+    prompt = renderer(CHATML, template="{prompt} Put it in \\boxed{}.", few_shot=EXAMPLES)
+    assert prompt.render(CHAT) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\n1+1? Put it in \\boxed{}.<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"
+        "<|im_start|>user\n2+2? Put it in \\boxed{}.<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text_of(CHATML, prompt.ids(CHAT)) == prompt.render(CHAT)
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING, HEADERS])
+def test_one_message_of_the_users_is_a_question(template: str) -> None:
+    prompt = renderer(template, system="Be brief.")
+    assert prompt.ids((("user", "2+2?"),)) == prompt.ids("2+2?")
+    given = renderer(template).ids((("system", "Be brief."), ("user", "2+2?")))
+    assert given == prompt.ids("2+2?")
+
+
+def test_a_system_message_that_is_empty_is_not_replaced_by_the_templates_own() -> None:
+    assert "Be helpful" not in renderer(CHATML).render((("system", ""), ("user", "2+2?")))
+
+
+@pytest.mark.parametrize(
+    ("template", "section", "message"),
+    [
+        (None, {}, r"prompt\.chat: without a chat template .* messages of system, user, assistant, user"),
+        (CHATML, {"chat": False}, r"prompt\.chat: without a chat template"),
+        (CHATML, {"system": "Be long."}, r"prompt\.system: the messages begin with a system prompt already"),
+    ],
+)
+def test_messages_that_cannot_be_written_are_refused_by_problem(
+    template: str | None, section: dict[str, Any], message: str
+) -> None:
+    problems = [Problem("1+1?", "2"), Problem.of_messages(CHAT, "4")]
+    with pytest.raises(ConfigError, match=rf"task: problem 1, 'user: 1\+1.*, is a list of messages: {message}"):
+        encode(problems, renderer(template, **section).ids)
+
+
+def test_a_template_that_refuses_the_messages_of_a_problem_names_it() -> None:
+    strict = "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}" + CHATML
+    with pytest.raises(ConfigError, match=r"problem 0, .* is a list of messages: .*it fails: one at a time"):
+        encode([Problem.of_messages(CHAT, "4")], renderer(strict).ids)
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ({"role": "user", "content": None}, r"message 0: content is NoneType .* wanted a text"),
+        ({"role": "user", "content": [{"type": "text", "text": "2+2?"}]}, r"message 0: content is list"),
+        ({"role": None, "content": "2+2?"}, r"message 0: role is NoneType"),
+        ({"role": "user", "content": "2+2?", "tool_calls": []}, r"message 0: tool_calls is list"),
+    ],
+)
+def test_a_taught_message_that_holds_no_text_is_refused_by_place(message: Any, wanted: str) -> None:
+    with pytest.raises(ConfigError, match=rf"messages: {wanted}"):
+        build_supervised_example(tokenizer_of(CHATML), [message, {"role": "assistant", "content": "4"}])

@@ -231,3 +231,21 @@ def test_one_evaluation_is_no_improvement() -> None:
     found = headline([{"step": 0, "time": 0.0, "stage": "rl", "eval/accuracy": 0.5}])
     assert found is not None
     assert (found["before"], found["after"]) == ("50.0 %", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.yaml", b"run: [\n"),
+        ("config.yaml", b"- 1\n"),
+        ("config.yaml", b"run: \x00\n"),
+        ("environment.json", b'{"a":'),
+        ("environment.json", b"\xff"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_refused_by_name_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    run_of(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name}: is damaged: ") as raised:
+        report_of(tmp_path)
+    assert "\n" not in str(raised.value)

@@ -22,6 +22,7 @@ from tests.unit.fake_hub import fake_hub
 ROOT = Path(__file__).parents[2]
 SHIPPED = Path(__file__).parent / "data" / "gsm8k_like.jsonl"
 ROWS = [{"question": "1 + 1?", "answer": "2"}, {"question": "Über, 2 + 3?\nSay", "answer": "5"}]
+LARGE = [{"question": "1 + 1?", "answer": 123456789012345678901234}, {"question": "2 + 3?", "answer": None}]
 
 
 def write(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
@@ -148,6 +149,20 @@ def test_the_hub_gives_the_rows_of_its_local_copy_and_the_cache_gives_them_witho
     assert cached == hub
     assert "cannot be reached" in str(missing)
     assert "set task.eval.path to a local file or folder" in str(missing)
+
+
+def test_numbers_of_the_hub_and_of_its_cache_are_those_of_the_file(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    write(copy / "main" / "test.jsonl", LARGE)
+    write(copy / "other" / "test.csv", ROWS)
+    (copy / "README.md").write_text(
+        "---\nconfigs:\n- {config_name: main, data_files: [{split: test, path: main/test.jsonl}]}\n"
+        "- {config_name: other, data_files: other/test.csv}\n---\n"
+    )
+    with fake_hub("someone/words", copy) as endpoint:
+        hub, local = elsewhere(endpoint, tmp_path / "home", "someone/words", str(copy))
+    (cached,) = elsewhere(endpoint, tmp_path / "home", "someone/words")
+    assert hub == local == cached == [["1 + 1?"], ["123456789012345678901234"]]
 
 
 def test_a_hub_that_never_answers_is_given_up_in_time(tmp_path: Path) -> None:
