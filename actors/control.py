@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from actors.calls import wait
 from actors.cluster import cluster
 from actors.light_stages import light
-from rlsys.config import ClusterSection
+from rlsys.config import ClusterSection, checked_address
 from rlsys.errors import ClusterError, ConfigError, RlsysError
 from rlsys.run_store import INFO
 
@@ -117,7 +117,7 @@ def reach(run: str | None, address: str | None) -> Iterator[str | None]:
         where = info.get("cluster")
         if info.get("auth_mode") and "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_MODE"] = info["auth_mode"]
-    with cluster(ClusterSection(address=where or "auto")):
+    with cluster(ClusterSection(address=checked_address(where) or "auto")):
         yield name
 
 

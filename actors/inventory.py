@@ -5,7 +5,7 @@ from __future__ import annotations
 import ray
 
 from actors.cluster import cluster
-from rlsys.config import ClusterSection
+from rlsys.config import ClusterSection, checked_address
 from rlsys.planning import Node
 
 
@@ -15,7 +15,7 @@ def nodes_at(address: str) -> list[Node]:
     Raises:
         ClusterError: nobody answers there.
     """
-    with cluster(ClusterSection(address=address)):
+    with cluster(ClusterSection(address=checked_address(address))):
         return [
             Node(
                 node["NodeManagerAddress"],

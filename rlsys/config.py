@@ -22,7 +22,7 @@ from rlsys import yaml_text
 from rlsys.errors import ConfigError
 from rlsys.overrides import apply, refuse_contradictions
 from rlsys.shell import PathText
-from rlsys.types import AdamParams, SamplingParams
+from rlsys.types import LEAST_EPS, AdamParams, SamplingParams
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -44,18 +44,64 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+Seconds = Annotated[float, Field(gt=0, le=1_000_000)]  # what poll() waits at most is 24 days
+Processes = Annotated[int, Field(ge=1, le=4096)]  # of one machine; its threads, too
+Core = Annotated[int, Field(ge=0, le=4095)]
+
+
+def _resources(amounts: dict[str, float]) -> dict[str, float]:
+    for name, amount in amounts.items():
+        if name in ("CPU", "GPU", "memory", "object_store_memory"):
+            raise ValueError(
+                f"found {name}; wanted names of your own, as in `ray start --resources`; see num_cpus, num_gpus"
+            )
+        if not name or not RAY_UNIT <= amount <= 1_000_000:
+            raise ValueError(f"found {{{name!r}: {amount:g}}}; wanted a name, and an amount of {RAY_UNIT} to 1000000")
+    return amounts
+
+
+RAY_UNIT = 1e-4  # of a resource; Ray counts in no smaller ones
+Cpus = Annotated[float, Field(ge=RAY_UNIT, le=4096)]
+Resources = Annotated[dict[str, float], AfterValidator(_resources)]
+
+
+def _gpus(amount: float) -> float:
+    if 0 < amount < RAY_UNIT or (amount > 1 and amount != int(amount)):
+        raise ValueError(f"found {amount:g}; wanted a part of one GPU, at least {RAY_UNIT}, or a whole number of them")
+    return amount
+
+
+Gpus = Annotated[float, Field(ge=0, le=4096), AfterValidator(_gpus)]
+
+
+def checked_address(address: str | None) -> str | None:
+    """An address of Ray: auto, local, or host:port, perhaps behind ray://.
+
+    Raises:
+        ConfigError: it has another shape.
+    """
+    if address is None or address in ("auto", "local"):
+        return address
+    port = address.rpartition(":")[2]
+    if not re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):[0-9]{1,5}", address) or not 0 < int(port) < 2**16:
+        raise ConfigError(f"found {address!r} as Ray's address; wanted host:port with a port of 1 to 65535, or auto")
+    return address
+
+
 class RunSection(Section):
     """Where a run lives and what makes it repeatable."""
 
     name: Name
     dir: PathText = "runs"  # the run directory is dir/name
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class ClusterSection(Section):
-    address: str | None = None  # None: RAY_ADDRESS if set, else a cluster started on this machine for this job
-    num_cpus: int | None = Field(None, ge=1)  # of a cluster started here; None: all cores
-    object_store_gb: float = Field(0.5, gt=0)  # of a cluster started here
+    address: Annotated[str | None, AfterValidator(checked_address)] = (
+        None  # None: RAY_ADDRESS if set, else a cluster started on this machine for this job
+    )
+    num_cpus: Processes | None = None  # of a cluster started here; None: all cores
+    object_store_gb: float = Field(0.5, ge=0.074, le=1_000_000)  # of a cluster started here; Ray wants 75 MiB
 
     max_restarts: int = Field(3, ge=0)  # of actors of one kind without a step done in between; 0: a death ends the run
 
@@ -63,15 +109,15 @@ class ClusterSection(Section):
 class WatchdogSection(Section):
     """Seconds without progress (not: seconds in all) after which a stage with work left stops the run."""
 
-    start_s: float = Field(900.0, gt=0)  # loading a base and starting an engine show no progress until they are done
-    base_s: float = Field(300.0, gt=0)  # supervised stage: no step
-    sample_s: float = Field(120.0, gt=0)
-    grade_s: float = Field(120.0, gt=0)
-    reference_s: float = Field(120.0, gt=0)
-    advantage_s: float = Field(120.0, gt=0)
-    learn_s: float = Field(120.0, gt=0)
-    sync_s: float = Field(120.0, gt=0)
-    save_s: float = Field(120.0, gt=0)
+    start_s: Seconds = 900.0  # loading a base and starting an engine show no progress until they are done
+    base_s: Seconds = 300.0  # supervised stage: no step
+    sample_s: Seconds = 120.0
+    grade_s: Seconds = 120.0
+    reference_s: Seconds = 120.0
+    advantage_s: Seconds = 120.0
+    learn_s: Seconds = 120.0
+    sync_s: Seconds = 120.0
+    save_s: Seconds = 120.0
 
 
 class CheckpointSection(Section):
@@ -120,7 +166,7 @@ class ModelSection(Section):
     path: PathText | None = None  # a Hugging Face folder or hub name; exactly one of path and make
     make: MakeSection | None = None
     dtype: Precision = "float32"  # of the frozen base, in learner and sampler alike; the adapter is fp32 in the learner
-    max_length: int = Field(128, ge=8)  # tokens of prompt + completion
+    max_length: int = Field(128, ge=8, lt=2**24)  # tokens of prompt + completion
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -188,8 +234,8 @@ class TurnSection(Section):
     """Tasks whose environment answers: replies run in killable processes, beside the samplers."""
 
     max_turns: int = Field(8, ge=1)  # of the model; the tokens of all, replies included, share rl.sampling.max_tokens
-    reply_timeout_s: float = Field(5.0, gt=0)  # of one reply; one that takes longer ends the completion, and is counted
-    workers: int = Field(1, ge=1)  # processes that reply, of each sampler
+    reply_timeout_s: Seconds = 5.0  # of one reply; one that takes longer ends the completion, and is counted
+    workers: Processes = 1  # processes that reply, of each sampler
     python_tool: bool = False  # let the task "python" run what the model writes; see docs/tasks.md for the limits
 
 
@@ -225,13 +271,13 @@ class LearnerSection(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     num_workers: int = Field(1, ge=1)  # data-parallel ranks
     shard_base: bool = False  # FSDP2 over the frozen base; every rank holds the whole adapter
-    num_cpus: float = Field(1, gt=0)  # of each
-    num_gpus: float = Field(0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict)  # custom resources of each, such as {learner_node: 0.01}
+    num_cpus: Cpus = 1  # of each
+    num_gpus: Gpus = 0
+    resources: Resources = Field(default_factory=dict)  # custom resources of each, such as {learner_node: 0.01}
     nodes: list[str] = Field(default_factory=list)  # node addresses, taken in turn; empty: wherever there is room
     placement: Strategy = "PACK"
-    threads: int = Field(1, ge=1)  # torch intra-op threads
-    cores: list[int] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
+    threads: Processes = 1  # torch intra-op threads
+    cores: list[Core] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
     token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch of its own
     share_prompts: bool = True  # sequences that begin alike run over their common beginning once
     logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits that exist at once, fewer for a large vocabulary
@@ -258,13 +304,13 @@ class SamplerSection(Section):
     num_workers: int = Field(1, ge=1)
     tensor_parallel_size: int = Field(1, ge=1)  # workers of one engine; on GPUs num_gpus has to be the same
     colocate: bool = False  # sampler i shares the GPU of learner rank i and sleeps while that one learns
-    num_cpus: float = Field(1, gt=0)  # of each
-    num_gpus: float = Field(0, ge=0)
-    resources: dict[str, float] = Field(default_factory=dict)
+    num_cpus: Cpus = 1  # of each
+    num_gpus: Gpus = 0
+    resources: Resources = Field(default_factory=dict)
     nodes: list[str] = Field(default_factory=list)
     placement: Strategy = "PACK"
-    threads: int = Field(1, ge=1)
-    cores: list[int] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
+    threads: Processes = 1
+    cores: list[Core] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(4096, ge=1)
     max_lora_rank: int = Field(16, ge=1, le=512)  # rounded up to a slot width of vLLM
@@ -291,8 +337,8 @@ class RewardSection(Section):
     format: float = 0.0  # weight of 1 for a completion of the right form, else 0
     format_pattern: str | None = None  # regular expression that is searched; None: it has a final answer
     length: float = Field(0.0, ge=0)  # weight of brevity within the group, Kimi k1.5, arXiv:2501.12599 section 2.3.3
-    workers: int = Field(2, ge=1)  # processes, each killable
-    timeout_s: float = Field(3.0, gt=0)  # of one grade
+    workers: Processes = 2  # processes, each killable
+    timeout_s: Seconds = 3.0  # of one grade
     max_failed_share: float = Field(0.5, ge=0, le=1)  # timeouts and exceptions above this share of a batch stop the run
     function: str | None = None  # "package.module:function" of (completion, answer) -> float; None: the task's own
 
@@ -370,7 +416,7 @@ class OptimSection(Section):
     warmup_steps: int = Field(3, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: float = Field(1e-12, ge=0)
+    eps: float = Field(1e-12, ge=LEAST_EPS)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip_norm: float = Field(1.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
@@ -448,10 +494,16 @@ class CheckSection(Section):
     max_canary_diff: float | None = Field(None, gt=0)  # |sampler - learner| of the canary, every sync
 
 
+def _wandb_project(name: str) -> str:
+    if not 1 <= len(name) <= 128 or set(name) & set("/\\#?%:"):
+        raise ValueError(f"found {name!r}; wanted 1 to 128 characters without / \\ # ? % : (wandb's rule)")
+    return name
+
+
 class TrackingSection(Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when logged in, else offline
-    project: str = "rlsys"
-    tags: list[str] = Field(default_factory=list)
+    project: Annotated[str, AfterValidator(_wandb_project)] = "rlsys"
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list)  # as wandb takes them
     tensorboard: bool = False  # event files in run.dir/name/tensorboard, beside wandb
     rollouts_per_step: int = Field(4, ge=0)  # rows of the rollouts table: the best and the worst
     rollout_steps: int = Field(20, ge=0)  # newest steps whose rollouts are kept whole, for `rlsys replay`; 0: none
@@ -491,6 +543,12 @@ class JobConfig(Section):
             raise ValueError(
                 f"model.max_length {self.model.max_length} leaves no room for a prompt before {longest} sampled tokens "
                 "(rl.sampling.max_tokens, eval.max_tokens)"
+            )
+        if self.sampler.max_num_seqs > max(self.sampler.max_num_batched_tokens, self.model.max_length + 1):
+            raise ValueError(
+                f"sampler.max_num_seqs {self.sampler.max_num_seqs} is above sampler.max_num_batched_tokens "
+                f"{self.sampler.max_num_batched_tokens}, which vLLM refuses; set "
+                f"sampler.max_num_seqs={self.sampler.max_num_batched_tokens}"
             )
         self._refuse_contradictions()
         if self.task.min_operations > self.task.max_operations:

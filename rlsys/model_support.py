@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlsys.config import JobConfig, LoraSection, SamplerSection
-from rlsys.dimensions import Dimensions, of_config, read_config
+from rlsys.dimensions import Dimensions, dimensions, of_config, read_config
 from rlsys.errors import ConfigError
 from rlsys.families import FAMILIES, TEXT_PARTS, Family, family_of, text_part
 
@@ -53,12 +53,19 @@ def local_config(model_path: str) -> tuple[Mapping[str, Any], str] | None:
 
 
 def refuse_unsupported_job(job: JobConfig) -> None:
-    """For a model whose config.json is on this machine; of another, the learner's node finds out before it loads it.
+    """For a model that is made, or whose config.json is on this machine; of another, the learner's node finds out.
 
     Raises:
         ConfigError: as `refuse_unsupported`.
     """
-    found = None if job.model.path is None else local_config(job.model.path)
+    if job.model.path is None:
+        wrong = list(
+            shape_problems(dimensions(job.model), job.model.max_length, job.lora, job.sampler, job.sampler_device)
+        )
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+        return
+    found = local_config(job.model.path)
     if found is not None:
         refuse_unsupported(
             *found,
@@ -179,8 +186,9 @@ def shape_problems(
         )
     if device == "cpu" and dims.head_dim not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        key = "model.make.head_dim" if dims.source.startswith("model.make") else "model.path"
         yield (
-            f"model.path: heads of {dims.head_dim} values; vLLM's attention on CPU takes {sizes}: sample this model "
+            f"{key}: heads of {dims.head_dim} values; vLLM's attention on CPU takes {sizes}: sample this model "
             "on a GPU (sampler.num_gpus)"
         )
     if lora is not None and lora.train_unembed:

@@ -27,6 +27,7 @@ StopReason = Literal["stop", "length"]
 
 INTEGER_INPUTS = frozenset({"target_tokens"})
 MAX_TOKEN_ID = 2**31 - 1  # batches travel as int32
+LEAST_EPS = 1e-38  # of AdamW, in float32: 0 would make 0/0 of a weight whose gradients have all been 0
 
 
 def to_array(value: Any) -> Array:
@@ -292,7 +293,7 @@ class SamplingParams:
         _require(self.seed is None or _is_whole(self.seed), "seed", self.seed, "a whole number or None")
         stops = () if self.stop is None or isinstance(self.stop, str) else self.stop
         stop_ok = isinstance(stops, Sequence) and (
-            all(isinstance(stop, str) for stop in stops) or all(_is_whole(stop) for stop in stops)
+            all(isinstance(stop, str) for stop in stops) or all(map(_is_token_id, stops))
         )
         _require(stop_ok, "stop", self.stop, "a string, strings, or token ids")
 
@@ -301,9 +302,16 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def _is_token_id(value: Any) -> bool:
+    return _is_whole(value) and 0 <= int(value) <= MAX_TOKEN_ID
+
+
 def is_number(value: object) -> bool:
     """A finite real number; True and False are none."""
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    try:
+        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _require(ok: bool, name: str, found: object, wanted: str) -> None:
@@ -329,7 +337,9 @@ class AdamParams:
     grad_clip_norm: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "eps", "weight_decay", "grad_clip_norm"):
+        if not (is_number(self.eps) and self.eps >= LEAST_EPS):
+            raise ConfigError(f"AdamParams.eps: found {self.eps!r}; wanted a finite number >= {LEAST_EPS}")
+        for name in ("learning_rate", "weight_decay", "grad_clip_norm"):
             value = getattr(self, name)
             if not (is_number(value) and value >= 0.0):
                 raise ConfigError(f"AdamParams.{name}: found {value!r}; wanted a finite number >= 0")

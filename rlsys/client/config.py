@@ -13,6 +13,7 @@ from rlsys.config import (
     Name,
     Precision,
     SamplerSection,
+    Seconds,
     Section,
     refuse_dtype,
 )
@@ -33,14 +34,16 @@ class ServiceConfig(Section):
     detached: Name | None = None  # a name: what is started lives on until `rlsys stop`
     # of the frozen base, in learner and sampler alike; None: bfloat16 for samplers on CUDA, float32 on the CPU
     dtype: Precision | None = None
-    max_length: int = Field(2048, ge=8)  # tokens of prompt + completion; less where the model has fewer positions
+    max_length: int = Field(
+        2048, ge=8, lt=2**24
+    )  # tokens of prompt + completion; less where the model has fewer positions
     lora_alpha: float = Field(32.0, gt=0)  # the Tinker API has no alpha; its documents imply this one
     learner: LearnerSection | None = None  # None: by the devices found
     sampler: SamplerSection | None = None
     checkpoints: PathText = "checkpoints"  # the folder, on the learner's node, under which states are saved
-    start_timeout_s: float = Field(900.0, gt=0)
-    room_timeout_s: float = Field(120.0, gt=0)  # how long a request waits for room in a full engine
-    gap_timeout_s: float = Field(600.0, gt=0)  # how long a call waits for one entered before it that never arrives
+    start_timeout_s: Seconds = 900.0
+    room_timeout_s: Seconds = 120.0  # how long a request waits for room in a full engine
+    gap_timeout_s: Seconds = 600.0  # how long a call waits for one entered before it that never arrives
 
     @field_validator("learner")
     @classmethod

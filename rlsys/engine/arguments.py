@@ -46,7 +46,7 @@ def engine_arguments(
     return {
         "model": str(base),
         "dtype": model.dtype,
-        "seed": seed,
+        "seed": numpy_seed(seed),
         "tensor_parallel_size": parallel,
         "max_model_len": max_model_len,
         "max_num_seqs": section.max_num_seqs,
@@ -66,6 +66,11 @@ def engine_arguments(
         "disable_log_stats": True,
         **by_device,
     }
+
+
+def numpy_seed(seed: int) -> int:
+    """What an engine seeds numpy and torch with. It decides nothing that is drawn: every request has its own seed."""
+    return seed % 2**32
 
 
 def target_modules(base: Path, device: Device) -> list[str]:

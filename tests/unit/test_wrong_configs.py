@@ -30,7 +30,7 @@ WRONG = [
     ("a group of one", SMALL, ["rl.samples_per_problem=1"], "rl.samples_per_problem", "greater than or equal to 2"),
     ("no learner", SMALL, ["learner.num_workers=0"], "learner.num_workers", "greater than or equal to 1"),
     ("no sampler", SMALL, ["sampler.num_workers=0"], "sampler.num_workers", "greater than or equal to 1"),
-    ("no core", SMALL, ["learner.num_cpus=0"], "learner.num_cpus", "greater than 0"),
+    ("no core", SMALL, ["learner.num_cpus=0"], "learner.num_cpus", "equal to 0.0001"),
     (
         "more than the GPU",
         SMALL,
