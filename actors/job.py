@@ -23,6 +23,7 @@ from actors.logs import Failures, process_of
 from actors.placement import Placement
 from actors.sampler_pool import Needed, SamplerPool
 from rlsys import loop, losses, overlap
+from rlsys.anchoring import anchored
 from rlsys.base import pack_folder
 from rlsys.checkpoints import CONFIG, MANIFEST, WEIGHTS
 from rlsys.config import JobConfig
@@ -76,14 +77,14 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     for note in check_job(config):
         progress.note(f"rlsys: {note}")
     with RunStore.open(config, fresh, progress.note) as store:
-        config = store.config  # with the run's own date
+        config = anchored(store.config)  # which has the run's own date
         accuracies = _accuracies(store)
         if store.finished:
             return _as_it_was(store, accuracies, progress)
         forget_after(store.run_dir, -1 if store.resume is None else store.resume.step)
         failures = Failures(store.run_dir / ERRORS)
         interrupts = Interrupts(progress.note)
-        tracker = _tracker(config, store, progress)
+        tracker = _tracker(store.config, store, progress)
         observer = JobObserver(config, tracker, progress, failures, accuracies)
         with (
             _results(store, failures, progress.note),

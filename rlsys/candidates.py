@@ -9,6 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
+from rlsys.anchoring import anchored
 from rlsys.base import pack_folder
 from rlsys.checkpoints import CONFIG as ADAPTER_CONFIG
 from rlsys.checkpoints import MANIFEST, WEIGHTS, read_files, read_info
@@ -53,6 +54,7 @@ def find(config: JobConfig, checkpoint: Path | None) -> Candidate:
         CheckpointError: there is nothing of the kind, it is damaged, or the adapter is not of this job's `lora`.
             Whether it is of this base is known once that is loaded.
     """
+    config = anchored(config)
     if checkpoint is None:
         config = _dated(config, config.run_dir)
         base = _base(config, None)

@@ -19,6 +19,7 @@ import numpy as np
 from transformers.utils import logging
 
 from rlsys.advantages import to_pieces
+from rlsys.anchoring import anchored
 from rlsys.canary import SHORT_TOKENS
 from rlsys.config import JobConfig, load_config
 from rlsys.datums import DatumBatch
@@ -29,7 +30,7 @@ from rlsys.policy import Policy
 from rlsys.recording import Recorded, load_step, recorded_steps, told
 from rlsys.records import CONFIG, METRICS, read_metrics
 from rlsys.rollouts import Rollouts
-from rlsys.run_store import BASE, checkpoint_steps, read_checkpoint
+from rlsys.run_store import BASE, checkpoint_steps, folder_of_command, read_checkpoint
 from rlsys.types import Array
 
 # Without these a step is not the same, whatever else agrees. The run's other figures have no counterpart here.
@@ -90,7 +91,7 @@ def replay(run_dir: Path, step: int, device: Literal["cpu", "cuda"] | None = Non
             checkpoint and rollouts are not of one history.
         DivergedError: as in the run, where the step was the one that ended it.
     """
-    config = load_config(run_dir / CONFIG)
+    config = anchored(load_config(run_dir / CONFIG), folder_of_command(run_dir), Path.cwd())
     started = _start(run_dir, config, step)
     policy = _policy(run_dir, config, started, device)
     facts: Facts = {}

@@ -3,7 +3,8 @@
     config.yaml      what the run computes now; config.001.yaml, ... what it was before each change that was allowed.
                      It holds the day on which the run began (prompt.date): a chat template that writes today's date
                      writes that one for ever, else the prompts would change at midnight
-    run.json         facts that outlive a driver, such as the id of the wandb run
+    run.json         facts that outlive a driver, such as the id of the wandb run, and the folder that relative paths of
+                     config.yaml are of: the one in which the newest command was given
     lock             held (flock) by the driver that is at work; the system frees it when that process is gone
     checkpoints/step-000007/    what the learner needs, ledger.npz, and resume.json with step and hash of every file
     base/, adapter/             folders that appear whole or not at all
@@ -32,6 +33,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlsys import yaml_text
+from rlsys.anchoring import same_place
 from rlsys.config import JobConfig, dump_config, keys
 from rlsys.errors import CheckpointError, ConfigError, RunExistsError
 from rlsys.files import is_plain, remove, remove_folder, replace_file, replace_folder
@@ -47,6 +49,7 @@ FIXED = (
     *("rewards.function", "rewards.correct", "rewards.format", "rewards.length", "eval.max_tokens"),
 )
 MAY_CHANGE = ("rl.steps",)
+PATHS = ("model.path", "task.train.path", "task.eval.path")  # may be spelled in another way
 _STEP = re.compile(r"step-(\d{6,})")
 _OLD = re.compile(r"\.(step-\d{6,}|base|adapter)\.old")
 _KNOWN = frozenset(keys())
@@ -248,6 +251,15 @@ def day_of(run_dir: Path) -> str | None:
         return None  # whether there is a run, and a whole one, is for others to say
 
 
+def folder_of_command(run_dir: Path) -> Path:
+    """The folder in which a run's newest command was given, to which its relative paths belong; of a run that has not
+    written it down, the current one."""
+    try:
+        return Path(json.loads((run_dir / INFO).read_bytes())["folder"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return Path.cwd()
+
+
 def refuse_foreign(run_dir: Path) -> None:
     """Raises RunExistsError where the directory holds files that are no run of rlsys."""
     if not run_dir.is_dir() or _is_run(run_dir):
@@ -302,6 +314,10 @@ def refuse_changes(config: JobConfig, run_dir: Path) -> None:
     if day is not None:
         before, config = before.dated(day), config.dated(day)
     old, new = _flat(before.model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    was, is_now = _flat(before.model_dump()), _flat(config.model_dump())
+    for key in PATHS:
+        if key in was and key in is_now and same_place(was[key], is_now[key], folder_of_command(run_dir)):
+            old[key] = new[key]
     changed = [
         f"{key} was {old.get(key)!r}, is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -319,7 +335,7 @@ def _opened(config: JobConfig, lock: int, note: Note) -> RunStore:
     run_dir = config.run_dir
     config = config.dated(day_of(run_dir) or date.today().isoformat())
     if not (run_dir / CONFIG).is_file():
-        info: dict[str, Any] = {"wandb_id": secrets.token_hex(5), "started": time.time()}
+        info: dict[str, Any] = {"wandb_id": secrets.token_hex(5), "started": time.time(), "folder": str(Path.cwd())}
         replace_file(run_dir / INFO, _json(info))
         replace_file(run_dir / CONFIG, dump_config(config).encode())  # last: it makes the directory a run
         return RunStore(config, lock, info, None, note)
@@ -337,6 +353,9 @@ def _opened(config: JobConfig, lock: int, note: Note) -> RunStore:
         )
     _check_base(run_dir / BASE, note)
     _keep_config(run_dir, dump_config(config).encode(), note)
+    if info.get("folder") != str(Path.cwd()):
+        info["folder"] = str(Path.cwd())
+        replace_file(run_dir / INFO, _json(info))
     return RunStore(config, lock, info, resume, note)
 
 

@@ -18,12 +18,13 @@ def path_of(model_id: str, kind: Kind, name: str) -> str:
 
 
 def given(path: str) -> str:
-    """A saved state as its user names it: of a folder ``~`` and variables are those of the user's machine.
+    """A saved state as its user names it. In a folder's path ``~``, variables and what it is relative to are those of
+    the user's process, whichever process reads it.
 
     Raises:
         ConfigError: it is a path with a variable or a user that does not exist.
     """
-    return path if "://" in path else expand(path)
+    return path if "://" in path else str(Path(expand(path)).absolute())
 
 
 def folder_of(root: Path, path: str) -> Path:
