@@ -1,6 +1,6 @@
 # Two commands set up and use rlsys: `make quickstart` and `make test`. The rest is for those who work on it.
-PYTHON ?= python3.11
-VENV   ?= .venv
+PYTHON := $(or $(PYTHON),python3.11)
+VENV   := $(or $(VENV),.venv)
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from ray.exceptions import AuthenticationError, RayError
 from actors.surroundings import refuse_surroundings
 from rlsys.config import ClusterSection, checked_address
 from rlsys.errors import ClusterError
-from rlsys.shell import variable
+from rlsys.shell import drop_empty_variables, set_default, variable
 
 KNOCK_TIMEOUT_S = 10.0
 START = "Start one with `ray start --head`, or unset RAY_ADDRESS to have one started here for this job"
@@ -27,11 +26,12 @@ REFUSED = ("unauthenticated", "authentication token", "token authentication", "i
 @contextmanager
 def cluster(section: ClusterSection) -> Iterator[str]:
     """Yields where the cluster is, in words. ``cluster.address`` beats RAY_ADDRESS."""
+    drop_empty_variables()
     address = checked_address(section.address or variable("RAY_ADDRESS"))
     refuse_surroundings(starts_ray=not address)
     # Ray prints every death of a worker in its own words; ours are told once, with their cause (actors/logs.py).
     ray_worker.print_to_stdstream = _said_elsewhere
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls whose answer nobody wants any more
+    set_default("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls whose answer nobody wants any more
     # Ray ends actors by a kill, after which sockets of engines and folders of fork servers would stay behind.
     with tempfile.TemporaryDirectory(prefix="rlsys-", ignore_cleanup_errors=True) as scratch:
         where = _join(address) if address else _start(section, scratch)
@@ -79,7 +79,7 @@ def why_not_joined(where: str, error: BaseException) -> str:
         text += f" {chain}"
     low = text.lower()
     if isinstance(error, AuthenticationError) or any(word in low for word in REFUSED):
-        mode = os.environ.get("RAY_AUTH_MODE")
+        mode = variable("RAY_AUTH_MODE")
         now = f"RAY_AUTH_MODE is {mode!r} here" if mode else "RAY_AUTH_MODE is not set here"
         return (
             f"the Ray cluster at {where} refuses this process's token: {_line(error)}. {now}. Set RAY_AUTH_MODE to "
@@ -93,7 +93,7 @@ def why_not_joined(where: str, error: BaseException) -> str:
         )
     if "could not find any running ray instance" in low or "'auto'" in low:
         return f"no Ray cluster answers at {where}: {_line(error)}. {START}"
-    tls = os.environ.get("RAY_USE_TLS", "0")
+    tls = variable("RAY_USE_TLS") or "0"
     return (
         f"something listens at {where}, but it does not answer as a Ray cluster does: {_line(error)}. Look at the port "
         "(6379 unless `ray start --head --port` says otherwise; 8265 is the dashboard and takes no jobs of this kind), "
@@ -115,7 +115,7 @@ def _knock(address: str) -> None:
 
 
 def _start(section: ClusterSection, scratch: str) -> str:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    set_default("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         address="local",
         num_cpus=section.num_cpus,

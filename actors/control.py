@@ -21,6 +21,7 @@ from actors.light_stages import light
 from rlsys.config import ClusterSection, checked_address
 from rlsys.errors import ClusterError, ConfigError, RlsysError
 from rlsys.run_store import INFO
+from rlsys.shell import command, variable
 
 NAMESPACE = "rlsys"
 PREFIX = "job:"
@@ -96,7 +97,7 @@ def _register(run: str) -> Any:
             if time.monotonic() > deadline:
                 raise ClusterError(
                     f"a job called {run!r} is running on this cluster already; give this one another run.name, or end "
-                    f"that one with `rlsys stop {run}`"
+                    f"that one with `{command('rlsys', 'stop', run)}`"
                 ) from error
             time.sleep(RELEASE_POLL_S)
 
@@ -111,11 +112,11 @@ def reach(run: str | None, address: str | None) -> Iterator[str | None]:
     places = [Path(run), Path("runs") / run] if run else []
     folder = next((place for place in places if (place / INFO).is_file()), None)
     name = folder.name if folder else run
-    where = address or os.environ.get("RAY_ADDRESS")
+    where = address or variable("RAY_ADDRESS")
     if folder and not where:
         info = json.loads((folder / INFO).read_bytes())
         where = info.get("cluster")
-        if info.get("auth_mode") and "RAY_AUTH_MODE" not in os.environ:
+        if info.get("auth_mode") and variable("RAY_AUTH_MODE") is None:
             os.environ["RAY_AUTH_MODE"] = info["auth_mode"]
     with cluster(ClusterSection(address=checked_address(where) or "auto")):
         yield name

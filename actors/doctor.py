@@ -35,6 +35,7 @@ from rlsys.errors import ConfigError
 from rlsys.memory import GIB
 from rlsys.model_support import refuse_unsupported_job
 from rlsys.planning import this_machine
+from rlsys.shell import command, variable
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -62,12 +63,12 @@ def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) ->
         package_versions,
         devices,
         lambda: [] if job is None else [model(job), *model_files(job)],
-        lambda: [disk("runs", out), disk("Ray's files", Path(os.environ.get("RAY_TMPDIR") or "/tmp"))],
-        lambda: surroundings(starts_ray=not (cluster.address or os.environ.get("RAY_ADDRESS"))),
+        lambda: [disk("runs", out), disk("Ray's files", Path(variable("RAY_TMPDIR") or "/tmp"))],
+        lambda: surroundings(starts_ray=not (cluster.address or variable("RAY_ADDRESS"))),
         lambda: [shared_memory(cluster.object_store_gb)],
         lambda: [port(number, use) for number, use in PORTS.items()],
         lambda: [open_files(), token_file(), wandb_login(), hub()],
-        lambda: [ray_answers(cluster.address or os.environ.get("RAY_ADDRESS"))],
+        lambda: [ray_answers(cluster.address or variable("RAY_ADDRESS"))],
         lambda: [vllm_imports()],
     )
     for group in quick:
@@ -168,21 +169,23 @@ def open_files() -> Check:
 
 def token_file() -> Check:
     """Ray writes its token readable for all."""
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(variable("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.is_file():
         return Check("Ray token", "ok", f"none at {path}")
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        return Check("Ray token", "warn", f"{path} is open to other users (mode {mode:04o})", f"chmod 600 {path}")
+        return Check(
+            "Ray token", "warn", f"{path} is open to other users (mode {mode:04o})", command("chmod", "600", path)
+        )
     return Check("Ray token", "ok", f"{path}, for its owner alone")
 
 
 def wandb_login() -> Check:
     """Without the network: a key in the environment or in .netrc."""
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname or WANDB_HOST
-    if os.environ.get("WANDB_API_KEY"):
+    host = urlsplit(variable("WANDB_BASE_URL") or "").hostname or WANDB_HOST
+    if variable("WANDB_API_KEY"):
         return Check("wandb", "ok", "WANDB_API_KEY is set")
-    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    netrc = Path(variable("NETRC") or Path.home() / ".netrc")
     if netrc.is_file() and host in netrc.read_text(errors="replace"):
         return Check("wandb", "ok", f"logged in to {host} ({netrc})")
     return Check("wandb", "warn", "not logged in: runs are written offline", "wandb login, or tracking.wandb=disabled")
@@ -275,7 +278,7 @@ def _own_metadata() -> tuple[str, list[str]]:
 
 def _package(wanted: Requirement) -> Check | None:
     """What is wrong with one distribution."""
-    remedy = f"pip install '{wanted}'"
+    remedy = command("pip", "install", str(wanted))
     try:
         found = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
@@ -330,7 +333,7 @@ def _unreachable(host: str, number: int) -> str | None:
 def _apart(script: str, limit_s: float, *arguments: str) -> list[str] | str:
     """Last line of what a script prints in a process of its own, in a list; or why it failed, as one line."""
     command = [sys.executable, "-c", script, *arguments]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [variable("PYTHONPATH")])])
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=limit_s, env={**os.environ, "PYTHONPATH": path}

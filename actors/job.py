@@ -40,6 +40,7 @@ from rlsys.recording import forget_after
 from rlsys.records import ERRORS, RolloutRow, read_metrics
 from rlsys.report import write_report
 from rlsys.run_store import RunStore
+from rlsys.shell import variable
 from rlsys.stages import Graded, Made, Published, Rewound, Stages, Trained
 from rlsys.system import System
 from rlsys.tracking import Tracker
@@ -301,7 +302,7 @@ def _announce(config: JobConfig, store: RunStore, where: str, progress: Progress
     after = "" if store.resume is None else f", going on after step {store.resume.step}"
     progress.note(f"rlsys: run {config.run.name!r} on {where}, writing to {store.run_dir}{after}")
     store.note(
-        cluster=ray.get_runtime_context().gcs_address, auth_mode=os.environ.get("RAY_AUTH_MODE", ""), pid=os.getpid()
+        cluster=ray.get_runtime_context().gcs_address, auth_mode=variable("RAY_AUTH_MODE") or "", pid=os.getpid()
     )
 
 

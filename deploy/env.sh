@@ -1,5 +1,8 @@
 # shellcheck shell=bash
 # What all processes of a cluster have to agree on. Sourced by node.sh, submit.sh and slurm.sh; the environment wins.
+for name in "${!RAY_@}" "${!RLSYS_@}" TMPDIR; do # empty counts as unset: Ray takes an empty folder for the working one
+  [ -n "${!name:-}" ] || unset "$name"
+done
 deploy=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 [ ! -x "$deploy/../.venv/bin/ray" ] || PATH="$(readlink -f "$deploy/../.venv/bin"):$PATH" # what `make` sets up
 

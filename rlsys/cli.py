@@ -12,7 +12,7 @@ import typer
 from rlsys.config import load_command, load_config
 from rlsys.errors import ConfigError, RlsysError, StorageError
 from rlsys.files import refusal
-from rlsys.shell import expand, expanded
+from rlsys.shell import drop_empty_variables, expand, expanded
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
@@ -324,6 +324,7 @@ def stop(
 
 def main() -> None:
     """The console script: an error of rlsys, or of a disk, is one readable message and exit code 1, not a traceback."""
+    drop_empty_variables()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # LANG=C and its like cannot write what a model may say

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from rlsys.config import JobConfig, LoraSection, SamplerSection
 from rlsys.dimensions import SAVED_BYTES, Dimensions
 from rlsys.model_support import unembedding_problem
 from rlsys.precision import computing_dtype
+from rlsys.shell import set_default
 
 MIB, GIB = 2**20, 2**30
 FP32 = 4
@@ -177,7 +177,7 @@ def bound_growth(hidden_size: int) -> None:
     matrix product. Another C library than glibc is left as it is, and so is a limit that the user has set."""
     if mmap_threshold(hidden_size) < math.inf:
         for name in KERNEL_CACHES:
-            os.environ.setdefault(name, str(KEPT_KERNELS))
+            set_default(name, str(KEPT_KERNELS))
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 

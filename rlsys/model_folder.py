@@ -21,6 +21,7 @@ from rlsys.config import JobConfig
 from rlsys.endings import Endings, endings_of, has_tokenizer, load_tokenizer, read_json, rows_of
 from rlsys.errors import ConfigError
 from rlsys.rendering import Renderer
+from rlsys.shell import command
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PLAIN_DTYPES = ("F32", "F16", "BF16")
@@ -221,7 +222,8 @@ def _header(path: Path) -> Header:
         start = file.read(8)
         if start == b"version ":
             raise ConfigError(
-                f"model.path: {path} is a pointer of Git LFS, not the weights themselves; `git lfs pull` there"
+                f"model.path: {path} is a pointer of Git LFS, not the weights themselves: "
+                f"`{command('git', '-C', path.parent, 'lfs', 'pull')}`"
             )
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= LARGEST_HEADER:

@@ -25,6 +25,8 @@ from rich.progress import (
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from rlsys.shell import command
+
 LINE_EVERY_S = 1.0  # where stdout is no terminal: a log file should not grow by every step of a fast stage
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARK_STEPS = 24  # newest rewards that are drawn
@@ -252,7 +254,7 @@ def closing_rows(
     if wandb_url:
         rows.append(("wandb", wandb_url))
     elif wandb_dir:
-        rows.append(("wandb (offline)", f"wandb sync {wandb_dir}"))
+        rows.append(("wandb (offline)", command("wandb", "sync", wandb_dir)))
     if adapter:
         rows.append(("adapter (PEFT)", str(adapter)))
     return rows

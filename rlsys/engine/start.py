@@ -14,6 +14,7 @@ from typing import Any, Literal
 from rlsys.config import SamplerSection
 from rlsys.engine.text_only import register
 from rlsys.errors import ClusterError
+from rlsys.shell import set_default
 
 Device = Literal["cpu", "cuda"]
 
@@ -61,7 +62,7 @@ def prepare_environment(section: SamplerSection, device: Device = "cpu") -> None
     os.environ["OMP_NUM_THREADS"] = str(section.threads)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"  # see rlsys.sampler: one position is allotted and never computed
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at length of every choice made here
+    set_default("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at length of every choice made here
     if device == "cpu":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # auto pins every engine to core 0
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # allows the worker inside the engine's process

@@ -28,6 +28,7 @@ import numpy as np
 
 from rlsys.errors import ConfigError
 from rlsys.reading import LFS_POINTER, decode, first_line
+from rlsys.shell import command
 
 Row = Mapping[str, Any]
 
@@ -65,7 +66,8 @@ def read_file(path: Path, roots: Sequence[str], where: str, name: str = "") -> I
             start = stream.read(len(LFS_POINTER))
             if start == LFS_POINTER:
                 raise ConfigError(
-                    f"{where}: is a pointer of Git LFS, not the rows themselves; `git lfs pull` in its folder"
+                    f"{where}: is a pointer of Git LFS, not the rows themselves: "
+                    f"`{command('git', '-C', path.parent, 'lfs', 'pull')}`"
                 )
             stream.seek(0)
             yield from _READERS[kind](stream, roots, where)

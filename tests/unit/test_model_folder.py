@@ -169,7 +169,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (pickle, r"found pytorch_model\.bin; wanted model\.safetensors.*save_pretrained"),
     (as_gguf, r"holds model-q4\.gguf\. GGUF files.*GgufConfig\(dequantize=True\)"),
     (gguf_alone, r"holds model-q4\.gguf and no config\.json\. GGUF"),
-    (lfs_pointer, r"is a pointer of Git LFS.*git lfs pull"),
+    (lfs_pointer, r"is a pointer of Git LFS.*git .*lfs pull"),
     (int8, r"q_proj\.weight is I8; wanted F32, F16 or BF16"),
     (no_tokenizer, r"has no tokenizer; wanted tokenizer\.json"),
     (damaged_tokenizer, r"the tokenizer in .* cannot be loaded \(.*\); wanted tokenizer\.json"),

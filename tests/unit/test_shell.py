@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from actors.doctor import token_file
 from rlsys.cli import app
 from rlsys.client.config import ServiceConfig
 from rlsys.client.paths import given
 from rlsys.config import ModelSection, dump_config, parse_config
 from rlsys.errors import ConfigError
-from rlsys.shell import as_written, command, expand, variable
+from rlsys.progress import closing_rows
+from rlsys.reading import LFS_POINTER
+from rlsys.shell import as_written, command, drop_empty_variables, expand, set_default, variable
+from rlsys.system import environment
+from rlsys.tasks.row_files import read_file
 
 SMALL = "run: {name: a}\nmodel: {make: {}}\n"
 ROOT_HOME = pwd.getpwnam("root").pw_dir
@@ -147,9 +154,85 @@ def test_every_path_on_a_command_line_is_expanded(words: list[str]) -> None:
 
 def test_a_command_that_is_offered_can_be_pasted() -> None:
     for word in ["a b", "it's", "$HOME", "x;y", "*", ""]:
-        assert shlex.split(command("rlsys", "stop", word).strip("`")) == ["rlsys", "stop", word]
+        assert shlex.split(command("rlsys", "stop", word)) == ["rlsys", "stop", word]
 
 
 def test_a_variable_that_is_empty_counts_as_unset() -> None:
     assert variable("EMPTY") is variable("UNSET") is None
     assert variable("user") == "u"
+
+
+def test_a_default_takes_the_place_of_an_empty_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNSET", "")  # so that it is restored
+    for name in ("EMPTY", "UNSET", "user"):
+        set_default(name, "x")
+    assert [variable("EMPTY"), variable("UNSET"), variable("user")] == ["x", "x", "u"]
+
+
+LIBRARIES = [
+    "RAY_TMPDIR",
+    "RAY_ADDRESS",
+    "RAY_AUTH_MODE",
+    "WANDB_MODE",
+    "WANDB_BASE_URL",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "TMPDIR",
+    "VLLM_LOGGING_LEVEL",
+    "HOME",
+    "OMP_NUM_THREADS",
+    "GLOO_SOCKET_IFNAME",
+]
+
+
+def test_libraries_find_no_empty_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*LIBRARIES, "CUDA_VISIBLE_DEVICES"]:
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("WANDB_PROJECT", "p")
+    drop_empty_variables()
+    assert not {*LIBRARIES} & os.environ.keys()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # which hides every GPU
+    assert os.environ["WANDB_PROJECT"] == "p"
+
+
+def test_scripts_of_a_cluster_take_an_empty_variable_for_an_unset_one() -> None:
+    script = Path(__file__).parents[2] / "deploy" / "env.sh"
+    names = ["RAY_AUTH_MODE", "RAY_USE_TLS", "RAY_TMPDIR", "RLSYS_PORT", "RLSYS_RAY_OPTIONS", "TMPDIR", "RAY_ADDRESS"]
+    show = "; ".join(f'echo "${{{name}-unset}}"' for name in names)
+    done = subprocess.run(
+        ["bash", "-euc", f'source "$0"; {show}', str(script)],
+        env={"PATH": os.environ["PATH"], "HOME": "/h", **dict.fromkeys(names, "")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["token", "0", "unset", "6379", "unset", "unset", "unset"]
+
+
+def test_offers_of_commands_have_quotes_round_paths_with_spaces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a model's folder"
+    folder.mkdir()
+    closing = closing_rows(
+        folder, accuracy_before=0, accuracy_after=1, steps=1, seconds=1, wandb_dir=folder, wandb_url=None, adapter=None
+    )
+    offers = [dict(closing)["wandb (offline)"]]
+    token = folder / "token"
+    token.touch()
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    offers.append(token_file().remedy)
+    rows = folder / "rows.jsonl"
+    rows.write_bytes(LFS_POINTER)
+    with pytest.raises(ConfigError) as caught:
+        list(read_file(rows, ["prompt"], "task.train"))
+    offers.append(str(caught.value).split("`")[1])
+    monkeypatch.setattr("sys.argv", ["/usr/bin/rlsys", "train", "a b.yaml", "prompt.template={prompt} ..."])
+    offers.append(environment()["command"])
+    assert [shlex.split(offer) for offer in offers] == [
+        ["wandb", "sync", str(folder)],
+        ["chmod", "600", str(token)],
+        ["git", "-C", str(folder), "lfs", "pull"],
+        ["rlsys", "train", "a b.yaml", "prompt.template={prompt} ..."],
+    ]
