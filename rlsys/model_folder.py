@@ -59,6 +59,11 @@ def check_job(config: JobConfig) -> tuple[str, ...]:
     notes = [*endings.notes, *check_tokens(folder, tokenizer, renderer.ids(PROBE))]
     if not renderer.chat and config.prompt.chat is None:
         notes.append(f"{folder}: the tokenizer has no chat template, so prompts are plain text (prompt.template)")
+    if config.lora.train_unembed and _is_tied(folder):
+        notes.append(
+            f"lora.train_unembed: {folder} ties its output layer to its embeddings, and PEFT's merge_and_unload() "
+            "would add the adapter to both; for a merged model use `rlsys export --merged`"
+        )
     stops = list(config.rl.sampling.stop or ())
     if tasks.converses(config.task):
         renderer.reply_ids("a reply", None, False)  # a template that does not tell where a reply goes is refused here
@@ -66,6 +71,12 @@ def check_job(config: JobConfig) -> tuple[str, ...]:
     if not endings.ids and config.rl.sampling.stop is None:
         raise ConfigError(_endless(folder, endings))
     return tuple(notes)
+
+
+def _is_tied(folder: Path) -> bool:
+    from rlsys.text_part import is_tied  # brings torch, which other jobs' plans do without
+
+    return bool(is_tied(folder))
 
 
 def check_tokenizer(folder: Path) -> tuple[str, ...]:
