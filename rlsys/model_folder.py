@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from rlsys import tasks
 from rlsys.config import JobConfig
-from rlsys.endings import Endings, endings_of, has_tokenizer, load_tokenizer, read_json, rows_of
+from rlsys.endings import Endings, endings_of, has_tokenizer, load_tokenizer, named_ends, read_json, rows_of
 from rlsys.errors import ConfigError
 from rlsys.rendering import Renderer
 
@@ -107,6 +107,7 @@ def check_files(folder: Path) -> None:
             f"model.path: {folder}/{CONFIG} holds {type(config).__name__}; wanted an object of names and values"
         )
     _check_config(folder, config)
+    named_ends(folder)
     headers = {path.name: _header(path) for path in _weight_files(folder)}
     _check_index(folder, headers)
     _check_tensors(folder, rows_of(config), headers)
