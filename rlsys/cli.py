@@ -199,7 +199,9 @@ def export(
         bool, typer.Option("--for-vllm", help="As vLLM loads it where PEFT's form is another: GLM-4's gate_up_proj.")
     ] = False,
 ) -> None:
-    """Write a checkpoint for other programs: the adapter as PEFT and vLLM load it, or one merged model."""
+    """Write a checkpoint for other programs: the adapter as PEFT and vLLM load it, or one merged model.
+
+    Warns where PEFT would merge the adapter into another model than the one that was trained."""
     if base is not None and not merged:
         raise ConfigError("--base: found it without --merged; an adapter alone needs no base")
     if for_vllm and merged:
@@ -211,7 +213,8 @@ def export(
     if merged:
         export_merged(base or read_info(checkpoint).base_name, checkpoint, out)
     else:
-        export_adapter(checkpoint, out, for_vllm)
+        for warning in export_adapter(checkpoint, out, for_vllm):
+            print(warning, file=sys.stderr)
 
 
 RUN = typer.Argument(help="A run's name, or its directory.", callback=_expanded_text)

@@ -8,6 +8,7 @@ lets completions run on to the limit. Any token named in any place ends a comple
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,17 +58,29 @@ def endings_of(folder: Path) -> Endings:
     """Of a model's folder; one without a tokenizer has those of its configuration.
 
     Raises:
-        ConfigError: the configuration is missing, the tokenizer cannot be loaded, or the configuration names a token
-            that the tokenizer takes for ordinary text.
+        ConfigError: the configuration is missing or damaged, the tokenizer cannot be loaded, or the configuration names
+            what is no token id, or a token that the tokenizer takes for ordinary text.
     """
-    config, generation = read_json(folder / CONFIG), read_json(folder / GENERATION) or {}
-    if config is None:
-        raise ConfigError(f"model.path: {folder} has no config.json; wanted a Hugging Face model folder")
-    named = {GENERATION: _ids(generation), CONFIG: _ids(config) or _ids(config.get("text_config") or {})}
+    named = named_ends(folder)
+    config = _object(folder / CONFIG) or {}
     if not has_tokenizer(folder):
         return _joined(str(folder), named, {}, rows_of(config), None)
     tokenizer = load_tokenizer(folder)
     return _joined(str(folder), named, _of_tokenizer(tokenizer), rows_of(config), tokenizer)
+
+
+def named_ends(folder: Path) -> Mapping[str, tuple[int, ...]]:
+    """The ends that the configuration of a model names, by file.
+
+    Raises:
+        ConfigError: it is missing or damaged, or names what is no token id.
+    """
+    config, generation = _object(folder / CONFIG), _object(folder / GENERATION) or {}
+    if config is None:
+        raise ConfigError(f"model.path: {folder} has no config.json; wanted a Hugging Face model folder")
+    in_config = _ids(config, f"{folder}/{CONFIG}: ")
+    in_text = _ids(config.get("text_config") or {}, f"{folder}/{CONFIG}: text_config.")
+    return {GENERATION: _ids(generation, f"{folder}/{GENERATION}: "), CONFIG: in_config or in_text}
 
 
 def endings_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Endings:
@@ -123,6 +136,8 @@ def read_json(path: Path) -> Any:
         raise
     except ValueError as error:
         raise ConfigError(f"model.path: {path} is no JSON ({error}); copy the file again") from error
+    except OSError as error:
+        raise ConfigError(f"model.path: {path} cannot be read: {error.strerror}") from error
 
 
 def rows_of(config: Mapping[str, Any]) -> int | None:
@@ -204,6 +219,23 @@ def _told(id_: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
     return f"{id_}" if text is None else f"{text} ({id_})"
 
 
-def _ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
+def _object(path: Path) -> Mapping[str, Any] | None:
+    found = read_json(path)
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError(f"model.path: {path} holds {type(found).__name__}; wanted an object of names and values")
+    return found
+
+
+def _ids(fields: Any, where: str) -> tuple[int, ...]:
+    """`where`: file, and the section in it."""
+    if not isinstance(fields, dict):
+        section = where.rstrip(".")
+        raise ConfigError(f"model.path: {section} is {fields!r}; wanted an object of names and values")
     eos = fields.get("eos_token_id")
-    return () if eos is None else (int(eos),) if isinstance(eos, int) else tuple(map(int, eos))
+    ids = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(id_) is int and id_ >= 0 for id_ in ids):  # True is an int to Python, and token 1 to others
+        raise ConfigError(
+            f"model.path: {where}eos_token_id is {json.dumps(eos)}; wanted a token id such as 2, a list of them, or "
+            "null where the model names no end"
+        )
+    return tuple(dict.fromkeys(ids))

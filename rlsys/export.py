@@ -18,8 +18,13 @@ from rlsys.checkpoints import CONFIG, WEIGHTS, read_adapter, read_files, read_in
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.identity import identity_of
-from rlsys.text_part import configuration, is_composite, load_whole, text_part
+from rlsys.shell import command
+from rlsys.text_part import configuration, is_composite, is_tied, load_whole, text_part
 
+UNTIE = (
+    "model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings())); "
+    "model.config.tie_word_embeddings = False"
+)
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf")
 
 
@@ -27,10 +32,11 @@ _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.g
 CUT_IN_VLLM = {"glm4": {"gate_up_proj": ("gate_proj", "up_proj")}}
 
 
-def export_adapter(checkpoint: Path, out: Path, for_vllm: bool = False) -> None:
+def export_adapter(checkpoint: Path, out: Path, for_vllm: bool = False) -> tuple[str, ...]:
     """The new folder `out` with the two files that PEFT and ``vllm serve --enable-lora`` load.
 
-    `for_vllm`: in the form that vLLM loads and PEFT does not, where they differ (CUT_IN_VLLM).
+    `for_vllm`: in the form that vLLM loads and PEFT does not, where they differ (CUT_IN_VLLM). Returns warnings of what
+    other programs would make of the adapter.
     """
     files = read_files(checkpoint)
     _require_new(out)
@@ -39,6 +45,23 @@ def export_adapter(checkpoint: Path, out: Path, for_vllm: bool = False) -> None:
             (folder / name).write_bytes(content)
         if for_vllm and (cuts := CUT_IN_VLLM.get(read_info(checkpoint).base.summary.partition(",")[0])):
             _cut(folder, load(files[WEIGHTS]), cuts)
+    return _warnings(checkpoint, Path(out))
+
+
+def _warnings(checkpoint: Path, out: Path) -> tuple[str, ...]:
+    info = read_info(checkpoint)
+    tied = is_tied(info.base_name) if info.lora.train_unembed else False
+    if tied is False:
+        return ()
+    ties = "ties to its embeddings" if tied else "may tie to its embeddings (its config.json is not on this machine)"
+    merged = out.with_name(f"{out.name}-merged")
+    base = () if tied else ("--base", "BASE")
+    return (
+        f"{out}: the adapter changes the output layer, which the base {info.base_name} {ties}. Loaded as an adapter it "
+        "computes what was trained. PEFT's merge_and_unload() adds it to the embeddings as well, which makes another "
+        f"model. For a merged model: {command('rlsys', 'export', checkpoint, merged, '--merged', *base)}. Or in "
+        f"Python, before PeftModel.from_pretrained: {UNTIE}",
+    )
 
 
 def _cut(folder: Path, tensors: dict[str, Tensor], cuts: Mapping[str, tuple[str, ...]]) -> None:
@@ -91,7 +114,8 @@ def _merge(model: Any, lora: LoraSection, adapter: dict[str, Tensor]) -> None:
             raise CheckpointError(f"the base has no linear module {path}, which the adapter changes")
         if module is model.get_output_embeddings() and module.weight is model.get_input_embeddings().weight:
             module.weight = nn.Parameter(module.weight.clone())
-            model.config.tie_word_embeddings = False
+            for config in (model.config, model.config.get_text_config()):  # programs differ in which of them they read
+                config.tie_word_embeddings = False
         delta = adapter[f"{path}.lora_B"].float() @ adapter[f"{path}.lora_A"].float() * (lora.alpha / lora.rank)
         module.weight.copy_(module.weight.float() + delta)
 

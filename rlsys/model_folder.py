@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from rlsys import tasks
 from rlsys.config import JobConfig
-from rlsys.endings import Endings, endings_of, has_tokenizer, load_tokenizer, read_json, rows_of
+from rlsys.endings import Endings, endings_of, has_tokenizer, load_tokenizer, named_ends, read_json, rows_of
 from rlsys.errors import ConfigError
 from rlsys.rendering import Renderer
 from rlsys.shell import command
@@ -60,6 +60,11 @@ def check_job(config: JobConfig) -> tuple[str, ...]:
     notes = [*endings.notes, *check_tokens(folder, tokenizer, renderer.ids(PROBE))]
     if not renderer.chat and config.prompt.chat is None:
         notes.append(f"{folder}: the tokenizer has no chat template, so prompts are plain text (prompt.template)")
+    if config.lora.train_unembed and _is_tied(folder):
+        notes.append(
+            f"lora.train_unembed: {folder} ties its output layer to its embeddings, and PEFT's merge_and_unload() "
+            "would add the adapter to both; for a merged model use `rlsys export --merged`"
+        )
     stops = list(config.rl.sampling.stop or ())
     if tasks.converses(config.task):
         renderer.reply_ids("a reply", None, False)  # a template that does not tell where a reply goes is refused here
@@ -67,6 +72,12 @@ def check_job(config: JobConfig) -> tuple[str, ...]:
     if not endings.ids and config.rl.sampling.stop is None:
         raise ConfigError(_endless(folder, endings))
     return tuple(notes)
+
+
+def _is_tied(folder: Path) -> bool:
+    from rlsys.text_part import is_tied  # brings torch, which other jobs' plans do without
+
+    return bool(is_tied(folder))
 
 
 def check_tokenizer(folder: Path) -> tuple[str, ...]:
@@ -97,6 +108,7 @@ def check_files(folder: Path) -> None:
             f"model.path: {folder}/{CONFIG} holds {type(config).__name__}; wanted an object of names and values"
         )
     _check_config(folder, config)
+    named_ends(folder)
     headers = {path.name: _header(path) for path in _weight_files(folder)}
     _check_index(folder, headers)
     _check_tensors(folder, rows_of(config), headers)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from rlsys.errors import ConfigError
 from rlsys.families import TEXT_PARTS
+from rlsys.model_support import local_config
 
 _PREFIX = "rlsys_whole_prefix"  # attribute of a text part: what the whole model calls its decoder
 
@@ -42,6 +43,12 @@ def configuration(base: Path | str) -> Any:
 def is_composite(config: Any) -> bool:
     """Whether a language model is only a part of what a configuration describes."""
     return config.get_text_config(decoder=True) is not config
+
+
+def is_tied(base: Path | str) -> bool | None:
+    """Whether a base ties its output layer to its embeddings; None: its configuration is not on this machine."""
+    found = local_config(str(base))
+    return None if found is None else bool(configuration(Path(found[1]).parent).tie_word_embeddings)
 
 
 def load_language_model(base: Path | str, *, dtype: torch.dtype | str, attention: str | None = None) -> PreTrainedModel:

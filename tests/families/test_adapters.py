@@ -59,6 +59,22 @@ def test_a_merged_model_is_base_and_adapter(trained: Adapted, tmp_path: Path) ->
     assert distance(logprobs_of(model), trained.logprobs("run")) < trained.bound
 
 
+def test_an_export_warns_of_tied_outputs_alone_and_a_merged_model_ties_nothing_anywhere(
+    trained: Adapted, tmp_path: Path
+) -> None:
+    base = load_whole(trained.folder, dtype=torch.float32)
+    is_tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    outputs = [key for key in trained.learner.run_state("run").weights if key.startswith("lm_head.")]
+    warnings = export_adapter(trained.checkpoints / "run", tmp_path / "adapter")
+    assert len(warnings) == (is_tied and bool(outputs))
+    assert export_adapter(trained.checkpoints / "inner", tmp_path / "inner") == ()
+    if warnings:
+        export_merged(trained.folder, trained.checkpoints / "run", tmp_path / "merged")
+        config = json.loads((tmp_path / "merged" / "config.json").read_text())
+        parts = [part for part in (config, config.get("text_config", {})) if "tie_word_embeddings" in part]
+        assert parts and not any(part["tie_word_embeddings"] for part in parts)
+
+
 @pytest.mark.parametrize("family", MIXTURES, ids=lambda family: family.name)
 def test_experts_are_refused_with_the_way_out(family: Family, tmp_path: Path) -> None:
     folder = family.save(tmp_path / "base")

@@ -85,6 +85,103 @@ def test_an_end_beyond_the_embedding_ends_nothing_and_is_told(tmp_path: Path) ->
     assert "the end token 300 lies beyond the embedding" in found.notes[0]
 
 
+NO_IDS = [
+    True,
+    False,
+    2.0,
+    float("nan"),
+    "2",
+    "</s>",
+    -1,
+    [END, None],
+    [END, -1],
+    [END, True],
+    [[END]],
+    {"id": END},
+    "",
+]
+
+
+@pytest.mark.parametrize("ends", NO_IDS, ids=json.dumps)
+@pytest.mark.parametrize("place", ["config", "generation"])
+def test_an_end_that_is_no_token_id_is_refused_by_file_and_key(tmp_path: Path, place: str, ends: Any) -> None:
+    folder, file = tmp_path / "model", "config.json" if place == "config" else "generation_config.json"
+    with pytest.raises(ConfigError) as error:
+        endings_of(folder_of(folder, **{"config": END, place: ends}))
+    assert f"{folder}/{file}: eos_token_id is {json.dumps(ends)}; wanted a token id such as 2" in str(error.value)
+
+
+@pytest.mark.parametrize("text", [{"eos_token_id": True}, {"eos_token_id": ["x"]}, [], "gemma"], ids=json.dumps)
+def test_an_end_of_the_text_part_is_judged_alike(tmp_path: Path, text: Any) -> None:
+    folder = folder_of(tmp_path / "model")
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "text_config": text}))
+    if text:
+        with pytest.raises(ConfigError, match=r"config\.json: text_config(\.eos_token_id)? is .*; wanted"):
+            endings_of(folder)
+    else:  # as good as none
+        assert endings_of(folder).ids == (END,)
+
+
+DAMAGED = {
+    "empty": (b"", "is no JSON"),
+    "cut off": (b'{"eos_token_id": 2', "is no JSON"),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "is no JSON"),
+    "an error page": (b"<html>404</html>", "is no JSON"),
+    "no UTF-8": (b'{"eos_token_id": "\xff"}', "is no JSON"),
+    "a list": (b"[2]", "holds list; wanted an object"),
+    "a number": (b"2", "holds int; wanted an object"),
+    "two values": (b'{"eos_token_id": 257, "eos_token_id": 259}', "'eos_token_id' is given twice"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_damaged_configuration_is_refused_by_its_name(tmp_path: Path, name: str, damage: str) -> None:
+    content, said = DAMAGED[damage]
+    folder = folder_of(tmp_path / "model", config=END)
+    (folder / name).write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        endings_of(folder)
+    assert f"model.path: {folder / name}" in str(error.value) and said in str(error.value)
+
+
+def test_a_folder_in_place_of_a_configuration_is_refused_by_its_name(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model", config=END)
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"generation_config\.json cannot be read: Is a directory"):
+        endings_of(folder)
+
+
+LACKING = 280  # a row of the embedding, no token of the tokenizer, as in vocabularies that are padded
+
+
+@pytest.mark.parametrize(
+    ("places", "ids"),
+    [
+        ({"config": [END, END, SEP, END]}, (END, SEP)),
+        ({"config": END, "generation": [END]}, (END,)),
+        ({"config": []}, (END,)),
+        ({"config": [SEP], "generation": []}, (SEP, END)),
+        ({"config": LACKING}, (LACKING, END)),
+        ({"config": [END, 10**30]}, (END,)),
+        ({"config": ROWS - 1, "tokenizer": False}, (ROWS - 1,)),
+        ({"config": [ROWS], "tokenizer": False}, ()),
+    ],
+)
+def test_every_list_of_ids_works(tmp_path: Path, places: dict[str, Any], ids: tuple[int, ...]) -> None:
+    assert endings_of(folder_of(tmp_path / "model", **places)).ids == ids
+
+
+def test_a_folder_without_generation_config_ends_as_the_others_say(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "model", config=SEP)
+    (folder / "generation_config.json").unlink()
+    assert set(endings_of(folder).ids) == {SEP, END}
+    (folder / "generation_config.json").write_text("null")
+    assert set(endings_of(folder).ids) == {SEP, END}
+
+
 def test_a_base_that_is_made_ends_with_its_tokenizers_end() -> None:
     assert endings_of_tokenizer(tokenizer_of(None)).ids == (END,)
 

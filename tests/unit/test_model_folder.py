@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -68,6 +69,29 @@ def test_a_whole_folder_has_nothing_to_say_whose_pad_token_is_its_end_token(fold
     assert check_job(job(folder)) == check_tokenizer(folder) == ()
     in_one_file(folder)
     assert check_job(job(folder)) == ()
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("ends", [True, "2", -1, [END, None]], ids=json.dumps)
+def test_an_end_that_is_no_token_is_found_before_tokenizer_and_weights_are_loaded(
+    folder: Path, name: str, ends: Any
+) -> None:
+    set_config(folder, name, eos_token_id=ends)
+    for check in (lambda: check_job(job(folder)), lambda: check_files(folder), lambda: check_tokenizer(folder)):
+        with pytest.raises(
+            ConfigError, match=rf"{re.escape(str(folder / name))}: eos_token_id is .*; wanted a token id"
+        ):
+            check()
+
+
+@pytest.mark.parametrize(("tied", "unembed"), [(True, True), (True, False), (False, True)])
+def test_an_adapter_that_peft_would_merge_into_another_model_is_told_at_the_start(
+    folder: Path, tied: bool, unembed: bool
+) -> None:
+    set_config(folder, tie_word_embeddings=tied)
+    notes = check_job(job(folder, f"lora.train_unembed={str(unembed).lower()}"))
+    assert len(notes) == (tied and unembed)
+    assert all("use `rlsys export --merged`" in note for note in notes)
 
 
 def cut(folder: Path) -> None:
