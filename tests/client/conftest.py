@@ -43,7 +43,7 @@ def service(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[rls
             max_live_adapters=LIVE,
         ),
         checkpoints=str(tmp_path_factory.mktemp("checkpoints")),
-        room_timeout_s=30,
+        room_timeout_s=600,
     )
     assert not ray.is_initialized()
     with rlsys.ServiceClient(config) as client:

@@ -90,7 +90,7 @@ async def _await(awaitable: Any) -> Any:
 @pytest.fixture(scope="module")
 def saved(service: rlsys.ServiceClient) -> tuple[rlsys.TrainingClient, str]:
     client = service.create_lora_training_client("tiny", rank=2)
-    return client, client.save_state("faces").result(60).path
+    return client, client.save_state("faces").result(FAR_S).path
 
 
 @pytest.mark.parametrize("row", TRAINING, ids=lambda row: row[0])
@@ -102,7 +102,7 @@ def test_training_clients_have_the_faces_of_the_tinker_sdk(
     if method == "optim_step":
         for _ in range(2):
             client.forward_backward([datum], "cross_entropy")
-            client.optim_step(ADAM).result(60)
+            client.optim_step(ADAM).result(FAR_S)
         client.forward_backward([datum], "cross_entropy")
         assert kind(client.optim_step(ADAM)) == plain
         client.forward_backward([datum], "cross_entropy")

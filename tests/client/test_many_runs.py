@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import rlsys
 from rlsys import types
+from tests.waiting import FAR_S
 
 PROMPT = types.ModelInput.from_ints([5, 900, 31_000, 7])
 TARGETS = [
@@ -31,12 +32,12 @@ def test_eight_runs_at_once_are_eight_runs_one_after_the_other(
 
     together = runs()
     in_flight = [[step(client, i) for i, client in enumerate(together)] for _ in range(3)]
-    at_once = [[in_flight[s][i][0].result(60).loss for s in range(3)] for i in range(8)]
-    at_once_norms = [[in_flight[s][i][1].result(60).metrics["grad_norm"] for s in range(3)] for i in range(8)]
+    at_once = [[in_flight[s][i][0].result(FAR_S).loss for s in range(3)] for i in range(8)]
+    at_once_norms = [[in_flight[s][i][1].result(FAR_S).metrics["grad_norm"] for s in range(3)] for i in range(8)]
 
     alone, alone_norms = [], []
     for i, client in enumerate(runs()):
-        answers = [[future.result(60) for future in step(client, i)] for _ in range(3)]
+        answers = [[future.result(FAR_S) for future in step(client, i)] for _ in range(3)]
         alone.append([passed.loss for passed, _ in answers])
         alone_norms.append([stepped.metrics["grad_norm"] for _, stepped in answers])
     assert at_once == alone and at_once_norms == alone_norms
@@ -44,4 +45,4 @@ def test_eight_runs_at_once_are_eight_runs_one_after_the_other(
 
     samplers = [client.save_weights_and_get_sampling_client() for client in together]
     scores = [sampler.compute_logprobs(PROMPT) for sampler in samplers]
-    assert len({tuple(score.result(60)) for score in scores}) == 8
+    assert len({tuple(score.result(FAR_S)) for score in scores}) == 8

@@ -14,6 +14,7 @@ import rlsys
 from rlsys import types
 from rlsys.errors import ConfigError, SamplingError
 from tests.client.tiny_base import LIVE
+from tests.waiting import FAR_S
 
 PROMPT = types.ModelInput.from_ints([5, 900, 31_000, 7])
 FEW = types.SamplingParams(max_tokens=6, stop=[], seed=11)
@@ -33,13 +34,13 @@ def train(client: rlsys.TrainingClient, datum: types.Datum) -> None:
 def test_sampler_and_learner_agree_on_what_was_sampled(trainer: rlsys.TrainingClient, datum: types.Datum) -> None:
     for _ in range(3):
         train(trainer, datum)
-    answer = trainer.save_weights_and_get_sampling_client().sample(PROMPT, 3, FEW).result(60)
+    answer = trainer.save_weights_and_get_sampling_client().sample(PROMPT, 3, FEW).result(FAR_S)
     assert len({tuple(one.tokens) for one in answer.sequences}) == 3
     for one in answer.sequences:
         ids = PROMPT.to_ints() + one.tokens
         inputs = {"target_tokens": ids[1:], "weights": [1.0] * (len(ids) - 1)}
         scored = types.Datum(types.ModelInput.from_ints(ids[:-1]), inputs)
-        learner = trainer.forward([scored], "cross_entropy").result(60).loss_fn_outputs[0]["logprobs"]
+        learner = trainer.forward([scored], "cross_entropy").result(FAR_S).loss_fn_outputs[0]["logprobs"]
         assert np.abs(np.array(learner[3:]) - one.logprobs).max() < 1e-4
         assert one.on_policy and one.stop_reason == "length"
 
@@ -51,14 +52,14 @@ def test_a_snapshot_answers_alike_after_newer_saves_and_after_it_left_the_engine
     for _ in range(LIVE + 2):
         train(trainer, datum)
         snapshots.append(trainer.save_weights_and_get_sampling_client())
-        first.append(snapshots[-1].compute_logprobs(PROMPT).result(60))
+        first.append(snapshots[-1].compute_logprobs(PROMPT).result(FAR_S))
         assert len(resident(service)) <= LIVE
     assert len({tuple(scores) for scores in first}) == len(snapshots)
     keys = [one._snapshot.key for one in snapshots]  # type: ignore[union-attr]
     assert keys[0] not in resident(service)
-    assert [one.compute_logprobs(PROMPT).result(60) for one in snapshots] == first
-    assert snapshots[0].sample(PROMPT, 1, FEW).result(60).sequences == (
-        snapshots[0].sample(PROMPT, 1, FEW).result(60).sequences
+    assert [one.compute_logprobs(PROMPT).result(FAR_S) for one in snapshots] == first
+    assert snapshots[0].sample(PROMPT, 1, FEW).result(FAR_S).sequences == (
+        snapshots[0].sample(PROMPT, 1, FEW).result(FAR_S).sequences
     )
 
 
@@ -69,7 +70,7 @@ def test_more_snapshots_than_the_engine_holds_can_be_asked_at_once(
     for _ in range(LIVE + 3):
         train(trainer, datum)
         snapshots.append(trainer.save_weights_and_get_sampling_client())
-    alone = [one.sample(PROMPT, 2, FEW).result(60).sequences for one in snapshots]
+    alone = [one.sample(PROMPT, 2, FEW).result(FAR_S).sequences for one in snapshots]
 
     async def at_once() -> list[list[types.SampledSequence]]:
         answers = await asyncio.gather(*(one.sample_async(PROMPT, 2, FEW) for one in snapshots for _ in range(3)))
@@ -83,7 +84,7 @@ def test_without_a_seed_each_call_draws_anew_and_with_one_it_repeats(service: rl
     client = service.create_sampling_client(base_model="tiny")
 
     def drawn(params: types.SamplingParams) -> list[tuple[int, ...]]:
-        return [tuple(one.tokens) for one in client.sample(PROMPT, 4, params).result(60).sequences]
+        return [tuple(one.tokens) for one in client.sample(PROMPT, 4, params).result(FAR_S).sequences]
 
     unseeded = [one for _ in range(3) for one in drawn(replace(FEW, seed=None))]
     assert len(set(unseeded)) == len(unseeded) == 12
@@ -96,14 +97,14 @@ def test_a_snapshot_that_nobody_holds_leaves_the_engine(
 ) -> None:
     train(trainer, datum)
     client = trainer.save_weights_and_get_sampling_client()
-    client.compute_logprobs(PROMPT).result(60)
+    client.compute_logprobs(PROMPT).result(FAR_S)
     key = client._snapshot.key  # type: ignore[union-attr]
     assert key in resident(service)
     del client
     gc.collect()
     base = service.create_sampling_client(base_model="tiny")
     for _ in range(100):
-        base.compute_logprobs(PROMPT).result(60)
+        base.compute_logprobs(PROMPT).result(FAR_S)
         if key not in resident(service):
             break
     assert key not in resident(service)
@@ -111,8 +112,8 @@ def test_a_snapshot_that_nobody_holds_leaves_the_engine(
 
 def test_prompt_log_probabilities_come_with_the_likeliest(service: rlsys.ServiceClient) -> None:
     client = service.create_sampling_client(base_model="tiny")
-    answer = client.sample(PROMPT, 1, FEW, include_prompt_logprobs=True, topk_prompt_logprobs=3).result(60)
-    assert answer.prompt_logprobs == client.compute_logprobs(PROMPT).result(60)
+    answer = client.sample(PROMPT, 1, FEW, include_prompt_logprobs=True, topk_prompt_logprobs=3).result(FAR_S)
+    assert answer.prompt_logprobs == client.compute_logprobs(PROMPT).result(FAR_S)
     assert answer.prompt_logprobs is not None and answer.topk_prompt_logprobs is not None
     assert answer.prompt_logprobs[0] is None and answer.topk_prompt_logprobs[0] is None
     for own, likeliest in zip(answer.prompt_logprobs[1:], answer.topk_prompt_logprobs[1:], strict=True):
@@ -126,16 +127,16 @@ def test_a_saved_adapter_samples_as_it_did_in_memory(
 ) -> None:
     train(trainer, datum)
     memory = trainer.save_weights_and_get_sampling_client()
-    path = trainer.save_weights_for_sampler("for-sampling").result(60).path
+    path = trainer.save_weights_for_sampler("for-sampling").result(FAR_S).path
     saved = service.create_sampling_client(model_path=path)
     assert saved.model_path == path and memory.model_path is None
-    assert saved.compute_logprobs(PROMPT).result(60) == memory.compute_logprobs(PROMPT).result(60)
+    assert saved.compute_logprobs(PROMPT).result(FAR_S) == memory.compute_logprobs(PROMPT).result(FAR_S)
 
 
 def test_shaped_sampling_is_allowed_and_says_so(service: rlsys.ServiceClient) -> None:
     client = service.create_sampling_client(base_model="tiny")
     params = types.SamplingParams(max_tokens=2, temperature=0.7, top_k=5)
-    one = client.sample(PROMPT, 1, params).result(60).sequences[0]
+    one = client.sample(PROMPT, 1, params).result(FAR_S).sequences[0]
     assert (one.temperature, one.top_k, one.on_policy) == (0.7, 5, False)
 
 
@@ -144,6 +145,6 @@ def test_a_wrong_request_says_what_is_wrong(service: rlsys.ServiceClient) -> Non
     with pytest.raises(SamplingError, match="num_samples: found 0"):
         client.sample(PROMPT, 0, FEW)
     with pytest.raises(SamplingError, match="max_length"):
-        client.sample(PROMPT, 1, types.SamplingParams(max_tokens=1000)).result(60)
+        client.sample(PROMPT, 1, types.SamplingParams(max_tokens=1000)).result(FAR_S)
     with pytest.raises(ConfigError, match="neither base_model nor model_path"):
         service.create_sampling_client()

@@ -20,6 +20,7 @@ from rlsys.errors import (
     LossError,
     MissingInputError,
 )
+from tests.waiting import FAR_S
 
 ADAM = types.AdamParams(learning_rate=1e-2)
 
@@ -39,11 +40,11 @@ def test_steps_submitted_together_are_steps_one_after_the_other(
     for _ in range(4):
         in_flight.append(together.forward_backward([datum], "cross_entropy"))
         together.optim_step(ADAM)
-    pipelined = [passed.result(60).loss for passed in in_flight]
+    pipelined = [passed.result(FAR_S).loss for passed in in_flight]
     one_by_one = []
     for _ in range(4):
-        one_by_one.append(apart.forward_backward([datum], "cross_entropy").result(60).loss)
-        apart.optim_step(ADAM).result(60)
+        one_by_one.append(apart.forward_backward([datum], "cross_entropy").result(FAR_S).loss)
+        apart.optim_step(ADAM).result(FAR_S)
     assert pipelined == one_by_one
     assert pipelined == sorted(pipelined, reverse=True) and pipelined[-1] < pipelined[0]
 
@@ -56,7 +57,7 @@ def test_calls_from_several_threads_take_effect_in_the_order_in_which_they_were_
     losses: list[Any] = [None] * 8
 
     def enter(i: int) -> None:
-        assert turns[i].wait(30)
+        assert turns[i].wait(FAR_S)
         if i % 2:
             losses[i] = trainer.optim_step(ADAM)
         else:
@@ -69,9 +70,9 @@ def test_calls_from_several_threads_take_effect_in_the_order_in_which_they_were_
     turns[0].set()
     for thread in threads:
         thread.join()
-    found = [losses[i].result(60).loss for i in range(2, 8, 2)]
-    assert losses[0].result(60).loss / 40 > found[0] > found[1] > found[2]
-    assert all(losses[i].result(60).metrics["grad_norm"] > 0 for i in range(1, 8, 2))
+    found = [losses[i].result(FAR_S).loss for i in range(2, 8, 2)]
+    assert losses[0].result(FAR_S).loss / 40 > found[0] > found[1] > found[2]
+    assert all(losses[i].result(FAR_S).metrics["grad_norm"] > 0 for i in range(1, 8, 2))
 
 
 def test_tasks_and_a_loss_at_the_caller_keep_their_place(service: rlsys.ServiceClient, datum: types.Datum) -> None:
@@ -97,16 +98,16 @@ def test_tasks_and_a_loss_at_the_caller_keep_their_place(service: rlsys.ServiceC
 def test_a_refused_call_takes_its_turn_and_blocks_nobody(trainer: rlsys.TrainingClient, datum: types.Datum) -> None:
     with pytest.raises(LossError):
         trainer.forward_backward([datum], "cross_entropi")
-    assert trainer.forward_backward([datum], "cross_entropy").result(30).loss > 0
+    assert trainer.forward_backward([datum], "cross_entropy").result(FAR_S).loss > 0
 
 
 def test_a_loss_at_the_caller_that_fails_blocks_nobody(trainer: rlsys.TrainingClient, datum: types.Datum) -> None:
     failed = trainer.forward_backward_custom([datum], lambda data, logprobs: 1 / 0, where="caller")
-    assert trainer.forward([datum], "cross_entropy").result(30).loss > 0
+    assert trainer.forward([datum], "cross_entropy").result(FAR_S).loss > 0
     with pytest.raises(LossError, match="ZeroDivisionError"):
-        failed.result(30)
+        failed.result(FAR_S)
     with pytest.raises(GradientError):
-        trainer.optim_step(ADAM).result(30)
+        trainer.optim_step(ADAM).result(FAR_S)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +117,13 @@ def test_a_loss_at_the_caller_that_fails_blocks_nobody(trainer: rlsys.TrainingCl
 def test_log_probabilities_come_in_the_container_of_the_targets(
     trainer: rlsys.TrainingClient, container: Any, wanted: type
 ) -> None:
-    result = trainer.forward([rl_datum(container)], "importance_sampling").result(60)
+    result = trainer.forward([rl_datum(container)], "importance_sampling").result(FAR_S)
     found = result.loss_fn_outputs[0]["logprobs"]
     assert isinstance(found, wanted) and len(found) == 4 and max(np.asarray(found)) < 0
 
 
 def test_an_rl_loss_reports_ratio_clipping_and_kl(trainer: rlsys.TrainingClient) -> None:
-    result = trainer.forward_backward([rl_datum()], "ppo").result(60)
+    result = trainer.forward_backward([rl_datum()], "ppo").result(FAR_S)
     assert result.loss == result.metrics["loss:sum"]
     assert {"ratio:mean", "ratio:max", "clip_fraction:mean", "kl_k1:mean", "kl_k3:mean"} <= result.metrics.keys()
     logp = np.array(result.loss_fn_outputs[0]["logprobs"], np.float64)
@@ -131,18 +132,18 @@ def test_an_rl_loss_reports_ratio_clipping_and_kl(trainer: rlsys.TrainingClient)
 
 
 def test_inputs_in_mints_ways_mean_the_same(trainer: rlsys.TrainingClient) -> None:
-    plain = trainer.forward([rl_datum()], "ppo").result(60).loss
-    assert trainer.forward([rl_datum(advantages=[1.0])], "ppo").result(60).loss == plain
+    plain = trainer.forward([rl_datum()], "ppo").result(FAR_S).loss
+    assert trainer.forward([rl_datum(advantages=[1.0])], "ppo").result(FAR_S).loss == plain
     renamed = dict(rl_datum().loss_fn_inputs)
     renamed["behavior_logprobs"] = renamed.pop("logprobs")
     aliased = types.Datum(types.ModelInput.from_ints([5, 900, 31_000, 7]), renamed)
-    assert trainer.forward([aliased], "ppo").result(60).loss == plain
+    assert trainer.forward([aliased], "ppo").result(FAR_S).loss == plain
     inputs = {"target_tokens": [900, 31_000, 7, 40_000]}
     weighted = [
         types.Datum(types.ModelInput.from_ints([5, 900, 31_000, 7]), {**inputs, "weights": weights})
         for weights in ([0, 0, 1, 1, 1], [0, 1, 1, 1])
     ]
-    first, second = (trainer.forward([datum], "cross_entropy").result(60).loss for datum in weighted)
+    first, second = (trainer.forward([datum], "cross_entropy").result(FAR_S).loss for datum in weighted)
     assert first == second > 0
 
 
@@ -157,9 +158,9 @@ def test_a_custom_loss_has_one_gradient_wherever_it_runs(service: rlsys.ServiceC
     found = {}
     for where in ("learner", "caller"):
         client = service.create_lora_training_client("tiny", rank=4, seed=9)
-        result = client.forward_backward_custom(data, pairwise, where=where).result(60)
-        norm = client.optim_step(types.AdamParams(learning_rate=1e-3)).result(60).metrics["grad_norm"]
-        after = client.forward([rl_datum()], "ppo").result(60).loss_fn_outputs[0]["logprobs"]
+        result = client.forward_backward_custom(data, pairwise, where=where).result(FAR_S)
+        norm = client.optim_step(types.AdamParams(learning_rate=1e-3)).result(FAR_S).metrics["grad_norm"]
+        after = client.forward([rl_datum()], "ppo").result(FAR_S).loss_fn_outputs[0]["logprobs"]
         found[where] = (result.loss, result.metrics["margin"], norm, *after)
         assert result.metrics["loss:sum"] == result.loss
         assert result.metrics["custom_passes:unique"] == (1.0 if where == "learner" else 2.0)
@@ -177,7 +178,7 @@ def test_a_function_that_cannot_be_shipped_is_refused_by_name(
 
     with pytest.raises(LossError, match=r"guarded.*'lock', a lock,.*where='caller'"):
         trainer.forward_backward_custom([datum], guarded)
-    assert trainer.forward_backward_custom([datum], guarded, where="caller").result(60).loss < 0
+    assert trainer.forward_backward_custom([datum], guarded, where="caller").result(FAR_S).loss < 0
 
 
 def test_a_state_comes_back_whole(service: rlsys.ServiceClient, datum: types.Datum) -> None:
@@ -187,10 +188,10 @@ def test_a_state_comes_back_whole(service: rlsys.ServiceClient, datum: types.Dat
     def step(client: rlsys.TrainingClient) -> float:
         passed = client.forward_backward([datum], "cross_entropy")
         client.optim_step(ADAM)
-        return passed.result(60).loss
+        return passed.result(FAR_S).loss
 
     step(original)
-    path = original.save_state("middle").result(60).path
+    path = original.save_state("middle").result(FAR_S).path
     ahead = [step(original) for _ in range(3)]
     restored = service.create_training_client_from_state_with_optimizer(path)
     assert [step(restored) for _ in range(3)] == ahead
@@ -218,10 +219,10 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("NaN advantage", lambda c: passed(c, advantages=NAN), DatumError, "nan at position 1"),
     ("token out of vocabulary", lambda c: passed(c, target_tokens=[1, 2, 3, 50_000]), DatumError, "found 50000"),
     ("both names of logprobs", lambda c: passed(c, behavior_logprobs=[-1.0] * 4), DatumError, "found both"),
-    ("optim_step without gradient", lambda c: c.optim_step(ADAM).result(60), GradientError, "nothing to apply"),
-    ("foreign checkpoint", lambda c: c.load_state("/tmp").result(60), CheckpointError, "/tmp"),
-    ("path out of the folder", lambda c: c.load_state("rlsys://x/weights/..").result(60), CheckpointError, r"\.\."),
-    ("name out of the folder", lambda c: c.save_state("../up").result(60), CheckpointError, r"\.\./up"),
+    ("optim_step without gradient", lambda c: c.optim_step(ADAM).result(FAR_S), GradientError, "nothing to apply"),
+    ("foreign checkpoint", lambda c: c.load_state("/tmp").result(FAR_S), CheckpointError, "/tmp"),
+    ("path out of the folder", lambda c: c.load_state("rlsys://x/weights/..").result(FAR_S), CheckpointError, r"\.\."),
+    ("name out of the folder", lambda c: c.save_state("../up").result(FAR_S), CheckpointError, r"\.\./up"),
 ]
 
 

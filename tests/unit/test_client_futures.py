@@ -19,7 +19,7 @@ def test_threads_and_tasks_get_one_and_the_same_value() -> None:
     future = ApiFuture(inner, "a call", lambda found: read.append(found) or [found])
 
     async def ask() -> Any:
-        return await asyncio.gather(future, future.result_async(), future.result_async(timeout=5))
+        return await asyncio.gather(future, future.result_async(), future.result_async(timeout=600))
 
     threading.Timer(0.05, inner.set_result, [7]).start()
     answers = asyncio.run(ask())

@@ -437,10 +437,12 @@ mathematics = st.lists(
 
 
 @given(st.text(max_size=60) | mathematics)
-@settings(max_examples=150, deadline=10_000)
+@settings(max_examples=150, deadline=None)
 @example("\x00")
 @example("\ud800")
 @example("\u202e5")
 def test_whatever_a_model_writes_is_graded_right_or_wrong_in_bounded_time(text: str) -> None:
+    before = time.process_time()
     for completion in (text, f"\\boxed{{{text}}}", f"#### {text}"):
         assert math_answers.grade(completion, "5") in (0.0, 1.0)
+    assert time.process_time() - before < 10
