@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError, RayError
 from actors.surroundings import refuse_surroundings
 from rlsys.config import ClusterSection, checked_address
 from rlsys.errors import ClusterError
-from rlsys.shell import drop_empty_variables, set_default, variable
+from rlsys.variables import drop_empty_variables, set_default, variable
 
 KNOCK_TIMEOUT_S = 10.0
 START = "Start one with `ray start --head`, or unset RAY_ADDRESS to have one started here for this job"

@@ -21,7 +21,8 @@ from actors.light_stages import light
 from rlsys.config import ClusterSection, checked_address
 from rlsys.errors import ClusterError, ConfigError, RlsysError
 from rlsys.run_store import INFO
-from rlsys.shell import command, variable
+from rlsys.shell import command
+from rlsys.variables import variable
 
 NAMESPACE = "rlsys"
 PREFIX = "job:"

@@ -35,7 +35,8 @@ from rlsys.errors import ConfigError
 from rlsys.memory import GIB
 from rlsys.model_support import refuse_unsupported_job
 from rlsys.planning import this_machine
-from rlsys.shell import command, variable
+from rlsys.shell import command
+from rlsys.variables import variable
 
 Status = Literal["ok", "warn", "fail"]
 

@@ -40,10 +40,10 @@ from rlsys.recording import forget_after
 from rlsys.records import ERRORS, RolloutRow, read_metrics
 from rlsys.report import write_report
 from rlsys.run_store import RunStore
-from rlsys.shell import variable
 from rlsys.stages import Graded, Made, Published, Rewound, Stages, Trained
 from rlsys.system import System
 from rlsys.tracking import Tracker
+from rlsys.variables import variable
 
 WATCH_EVERY = 10  # steps between two looks for the actors' processes
 EVAL_ROWS = 12  # completions of the held-out problems in the report, before and after

@@ -12,7 +12,8 @@ import typer
 from rlsys.config import load_command, load_config
 from rlsys.errors import ConfigError, RlsysError, StorageError
 from rlsys.files import refusal
-from rlsys.shell import drop_empty_variables, expand, expanded
+from rlsys.shell import expand, expanded
+from rlsys.variables import drop_empty_variables
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C

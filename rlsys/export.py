@@ -59,7 +59,7 @@ def _warnings(checkpoint: Path, out: Path) -> tuple[str, ...]:
     return (
         f"{out}: the adapter changes the output layer, which the base {info.base_name} {ties}. Loaded as an adapter it "
         "computes what was trained. PEFT's merge_and_unload() adds it to the embeddings as well, which makes another "
-        f"model. For a merged model: {command('rlsys', 'export', checkpoint, merged, '--merged', *base)}. Or in "
+        f"model. For a merged model: `{command('rlsys', 'export', checkpoint, merged, '--merged', *base)}`. Or in "
         f"Python, before PeftModel.from_pretrained: {UNTIE}",
     )
 

@@ -17,7 +17,7 @@ from rlsys.config import JobConfig, LoraSection, SamplerSection
 from rlsys.dimensions import SAVED_BYTES, Dimensions
 from rlsys.model_support import unembedding_problem
 from rlsys.precision import computing_dtype
-from rlsys.shell import set_default
+from rlsys.variables import set_default
 
 MIB, GIB = 2**20, 2**30
 FP32 = 4

@@ -32,8 +32,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, ConfigError, StalledError
-from rlsys.shell import set_default, variable
 from rlsys.types import Array
+from rlsys.variables import set_default, variable
 
 Found = TypeVar("Found")
 _FORWARD = "rlsys_forward"  # a method of the sharded model that counts as its forward

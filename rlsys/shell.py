@@ -18,32 +18,9 @@ from typing import Annotated
 from pydantic import AfterValidator, PlainSerializer
 
 from rlsys.errors import ConfigError
+from rlsys.variables import variable
 
-_READ = re.compile(  # variables of rlsys' own libraries and of the system that mean nothing when empty
-    r"(RAY|RLSYS|WANDB|HF|HUGGING_?FACE|TRANSFORMERS|DATASETS|VLLM|TORCH|PYTORCH|TORCHINDUCTOR|TRITON|GLOO|NCCL|OMP|MKL|XDG)_"
-    r"|(TMPDIR|TEMP|TMP|HOME|NETRC|LOGNAME)$"
-)
 _NAME = re.compile(r"\\(?P<escaped>[\\$])|\$(?P<bare>[A-Za-z_]\w*)|\$\{(?P<braced>[A-Za-z_]\w*)\}|\$[{(]", re.ASCII)
-
-
-def variable(name: str) -> str | None:
-    """An environment variable; one that is empty counts as unset, as a job script leaves it empty that has no value."""
-    return os.environ.get(name) or None
-
-
-def set_default(name: str, value: str) -> None:
-    """Set an environment variable that is unset or empty."""
-    if variable(name) is None:
-        os.environ[name] = value
-
-
-def drop_empty_variables() -> None:
-    """Unset what is empty of those that libraries read: Ray takes an empty RAY_TMPDIR for the working folder.
-
-    An empty CUDA_VISIBLE_DEVICES stays: it hides every GPU.
-    """
-    for name in [name for name, value in os.environ.items() if not value and _READ.match(name)]:
-        del os.environ[name]
 
 
 def expand(text: str) -> str:

@@ -45,9 +45,10 @@ from rlsys.records import (
     rollout_of,
     write_line,
 )
-from rlsys.shell import command, set_default, variable
+from rlsys.shell import command
 from rlsys.system import environment
 from rlsys.tensorboard import Board
+from rlsys.variables import set_default, variable
 
 if TYPE_CHECKING:
     import wandb

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from rlsys.config import SamplerSection
 from rlsys.engine.text_only import register
 from rlsys.errors import ClusterError
-from rlsys.shell import set_default
+from rlsys.variables import set_default
 
 Device = Literal["cpu", "cuda"]
 

@@ -19,9 +19,10 @@ from rlsys.config import ModelSection, dump_config, parse_config
 from rlsys.errors import ConfigError
 from rlsys.progress import closing_rows
 from rlsys.reading import LFS_POINTER
-from rlsys.shell import as_written, command, drop_empty_variables, expand, set_default, variable
+from rlsys.shell import as_written, command, expand
 from rlsys.system import environment
 from rlsys.tasks.row_files import read_file
+from rlsys.variables import drop_empty_variables, set_default, variable
 
 SMALL = "run: {name: a}\nmodel: {make: {}}\n"
 ROOT_HOME = pwd.getpwnam("root").pw_dir
