@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 from rlsys.errors import ConfigError
 from rlsys.families import TEXT_PARTS
-from rlsys.model_support import local_config
 
 _PREFIX = "rlsys_whole_prefix"  # attribute of a text part: what the whole model calls its decoder
 
@@ -47,6 +46,8 @@ def is_composite(config: Any) -> bool:
 
 def is_tied(base: Path | str) -> bool | None:
     """Whether a base ties its output layer to its embeddings; None: its configuration is not on this machine."""
+    from rlsys.model_support import local_config  # wants pydantic, which a learner by itself runs without
+
     found = local_config(str(base))
     return None if found is None else bool(configuration(Path(found[1]).parent).tie_word_embeddings)
 
