@@ -37,8 +37,10 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     env |= {"TMPDIR": str(short_tmp), "RAY_TMPDIR": tempfile.gettempdir()}
     command = [sys.executable, "-m", "rlsys", "train", str(tmp_path / "job.yaml")]
     output = tmp_path / "output"
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where these tests run under nohup
     with output.open("w") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
+    signal.signal(signal.SIGHUP, inherited)
     try:
         signs = size_of(output), Sign("steps", lambda: _steps(config))
         until(lambda: _steps(config) >= 2, "step 2", *signs, process=process, state=output.read_text)
