@@ -19,6 +19,14 @@ from rlsys.records import read_metrics
 from tests.waiting import Sign, exit_code, size_of, until
 
 
+@pytest.fixture(autouse=True)
+def a_terminal_hangs_up() -> Iterator[None]:
+    """Where the tests themselves run under nohup, their processes would ignore it as well."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, inherited)
+
+
 @pytest.fixture
 def short_tmp() -> Iterator[Path]:
     """A folder whose path leaves room for the names of sockets, which pytest's own does not."""
@@ -37,10 +45,8 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     env |= {"TMPDIR": str(short_tmp), "RAY_TMPDIR": tempfile.gettempdir()}
     command = [sys.executable, "-m", "rlsys", "train", str(tmp_path / "job.yaml")]
     output = tmp_path / "output"
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where these tests run under nohup
     with output.open("w") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-    signal.signal(signal.SIGHUP, inherited)
     try:
         signs = size_of(output), Sign("steps", lambda: _steps(config))
         until(lambda: _steps(config) >= 2, "step 2", *signs, process=process, state=output.read_text)
