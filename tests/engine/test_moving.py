@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -20,7 +20,9 @@ from rlsys.sampler import Sampler
 from rlsys.types import SamplingParams
 from tests.waiting import Sign, until_async
 
+T = TypeVar("T")
 Run = Callable[..., Any]
+ATTEMPTS = 50
 LONG = SamplingParams(max_tokens=200, seed=3, stop=[])
 
 
@@ -29,24 +31,37 @@ def adapters(reference: Reference) -> list[dict[str, torch.Tensor]]:
     return [reference.adapter(4, seed) for seed in range(3)]
 
 
-async def under_way(sampler: Sampler, tokens: int) -> None:
-    """Until the engine has made about so many steps more."""
+async def under_way(sampler: Sampler, tokens: int, task: asyncio.Task[Any]) -> None:
+    """Until the engine has made about so many steps more, or all of the task's."""
     end, advanced = sampler._pulse.advanced + tokens, Sign("steps", lambda: sampler._pulse.advanced)
-    # what is sampled may be over already
-    await until_async(lambda: sampler._pulse.advanced >= end, f"step {end} of the engine", advanced, stall_s=120)
+    await until_async(lambda: task.done() or sampler._pulse.advanced >= end, f"step {end} of the engine", advanced)
+
+
+async def met(attempt: Callable[[], Awaitable[T | None]], sampler: Sampler) -> T:
+    """What an attempt finds. On a loaded machine the engine may be done before this process gets to its next line."""
+    for _ in range(ATTEMPTS):
+        if (found := await attempt()) is not None:
+            return found
+        await sampler.rewind("a")
+    raise AssertionError(f"in none of {ATTEMPTS} attempts was the engine at work when it mattered")
 
 
 async def sample_while_loading(
     sampler: Sampler, reference: Reference, adapters: list[dict[str, torch.Tensor]], params: SamplingParams, n: int = 3
 ) -> Rollouts:
     """Two prompts, and a newer version twice while they are sampled."""
-    await sampler.load(reference.update("a", 0, adapters[0]), BOUND)
-    batch = prompts(20, 9)
-    task = asyncio.create_task(sampler.sample(**batch, n=n, params=params, run_id="a", version=0, move_on=True))
-    for version in (1, 2):
-        await under_way(sampler, 4 * n)  # two tokens of each: loading takes some thirty more
-        await sampler.load(reference.update("a", version, adapters[version], adapters[version - 1]), BOUND)
-    return await task
+
+    async def attempt() -> Rollouts | None:
+        await sampler.load(reference.update("a", 0, adapters[0]), BOUND)
+        batch = prompts(20, 9)
+        task = asyncio.create_task(sampler.sample(**batch, n=n, params=params, run_id="a", version=0, move_on=True))
+        for version in (1, 2):
+            await under_way(sampler, 4 * n, task)  # two tokens of each: loading takes some thirty more
+            await sampler.load(reference.update("a", version, adapters[version], adapters[version - 1]), BOUND)
+        rollouts = await task
+        return rollouts if set(rollouts.versions.tolist()) == {0, 1, 2} else None
+
+    return await met(attempt, sampler)
 
 
 def test_versions_change_inside_a_completion_and_each_token_scores_as_under_its_own(
@@ -55,16 +70,19 @@ def test_versions_change_inside_a_completion_and_each_token_scores_as_under_its_
     rollouts = run(sample_while_loading(sampler, reference, adapters, LONG))
     assert (rollouts.lengths == 200).all() and (rollouts.stop_reasons == LENGTH).all()
     assert list(rollouts.group) == [0, 0, 0, 1, 1, 1]
-    foreign = []
+    foreign, seen = [], []
     for r, p in enumerate(rollouts.group):
         rows = slice(rollouts.offsets[r], rollouts.offsets[r + 1])
         versions, found, prompt = rollouts.versions[rows], rollouts.logprobs[rows], rollouts.prompt(p)
-        assert (np.diff(versions) >= 0).all() and set(versions.tolist()) == {0, 1, 2}
+        assert (np.diff(versions) >= 0).all()
+        seen.append(set(versions.tolist()))
         whole = np.concatenate([prompt, rollouts.completion(r)])
         scores = [reference.logprobs(whole, adapter)[len(prompt) - 1 :] for adapter in adapters]
         for version in range(3):
             np.testing.assert_allclose(found[versions == version], scores[version][versions == version], atol=BOUND)
-            foreign.append(np.abs(found - scores[version])[versions != version].mean())
+            if (versions != version).any():
+                foreign.append(np.abs(found - scores[version])[versions != version].mean())
+    assert {0, 1, 2} in seen
     assert min(foreign) > 100 * BOUND, "the versions are too alike for this test to tell them apart"
 
 
@@ -124,20 +142,24 @@ def test_completions_that_have_ended_are_left_alone_while_others_of_their_group_
 def test_a_run_that_goes_back_ends_what_would_have_moved(
     sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
 ) -> None:
-    async def check() -> None:
+    async def attempt() -> bool | None:
         await sampler.load(reference.update("a", 5, adapters[0]), BOUND)
         with sampler.hold("a", 5, 1, moves=True) as hold:
             task = asyncio.create_task(sampler.draw(hold, [3, 4, 5], LONG))
-            await under_way(sampler, 5)
+            await under_way(sampler, 5, task)
             await sampler.rewind("a")
             await sampler.load(reference.update("a", 5, adapters[1]), BOUND)  # the same number, other weights
-            with pytest.raises(SamplingError, match="went back to an earlier step"):
-                await task
+            await asyncio.wait([task])
             with pytest.raises(SamplingError, match="went back to an earlier step"):
                 await sampler.draw(hold, [3, 4, 5], LONG)
         assert sampler._engine.get_num_unfinished_requests() == 0
+        if task.exception() is None:
+            return None
+        with pytest.raises(SamplingError, match="went back to an earlier step"):
+            await task
+        return True
 
-    run(check())
+    assert run(met(attempt, sampler))
 
 
 def test_a_stop_string_across_the_seam_ends_the_completion(
@@ -146,7 +168,7 @@ def test_a_stop_string_across_the_seam_ends_the_completion(
     """Greedy, and both versions have the same weights, so that only the seam differs; it lies within the string."""
     greedy = replace(LONG, temperature=0.0)
 
-    async def check() -> None:
+    async def attempt() -> set[int] | None:
         await sampler.load(reference.update("a", 0, adapters[0]), BOUND)
         free = await sampler.sample(**prompts(20), n=1, params=greedy, run_id="a", version=0)
         words = [f"w{token}" for token in free.tokens]
@@ -154,14 +176,15 @@ def test_a_stop_string_across_the_seam_ends_the_completion(
         wanted = next(count for count in range(200) if stop in " ".join(words[:count]))
         ends = replace(greedy, stop=[stop])
         task = asyncio.create_task(sampler.sample(**prompts(20), n=1, params=ends, run_id="a", version=0, move_on=True))
-        await under_way(sampler, 12)
+        await under_way(sampler, 12, task)
         await sampler.load(reference.update("a", 1, adapters[0], adapters[0]), BOUND)
         cut = await task
         np.testing.assert_array_equal(cut.tokens, free.tokens[:wanted])
         assert cut.stop_reasons[0] == STOP
-        assert set(cut.versions.tolist()) == {0, 1} and set(cut.versions[10:wanted].tolist()) == {0, 1}
+        within = set(cut.versions[10:wanted].tolist())
+        return within if within == {0, 1} else None
 
-    run(check())
+    assert run(met(attempt, sampler)) == {0, 1}
 
 
 def test_a_stop_string_is_seen_from_both_sides_of_the_seam_and_from_no_other() -> None:
