@@ -16,7 +16,7 @@ from ray.exceptions import AuthenticationError, RayError
 from actors.surroundings import refuse_surroundings
 from rlsys.config import ClusterSection, checked_address
 from rlsys.errors import ClusterError
-from rlsys.variables import drop_empty_variables, set_default, variable
+from rlsys.variables import set_default, variable
 
 KNOCK_TIMEOUT_S = 10.0
 START = "Start one with `ray start --head`, or unset RAY_ADDRESS to have one started here for this job"
@@ -26,7 +26,6 @@ REFUSED = ("unauthenticated", "authentication token", "token authentication", "i
 @contextmanager
 def cluster(section: ClusterSection) -> Iterator[str]:
     """Yields where the cluster is, in words. ``cluster.address`` beats RAY_ADDRESS."""
-    drop_empty_variables()
     address = checked_address(section.address or variable("RAY_ADDRESS"))
     refuse_surroundings(starts_ray=not address)
     # Ray prints every death of a worker in its own words; ours are told once, with their cause (actors/logs.py).

@@ -36,6 +36,7 @@ from rlsys.model_folder import check_job
 from rlsys.model_support import refuse_unsupported_job
 from rlsys.problems import Epochs
 from rlsys.progress import Progress, stage_times
+from rlsys.reading import first_line
 from rlsys.recording import forget_after
 from rlsys.records import ERRORS, RolloutRow, read_metrics
 from rlsys.report import write_report
@@ -134,7 +135,7 @@ def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -
             try:
                 leave()
             except Exception as failure:
-                note(f"{store.run_dir}: the {what} cannot be written: {str(failure).splitlines()[0]}")
+                note(f"{store.run_dir}: the {what} cannot be written: {first_line(failure)}")
         if told is error:
             raise
         raise told from error

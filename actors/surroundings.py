@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.errors import ClusterError
+from rlsys.variables import drop_empty_variables, variable
 
 SOCKET_LIMIT = 107  # bytes of a Unix socket's path that Linux takes
 # ray/session_2026-11-29_07-46-01_123456_1234567/sockets/plasma_store.12, as Ray names them
@@ -34,13 +35,12 @@ class Fault:
 
 
 def refuse_surroundings(starts_ray: bool) -> None:
-    """
+    """Unset what is empty, and look at the rest.
+
     Raises:
         ClusterError: a variable names a folder that does not serve its purpose, all of them in one line.
     """
-    for name in ("RAY_TMPDIR", "TMPDIR"):
-        if os.environ.get(name) == "":
-            del os.environ[name]  # Ray would take it for a path, that of the working folder
+    drop_empty_variables()
     fatal = [f"{fault.found}; {fault.remedy}" for fault in faults(starts_ray) if fault.fatal]
     if fatal:
         raise ClusterError(". ".join(fatal))
@@ -48,36 +48,39 @@ def refuse_surroundings(starts_ray: bool) -> None:
 
 def faults(starts_ray: bool) -> Iterator[Fault]:
     """`starts_ray`: a job would start Ray in this environment, in place of joining a cluster."""
+    rays = _first_set("RAY_TMPDIR", "TMPDIR") or "RAY_TMPDIR"
     if starts_ray:
-        variable, folder = next(((name, os.environ[name]) for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)),
-                                ("RAY_TMPDIR", "/tmp"))  # fmt: skip
-        yield from _folder_faults(variable, folder, RAY_BELOW, "Ray's sockets")
-    own = next(((name, os.environ[name]) for name in ("TMPDIR", "TEMP", "TMP") if os.environ.get(name)), None)
-    if own is not None and not (starts_ray and own[0] == variable):
-        yield from _folder_faults(*own, OWN_BELOW, "sockets of the graders' processes")
-    elif own is None:
+        yield from _folder_faults(rays, variable(rays) or "/tmp", RAY_BELOW, "Ray's sockets")
+    own = _first_set("TMPDIR", "TEMP", "TMP")
+    if own is None:
         yield from _folder_faults("TMPDIR (unset)", "/tmp", OWN_BELOW, "sockets of the graders' processes")
+    elif not (starts_ray and own == rays):  # which was looked at for longer names
+        yield from _folder_faults(own, os.environ[own], OWN_BELOW, "sockets of the graders' processes")
     yield from _home_faults()
     yield from _user_faults()
 
 
-def _folder_faults(variable: str, folder: str, below: int, what: str) -> Iterator[Fault]:
+def _first_set(*names: str) -> str | None:
+    return next((name for name in names if variable(name)), None)
+
+
+def _folder_faults(name: str, folder: str, below: int, what: str) -> Iterator[Fault]:
     """Of a folder for sockets whose paths are `below` bytes longer."""
-    help_ = f"set {variable.split()[0]} to a folder that is there, can be written and has a short path, such as /tmp"
+    help_ = f"set {name.split()[0]} to a folder that is there, can be written and has a short path, such as /tmp"
     if not os.path.isdir(folder):
-        yield Fault("temporary files", f"{variable}: {folder} is no folder", f"{help_}, or make it")
+        yield Fault("temporary files", f"{name}: {folder} is no folder", f"{help_}, or make it")
         return
     try:
         tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell
     except OSError as error:
-        yield Fault("temporary files", f"{variable}: {folder} cannot be written: {error.strerror}", help_)
+        yield Fault("temporary files", f"{name}: {folder} cannot be written: {error.strerror}", help_)
         return
     length, room = len(os.fsencode(os.path.abspath(folder))), SOCKET_LIMIT - below
     if length > room:
-        found = f"{variable}: {folder} has {length} characters, and {what} beneath it take {room} at most"
+        found = f"{name}: {folder} has {length} characters, and {what} beneath it take {room} at most"
         yield Fault("temporary files", found, help_)
     if os.statvfs(folder).f_flag & os.ST_NOEXEC:
-        found = f"{variable}: {folder} is mounted noexec, so nothing compiled there can be loaded"
+        found = f"{name}: {folder} is mounted noexec, so nothing compiled there can be loaded"
         yield Fault("temporary files", found, f"where a GPU's kernels are compiled, {help_}", fatal=False)
 
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 from rlsys.config import JobConfig, SourceSection
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
+HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 
 def anchored_path(path: str, *folders: Path) -> str:
     """The path of the first folder that has it; without folders, of the current one."""
     places = [folder.absolute() / path for folder in folders or (Path.cwd(),)]
     found = next((place for place in places if os.path.lexists(place)), None)
-    if found is None and _HUB_NAME.fullmatch(path):
+    if found is None and HUB_NAME.fullmatch(path):
         return path
     return str(found or places[0])
 

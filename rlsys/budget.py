@@ -11,7 +11,8 @@ from typing import TypeVar
 import torch
 
 from rlsys.errors import ActorFailedError
-from rlsys.ranks import Ranks, first_line, is_out_of_memory
+from rlsys.ranks import Ranks, is_out_of_memory
+from rlsys.reading import first_line
 
 LEAST = 64  # tokens; smaller micro-batches save nothing beside the chunk of logits
 _logger = logging.getLogger(__name__)

@@ -49,6 +49,21 @@ class _Streak:
     all: list[int] = field(default_factory=list)
     text: str = ""
 
+    def rewind(self, step: int) -> None:
+        """Forget the steps after `step`."""
+        for steps in (self.now, self.all):
+            while steps and steps[-1] > step:
+                steps.pop()
+
+    def add(self, step: int, window: int) -> bool:
+        """Count a step, once; whether `window` of them or more are in a row now."""
+        self.rewind(step - 1)
+        self.now.append(step)
+        if len(self.now) < window:
+            return False
+        self.all += [past for past in self.now[-window:] if not self.all or past > self.all[-1]]
+        return True
+
 
 class LearningChecks:
     """Looks at figures as they come. `config`: the job as nested mappings; parts may be missing."""
@@ -67,15 +82,12 @@ class LearningChecks:
             if share is None:
                 continue
             if not share >= check.bound:  # also of a share that is no number
-                streak.now = []
+                streak.now.clear()
                 continue
             hidden.update(check.hides)
             if check.name in hidden:
-                streak.now = []
-                continue
-            streak.now = [*(past for past in streak.now if past < step), step]
-            if len(streak.now) >= min(check.window, max(1, self._keys.get("rl.steps", WINDOW))):
-                streak.all = sorted({*streak.all, *streak.now})
+                streak.now.clear()
+            elif streak.add(step, min(check.window, max(1, self._keys.get("rl.steps", WINDOW)))):
                 streak.text = check.says(share, facts, self._keys)
         new = [sign for sign in self.signs() if sign.name not in self._told]
         self._told.update(sign.name for sign in new)
@@ -84,8 +96,7 @@ class LearningChecks:
     def rewind(self, step: int) -> None:
         """Forget the steps after `step`: they are done again. What was told is not told again."""
         for streak in self._streaks.values():
-            streak.now = [past for past in streak.now if past <= step]
-            streak.all = [past for past in streak.all if past <= step]
+            streak.rewind(step)
 
     def signs(self) -> list[Sign]:
         """All that were found so far."""

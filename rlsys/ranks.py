@@ -32,6 +32,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, ConfigError, StalledError
+from rlsys.reading import first_line
 from rlsys.types import Array
 from rlsys.variables import set_default, variable
 
@@ -258,8 +259,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError | _OutOfMemoryThereError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__

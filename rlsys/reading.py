@@ -89,7 +89,7 @@ def plain_path(folder: Path) -> Iterator[Path]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; of an error that says nothing, that it does not."""
+    """What an error says, in one line; of an error that says nothing, its kind."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     line = next((line.strip() for line in said.splitlines() if line.strip()), "")
-    return line or f"what reads it stopped with {type(error).__name__} and said nothing"
+    return line or f"{type(error).__name__}, which says nothing"

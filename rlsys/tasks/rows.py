@@ -8,7 +8,6 @@ cache, and it comes from there when the Hub is out of reach.
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rlsys.anchoring import HUB_NAME
 from rlsys.config import ColumnSection, SourceSection
 from rlsys.errors import ConfigError, did_you_mean
 from rlsys.messages import Messages
@@ -25,7 +25,6 @@ from rlsys.tasks.folders import PLAIN_OPTIONS, Splits, in_our_formats, said, spl
 from rlsys.tasks.row_files import FORMATS, Row, format_of, read_file
 
 HUB_LIMIT_S = 10.0  # for the first answer; after that the library's own limits hold
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +43,10 @@ def load(source: SourceSection, columns: ColumnSection, key: str) -> Rows:
     Raises:
         ConfigError: there is no such file, data set, split or column, it cannot be read, or no row is usable.
     """
-    path = Path(source.path).expanduser()
+    path = Path(source.path)
     if path.exists():
         rows = _local(source, columns, path, key)
-    elif _HUB_NAME.fullmatch(source.path) and format_of(source.path) is None:
+    elif HUB_NAME.fullmatch(source.path) and format_of(source.path) is None:
         rows = _hub(source, columns, key)
     else:
         raise ConfigError(
@@ -63,9 +62,8 @@ def load(source: SourceSection, columns: ColumnSection, key: str) -> Rows:
 def _as_text(rows: Iterable[Row], columns: ColumnSection, where: str) -> Rows:
     prompts, answers, unusable, why = list[str | Messages](), list[str](), 0, ""
     seen, known = set[str](), dict[str, None]()  # columns that some row has; names of all of them
-    read = {columns.prompt: cells.question, columns.answer: cells.text}
     for number, row in enumerate(rows):
-        found = {column: cells.at(row, column) for column in read}
+        found = {column: cells.at(row, column) for column in (columns.prompt, columns.answer)}
         seen.update(column for column, value in found.items() if value is not cells.MISSING)
         if len(seen) < len(found):
             known.update(dict.fromkeys(cells.names(row)))
