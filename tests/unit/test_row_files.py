@@ -6,7 +6,8 @@ import datetime
 import gzip
 import json
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -301,12 +302,22 @@ def test_a_parquet_text_that_is_not_utf8_is_refused_by_row_and_column(tmp_path: 
         read(parquet_file(tmp_path / "rows.parquet", column))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_may_not_be_read_says_so(tmp_path: Path) -> None:
-    path = json_file(tmp_path / "rows.jsonl", "1")
-    path.chmod(0)
-    with pytest.raises(ConfigError, match=r"rows\.jsonl cannot be read: Permission denied"):
-        read(path)
+@pytest.fixture
+def somebody() -> Iterator[None]:
+    """Root reads everything, so it stands aside: the rest of the test is another user's."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(before)
+
+
+def test_a_file_that_may_not_be_read_says_so(somebody: None) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # the user's own, unlike pytest's
+        path = json_file(Path(folder) / "rows.jsonl", "1")
+        path.chmod(0)
+        with pytest.raises(ConfigError, match=r"rows\.jsonl cannot be read: Permission denied"):
+            read(path)
 
 
 def test_what_editors_and_tools_put_into_files_is_no_part_of_the_rows(tmp_path: Path) -> None:
