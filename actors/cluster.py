@@ -14,8 +14,9 @@ from ray._private import worker as ray_worker
 from ray.exceptions import AuthenticationError, RayError
 
 from actors.surroundings import refuse_surroundings
-from rlsys.config import ClusterSection, checked_address
+from rlsys.config import ClusterSection
 from rlsys.errors import ClusterError
+from rlsys.key_types import checked_address
 from rlsys.variables import set_default, variable
 
 KNOCK_TIMEOUT_S = 10.0

@@ -18,8 +18,9 @@ from ray.exceptions import RayActorError
 from actors.calls import wait
 from actors.cluster import cluster
 from actors.light_stages import light
-from rlsys.config import ClusterSection, checked_address
+from rlsys.config import ClusterSection
 from rlsys.errors import ClusterError, ConfigError, RlsysError
+from rlsys.key_types import checked_address
 from rlsys.run_store import INFO
 from rlsys.shell import command
 from rlsys.variables import variable

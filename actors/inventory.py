@@ -5,7 +5,8 @@ from __future__ import annotations
 import ray
 
 from actors.cluster import cluster
-from rlsys.config import ClusterSection, checked_address
+from rlsys.config import ClusterSection
+from rlsys.key_types import checked_address
 from rlsys.planning import Node
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import regex
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from rlsys import yaml_text
 from rlsys.errors import ConfigError
+from rlsys.key_types import Address, Core, Cpus, Gpus, Name, Processes, Resources, Seconds, WandbProject, WandbTag
 from rlsys.overrides import apply, refuse_contradictions
 from rlsys.shell import PathText
 from rlsys.types import LEAST_EPS, AdamParams, SamplingParams
@@ -27,65 +27,8 @@ from rlsys.types import LEAST_EPS, AdamParams, SamplingParams
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
-def _plain_name(text: str) -> str:
-    """A folder of its own in whatever folder it is put into, and a word that a command does not take for an option."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", text):
-        raise ValueError(
-            f"found {text!r}; wanted 1 to 128 letters, digits, '.', '_' and '-', the first a letter, a digit or '_', "
-            "and no path"
-        )
-    return text
-
-
-Name = Annotated[str, AfterValidator(_plain_name)]
-
-
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-Seconds = Annotated[float, Field(gt=0, le=1_000_000)]  # what poll() waits at most is 24 days
-Processes = Annotated[int, Field(ge=1, le=4096)]  # of one machine; its threads, too
-Core = Annotated[int, Field(ge=0, le=4095)]
-
-
-def _resources(amounts: dict[str, float]) -> dict[str, float]:
-    for name, amount in amounts.items():
-        if name in ("CPU", "GPU", "memory", "object_store_memory"):
-            raise ValueError(
-                f"found {name}; wanted names of your own, as in `ray start --resources`; see num_cpus, num_gpus"
-            )
-        if not name or not RAY_UNIT <= amount <= 1_000_000:
-            raise ValueError(f"found {{{name!r}: {amount:g}}}; wanted a name, and an amount of {RAY_UNIT} to 1000000")
-    return amounts
-
-
-RAY_UNIT = 1e-4  # of a resource; Ray counts in no smaller ones
-Cpus = Annotated[float, Field(ge=RAY_UNIT, le=4096)]
-Resources = Annotated[dict[str, float], AfterValidator(_resources)]
-
-
-def _gpus(amount: float) -> float:
-    if 0 < amount < RAY_UNIT or (amount > 1 and amount != int(amount)):
-        raise ValueError(f"found {amount:g}; wanted a part of one GPU, at least {RAY_UNIT}, or a whole number of them")
-    return amount
-
-
-Gpus = Annotated[float, Field(ge=0, le=4096), AfterValidator(_gpus)]
-
-
-def checked_address(address: str | None) -> str | None:
-    """An address of Ray: auto, local, or host:port, perhaps behind ray://.
-
-    Raises:
-        ConfigError: it has another shape.
-    """
-    if address is None or address in ("auto", "local"):
-        return address
-    port = address.rpartition(":")[2]
-    if not re.fullmatch(r"(ray://)?(\[[0-9a-fA-F:.%]+\]|[^\s:/]+):[0-9]{1,5}", address) or not 0 < int(port) < 2**16:
-        raise ConfigError(f"found {address!r} as Ray's address; wanted host:port with a port of 1 to 65535, or auto")
-    return address
 
 
 class RunSection(Section):
@@ -97,9 +40,7 @@ class RunSection(Section):
 
 
 class ClusterSection(Section):
-    address: Annotated[str | None, AfterValidator(checked_address)] = (
-        None  # None: RAY_ADDRESS if set, else a cluster started on this machine for this job
-    )
+    address: Address = None  # None: RAY_ADDRESS if set, else a cluster started on this machine for this job
     num_cpus: Processes | None = None  # of a cluster started here; None: all cores
     object_store_gb: float = Field(0.5, ge=0.074, le=1_000_000)  # of a cluster started here; Ray wants 75 MiB
 
@@ -494,16 +435,10 @@ class CheckSection(Section):
     max_canary_diff: float | None = Field(None, gt=0)  # |sampler - learner| of the canary, every sync
 
 
-def _wandb_project(name: str) -> str:
-    if not 1 <= len(name) <= 128 or set(name) & set("/\\#?%:"):
-        raise ValueError(f"found {name!r}; wanted 1 to 128 characters without / \\ # ? % : (wandb's rule)")
-    return name
-
-
 class TrackingSection(Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when logged in, else offline
-    project: Annotated[str, AfterValidator(_wandb_project)] = "rlsys"
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default_factory=list)  # as wandb takes them
+    project: WandbProject = "rlsys"
+    tags: list[WandbTag] = Field(default_factory=list)  # as wandb takes them
     tensorboard: bool = False  # event files in run.dir/name/tensorboard, beside wandb
     rollouts_per_step: int = Field(4, ge=0)  # rows of the rollouts table: the best and the worst
     rollout_steps: int = Field(20, ge=0)  # newest steps whose rollouts are kept whole, for `rlsys replay`; 0: none

@@ -10,13 +10,12 @@ from rlsys.config import (
     ClusterSection,
     LearnerSection,
     ModelSection,
-    Name,
     Precision,
     SamplerSection,
-    Seconds,
     Section,
     refuse_dtype,
 )
+from rlsys.key_types import Name, Seconds
 from rlsys.shell import PathText, expand
 
 

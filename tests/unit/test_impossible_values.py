@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from rlsys.client.config import ServiceConfig
-from rlsys.config import LoraSection, SourceSection, checked_address, parse_config
+from rlsys.config import LoraSection, SourceSection, parse_config
 from rlsys.engine.arguments import numpy_seed
 from rlsys.engine.requests import group_seeds
 from rlsys.errors import ConfigError, DatumError, LossError, SamplingError
+from rlsys.key_types import checked_address
 from rlsys.ledger import Ledger
 from rlsys.losses import resolve
 from rlsys.model_support import refuse_unsupported_job
