@@ -18,6 +18,7 @@ from actors.learner_group import Given, LearnerGroup
 from actors.light_stages import RestartedGraders
 from actors.logs import Failures
 from actors.placement import Placement
+from actors.processors import refuse_absent_cores
 from actors.sampler_pool import Needed, SamplerPool
 from rlsys.base import pack_folder
 from rlsys.candidates import Candidate
@@ -65,6 +66,7 @@ def evaluate(config: JobConfig, candidate: Candidate, progress: Progress) -> Rec
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     refuse_unsupported_job(candidate.config)
+    refuse_absent_cores(config.cluster.address, None, candidate.config.sampler)
     for note in check_job(candidate.config):
         progress.note(f"rlsys: {note}")
     failures, own, interrupts = Failures(), _own(candidate.config), Interrupts(progress.note)

@@ -21,6 +21,7 @@ from actors.learner_group import Given, LearnerGroup
 from actors.light_stages import RestartedAdvantages, RestartedGraders
 from actors.logs import Failures, process_of
 from actors.placement import Placement
+from actors.processors import refuse_absent_cores
 from actors.sampler_pool import Needed, SamplerPool
 from rlsys import loop, losses, overlap
 from rlsys.anchoring import anchored
@@ -76,6 +77,7 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     started = time.monotonic()
     losses.resolve(config.rl.loss.name, config.rl.loss.params)  # wrong parameters are refused before any work
     refuse_unsupported_job(config)
+    refuse_absent_cores(config.cluster.address, config.learner, config.sampler)
     for note in check_job(config):
         progress.note(f"rlsys: {note}")
     with RunStore.open(config, fresh, progress.note) as store:

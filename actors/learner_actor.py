@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import ray
 
+from actors.processors import pin
 from rlsys.config import JobConfig
 from rlsys.types import Array
 
@@ -72,8 +72,7 @@ class LearnerActor:
         from rlsys.ranks import ALONE, Ranks
 
         section = self.config.learner
-        if section.cores:
-            os.sched_setaffinity(0, section.cores)
+        pin(section.cores, "learner.cores")
         ranks = ALONE
         if meeting_point is not None:
             limit = 2 * self.config.watchdog.learn_s  # the driver's watchdog speaks first: it sees which rank is stuck

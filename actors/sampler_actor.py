@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import ray
 
+from actors.processors import pin
 from rlsys.canary import StartupProbe
 from rlsys.config import JobConfig
 from rlsys.types import Array, SamplingParams
@@ -19,8 +19,7 @@ class SamplerActor:
     def __init__(self, config: JobConfig, index: int) -> None:
         from rlsys import sampler
 
-        if config.sampler.cores:
-            os.sched_setaffinity(0, config.sampler.cores)  # the engine's processes inherit it
+        pin(config.sampler.cores, "sampler.cores")  # the engine's processes inherit it
         sampler.prepare_environment(config.sampler, config.sampler_device)
         self.config, self.index = config, index
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import ray
 import torch
 from peft import PeftModel
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from actors import job as jobs
@@ -180,3 +182,15 @@ def test_a_run_on_a_data_set_of_the_users_refuses_to_go_on_once_its_problems_hav
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(RunExistsError, match="the training problems are not those that this run began with"):
         jobs.train(job(task, "rl.steps=2"), Progress())
+
+
+def test_a_job_whose_completions_are_all_cut_off_says_so_once_with_the_key_and_at_the_top_of_its_report(
+    ray_cluster: str, job: Job
+) -> None:
+    config = job("rl.steps=4", "rl.problems_per_step=8", "rl.sampling.max_tokens=1")
+    terminal = io.StringIO()
+    jobs.train(config, Progress(Console(file=terminal, width=80)))
+    said = terminal.getvalue()
+    assert said.count("completions were cut off before their end. Raise rl.sampling.max_tokens (now 1)") == 1, said
+    report = (config.run_dir / "report.html").read_text()
+    assert 0 < report.index("completions were cut off before their end") < report.index("<svg")
