@@ -231,7 +231,7 @@ def test_what_moves_a_job_to_a_gpu_is_the_same_everywhere() -> None:
     keys = ON["cuda"]
     places = ["Makefile", "deploy/README.md", "deploy/slurm.sh", "deploy/kuberay-job.yaml"]
     for place in places:
-        text = re.sub(r"\\?\n *#? *", " ", (ROOT / place).read_text())
+        text = re.sub(r"\s*\\?\n *#? *", " ", (ROOT / place).read_text())
         assert keys in text, f"{place} does not have: {keys}"
 
 
