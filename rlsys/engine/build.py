@@ -98,7 +98,7 @@ def examined(sampler: Device | None, has_gpu: bool) -> tuple[str, Literal["ok", 
     assert build is not None
     found = f"{build}, which samples on {CALLED[build.device]} alone"
     if build.device == "cuda" and not has_gpu:
-        return name, "warn", f"{found}; none is seen here", f"a machine with a GPU, or {_installing('cpu')}"
+        return name, "warn", f"{found}; none is seen here", f"use a machine with a GPU, or {SET_UP['cpu']} for the CPU"
     if build.device == "cpu" and has_gpu:
         return name, "warn", f"{found}; the GPUs here stay idle", _installing("cuda")
     return name, "ok", found, ""
@@ -109,7 +109,7 @@ def _installing(device: Device) -> str:
 
 
 def _ways_out(built: Device, asked: Device) -> str:
-    return f"Either {_installing(asked)}, or change the job: {ON[built]}"
+    return f"Either {SET_UP[asked]}, which installs {LISTS[asked]}, or change the job: {ON[built]}"
 
 
 def _build(name: str) -> Build | None:

@@ -59,7 +59,7 @@ def test_the_build_for_cuda_is_refused_where_samplers_ask_for_the_cpu(install: I
         refuse_other_vllm("cpu")
     said = str(error.value)
     assert said.startswith("vllm 0.32.0 samples on a GPU alone, and the samplers ask for the CPU.")
-    assert "make set-up installs requirements/torch-cpu.txt and requirements/cpu.txt" in said
+    assert "make set-up, which installs requirements/torch-cpu.txt and requirements/cpu.txt" in said
     assert all(key in said for key in ON_GPU)
 
 
