@@ -1,19 +1,39 @@
 # Two commands set up and use rlsys: `make quickstart` and `make test`. The rest is for those who work on it.
-PYTHON := $(or $(PYTHON),python3.11)
-VENV   := $(or $(VENV),.venv)
+# DEVICE=cuda: the same two on an NVIDIA GPU, with packages and an environment of its own.
+DEVICE := $(or $(DEVICE),cpu)
+ifneq ($(filter-out 1,$(words $(DEVICE)))$(filter-out cpu cuda,$(DEVICE)),)
+$(error DEVICE=$(DEVICE): wanted cpu, which is the default, or cuda)
+endif
+
+VENV   := $(or $(VENV),.venv$(if $(filter cuda,$(DEVICE)),-cuda))
+# That of the environment, if there is one, else the first that is installed.
+PYTHONS := $(shell sed -n 's/^version *= *\(3\.[0-9]*\).*/python\1/p' $(VENV)/pyvenv.cfg 2>/dev/null) python3.11 python3.12
+PYTHON := $(or $(PYTHON),$(shell for each in $(PYTHONS); do $$each -c '' 2>/dev/null && echo $$each && break; done),python3.11)
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: quickstart test check unit soak bench bench-real-model real-model real-tokenizers gpu-check clean
+.PHONY: quickstart test set-up machine check unit soak bench bench-real-model real-model real-tokenizers gpu-check clean
 
+# Learner and sampler take turns on one GPU. bfloat16: vLLM's LoRA kernels for CUDA know half precision alone.
+ON_cuda := model.dtype=bfloat16 learner.device=cuda learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true
 quickstart: $(READY)
-	$(BIN)/rlsys train configs/quickstart.yaml --fresh
+	$(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 
-# The unit tests share nothing, so they use both cores; the others share one cluster and few engines.
+# The unit tests share nothing, so they use both cores; the others share one cluster and few engines. With vLLM's CUDA
+# build, tests that start an engine on the CPU are skipped by name; without a GPU, so is what follows them.
 test: $(READY) check
 	$(BIN)/python -m pytest tests/unit -n 2
 	$(BIN)/python -m pytest tests --ignore tests/unit --durations 20
+ifeq ($(DEVICE),cuda)
+	@if $(BIN)/python requirements/machine.py gpu; then \
+	  $(BIN)/python -m pytest -m gpu tests || [ $$? -eq 5 ] || exit 1; \
+	  $(BIN)/python -m benchmarks.gpu_check --skip-rows; \
+	else echo "skipped, as they want a GPU: tests marked gpu, and gpu-check" >&2; fi
+endif
+
+# The environment alone, such as on a machine without the GPU that it is for.
+set-up: $(READY)
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -54,14 +74,21 @@ bench-real-model: real-model
 gpu-check:
 	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
 
-# Wheels only and no dependency resolution: the list is complete, and no compiler is needed.
-$(READY): requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml
-	@command -v $(PYTHON) >/dev/null || { echo "rlsys needs Python 3.11: $(PYTHON) is not on PATH (set PYTHON=...)" >&2; exit 1; }
+# Wheels only and no dependency resolution: the lists are complete, and no compiler is needed.
+LISTS_cpu  := requirements/torch-cpu.txt requirements/cpu.txt
+LISTS_cuda := requirements/gpu.txt
+LISTS      := $(LISTS_$(DEVICE))
+
+$(READY): $(LISTS) pyproject.toml | machine
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --retries 2 -r requirements/torch-cpu.txt
-	$(PIP) -r requirements/cpu.txt
+	for list in $(LISTS); do $(PIP) --retries 2 -r $$list || exit 1; done
 	$(PIP) --no-build-isolation --editable .
+	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m pip check --quiet --disable-pip-version-check)
 	touch $(READY)
+
+machine:
+	@command -v $(PYTHON) >/dev/null || { echo "rlsys needs Python 3.11 or 3.12: $(PYTHON) is not on PATH (set PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) requirements/machine.py $(DEVICE) $(VENV) $(or $(MAKECMDGOALS),quickstart)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

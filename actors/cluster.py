@@ -15,6 +15,7 @@ from ray.exceptions import AuthenticationError, RayError
 
 from actors.surroundings import refuse_surroundings
 from rlsys.config import ClusterSection
+from rlsys.engine.build import Device, refuse_other_torch, refuse_other_vllm
 from rlsys.errors import ClusterError
 from rlsys.key_types import checked_address
 from rlsys.variables import set_default, variable
@@ -39,6 +40,19 @@ def cluster(section: ClusterSection) -> Iterator[str]:
             yield where
         finally:
             _leave()
+
+
+def refuse_other_builds(section: ClusterSection, sampler: Device, learner: Device) -> None:
+    """Compare the packages here with the devices asked for, if Ray starts on this machine. On a cluster that is joined,
+    each actor compares on its own node.
+
+    Raises:
+        ClusterError: vLLM or torch is built for another device.
+    """
+    if section.address or variable("RAY_ADDRESS"):
+        return
+    refuse_other_vllm(sampler)
+    refuse_other_torch(learner)
 
 
 def _leave() -> None:

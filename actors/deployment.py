@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from actors.base_folder import local_folder
-from actors.cluster import cluster, threads_env
+from actors.cluster import cluster, refuse_other_builds, threads_env
 from actors.service_calls import future_of, together
 from actors.service_learner import ServiceLearner
 from actors.service_placement import dtype_of, refuse_shortfall, sections
@@ -145,6 +145,7 @@ class RayBackend:
             found = read_config(folder)
         max_length = min(config.max_length, max_positions(found) or config.max_length)
         learner, sampler = sections(config, ray.cluster_resources())
+        refuse_other_builds(config.cluster, sampler.device, learner.device)
         dtype, device = dtype_of(config, sampler), sampler.device
         model = ModelSection(path=as_written(source), dtype=dtype, max_length=max_length)
         refuse_unsupported(found, source, max_length=max_length, lora=None, sampler=sampler, device=device)

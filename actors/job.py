@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.cluster import cluster
+from actors.cluster import cluster, refuse_other_builds
 from actors.control import Control
 from actors.interrupts import Interrupts
 from actors.keeper import CheckpointKeeper
@@ -76,6 +76,7 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     """
     started = time.monotonic()
     losses.resolve(config.rl.loss.name, config.rl.loss.params)  # wrong parameters are refused before any work
+    refuse_other_builds(config.cluster, config.sampler_device, config.learner.device)
     refuse_unsupported_job(config)
     refuse_absent_cores(config.cluster.address, config.learner, config.sampler)
     for note in check_job(config):

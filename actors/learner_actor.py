@@ -65,6 +65,7 @@ class LearnerActor:
         from actors.base_folder import local_folder
         from rlsys.canary import canary_tokens
         from rlsys.dimensions import hidden_size, read_config
+        from rlsys.engine.build import refuse_other_torch
         from rlsys.learner import Learner
         from rlsys.memory import bound_growth
         from rlsys.model_support import refuse_unsupported
@@ -72,6 +73,7 @@ class LearnerActor:
         from rlsys.ranks import ALONE, Ranks
 
         section = self.config.learner
+        refuse_other_torch(section.device)
         pin(section.cores, "learner.cores")
         ranks = ALONE
         if meeting_point is not None:

@@ -4,7 +4,12 @@ for name in "${!RAY_@}" "${!RLSYS_@}" TMPDIR; do # empty counts as unset: Ray ta
   [ -n "${!name:-}" ] || unset "$name"
 done
 deploy=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
-[ ! -x "$deploy/../.venv/bin/ray" ] || PATH="$(readlink -f "$deploy/../.venv/bin"):$PATH" # what `make` sets up
+# What `make` sets up, for CPUs or for CUDA. RLSYS_VENV names another folder, or one of the two where both are there.
+for each in ${RLSYS_VENV:+"$RLSYS_VENV"} "$deploy/../.venv" "$deploy/../.venv-cuda"; do
+  [ -x "$each/bin/ray" ] || continue
+  PATH="$(readlink -f "$each/bin"):$PATH"
+  break
+done
 
 # Ray takes the token from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token, and starts nothing without one.
 export RAY_AUTH_MODE="${RAY_AUTH_MODE:-token}"

@@ -5,7 +5,10 @@
 #SBATCH --time=12:00:00
 #SBATCH --signal=B:TERM@120
 # A Ray cluster on the nodes of a Slurm job, one run on it, and the end of both. From the checkout, which all nodes see:
-#   sbatch [--gpus-per-node=1 ...] deploy/slurm.sh configs/quickstart.yaml [key=value ...]
+#   sbatch deploy/slurm.sh configs/quickstart.yaml [key=value ...]
+# With the packages for CUDA, which sample on GPUs alone, a job that asks for one:
+#   sbatch --gpus-per-node=1 deploy/slurm.sh configs/quickstart.yaml model.dtype=bfloat16 learner.device=cuda \
+#     learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?slurm.sh runs under sbatch}" # sbatch runs a copy of this file from elsewhere
 # Nodes can be shared: ports follow the job's number, and so does Ray's folder.

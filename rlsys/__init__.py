@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rlsys import python_version as python_version  # first: it refuses Pythons that the rest cannot run on
 from rlsys import types
 from rlsys.types import (
     AdamParams,

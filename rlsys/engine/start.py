@@ -3,56 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from typing import Any, Literal
 
 from rlsys.config import SamplerSection
+from rlsys.engine.build import Device as Device
+from rlsys.engine.build import refuse_other_vllm
+from rlsys.engine.private_api import check_private_api
 from rlsys.engine.text_only import register
-from rlsys.errors import ClusterError
 from rlsys.variables import set_default
-
-Device = Literal["cpu", "cuda"]
-
-VLLM_VERSION = "0.32"  # the private API below was read in this one
-
-# What rlsys.engine replaces or calls that vLLM does not promise, with the parameters that it relies on.
-PRIVATE_API = {
-    "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.update_metadata": (
-        "mapping lora_index_to_id max_loras vocab_size"
-    ),
-    "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_lora_linear": (
-        "y x lora_a_stacked lora_b_stacked scale output_slices buffer"
-    ),
-    "vllm.lora.punica_wrapper.punica_cpu:PunicaWrapperCPU.add_lora_logits": (
-        "y x lora_a_stacked lora_b_stacked scale buffer"
-    ),
-    "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper": "",
-    "vllm.v1.worker.cpu_model_runner:CPUModelRunner._get_prompt_logprobs_dict": "hidden_states num_scheduled_tokens",
-    "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:select_unquantized_moe_backend": "moe_config",
-    "vllm.lora.utils:parse_fine_tuned_lora_name": "name weights_mapper",
-    "vllm.model_executor.models.utils:WeightsMapper.get_rename_mapper": "",
-    "vllm.lora.lora_model:LoRAModel.from_lora_tensors": (
-        "lora_model_id tensors peft_helper device dtype model_vocab_size weights_mapper skip_prefixes"
-    ),
-    "vllm.lora.model_manager:LRUCacheLoRAModelManager.add_adapter": "lora",
-    "vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter": "lora_id",
-    "vllm.lora.model_manager:LRUCacheLoRAModelManager.remove_adapter": "adapter_id",
-    "vllm.v1.engine.utils:get_mp_context": "",
-    "vllm.v1.executor.multiproc_executor:MultiprocExecutor._init_executor": "",
-    "vllm.lora.layers.base:BaseLayerWithLoRA.slice_lora_a": "lora_a",
-    "vllm.lora.layers.base:BaseLayerWithLoRA.slice_lora_b": "lora_b",
-    "vllm.v1.engine.async_llm:AsyncLLM.sleep": "level mode",
-    "vllm.v1.engine.async_llm:AsyncLLM.wake_up": "tags",
-    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": (
-        "engine_core_outputs engine_core_timestamp iteration_stats weight_version"
-    ),
-}
-CPU_ONLY = ("vllm.lora.punica_wrapper.punica_cpu", "vllm.platforms.cpu", "vllm.v1.worker.cpu_model_runner")
 
 PRELOAD = ("vllm.v1.engine.async_llm", "vllm.v1.engine.core", "rlsys.engine.cpu", "rlsys.engine.adapters")
 
@@ -72,40 +34,18 @@ def prepare_environment(section: SamplerSection, device: Device = "cpu") -> None
 
 
 def preload(device: Device = "cpu") -> None:
-    """Import vLLM here and, on CPU, in the process from which the engine is forked, at the same time."""
+    """Import vLLM here and, on CPU, in the process from which the engine is forked, at the same time.
+
+    Raises:
+        ClusterError: a vLLM that is built for another device, or whose private API is another one.
+    """
+    refuse_other_vllm(device)
     if device == "cpu":
         multiprocessing.set_forkserver_preload(list(PRELOAD))
         forkserver.ensure_running()
     importlib.import_module("vllm.v1.engine.async_llm")
     check_private_api(device)
     register()
-
-
-def check_private_api(device: Device = "cpu") -> None:
-    """
-    Raises:
-        ClusterError: another vLLM than the one whose private API rlsys.engine touches.
-    """
-    import vllm
-
-    if not vllm.__version__.startswith(VLLM_VERSION):
-        raise ClusterError(f"vLLM: found version {vllm.__version__}; wanted {VLLM_VERSION}.*, see requirements/")
-    for path, wanted in PRIVATE_API.items():
-        module, _, name = path.partition(":")
-        if device != "cpu" and module in CPU_ONLY:
-            continue
-        target: Any = importlib.import_module(module)
-        for part in name.split("."):
-            target = getattr(target, part, None)
-        if target is None:
-            raise ClusterError(f"vLLM {vllm.__version__}: {path} is gone, which rlsys.engine builds on")
-        found = [
-            parameter.name
-            for parameter in inspect.signature(target).parameters.values()
-            if parameter.name != "self" and parameter.kind is not parameter.VAR_KEYWORD
-        ]
-        if found != wanted.split():
-            raise ClusterError(f"vLLM {vllm.__version__}: {path} takes {found}; rlsys.engine wants {wanted.split()}")
 
 
 @contextmanager
