@@ -7,7 +7,7 @@ memory for their own. More than half of a GPU cannot be had twice on one device:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 
@@ -35,6 +35,13 @@ class Engines(Workers, Protocol):
 def may_share(learner: Workers, sampler: Workers) -> bool:
     """Whether Ray may put a learner rank and a sampler on one GPU."""
     return 0 < learner.num_gpus < 1 and 0 < sampler.num_gpus < 1
+
+
+def start_in_order(shared: bool, load_learner: Callable[[], object], begin_engines: Callable[[], object]) -> None:
+    """Load a learner, which is waited for, and begin to start engines: at the same time, or on shared GPUs the learner
+    first. A vLLM engine measures what is free while it starts, and takes what others allocate meanwhile for its own."""
+    for step in (load_learner, begin_engines) if shared else (begin_engines, load_learner):
+        step()
 
 
 def stacked(gpus: float) -> bool:
