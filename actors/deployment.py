@@ -31,6 +31,7 @@ from rlsys.client.paths import folder_of
 from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
 from rlsys.dimensions import max_positions, read_config
 from rlsys.errors import ConfigError
+from rlsys.gpu_shares import may_share, start_in_order
 from rlsys.model_support import refuse_unsupported, serves_unembedding
 from rlsys.shell import as_written
 from rlsys.types import Array, SamplingParams
@@ -127,7 +128,9 @@ class RayBackend:
             door = _door(ServiceLearner, host.learner, name=f"learner/{_key(source)}", **named)
             actors.append(door.remote(host, self._config.gap_timeout_s))
             *samplers, learner = actors
-            about = _brought_up(learner, samplers, self._config.start_timeout_s)
+            about = _brought_up(
+                learner, samplers, self._config.start_timeout_s, may_share(host.learner, engine.section)
+            )
         except BaseException:
             _end(actors)
             raise
@@ -279,16 +282,21 @@ def stop(name: str | None = None) -> list[str]:
     return ended
 
 
-def _brought_up(learner: Any, samplers: Sequence[Any], limit_s: float) -> About:
-    """Load the base everywhere, and have every sampler prove that adapters reach its forward pass."""
+def _brought_up(learner: Any, samplers: Sequence[Any], limit_s: float, shared: bool) -> About:
+    """Load the base everywhere, and have every sampler prove that adapters reach its forward pass. `shared`: learner
+    and samplers may be on one GPU."""
     deadline = time.monotonic() + limit_s
     preloading = [(sampler, future_of(sampler.preload.remote(), "sampler: loading vLLM")) for sampler in samplers]
     loading = future_of(learner.start.remote(), "learner: loading the base")
     starting = []
-    for sampler, preloaded in preloading:
-        preloaded.result(deadline - time.monotonic())
-        starting.append(future_of(sampler.start.remote(), "sampler: starting vLLM"))
-    about: About = loading.result(deadline - time.monotonic())
+
+    def begin_engines() -> None:
+        for sampler, preloaded in preloading:
+            preloaded.result(deadline - time.monotonic())
+            starting.append(future_of(sampler.start.remote(), "sampler: starting vLLM"))
+
+    start_in_order(shared, lambda: loading.result(deadline - time.monotonic()), begin_engines)
+    about: About = loading.result()
     for started in starting:
         started.result(deadline - time.monotonic())
     probe = learner.probe.remote()

@@ -31,6 +31,7 @@ from rlsys.config import JobConfig
 from rlsys.errors import RlsysError, RunExistsError, StorageError
 from rlsys.facts import Facts
 from rlsys.files import refusal
+from rlsys.gpu_shares import may_share, start_in_order
 from rlsys.learning_checks import LearningChecks, see_records
 from rlsys.ledger import Ledger
 from rlsys.model_folder import check_job
@@ -248,8 +249,12 @@ def _base(config: JobConfig, cast: Crew, store: RunStore, observer: JobObserver,
 def _start(cast: Crew, base: Any) -> None:
     """Load the base everywhere, and have every sampler prove that adapters reach its forward pass."""
     train, held_out = (cast.graders.problems(split) for split in ("train", "eval"))
-    cast.samplers.begin(base, train, held_out)
-    cast.learner.start(Given(base, train))
+    shared = may_share(cast.learner.config.learner, cast.samplers.config.sampler)
+    start_in_order(
+        shared,
+        lambda: cast.learner.start(Given(base, train)),
+        lambda: cast.samplers.begin(base, train, held_out),
+    )
     cast.samplers.start(Needed(base, train, held_out, _probe(cast.learner)))
 
     def renew() -> tuple[Needed, Published]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from actors.processors import pin
+from rlsys import gpu_memory
 from rlsys.config import JobConfig
 from rlsys.types import Array
 
@@ -36,7 +38,7 @@ class LearnerActor:
 
         assert self.config.model.make
         bound_growth(self.config.model.make.hidden_size)
-        with tempfile.TemporaryDirectory(prefix="rlsys-base-") as scratch:
+        with self._on_its_share(), tempfile.TemporaryDirectory(prefix="rlsys-base-") as scratch:
             out = Path(scratch) / "base"
             result = make_base(
                 self.config, out, lambda step, facts: self.supervised.append({"sft/step": step, **facts})
@@ -62,6 +64,10 @@ class LearnerActor:
     def start(self, base: Any, train: Any, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
         """Load the base, meet the other ranks, and begin the run, or go on with it where `files` say. Returns the
         precision that the base is computed in."""
+        with self._on_its_share():
+            return self._start(base, train, meeting_point, files)
+
+    def _start(self, base: Any, train: Any, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
         from actors.base_folder import local_folder
         from rlsys.canary import canary_tokens
         from rlsys.dimensions import hidden_size, read_config
@@ -102,23 +108,27 @@ class LearnerActor:
         return learner.computing_dtype
 
     def probe(self) -> Any:
-        return self.policy.probe()
+        with self._on_its_share():
+            return self.policy.probe()
 
     @ray.method(num_returns=2)
     def reference(self, *rollouts: Any) -> tuple[Array, Facts]:
         from rlsys.rollouts import concatenate
 
-        return self.policy.reference(concatenate(rollouts)), {}
+        with self._on_its_share():
+            return self.policy.reference(concatenate(rollouts)), {}
 
     @ray.method(num_returns=2)
     def learn(self, datums: Any, place: Any) -> tuple[Array, Facts]:
-        return self.policy.learn(
-            datums, place.step, place.substep, first=place.first, last=place.last, on_policy=place.on_policy
-        )
+        with self._on_its_share():
+            return self.policy.learn(
+                datums, place.step, place.substep, first=place.first, last=place.last, on_policy=place.on_policy
+            )
 
     @ray.method(num_returns=2)
     def publish(self) -> tuple[Any, dict[str, Any]]:
-        update = self.policy.publish()
+        with self._on_its_share():
+            update = self.policy.publish()
         snapshot = update.snapshot
         return update, {"version": snapshot.version, "digest": snapshot.digest, "nbytes": snapshot.buffer.nbytes}
 
@@ -128,4 +138,16 @@ class LearnerActor:
 
     def state_files(self) -> dict[str, bytes]:
         """A checkpoint's files: what a learner that is started with them goes on from."""
-        return self.policy.state_files()
+        with self._on_its_share():
+            return self.policy.state_files()
+
+    @contextmanager
+    def _on_its_share(self) -> Iterator[None]:
+        """What computes on the GPU: within the part of its memory that plan and placement count with, and with nothing
+        kept afterwards that an engine on the same GPU needs to start or to wake."""
+        section = self.config.learner
+        gpu_memory.limit(section.device, section.num_gpus)
+        try:
+            yield
+        finally:
+            gpu_memory.give_back(section.device, section.num_gpus)

@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.cluster import threads_env
+from rlsys import gpu_shares
 from rlsys.config import JobConfig, LearnerSection, SamplerSection
 from rlsys.errors import ClusterError, StalledError
 from rlsys.planning import needs
@@ -69,6 +70,11 @@ class Placement:
         """A seat for a sampler beyond those of the beginning; raises as `reserve`."""
         section = self.config.sampler
         wanted = [needs(section, index)]
+        if gpu_shares.stacked(section.num_gpus):
+            raise ClusterError(
+                f"no room for one more sampler: with sampler.num_gpus {section.num_gpus:g} Ray may put it on the GPU "
+                "of another, where each engine takes the other's memory for its own; set sampler.num_gpus=1"
+            )
         if not any(_fits(wanted[0], node["Resources"]) for node in _alive()):
             raise ClusterError(f"no node of the cluster can hold one more sampler, which asks for {_told(wanted[0])}")
         free = ray.available_resources()

@@ -146,7 +146,8 @@ class SamplerPool:
             member.actor.preload.remote()
 
     def begin(self, base: Any, train: Any, held_out: Any) -> None:
-        """Start every engine; `start` waits for them. The learner loads its base at the same time."""
+        """Start every engine; `start` waits for them. The learner loads its base at the same time, unless they share a
+        GPU."""
         for member in self.members:
             member.joining = self._joining(member, member.actor.start.remote(base, train, held_out), "starting vLLM")
             member.unproven = True

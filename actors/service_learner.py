@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from rlsys import gpu_memory
 from rlsys.client.backend import About, ModelHandle, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.turns import Turns
@@ -82,8 +83,12 @@ def _load(spec: HostSpec) -> Any:
 
     logging.disable_progress_bar()
     assert spec.model.path is not None
+    section = spec.learner
+    gpu_memory.limit(section.device, section.num_gpus)
     with local_folder(spec.model.path) as folder:
-        return TrainingHost(folder, spec)
+        host = TrainingHost(folder, spec)
+    gpu_memory.give_back(section.device, section.num_gpus)  # an engine that starts on the same GPU wants its part free
+    return host
 
 
 def _published(answer: Any) -> Any:

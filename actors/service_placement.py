@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import ray
 
+from rlsys import gpu_shares
 from rlsys.client.config import ServiceConfig
 from rlsys.config import LearnerSection, Precision, SamplerSection
 from rlsys.errors import ClusterError, ConfigError
@@ -16,14 +17,18 @@ RANK, LIVE = 32, 8  # of samplers by default: Tinker's default rank, and eight s
 
 
 def sections(config: ServiceConfig, has: Mapping[str, float]) -> tuple[LearnerSection, SamplerSection]:
-    """What the config gives, else one learner and one sampler that share what the cluster has."""
+    """What the config gives, else one learner and one sampler that share what the cluster has.
+
+    Raises:
+        ConfigError: what the config gives and what the cluster has do not go together on its GPUs.
+    """
     cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
     if gpus >= 1:
         share = 1.0 if gpus >= 2 else 0.5
         learner = LearnerSection(device="cuda", num_gpus=share)
         sampler = SamplerSection(
             num_gpus=share,
-            gpu_memory_utilization=0.85 if share == 1.0 else 0.5,
+            gpu_memory_utilization=0.85 if share == 1.0 else 0.45,  # contexts of two processes lie beside it
             max_lora_rank=RANK,
             max_live_adapters=LIVE,
         )
@@ -31,7 +36,10 @@ def sections(config: ServiceConfig, has: Mapping[str, float]) -> tuple[LearnerSe
         share, threads = (float(int(cpus) // 2) or 0.5), max(1, int(cpus) // 2)
         learner = LearnerSection(num_cpus=share, threads=threads)
         sampler = SamplerSection(num_cpus=share, threads=threads, max_lora_rank=RANK, max_live_adapters=LIVE)
-    return config.learner or learner, config.sampler or sampler
+    learner, sampler = config.learner or learner, config.sampler or sampler
+    for problem in gpu_shares.problems(learner, sampler):
+        raise ConfigError(f"ServiceConfig: {problem}")
+    return learner, sampler
 
 
 def dtype_of(config: ServiceConfig, sampler: SamplerSection) -> Precision:

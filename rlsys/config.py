@@ -17,7 +17,7 @@ from typing import Any, Literal
 import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rlsys import yaml_text
+from rlsys import gpu_shares, yaml_text
 from rlsys.errors import ConfigError
 from rlsys.key_types import Address, Core, Cpus, Gpus, Name, Processes, Resources, Seconds, WandbProject, WandbTag
 from rlsys.overrides import apply, refuse_contradictions
@@ -25,6 +25,7 @@ from rlsys.shell import PathText
 from rlsys.types import LEAST_EPS, AdamParams, SamplingParams
 
 Precision = Literal["float32", "bfloat16", "float16"]
+HALF_ON_CUDA: Precision = "bfloat16"  # the default there; GPUs before compute capability 8.0 have float16 alone
 
 
 class Section(BaseModel):
@@ -106,7 +107,9 @@ class MakeSection(Section):
 class ModelSection(Section):
     path: PathText | None = None  # a Hugging Face folder or hub name; exactly one of path and make
     make: MakeSection | None = None
-    dtype: Precision = "float32"  # of the frozen base, in learner and sampler alike; the adapter is fp32 in the learner
+    # of the frozen base, in learner and sampler alike; the adapter is fp32 in the learner. Where a job names none and
+    # its samplers are on CUDA: bfloat16
+    dtype: Precision = "float32"
     max_length: int = Field(128, ge=8, lt=2**24)  # tokens of prompt + completion
 
     @model_validator(mode="after")
@@ -230,8 +233,13 @@ class LearnerSection(Section):
     def _device_and_gpus_agree(self) -> LearnerSection:
         if self.device == "cuda" and self.num_gpus == 0:
             raise ValueError(
-                "device cuda, num_gpus 0: Ray hides the GPUs from an actor that asks for none; set learner.num_gpus=1, "
-                "or a part of one, or learner.device=cpu"
+                "device cuda, num_gpus 0: Ray would seat the learner without counting its GPU, which others may have; "
+                "set learner.num_gpus=1, or a part of one, or learner.device=cpu"
+            )
+        if self.num_gpus > 1:
+            raise ValueError(
+                f"num_gpus {self.num_gpus:g}: a rank computes on one GPU and would leave the others idle; set "
+                f"learner.num_gpus=1, and learner.num_workers={self.num_gpus:g} for as many ranks"
             )
         if self.device == "cpu" and self.num_gpus > 0:
             raise ValueError(
@@ -259,6 +267,16 @@ class SamplerSection(Section):
     kv_cache_gb: float = Field(1.0, gt=0)  # CPU
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
     enforce_eager: bool = False  # CPU engines are always eager
+
+    @model_validator(mode="after")
+    def _a_gpu_for_each_worker_of_an_engine(self) -> SamplerSection:
+        parallel, gpus = self.tensor_parallel_size, self.num_gpus
+        if gpus > 0 and gpus != parallel and (parallel > 1 or gpus > 1):
+            raise ValueError(
+                f"sampler.tensor_parallel_size {parallel} needs as many whole GPUs for each sampler; found "
+                f"sampler.num_gpus {gpus:g}; set sampler.num_gpus={parallel}"
+            )
+        return self
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -466,6 +484,17 @@ class JobConfig(Section):
     checks: CheckSection = CheckSection()
     tracking: TrackingSection = TrackingSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _half_precision_on_cuda(cls, tree: Any) -> Any:
+        """A job that names no dtype gets one that its samplers can serve."""
+        model, sampler = (tree.get(name) if isinstance(tree, dict) else None for name in ("model", "sampler"))
+        if not isinstance(model, dict) or not isinstance(sampler, dict) or "dtype" in model:
+            return tree
+        gpus = sampler.get("num_gpus", 0)
+        on_cuda = isinstance(gpus, int | float) and gpus > 0
+        return {**tree, "model": {**model, "dtype": HALF_ON_CUDA}} if on_cuda else tree
+
     @model_validator(mode="after")
     def _fits_together(self) -> JobConfig:
         if self.lora.rank > self.sampler.max_lora_rank:
@@ -494,17 +523,13 @@ class JobConfig(Section):
                 "adapter rows by sampled position), so it is served on CPU only; set lora.train_unembed=false"
             )
         refuse_dtype(self.model.dtype, self.sampler, "model.dtype")
-        tensor_parallel = self.sampler.tensor_parallel_size
-        if self.sampler.num_gpus > 0 and tensor_parallel > 1 and self.sampler.num_gpus != tensor_parallel:
-            raise ValueError(
-                f"sampler.tensor_parallel_size {tensor_parallel} needs as many whole GPUs for each sampler; found "
-                f"sampler.num_gpus {self.sampler.num_gpus:g}; set sampler.num_gpus={tensor_parallel}"
-            )
         if self.sampler.colocate and self.sampler.num_workers != self.learner.num_workers:
             raise ValueError(
                 f"sampler.colocate pairs each sampler with a learner rank; found sampler.num_workers "
                 f"{self.sampler.num_workers} and learner.num_workers {self.learner.num_workers}; make them equal"
             )
+        for problem in gpu_shares.problems(self.learner, self.sampler):
+            raise ValueError(problem)
         if self.sampler.colocate and self.sampler.nodes:
             raise ValueError("sampler.nodes has no meaning with sampler.colocate: a sampler goes where its rank is")
         if self.learner.shard_base and self.learner.num_workers == 1:
@@ -591,7 +616,8 @@ def refuse_dtype(dtype: Precision, sampler: SamplerSection, key: str) -> None:
     if dtype == "float32" and sampler.device == "cuda":
         raise ValueError(
             f"{key} float32: vLLM's LoRA kernels on CUDA take half precision alone (sampler.num_gpus "
-            f"{sampler.num_gpus:g}); set {key}=bfloat16 or float16, or sampler.num_gpus=0 for a sampler on the CPU"
+            f"{sampler.num_gpus:g}); set {key}=bfloat16, or {key}=float16 on a GPU older than compute capability 8.0, "
+            "or sampler.num_gpus=0 for a sampler on the CPU"
         )
 
 

@@ -33,6 +33,7 @@ from rlsys.custom import CustomLoss, evaluate, result_metrics
 from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, GradientError
 from rlsys.free_memory import free_bytes
+from rlsys.gpu_memory import unused_bytes
 from rlsys.graphs import KeptGraphs
 from rlsys.identity import BaseIdentity, identity_of
 from rlsys.logprobs import logprobs_and_entropy, token_logprobs
@@ -582,8 +583,7 @@ class Learner:
         if wanted is not None:
             return int(wanted * 2**30)
         if self._model.device.type == "cuda":
-            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            return (torch.cuda.mem_get_info()[0] + unused) // 2
+            return unused_bytes() // 2
         return free_bytes() // 2 // self._ranks.size
 
     def _give_up_graphs(self) -> bool:

@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from rlsys import gpu_shares
 from rlsys.config import (
+    HALF_ON_CUDA,
     ClusterSection,
     LearnerSection,
     ModelSection,
@@ -54,10 +56,23 @@ class ServiceConfig(Section):
             )
         return section
 
+    @field_validator("sampler")
+    @classmethod
+    def _awake(cls, section: SamplerSection | None) -> SamplerSection | None:
+        if section is not None and section.colocate:
+            raise ValueError(
+                "sampler.colocate: a deployment's learner and samplers work at the same time, so none sleeps; set "
+                "sampler.colocate=false, and a part of the GPU for each (learner.num_gpus, sampler.num_gpus)"
+            )
+        return section
+
     @model_validator(mode="after")
     def _served_in_its_dtype(self) -> ServiceConfig:
         if self.dtype is not None and self.sampler is not None:
             refuse_dtype(self.dtype, self.sampler, "dtype")
+        if self.learner is not None and self.sampler is not None:
+            for problem in gpu_shares.problems(self.learner, self.sampler):
+                raise ValueError(problem)
         return self
 
     def source(self, base_model: str) -> str:
@@ -74,7 +89,7 @@ class ServiceConfig(Section):
         Raises:
             ValueError: they cannot serve adapters in the dtype that was asked for.
         """
-        dtype = self.dtype or ("bfloat16" if sampler.device == "cuda" else "float32")
+        dtype = self.dtype or (HALF_ON_CUDA if sampler.device == "cuda" else "float32")
         refuse_dtype(dtype, sampler, "dtype")
         return dtype
 

@@ -37,6 +37,7 @@ def engine_arguments(
         }
         if cpu
         else {
+            "worker_cls": "rlsys.engine.cuda.CudaWorker",
             "gpu_memory_utilization": section.gpu_memory_utilization,
             "enable_sleep_mode": section.colocate,
             # left to itself, vLLM would ask Ray for workers in our placement group, where no GPU is left

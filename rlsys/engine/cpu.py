@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
-import signal
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +12,11 @@ from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from rlsys.engine.parent import die_with_parent
 from rlsys.engine.punica import SegmentedPunica
 from rlsys.engine.rows import steady
 from rlsys.memory import bound_growth
 
-PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 SEGMENTED_PUNICA = f"{SegmentedPunica.__module__}.{SegmentedPunica.__qualname__}"
 
 
@@ -70,19 +66,3 @@ def _unlink_shared_memory() -> None:
     """Of the workers, which vLLM never takes away. All have it mapped by now, and it ends with the last of them."""
     for path in Path("/dev/shm").glob(f"{os.environ['VLLM_DIST_IDENT']}-*-cpushm_*"):
         path.unlink()
-
-
-def die_with_parent() -> None:
-    """An engine whose actor was killed must not linger: it holds memory and cores that the next one needs."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-    # A stopped process runs no thread of its own, but the kernel's signal reaches it. It comes when the fork server
-    # ends, which it does with the actor; to one of several workers, when the engine's process ends.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="rlsys-parent-watch", daemon=True).start()

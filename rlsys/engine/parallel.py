@@ -6,7 +6,7 @@ import os
 
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
-from rlsys.engine.cpu import die_with_parent
+from rlsys.engine.parent import die_with_parent
 
 
 class CpuExecutor(MultiprocExecutor):

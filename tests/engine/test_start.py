@@ -21,6 +21,7 @@ from rlsys.engine.private_api import check_private_api
 from rlsys.errors import ClusterError
 from rlsys.sampler import Sampler
 from rlsys.types import SamplingParams
+from tests.waiting import run as run_to_end
 from tests.waiting import until_gone
 
 COMPILER = re.compile(r"(^|-)(cc|gcc|g\+\+|c\+\+|clang|clang\+\+|icx|icpx)(-[0-9.]+)?$")
@@ -46,6 +47,44 @@ async def main(folder):
 
 if __name__ == "__main__":
     asyncio.run(main(sys.argv[1]))
+"""
+
+
+METHOD = """
+from rlsys.config import SamplerSection
+from rlsys.sampler import prepare_environment
+prepare_environment(SamplerSection(num_gpus=1), "cuda")
+from vllm.utils.system_utils import get_mp_context
+from vllm.v1.engine import utils
+from vllm.v1.worker.gpu_worker import Worker
+from rlsys.engine.cuda import CudaWorker
+assert utils.get_mp_context is get_mp_context  # with it vLLM makes the engine's process
+assert issubclass(CudaWorker, Worker)
+print("METHOD", get_mp_context().get_start_method())
+"""
+ENGINE_LIKE = """
+import multiprocessing, os, threading, time
+from rlsys.engine.parent import exit_with_parent
+
+def engine(pipe):
+    exit_with_parent()
+    pipe.send(os.getpid())
+    time.sleep(1e5)
+
+def start():
+    global child, pid
+    here, there = multiprocessing.Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=engine, args=(there,))
+    child.start()
+    pid = here.recv()
+
+if __name__ == "__main__":
+    thread = threading.Thread(target=start)  # which ends, as one of an actor may
+    thread.start()
+    thread.join()
+    time.sleep(1)
+    print("READY" if child.is_alive() else "GONE", pid, flush=True)
+    time.sleep(1e5)
 """
 
 
@@ -115,3 +154,22 @@ def test_another_vllm_is_refused_before_it_is_patched(monkeypatch: pytest.Monkey
         ClusterError, match=r"vLLM 0\.41\.1 is installed, and rlsys knows 0\.32 and 0\.33; .* 0\.32, as"
     ):
         check_private_api()
+
+
+def test_on_cuda_an_engine_s_process_is_spawned_whatever_the_environment_says() -> None:
+    environment = {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "fork", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = run_to_end([sys.executable, "-c", METHOD], env=environment)
+    assert done.stdout.split()[-2:] == ["METHOD", "spawn"], done.stdout + done.stderr
+
+
+def test_a_spawned_process_outlives_the_thread_that_made_it_and_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(ENGINE_LIKE)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = subprocess.Popen([sys.executable, str(program)], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    state, pid = process.stdout.readline().split()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert state == "READY"
+    until_gone([int(pid)], "the spawned process of a killed one to end")

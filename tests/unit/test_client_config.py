@@ -26,10 +26,10 @@ def test_a_dtype_that_was_asked_for_stays() -> None:
 
 
 def test_float32_adapters_on_a_cuda_sampler_are_refused_with_the_way_out() -> None:
-    with pytest.raises(ValueError, match=r"dtype float32.*set dtype=bfloat16 or float16"):
+    with pytest.raises(ValueError, match=r"dtype float32.*set dtype=bfloat16, or dtype=float16"):
         ServiceConfig(dtype="float32", sampler=SamplerSection(num_gpus=1))
     found = ServiceConfig(dtype="float32")  # nothing is known of the cluster yet
-    with pytest.raises(ConfigError, match=r"dtype float32.*set dtype=bfloat16 or float16"):
+    with pytest.raises(ConfigError, match=r"dtype float32.*set dtype=bfloat16, or dtype=float16"):
         dtype_of(found, sections(found, GPUS)[1])
 
 

@@ -142,8 +142,21 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_sampler_on_cuda_takes_half_precision_and_a_learner_there_any(dtype: str) -> None:
     assert parse_config(SMALL, ["sampler.num_gpus=0.5", f"model.dtype={dtype}"]).sampler_device == "cuda"
-    mixed = parse_config(SMALL, ["learner.device=cuda", "learner.num_gpus=0.5"])
+    mixed = parse_config(SMALL, ["learner.device=cuda", "learner.num_gpus=0.5", "model.dtype=float32"])
     assert (mixed.model.dtype, mixed.sampler_device) == ("float32", "cpu")
+
+
+def test_a_job_that_names_no_dtype_gets_one_that_its_samplers_can_serve() -> None:
+    assert parse_config(SMALL).model.dtype == "float32"
+    assert parse_config(SMALL, ["sampler.num_gpus=0"]).model.dtype == "float32"
+    for gpus in ("0.5", "1"):
+        config = parse_config(SMALL, [f"sampler.num_gpus={gpus}"])
+        assert config.model.dtype == "bfloat16"
+        assert parse_config(dump_config(config)) == config  # a run directory's copy is of the same job
+    with_path = parse_config("run: {name: a}\nmodel: {path: x}\nsampler: {num_gpus: 1}")
+    assert with_path.model.dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"model\.dtype float32.*set model\.dtype=bfloat16"):
+        parse_config(SMALL, ["sampler.num_gpus=1", "model.dtype=float32"])
 
 
 def test_a_job_cannot_be_changed_once_read() -> None:

@@ -96,8 +96,20 @@ WRONG = [
         "sampler.nodes",
         "goes where its rank is",
     ),
-    ("float32 on a GPU sampler", NAMED, ["sampler.num_gpus=1"], "model.dtype float32", "set model.dtype=bfloat16"),
-    ("a part of a GPU in float32", NAMED, ["sampler.num_gpus=0.5"], "model.dtype float32", "sampler.num_gpus=0"),
+    (
+        "float32 on a GPU sampler",
+        NAMED,
+        ["sampler.num_gpus=1", "model.dtype=float32"],
+        "model.dtype float32",
+        "set model.dtype=bfloat16",
+    ),
+    (
+        "a part of a GPU in float32",
+        NAMED,
+        ["sampler.num_gpus=0.5", "model.dtype=float32"],
+        "model.dtype float32",
+        "model.dtype=float16 on a GPU older than compute capability 8.0, or sampler.num_gpus=0",
+    ),
     ("a GPU for a learner on the CPU", NAMED, ["learner.num_gpus=1"], "learner", "set learner.device=cuda"),
     ("a learner on CUDA without a GPU", NAMED, ["learner.device=cuda"], "learner", "set learner.num_gpus=1"),
     (

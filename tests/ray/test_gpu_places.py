@@ -1,0 +1,123 @@
+"""Which GPUs Ray gives the actors of a job. The GPUs are logical: Ray counts them, and nobody computes on one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import ray
+
+from actors.placement import Placement, Seat
+from rlsys.config import parse_config
+from rlsys.errors import ClusterError
+
+JOB = "run: {name: a}\nmodel: {path: x}\nwatchdog: {start_s: 60}\n"
+Ids = list[str]
+
+
+class Seen:
+    """An actor in the place of a learner rank or a sampler."""
+
+    def devices(self) -> str | None:
+        return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+@contextmanager
+def machine(gpus: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[list[Ids], list[Ids]]]]:
+    """A Ray cluster of one node with so many GPUs; yields what tells the devices of a job's learners and samplers."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=32,
+        num_gpus=gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        object_store_memory=100 * 2**20,
+    )
+    try:
+        yield placed
+    finally:
+        ray.shutdown()
+
+
+def placed(*overrides: str) -> tuple[list[Ids], list[Ids]]:
+    placement = Placement(parse_config(JOB, list(overrides)), print)
+    try:
+        learners, samplers = placement.reserve()
+        actors = [_seated(seat) for seat in (*learners, *samplers)]
+        found = [(devices or "").split(",") for devices in ray.get([actor.devices.remote() for actor in actors])]
+        for actor in actors:
+            ray.kill(actor)
+        return found[: len(learners)], found[len(learners) :]
+    finally:
+        placement.release()
+
+
+def _seated(seat: Seat) -> ray.actor.ActorHandle:
+    return ray.remote(Seen).options(**seat.ray_options()).remote()
+
+
+def on_cuda(
+    ranks: int, of_rank: float, samplers: int, of_sampler: float, *more: str, colocate: bool = False
+) -> tuple[str, ...]:
+    return (
+        "learner.device=cuda",
+        f"learner.num_workers={ranks}",
+        f"learner.num_gpus={of_rank}",
+        f"sampler.num_workers={samplers}",
+        f"sampler.num_gpus={of_sampler}",
+        f"sampler.colocate={str(colocate).lower()}",
+        *more,
+    )
+
+
+def apart(*places: Ids) -> bool:
+    """No device is in two of them."""
+    devices = [device for place in places for device in place]
+    return len(devices) == len(set(devices))
+
+
+def test_on_one_gpu_a_pair_shares_it_by_turns_or_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine(1, monkeypatch) as of:
+        assert of(*on_cuda(1, 0.5, 1, 0.5, colocate=True)) == ([["0"]], [["0"]])
+        assert of(*on_cuda(1, 0.5, 1, 0.5, "sampler.gpu_memory_utilization=0.45")) == ([["0"]], [["0"]])
+        with pytest.raises(ClusterError, match=r"asks for 2 GPUs, the cluster has 1"):
+            of(*on_cuda(1, 1, 1, 1))
+        placement = Placement(parse_config(JOB, list(on_cuda(1, 0.5, 1, 0.5, colocate=True))), print)
+        with pytest.raises(ClusterError, match=r"another.*set sampler\.num_gpus=1"):
+            placement.another_sampler(1)  # of `rlsys scale`: it would land beside the first
+
+
+def test_on_two_gpus_of_those_that_the_user_left_visible_ranks_and_pairs_have_one_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    with machine(2, monkeypatch) as of:
+        learners, samplers = of(*on_cuda(1, 1, 1, 1))
+        assert sorted([*learners[0], *samplers[0]]) == ["3", "5"]
+        for shares in ((0.5, 0.5), (0.3, 0.3)):
+            learners, samplers = of(*on_cuda(2, shares[0], 2, shares[1], colocate=True))
+            assert learners == samplers and sorted([*learners[0], *learners[1]]) == ["3", "5"]
+        learners, _ = of(*on_cuda(2, 0.6, 1, 0))
+        assert sorted([*learners[0], *learners[1]]) == ["3", "5"]
+        _, (engine,) = of("sampler.num_gpus=2", "sampler.tensor_parallel_size=2")
+        assert sorted(engine) == ["3", "5"]
+
+
+def test_on_four_gpus_an_engine_of_two_stands_beside_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine(4, monkeypatch) as of:
+        learners, samplers = of(*on_cuda(2, 1, 1, 2, "sampler.tensor_parallel_size=2"))
+        assert [len(place) for place in samplers] == [2] and apart(*learners, *samplers)
+
+
+def test_on_eight_gpus_every_rank_and_every_sampler_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    with machine(8, monkeypatch) as of:
+        learners, samplers = of(*on_cuda(2, 1, 6, 1))
+        assert apart(*learners, *samplers)
+        learners, samplers = of(*on_cuda(4, 0.5, 4, 0.5, colocate=True))
+        assert learners == samplers and apart(*learners)
