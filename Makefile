@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: quickstart test check unit soak bench bench-real-model real-model real-tokenizers gpu-check clean
+.PHONY: quickstart test check unit soak bench bench-real-model real-model real-tokenizers gpu-check gpu-loop clean
 
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml --fresh
@@ -50,9 +50,16 @@ bench-real-model: real-model
 	$(BIN)/python -m benchmarks.agreement $(if $(GSM8K),--gsm8k $(GSM8K))
 	$(BIN)/python -m benchmarks.rows
 
-# Wants CUDA, torch, transformers and peft, and no environment of its own: make gpu-check PYTHON=python3 ARGS=--skip-rows
+# docs/gpu.md. Neither needs an environment of its own: make gpu-check PYTHON=python3 OUT=FOLDER ARGS="--minutes 4"
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
+
+# CUDA, torch, transformers and peft are all that it needs; facts go to OUT, by default runs/gpu-check.
 gpu-check:
-	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# vLLM, Ray and the others that a job needs come on top; facts and logs go to OUT, which has to be given.
+gpu-loop:
+	$(GPU_PYTHON) -m benchmarks.gpu_loop $(OUT) $(ARGS)
 
 # Wheels only and no dependency resolution: the list is complete, and no compiler is needed.
 $(READY): requirements/torch-cpu.txt requirements/cpu.txt pyproject.toml

@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -246,7 +246,7 @@ def _attention_errors(
         )
         return out, list(torch.autograd.grad(out, inputs, of.to(device)))
 
-    seen = visible(lengths, reads, window)
+    seen = visible(tuple(lengths), tuple(reads), window)
     exact = [x.double().requires_grad_() for x in given]
     q, k, v = exact[0], *(x.repeat_interleave(heads // of_keys, 1) for x in exact[1:])
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
@@ -263,7 +263,8 @@ def _attention_errors(
     return error([out], [wanted]), error(found, slopes), leaked
 
 
-def visible(lengths: Sequence[int], reads: Sequence[int], window: int | None = None) -> Tensor:
+@cache
+def visible(lengths: tuple[int, ...], reads: tuple[int, ...], window: int | None = None) -> Tensor:
     """(T, T) bool, written down token by token: `place` is a token's position in its sequence, prompt included."""
     owner = [s for s, length in enumerate(lengths) for _ in range(length)]
     before = [0 if read == ALONE else lengths[read] for read in reads]

@@ -76,7 +76,9 @@ class Note(Protocol):
 def batch_of(tokens: int, vocabulary: int) -> DatumBatch:
     """About so many tokens: groups of 8, the last one cut short."""
     random = np.random.default_rng(0)
-    prompts, completions, total = [], [], 0
+    prompts: list[int] = []
+    completions: list[list[int]] = []
+    total = 0
     while total < tokens:
         prompts.append(int(random.integers(80, 121)))
         completions.append([])

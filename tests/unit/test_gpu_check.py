@@ -125,7 +125,7 @@ def test_a_part_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path
 def test_what_a_token_sees_through_a_window_counts_the_prompt_that_it_reads() -> None:
     """A prompt of 3 tokens, and 2 tokens that read it; a window of 3 holds a token and the 2 before it."""
     wanted = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
-    assert visible([3, 2], [ALONE, 0], window=3).int().tolist() == wanted
+    assert visible((3, 2), (ALONE, 0), window=3).int().tolist() == wanted
 
 
 @pytest.mark.parametrize(
