@@ -148,6 +148,8 @@ class Loop:
 
 async def measure(options: argparse.Namespace, notes: Notes, scratch: Path) -> None:
     device = options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("found no CUDA device; wanted one, or --device cpu")
     shape = QUICK if device == "cpu" else QWEN3_0_6B
     base = scratch / "base"
     dtype = "float32" if device == "cpu" else "bfloat16"

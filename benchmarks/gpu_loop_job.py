@@ -7,6 +7,7 @@ after the second step, and the job has to finish all its steps with another engi
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from rlsys.records import read_metrics
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 LOOK_S = 0.25
 KILL_AFTER = 2  # steps
+STAGE = re.compile(r"^(.+): (started|done after [\d:]+)")  # as rlsys/progress.py writes where no terminal is
 ROLES = {"ray::LearnerActor": "learner", "ray::SamplerActor": "sampler", "VLLM::EngineCore": "sampler"}
 BASE = "base"  # of the folder: the base that the first job made
 COMMON = "tracking.wandb=disabled rl.substeps=1 cluster.max_restarts=3"
@@ -67,7 +69,9 @@ class Watch:
     config: JobConfig
     driver: subprocess.Popen[bytes]
     kills: bool
+    log: Path  # what the driver prints
     seen: int = 0  # lines of metrics.jsonl
+    told: int = 0  # lines of the log
     steps: set[int] = field(default_factory=set)
     peaks: dict[int, tuple[str, int]] = field(default_factory=dict)  # pid -> (role, bytes)
     killed: tuple[int, float, int] | None = None  # pid, when, step after which
@@ -80,9 +84,15 @@ class Watch:
             role = next((role for prefix, role in ROLES.items() if name.startswith(prefix)), None)
             if role is not None:
                 self.peaks[process.pid] = (role, max(resident_peak(process), self.peaks.get(process.pid, ("", 0))[1]))
+        printed = self.log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        whole = [line for line in printed if line.endswith("\n")]
+        for line in whole[self.told :]:
+            if stage := STAGE.match(line):
+                self.notes.fact(f"stage: {stage[1]}", stage[2], seconds=round(time.monotonic() - self.began, 1))
+        self.told = len(whole)
         lines = read_metrics(self.config.run_dir)
-        for line in lines[self.seen :]:
-            self._line(line)
+        for record in lines[self.seen :]:
+            self._line(record)
         self.seen = len(lines)
         if self.kills and self.killed is None and max(self.steps, default=0) >= KILL_AFTER:
             self._kill()
@@ -140,7 +150,7 @@ def watch(options: argparse.Namespace, notes: Notes) -> None:
     command = [sys.executable, "-m", "rlsys", "train", str(CONFIG), *keys, "--fresh"]
     with log.open("wb") as output, gpu_memory(folder / f"{name}.gpu-memory", options.device) as used:
         driver = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, start_new_session=True)
-        seen = Watch(notes, config, driver, options.kill)
+        seen = Watch(notes, config, driver, options.kill, log)
         try:
             while driver.poll() is None:
                 seen.look()

@@ -103,12 +103,15 @@ def error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
 
 
 def write_base(folder: Path, shape: dict[str, Any], dtype: str, device: str, max_length: int, spread: float) -> int:
-    """A Qwen3 of random weights, made on `device`; says how many parameters it has. `spread` is of the weights."""
+    """A Qwen3 of random weights, made on `device`; says how many parameters it has. `spread` is of the weights.
+
+    No token pads: its embedding would be 0, and a row of zeros multiplies the gradient by 1,000 in every norm, which
+    overflows in 28 layers (rlsys/proofs.py then refuses the model).
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        **shape, max_position_embeddings=max_length, eos_token_id=0, pad_token_id=0, initializer_range=spread,
-        dtype=dtype,
+        **shape, max_position_embeddings=max_length, eos_token_id=0, initializer_range=spread, dtype=dtype,
     )  # fmt: skip
     torch.manual_seed(0)
     with _default(getattr(torch, dtype)), torch.device(device):

@@ -39,7 +39,7 @@ fi
 if [ -n "$archive" ]; then
     site=${SITE:-/tmp/rlsys-site}
     if [ ! -d "$site/vllm" ]; then
-        mkdir -p "$site" && tar -xJf "$archive" -C "$site" || usage "$archive cannot be unpacked into $site"
+        { mkdir -p "$site" && tar -xJf "$archive" -C "$site"; } || usage "$archive cannot be unpacked into $site"
     fi
     export PYTHONPATH=$site:$PWD${PYTHONPATH:+:$PYTHONPATH}
 fi

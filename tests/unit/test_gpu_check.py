@@ -9,14 +9,25 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks import gpu_check
 from benchmarks.gpu_journal import read_facts
 from benchmarks.gpu_numerics import visible
-from benchmarks.gpu_parts import LearnerValues, LoraValues, ModelValues
+from benchmarks.gpu_parts import (
+    QUICK,
+    QWEN3_8B,
+    RUN,
+    LearnerValues,
+    LoraValues,
+    ModelValues,
+    learner_of,
+    write_base,
+)
 from rlsys.config import LearnerSection, LoraSection, ModelSection, Section
 from rlsys.segments import ALONE
 from tests.waiting import run
@@ -114,6 +125,13 @@ def test_parts_for_which_there_is_no_time_are_left_out_by_name(tmp_path: Path) -
     assert left_out[0] == "positions" and "row 8b 16384" in left_out and "greedy" in left_out
     assert json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["left out"] == left_out
     assert all(f"LEFT OUT  {name}" in ran.stdout.splitlines() for name in left_out)
+
+
+def test_a_random_base_as_deep_as_the_real_ones_can_be_trained_packed(tmp_path: Path) -> None:
+    deep = {**QUICK, "num_hidden_layers": QWEN3_8B["num_hidden_layers"]}
+    write_base(tmp_path / "base", deep, "bfloat16", "cpu", 64, spread=0.03)
+    learner = learner_of(tmp_path / "base", LearnerValues(), "bfloat16", 64, torch.float32)
+    assert np.isfinite(learner.logprobs(RUN, np.arange(1, 30), np.array([0, 29]))).all()
 
 
 def test_a_part_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:

@@ -184,7 +184,9 @@ def test_what_a_job_writes_becomes_facts_once_and_its_engine_is_killed_after_the
     keys = gpu_loop_job.overrides(tmp_path, "a-job", "cpu", True, [])
     config = load_config(gpu_loop_job.CONFIG, keys)
     config.run_dir.mkdir(parents=True)
-    watch = gpu_loop_job.Watch(Notes(journal, "job"), config, driver, kills=True)
+    log = tmp_path / "log"
+    log.write_text("starting engines: started\nrlsys: a note\nstarting engines: done after 3:16\nreinforcement learn")
+    watch = gpu_loop_job.Watch(Notes(journal, "job"), config, driver, True, log)
     for step in (1, 2, 3):
         line = {
             "step": step, "time": 0.0, "stage": "rl", "row": step, "reward/mean": 0.5, "policy/tokens": 100.0,
@@ -199,7 +201,9 @@ def test_what_a_job_writes_becomes_facts_once_and_its_engine_is_killed_after_the
         watch.look()
         assert (watch.killed is not None) == (step >= gpu_loop_job.KILL_AFTER)
     found = read_facts(journal.folder)
-    names = [fact["fact"] for fact in found]
+    stages = [fact["value"] for fact in found if fact["fact"] == "stage: starting engines"]
+    assert stages == ["started", "done after 3:16"]
+    names = [fact["fact"] for fact in found if not fact["fact"].startswith("stage")]
     assert len(names) == len(set(names)) and watch.steps == {1, 2, 3} and watch.recovered
     values = facts(journal)
     assert values["step 2: learner"] == 200.0 and values["step 3: logprob_diff_0_64_max"] == 2e-7
@@ -214,3 +218,38 @@ def test_arguments_of_a_part_reach_it_whole() -> None:
     _, name, _, arguments, device = part.work.args  # type: ignore[attr-defined]
     assert (name, device) == (gpu_loop.COLOCATED, "cpu")
     assert arguments == ["--device=cpu", "--set=a.b=c d", "--colocate", "--kill"]
+
+
+SESSION = ROOT / "benchmarks" / "gpu_session.sh"
+
+
+def test_the_script_for_a_session_unpacks_what_the_machine_lacks_and_runs_the_loop(tmp_path: Path) -> None:
+    (tmp_path / "packed" / "vllm").mkdir(parents=True)
+    subprocess.run(["tar", "-cJf", "archive.tar.xz", "-C", "packed", "vllm"], cwd=tmp_path, check=True)
+    mine = {"PYTHON": sys.executable, "MINUTES": "0.001", "SITE": str(tmp_path / "site"), "ARGS": "--device cpu"}
+    ran = run([str(SESSION), "loop", "out", "archive.tar.xz"], env={**ENVIRONMENT, **mine}, cwd=tmp_path)
+    assert ran.returncode == gpu_loop.MISSING, ran.stdout + ran.stderr
+    assert (tmp_path / "site" / "vllm").is_dir() and (tmp_path / "out" / "machine.txt").is_file()
+    ended = [fact["part"] for fact in read_facts(tmp_path / "out") if fact["value"] == LEFT_OUT]
+    assert ended == list(gpu_loop.PARTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "found ''; wanted check or loop"),
+        (["chek", "out"], "found 'chek'; wanted check or loop"),
+        (["loop"], "found no folder for the results"),
+        (["loop", "out", "nothing.tar.xz"], "nothing.tar.xz cannot be read"),
+        (["check", "file"], "file cannot be made"),
+    ],
+)
+def test_the_script_for_a_session_refuses_wrong_arguments(tmp_path: Path, arguments: list[str], told: str) -> None:
+    (tmp_path / "file").touch()
+    ran = run([str(SESSION), *arguments], env=ENVIRONMENT, cwd=tmp_path)
+    assert ran.returncode == 2 and told in ran.stderr and "gpu_session.sh loop OUT" in ran.stderr
+
+
+def test_the_script_for_a_session_passes_shellcheck() -> None:
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    assert subprocess.run([str(shellcheck), str(SESSION)], capture_output=True, text=True).stdout == ""
