@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: quickstart test set-up machine check unit soak bench bench-real-model real-model real-tokenizers gpu-check clean
+.PHONY: quickstart test set-up machine check unit soak bench bench-real-model real-model real-tokenizers gpu-check gpu-loop clean
 
 # Learner and sampler take turns on one GPU. bfloat16: vLLM's LoRA kernels for CUDA know half precision alone.
 ON_cuda := model.dtype=bfloat16 learner.device=cuda learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true
@@ -70,9 +70,16 @@ bench-real-model: real-model
 	$(BIN)/python -m benchmarks.agreement $(if $(GSM8K),--gsm8k $(GSM8K))
 	$(BIN)/python -m benchmarks.rows
 
-# Wants CUDA, torch, transformers and peft, and no environment of its own: make gpu-check PYTHON=python3 ARGS=--skip-rows
+# docs/gpu.md. Neither needs an environment of its own: make gpu-check PYTHON=python3 OUT=FOLDER ARGS="--minutes 4"
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
+
+# CUDA, torch, transformers and peft are all that it needs; facts go to OUT, by default runs/gpu-check.
 gpu-check:
-	$(if $(filter file,$(origin PYTHON)),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(if $(OUT),--out $(OUT)) $(ARGS)
+
+# vLLM, Ray and the others that a job needs come on top; facts and logs go to OUT, which has to be given.
+gpu-loop:
+	$(GPU_PYTHON) -m benchmarks.gpu_loop $(OUT) $(ARGS)
 
 # Wheels only and no dependency resolution: the lists are complete, and no compiler is needed.
 LISTS_cpu  := requirements/torch-cpu.txt requirements/cpu.txt

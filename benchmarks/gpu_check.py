@@ -1,15 +1,19 @@
-"""Everything that needs CUDA, with nothing but torch, transformers and peft: ``make gpu-check``.
+"""The learner on a GPU, with nothing but torch, transformers and peft: ``make gpu-check``.
 
-    python -m benchmarks.gpu_check                         all of it: numerics, then the row of each shape
-    python -m benchmarks.gpu_check --skip-rows             numerics alone
-    python -m benchmarks.gpu_check --only-rows --row 8b    the row of one shape, "1.7b" or "8b"
-    python -m benchmarks.gpu_check --device cpu --quick    what of it a CPU can do, with tiny shapes
+    python -m benchmarks.gpu_check --out FOLDER               everything, within 6 minutes
+    python -m benchmarks.gpu_check --skip-rows                numerics alone
+    python -m benchmarks.gpu_check --only-rows --row 8b       the rows of one shape, "1.7b" or "8b"
+    python -m benchmarks.gpu_check --device cpu               the same parts on a CPU, with tiny shapes
 
-The row of the large shape takes minutes: where a command may not run for long, one command each for the numerics and
-for every shape.
+The parts run in the order of what matters most: numerics of bfloat16, packing, prompt sharing and attention; the rows
+at 4,096 tokens a step, Qwen3-1.7B before 8B; the rows at 16,384; the other numerics. Each part has a time budget, and
+so has the run (``--minutes``). A part that no longer fits is left out by name.
 
-Prints PASS or FAIL with the figure and its bound for each check, then one JSON object; the exit code is 1 where a check
-failed. A row that misses its target is reported and fails nothing: speed is a target, numbers are a promise.
+Every fact is printed and appended to FOLDER/facts.jsonl when it is known (benchmarks/gpu_journal.py), so that a run
+that is cut off still tells. At the end FOLDER/gpu_check.json holds all checks. Exit code 1: a check failed; 3: none
+failed, but parts are missing. A row that misses its target fails nothing: speed is a target, numbers are a promise.
+
+The estimates below (seconds) are guesses: nobody has run them on a GPU.
 """
 
 from __future__ import annotations
@@ -19,17 +23,110 @@ import json
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from benchmarks import gpu_numerics, gpu_row
+from benchmarks.gpu_journal import (
+    CUT_OFF,
+    DONE,
+    LEFT_OUT,
+    Journal,
+    Part,
+    Parts,
+    new_journal,
+    process_began,
+    unusable,
+    within,
+)
 from benchmarks.gpu_parts import Report
 from benchmarks.rows import machine
 
-SIZES = (4096, 16_384)
+OUT = Path("runs/gpu-check")
+MINUTES = {"cuda": 6.0, "cpu": 45.0}  # the default; limits of parts below are for 6 and grow with the total
+ROWS = (("1.7b", 4096), ("8b", 4096), ("8b", 16_384), ("1.7b", 16_384))  # 8b stays loaded for its second size
+TINY_SIZES = {4096: 256, 16_384: 1024}
+NEEDS = {"1.7b": 25.0, "8b": 60.0}
+LIMITS = {"1.7b": 75.0, "8b": 120.0}
+NUMERICS_NEED, NUMERICS_LIMIT = 5.0, 60.0
+MISSING = 3
+
+
+@dataclass
+class Session:
+    """What the parts share."""
+
+    options: argparse.Namespace
+    report: Report
+    bench: gpu_numerics.Bench
+    met: dict[str, bool] = field(default_factory=dict)  # of rows: the target was met
+    loaded: gpu_row.Loaded | None = None
+    tried: set[str] = field(default_factory=set)  # kinds that could not be loaded
+    ceiling: float = 0.0
+
+    def parts(self) -> Iterator[Part]:
+        """In the order in which they run."""
+        numerics = {} if self.options.only_rows else gpu_numerics.checks(self.bench)
+        asked = self.options.check or numerics
+        wanted = {name: work for name, work in numerics.items() if name in asked}
+        yield from (self._numerics(name, wanted[name]) for name in wanted if name in gpu_numerics.FIRST)
+        yield from (self._row(*row) for row in ROWS if row[0] in self.options.row and not self.options.skip_rows)
+        yield from (self._numerics(name, wanted[name]) for name in wanted if name not in gpu_numerics.FIRST)
+
+    def _numerics(self, name: str, work: Callable[[], Any]) -> Part:
+        def alone(limit: float) -> str:
+            self.release()  # a row's models would hide what a check uses
+            return self._timed(limit, name, work)
+
+        return Part(name, NUMERICS_NEED, NUMERICS_LIMIT * self._stretch, alone)
+
+    def _row(self, kind: str, size: int) -> Part:
+        name = f"row {kind} {size}"
+        work = partial(self._measured, name, kind, size)
+        limit = LIMITS[kind] * self._stretch
+        return Part(name, NEEDS[kind], limit, lambda limit: self._timed(limit, name, work))
+
+    def _timed(self, limit: float, name: str, work: Callable[[], Any]) -> str:
+        return within(limit, lambda: self.report.run(name, work))
+
+    def _measured(self, name: str, kind: str, size: int) -> tuple[()]:
+        note, device, quick = partial(self.report.journal.fact, name), self.options.device, self.options.quick
+        if not self.ceiling:
+            self.ceiling = gpu_row.ceiling_of(device)
+            note("a large product in bfloat16 reaches", self.ceiling / 1e12, "TFLOP/s")
+        loaded = self._load(kind, note)
+        tokens = TINY_SIZES[size] if quick else size
+        repeats = self.options.repeats
+        self.met[name] = gpu_row.row(loaded, quick, device, tokens, repeats, self.ceiling, self.options.out, note)
+        note("twice the rate of transformers + PEFT", "met" if self.met[name] else "missed")
+        return ()
+
+    def _load(self, kind: str, note: gpu_row.Note) -> gpu_row.Loaded:
+        """The one in memory where it is of this kind. Loading takes long, so it is tried once."""
+        if self.loaded is None or self.loaded.kind != kind:
+            self.release()
+            if kind in self.tried:
+                raise RuntimeError(f"{kind} was not loaded for the row before, nor is it tried again")
+            self.tried.add(kind)
+            self.loaded = gpu_row.Loaded.load(kind, self.options.quick, self.options.device, note)
+            self.tried.remove(kind)
+        return self.loaded
+
+    def release(self) -> None:
+        """Free the models of a row."""
+        if self.loaded is not None:
+            loaded, self.loaded = self.loaded, None
+            loaded.close(self.options.device)
+
+    @property
+    def _stretch(self) -> float:
+        return max(1.0, self.options.minutes / MINUTES["cuda"])
 
 
 def main() -> int:
@@ -38,42 +135,56 @@ def main() -> int:
         print("gpu-check: found no CUDA device; wanted one, or --device cpu", file=sys.stderr)
         return 2
     _settings()
-    began = time.perf_counter()
-    report = Report()
-    if not options.only_rows:
-        with tempfile.TemporaryDirectory() as folder:
-            bench = gpu_numerics.Bench(Path(folder), options.device, options.quick)
-            for name, work in gpu_numerics.checks(bench).items():
-                if options.check is None or name in options.check:
-                    report.run(name, work)
-    met = {}
-    for kind in [] if options.skip_rows else options.row:
-        sizes = (512,) if kind == "quick" else SIZES
-        report.run(f"row {kind}", lambda kind=kind, sizes=sizes: met.update({kind: _row(kind, sizes, options)}) or ())
-    failed = [check.name for check in report.checks if not check.passed]
+    journal = new_journal(options.out, process_began())
+    _about(journal, options)
+    parts = Parts(journal, journal.began + 60 * options.minutes)
+    report = Report(journal)
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(options, report, gpu_numerics.Bench(Path(folder), options.device, options.quick))
+        try:
+            parts.run(list(session.parts()))
+        finally:
+            session.release()
+    return _finish(options, parts, session)
+
+
+def _about(journal: Journal, options: argparse.Namespace) -> None:
+    """What the run is of, before anything can fail."""
+    about = machine()
+    for name in ("revision", "python", "processor", "cores"):
+        journal.fact("machine", name, about[name])
+    journal.fact("machine", "versions", about["versions"])
+    if options.device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        journal.fact("machine", "GPU", torch.cuda.get_device_name())
+        journal.fact("machine", "GPU memory free", free / 2**30, "GiB", total=round(total / 2**30, 1))
+        journal.fact("machine", "compute capability", ".".join(map(str, torch.cuda.get_device_capability())))
+        journal.fact("machine", "CUDA of torch", torch.version.cuda)
+    else:
+        journal.fact("machine", "GPU", "not on cpu")
+
+
+def _finish(options: argparse.Namespace, parts: Parts, session: Session) -> int:
+    checks, failed = session.report.checks, session.report.failed
+    missing = [*parts.named(CUT_OFF), *parts.named(LEFT_OUT)]
     found = {
-        "checks": [asdict(check) | {"passed": check.passed} for check in report.checks],
+        "checks": [asdict(check) | {"passed": check.passed} for check in checks],
         "failed": failed,
-        "targets of rows met": met,
+        "parts": parts.summary(),
+        "targets of rows met": session.met,
         "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
         "cuda": torch.version.cuda,
         "machine": machine(),
-        "seconds": round(time.perf_counter() - began, 1),
+        "seconds": round(time.time() - parts.journal.began, 1),
     }
-    print(json.dumps(found))
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "gpu_check.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(
-        f"{len(report.checks) - len(failed)} of {len(report.checks)} checks passed"
-        + "".join(f"\nFAIL  {n}" for n in failed)
-    )
-    return 1 if failed else 0
-
-
-def _row(kind: str, sizes: tuple[int, ...], options: argparse.Namespace) -> list[bool]:
-    out = options.out or (Path(tempfile.gettempdir()) if options.device == "cpu" else None)
-    return gpu_row.rows(kind, options.device, options.repeats, sizes, out)
+    (options.out / "gpu_check.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
+    print(f"{len(checks) - len(failed)} of {len(checks)} checks passed, {len(parts.named(DONE))} parts done")
+    for name in failed:
+        print(f"FAIL  {name}")
+    for name in missing:
+        print(f"{parts.outcomes[name].upper()}  {name}")
+    print(f"facts: {parts.journal.path}")
+    return 1 if failed else MISSING if missing else 0
 
 
 def _settings() -> None:
@@ -87,18 +198,28 @@ def _settings() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, and of the rows a tiny one")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of facts.jsonl and the rows; default: {OUT}")
+    parser.add_argument("--minutes", type=float, help="of the run, imports included; default: 6, on a CPU 45")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes; always so on a CPU")
     parser.add_argument(
         "--row", action="append", choices=sorted(gpu_row.SHAPES), help="again for several; default: all"
     )
     parser.add_argument("--skip-rows", action="store_true")
     parser.add_argument("--only-rows", action="store_true")
-    parser.add_argument("--check", action="append", help="only this group of numerics; again for several")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="folder for gpu_check.json and the rows; default of rows: results/")
+    parser.add_argument("--check", action="append", metavar="PART", help="this part of the numerics; again for several")
+    parser.add_argument("--repeats", type=int, default=3, help="of each side of a row")
     options = parser.parse_args()
-    if options.row is None:
-        options.row = ["quick"] if options.quick or options.device == "cpu" else ["1.7b", "8b"]
+    options.row = options.row or sorted(gpu_row.SHAPES)
+    options.minutes = options.minutes or MINUTES[options.device]
+    options.quick |= options.device == "cpu"
+    if options.minutes <= 0 or options.repeats < 1:
+        parser.error(f"--minutes {options.minutes:g} --repeats {options.repeats}: wanted more than 0, and at least 1")
+    if (problem := unusable(options.out)) is not None:
+        parser.error(f"--out {problem}")
+    known = gpu_numerics.checks(gpu_numerics.Bench(Path(), options.device, options.quick))
+    for name in options.check or []:
+        if name not in known:
+            parser.error(f"--check {name!r}: no such part; there is {', '.join(known)}")
     return options
 
 

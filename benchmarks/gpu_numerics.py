@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu_parts import (
     QUICK,
+    QWEN3_0_6B,
     RUN,
     Check,
     LearnerValues,
@@ -47,10 +48,12 @@ from rlsys.datums import DatumBatch
 from rlsys.learner import Learner, RunState
 from rlsys.logprobs import token_logprobs
 from rlsys.packing import families
+from rlsys.precision import multiplies_bfloat16
 from rlsys.rollouts import spans
 from rlsys.segments import ALONE, Segments
 from rlsys.types import AdamParams, Array, Datum
 
+POSITIONS = 1500
 FP32, SHARED = 2e-5, 1e-5  # of the norm: against float64, and of sharing against not sharing
 HALF = 2.0**-9  # a rounding to bfloat16
 LOSSES = ("importance_sampling", "ppo", "cispo", "dro", "cross_entropy")
@@ -88,7 +91,7 @@ class Bench:
         return near_policy(drawn, self.exact.forward(RUN, drawn, losses.resolve("cross_entropy")).logprobs)
 
     def made(self, device: str, dtype: torch.dtype, lora: LoraValues = EVERY_LINEAR) -> Learner:
-        section = LearnerValues(device=device, threads=max(1, (os.cpu_count() or 1) // 2))
+        section = LearnerValues(device=device, threads=_threads())
         return learner_of(self.base, section, "bfloat16", MAX_LENGTH, dtype, lora)
 
     @cached_property
@@ -115,15 +118,20 @@ class Bench:
         return update(self.exact, self.batch, loss, where, temperature, **kept)
 
 
+FIRST = ("positions", "packing", "sharing", "attention", "attention with windows")  # what matters most
+
+
 def checks(bench: Bench) -> dict[str, Callable[[], Iterator[Check]]]:
-    """By name, in the order in which they are run."""
+    """By name, in the order in which they are run: FIRST, then the others."""
     of_bench = {
-        "precision of fp32 products": lambda: precision(bench.device),
-        "attention": lambda: attention(bench.device, bench.quick),
-        "losses": lambda: of_losses(bench),
+        "positions": lambda: positions(bench),
         "packing": lambda: packing(bench),
         "sharing": lambda: sharing(bench),
+        "attention": lambda: attention(bench.device, bench.quick),
+        "attention with windows": lambda: attention(bench.device, bench.quick, WINDOWS),
+        "precision of fp32 products": lambda: precision(bench.device),
         "half precision": lambda: half_precision(bench),
+        "losses": lambda: of_losses(bench),
         "chunks": lambda: chunks(bench),
         "chunked log-probabilities alone": lambda: chunked_alone(bench.device, bench.quick),
         "logprobs": lambda: of_tokens(bench),
@@ -137,6 +145,43 @@ def checks(bench: Bench) -> dict[str, Callable[[], Iterator[Check]]]:
     if bench.device == "cuda":
         of_bench["out of memory"] = lambda: out_of_memory(bench)
     return of_bench
+
+
+def positions(bench: Bench) -> Iterator[Check]:
+    """The learner in bfloat16 on the device against the learner in float32 on the CPU, of one sequence.
+
+    The shape is Qwen3-0.6B's, depth and vocabulary included (tiny with `quick`). A fault of positions or masks grows
+    with the position, so each range of positions is held to the bound. Where the CPU has kernels for bfloat16, its own
+    bfloat16 is the sharper yardstick: the device may be no more than twice as far from float32.
+    """
+    shape = QUICK if bench.quick else QWEN3_0_6B
+    base = bench.folder / "positions"
+    write_base(base, shape, "bfloat16", bench.device, MAX_LENGTH, spread=0.08 if bench.quick else 0.03)
+    tokens = np.random.default_rng(3).integers(1, shape["vocab_size"], POSITIONS + 1).astype(np.int32)
+    yardstick = bench.device != "cpu" and multiplies_bfloat16()
+    sides = {"float32": ("cpu", torch.float32), "bfloat16": (bench.device, torch.bfloat16)}
+    if yardstick:
+        sides["bfloat16 of the CPU"] = ("cpu", torch.bfloat16)
+    found = {name: _scored(base, tokens, *side) for name, side in sides.items()}
+    bound = 2 * math.sqrt(80 * shape["num_hidden_layers"]) * HALF
+    for run in ("base", "adapter"):
+        wanted = found["float32"][run]
+        gap = np.abs(found["bfloat16"][run] - wanted)
+        for part in np.array_split(np.arange(POSITIONS), 6):
+            name = f"bfloat16 against the CPU's float32, {run}, positions {part[0] + 1} to {part[-1] + 1}: mean, nats"
+            yield Check(name, float(gap[part].mean()), bound * float(wanted.std()), note=f"max {gap[part].max():.3g}")
+        if yardstick:
+            ratio = gap.mean() / np.abs(found["bfloat16 of the CPU"][run] - wanted).mean()
+            yield Check(f"bfloat16, {run}: the device's distance over the CPU's", float(ratio), 2.0)
+
+
+def _scored(base: Path, tokens: Array, device: str, dtype: torch.dtype) -> dict[str, Array]:
+    """(POSITIONS,) float64 log-probabilities of all tokens but the first, with the adapter and without."""
+    section = LearnerValues(device=device, threads=_threads())
+    learner = learner_of(base, section, "bfloat16", MAX_LENGTH, dtype, LoraValues(rank=8, alpha=16.0))
+    ends = np.array([0, len(tokens)])
+    runs = {"base": None, "adapter": RUN}
+    return {name: learner.logprobs(run, tokens, ends)[1:].astype(np.float64) for name, run in runs.items()}
 
 
 def precision(device: str) -> Iterator[Check]:
@@ -156,31 +201,33 @@ PACKS: dict[str, tuple[list[int], list[int]]] = {
     "two groups": ([37, 5, 5, 128, 1, 70], [ALONE, 0, 0, ALONE, 3, 3]),
     "single tokens that read": ([65, 1, 1, 1], [ALONE, 0, 0, 0]),
 }
+WINDOWS = (1, 24, 100)
 HEADS = [(4, 4, 64), (4, 2, 128), (8, 1, 32), (4, 2, 256), (6, 2, 96)]  # of queries, of keys, head_dim
 
 
-def attention(device: str, quick: bool) -> Iterator[Check]:
+def attention(device: str, quick: bool, windows: Sequence[int | None] = (None,)) -> Iterator[Check]:
     """The attention function itself: closed form, gradients with grouped heads, and nothing from unseen tokens.
 
     bfloat16: probabilities and output are rounded, and on the CPU a reader's two parts and their sum, 4 roundings;
     back, output, probabilities, slope of the scores and result, 4 too, and a prompt's keys add up the results of their
     readers (5 here) in bfloat16, a rounding each.
     """
-    heads = HEADS[:2] if quick else HEADS
+    heads = HEADS[:2] if quick or windows != (None,) else HEADS
     types = [(torch.float32, FP32, FP32)]
     types.append((torch.bfloat16, 4 * HALF, (4 + 5) * HALF))
     for dtype, forward, backward in types:
-        for pack, (lengths, reads) in PACKS.items():
-            found = [_attention_errors(device, dtype, lengths, reads, *shape) for shape in heads]
-            name = f"attention, {str(dtype)[6:]}, {pack}"
+        for (pack, (lengths, reads)), window in itertools.product(PACKS.items(), windows):
+            found = [_attention_errors(device, dtype, lengths, reads, window, *shape) for shape in heads]
+            name = f"attention, {str(dtype)[6:]}, {pack}" + (f", window {window}" if window else "")
             yield Check(f"{name}: output", max(f[0] for f in found), forward, note="worst of the head shapes")
             yield Check(f"{name}: gradients of q, k and v", max(f[1] for f in found), backward)
             yield Check(f"{name}: gradients at tokens that are not seen", max(f[2] for f in found), 0.0)
 
 
 def _attention_errors(
-    device: str, dtype: torch.dtype, lengths: Sequence[int], reads: Sequence[int], heads: int, of_keys: int, dim: int
-) -> tuple[float, float, float]:
+    device: str, dtype: torch.dtype, lengths: Sequence[int], reads: Sequence[int], window: int | None,
+    heads: int, of_keys: int, dim: int,
+) -> tuple[float, float, float]:  # fmt: skip
     generator = torch.Generator().manual_seed(len(lengths) + dim)
     total = sum(lengths)
 
@@ -194,10 +241,12 @@ def _attention_errors(
 
     def run(of: Tensor) -> tuple[Tensor, list[Tensor]]:
         inputs = [x.to(device).detach().requires_grad_() for x in given]
-        out, _ = packed_attention(nn.Identity(), *inputs, None, scaling=scale, rlsys_segments=segments)
+        out, _ = packed_attention(
+            nn.Identity(), *inputs, None, scaling=scale, sliding_window=window, rlsys_segments=segments
+        )
         return out, list(torch.autograd.grad(out, inputs, of.to(device)))
 
-    seen = visible(lengths, reads)
+    seen = visible(tuple(lengths), tuple(reads), window)
     exact = [x.double().requires_grad_() for x in given]
     q, k, v = exact[0], *(x.repeat_interleave(heads // of_keys, 1) for x in exact[1:])
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~seen, -math.inf)
@@ -214,12 +263,16 @@ def _attention_errors(
     return error([out], [wanted]), error(found, slopes), leaked
 
 
-def visible(lengths: Sequence[int], reads: Sequence[int]) -> Tensor:
-    """(T, T) bool, written down token by token."""
+@cache
+def visible(lengths: tuple[int, ...], reads: tuple[int, ...], window: int | None = None) -> Tensor:
+    """(T, T) bool, written down token by token: `place` is a token's position in its sequence, prompt included."""
     owner = [s for s, length in enumerate(lengths) for _ in range(length)]
+    before = [0 if read == ALONE else lengths[read] for read in reads]
+    place = [before[s] + at for s, length in enumerate(lengths) for at in range(length)]
     own = [[there == here and j <= i for j, there in enumerate(owner)] for i, here in enumerate(owner)]
     read = [[reads[here] != ALONE and there == reads[here] for there in owner] for here in owner]
-    return torch.tensor(own) | torch.tensor(read)
+    near = [[window is None or mine - theirs < window for theirs in place] for mine in place]
+    return (torch.tensor(own) | torch.tensor(read)) & torch.tensor(near)
 
 
 def of_losses(bench: Bench) -> Iterator[Check]:
@@ -458,6 +511,10 @@ def out_of_memory(bench: Bench) -> Iterator[Check]:
     yield Check("bfloat16, gradient after running out of memory", _distance(found, wanted), bound)
     _, again = update(bench.half, drawn, SMOOTH, "weighted", token_budget=tokens, **kept)
     yield Check("bfloat16, gradient of the next update", _distance(again, wanted), bound)
+
+
+def _threads() -> int:
+    return max(1, (os.cpu_count() or 1) // 2)
 
 
 def _half_bound(bench: Bench) -> float:

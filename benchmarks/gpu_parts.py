@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_journal import DONE, FAILED, Journal
 from rlsys.budget import TokenBudget
 from rlsys.datums import DatumBatch
 from rlsys.learner import BatchResult, Learner, RunState
@@ -28,6 +29,11 @@ RUN = "run"
 QUICK = {  # 0.3 million parameters
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+UNTIED = {**QUICK, "hidden_size": 96, "tie_word_embeddings": False}
+QWEN3_0_6B = {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": True,
 }  # fmt: skip
 QWEN3_1_7B = {
     "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -89,11 +95,6 @@ class Check:
     def passed(self) -> bool:
         return self.found <= self.bound if self.sense == "<=" else self.found >= self.bound
 
-    def line(self) -> str:
-        verdict = "PASS" if self.passed else "FAIL"
-        note = f"   {self.note}" if self.note else ""
-        return f"{verdict}  {self.name}: {self.found:.3g}, wanted {self.sense} {self.bound:.3g}{note}"
-
 
 def error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     """||found - wanted|| / ||wanted|| over all of them together, in float64 on the CPU."""
@@ -102,12 +103,15 @@ def error(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
 
 
 def write_base(folder: Path, shape: dict[str, Any], dtype: str, device: str, max_length: int, spread: float) -> int:
-    """A Qwen3 of random weights, made on `device`; says how many parameters it has. `spread` is of the weights."""
+    """A Qwen3 of random weights, made on `device`; says how many parameters it has. `spread` is of the weights.
+
+    No token pads: its embedding would be 0, and a row of zeros multiplies the gradient by 1,000 in every norm, which
+    overflows in 28 layers (rlsys/proofs.py then refuses the model).
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        **shape, max_position_embeddings=max_length, eos_token_id=0, pad_token_id=0, initializer_range=spread,
-        dtype=dtype,
+        **shape, max_position_embeddings=max_length, eos_token_id=0, initializer_range=spread, dtype=dtype,
     )  # fmt: skip
     torch.manual_seed(0)
     with _default(getattr(torch, dtype)), torch.device(device):
@@ -220,22 +224,33 @@ def datums_of(batch: DatumBatch) -> list[Datum]:
 
 @dataclass(slots=True)
 class Report:
-    """Checks as they come, each printed at once; what raises is a check that failed."""
+    """Checks as they come, each written at once; what raises is a check that failed."""
 
+    journal: Journal
     checks: list[Check] = field(default_factory=list)
 
-    def run(self, name: str, work: Callable[[], Iterable[Check]]) -> None:
+    def run(self, part: str, work: Callable[[], Iterable[Check]]) -> str:
+        """DONE, or FAILED where a check did not pass or the work raised."""
+        before = len(self.checks)
         try:
             for check in work():
-                self._add(check)
+                self._add(part, check)
         except Exception as caught:  # the others are still worth running
             import traceback
 
             where = traceback.extract_tb(caught.__traceback__)[-1]
             told = f"{type(caught).__name__}: {str(caught)[:600]} ({Path(where.filename).name}:{where.lineno})"
-            self._add(Check(name, math.nan, 0.0, "<=", told))
+            self._add(part, Check(part, math.nan, 0.0, "<=", told))
             traceback.print_exc()
+        return DONE if all(check.passed for check in self.checks[before:]) else FAILED
 
-    def _add(self, check: Check) -> None:
+    @property
+    def failed(self) -> list[str]:
+        return [check.name for check in self.checks if not check.passed]
+
+    def _add(self, part: str, check: Check) -> None:
         self.checks.append(check)
-        print(check.line(), flush=True)
+        more = {"note": check.note} if check.note else {}
+        self.journal.fact(
+            part, check.name, check.found, bound=check.bound, sense=check.sense, passed=check.passed, **more
+        )
