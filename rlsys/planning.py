@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,11 +30,11 @@ from rlsys.memory import (
 from rlsys.model_support import shape_problems
 from rlsys.precision import computing_dtype
 
+GB = 10**9  # GPUs and machines are sold by it: an L4 of 24 GB has 24.15e9 bytes, which 24 GiB would overstate
 NODE_SHARE = 1e-3  # of a node's own resource "node:<address>", which there is 1 of
 MARGIN = 0.9  # of the memory there is: predictions are 15 % right, and a machine has other work
 LARGEST_BUDGET = 2**20
 SHORT_PROMPT_TOKENS = 32
-NVIDIA_SMI_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +81,13 @@ def plan(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Plan:
     return Plan(rows, _token_budget(config, dims, nodes), tuple(shortfalls), tuple(_warnings(config, dims, nodes)))
 
 
-def this_machine(num_cpus: int | None) -> Node:
-    """The node that a job would start Ray on. `num_cpus` is cluster.num_cpus."""
-    gpus = _gpu_memories()
-    cores = num_cpus or len(os.sched_getaffinity(0))
-    resources = {"CPU": float(cores), **({"GPU": float(len(gpus))} if gpus else {})}
-    return Node("this machine", resources, free_bytes(), min(gpus) if gpus else None)
+def described_machine(cpus: int | None, memory_gb: float | None, gpus: int, gpu_memory_gb: float | None) -> Node:
+    """A machine that somebody has in mind; what is None is as here, and without `gpu_memory_gb` it has no GPU."""
+    resources = {"CPU": float(cpus or len(os.sched_getaffinity(0)))}
+    if gpu_memory_gb is not None:
+        resources["GPU"] = float(gpus)
+    memory = free_bytes() if memory_gb is None else int(memory_gb * GB)
+    return Node("the described machine", resources, memory, None if gpu_memory_gb is None else int(gpu_memory_gb * GB))
 
 
 def needs(section: LearnerSection | SamplerSection, index: int) -> dict[str, float]:
@@ -352,13 +352,3 @@ def _fits(wanted: Mapping[str, float], has: Mapping[str, float]) -> bool:
 
 def _sum(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(one.get(name, 0.0) for one in amounts) for one in amounts for name in one}
-
-
-def _gpu_memories() -> list[int]:
-    """Bytes of each GPU of this machine; none where nvidia-smi is absent or has no answer."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_LIMIT_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [int(line) * MIB for line in done.stdout.split() if line.isdigit()]
