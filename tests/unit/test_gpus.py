@@ -83,6 +83,8 @@ def test_each_mig_instance_that_is_named_counts_for_ray(tmp_path: Path, monkeypa
     assert gpus_for_ray() == 1 and this_machine(None).gpu_memory == 40 * MIB, "unnamed, the first alone"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
     assert gpus_for_ray() == 2 and this_machine(None).gpu_memory == 20 * MIB
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert gpus_for_ray() == 0 and "GPU" not in this_machine(None).resources, "Ray alone would count one"
 
 
 NAMED = [  # value, indices that CUDA shows, part of the problem
