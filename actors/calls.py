@@ -21,6 +21,7 @@ from ray.exceptions import (
 )
 
 from rlsys.errors import ActorDiedError, ActorFailedError, DataLostError, RlsysError, StalledError
+from rlsys.gpu_errors import Role, advised
 
 DEATHS = (RayActorError, NodeDiedError, WorkerCrashedError, LocalRayletDiedError, OutOfMemoryError)
 
@@ -30,6 +31,8 @@ _HEADER = re.compile(r"ray::(?P<call>[\w.<>-]+)\(\) \(pid=(?P<pid>\d+), ip=(?P<i
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<name>.+)')
 _OURS = re.compile(r".*/((?:rlsys|actors)/.+)")
 _FOREIGN = re.compile(r"/(site-packages|dist-packages|lib/python3[^/]*)/|^python/ray/|^<")
+_LAST_SAID = 1000  # characters of a traceback: its exception, of which the first line alone is shown
+_ROLES: tuple[Role, ...] = ("learner", "sampler")
 _RAISED = re.compile(r"^[\w.]+(?:Error|Exception|Exit|Interrupt|Warning)\b.*")
 
 
@@ -104,9 +107,15 @@ def _failed(origin: Origin, raised: str, who: str, names: Mapping[str, str]) -> 
     culprit = names.get(origin.actor_id) or (origin.name if origin.name else who)
     culprit, needed = (culprit, f", needed by {who}") if culprit != who else (who, "")
     place = f" ({origin.place})" if origin.place else ""
-    failure = ActorFailedError(f"{culprit}: {raised}{place}{needed}")
+    failure = ActorFailedError(f"{culprit}: {_advised(raised, origin.block, culprit)}{place}{needed}")
     failure.add_note(origin.block)
     return failure
+
+
+def _advised(raised: str, block: str, culprit: str) -> str:
+    """With what helps against an error of CUDA, NCCL or vLLM."""
+    role = next((role for role in _ROLES if culprit.lower().startswith(role)), None)
+    return raised if role is None else advised(raised, f"{raised}\n{block[-_LAST_SAID:]}", role)
 
 
 def _origin(text: str) -> Origin:

@@ -13,6 +13,7 @@ import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import AuthenticationError, RayError
 
+from actors.gpus import gpus_for_ray
 from actors.surroundings import refuse_surroundings
 from rlsys.config import ClusterSection
 from rlsys.engine.build import Device, refuse_other_torch, refuse_other_vllm
@@ -133,6 +134,7 @@ def _start(section: ClusterSection, scratch: str) -> str:
     ray.init(
         address="local",
         num_cpus=section.num_cpus,
+        num_gpus=gpus_for_ray(),
         object_store_memory=int(section.object_store_gb * 2**30),
         include_dashboard=False,
         log_to_driver=False,

@@ -12,34 +12,31 @@ import resource
 import shutil
 import socket
 import stat
-import subprocess
-import sys
 import tempfile
 import threading
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 from urllib.parse import urlsplit
 
 import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from actors.checks import Check, Status, apart
+from actors.doctor_gpus import examine_gpus
+from actors.gpus import this_machine
 from actors.surroundings import faults
 from rlsys.config import ClusterSection, JobConfig
 from rlsys.dimensions import dimensions
 from rlsys.engine.build import built_for, examined
 from rlsys.engine.private_api import CHECKED, PINNED, minor
 from rlsys.errors import ConfigError
+from rlsys.free_memory import free_bytes
 from rlsys.memory import GIB
 from rlsys.model_support import refuse_unsupported_job
-from rlsys.planning import this_machine
 from rlsys.shell import command
 from rlsys.variables import variable
-
-Status = Literal["ok", "warn", "fail"]
 
 RAY_LIMIT_S = 40.0  # a wrong token is refused after 20 s
 VLLM_LIMIT_S = 300.0  # its import takes 10 s on a quiet machine, and took minutes on a very busy one
@@ -50,21 +47,14 @@ PORTS = {6379: "ray start --head", 8265: "Ray's dashboard and `ray job submit`"}
 WANDB_HOST = "api.wandb.ai"
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    name: str
-    status: Status
-    found: str
-    remedy: str = ""
-
-
 def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) -> Iterator[Check]:
     """Every check, the quick ones first. `out` is where runs are written, `job` the one whose model is looked at."""
-    quick: Sequence[Callable[[], Sequence[Check]]] = (
+    quick: Sequence[Callable[[], Iterable[Check]]] = (
         python_version,
         package_versions,
         devices,
         lambda: [vllm_build(job)],
+        lambda: examine_gpus(job, elsewhere=bool(cluster.address or variable("RAY_ADDRESS"))),
         lambda: [] if job is None else [model(job), *model_files(job)],
         lambda: [disk("runs", out), disk("Ray's files", Path(variable("RAY_TMPDIR") or "/tmp"))],
         lambda: surroundings(starts_ray=not (cluster.address or variable("RAY_ADDRESS"))),
@@ -93,15 +83,9 @@ def package_versions() -> list[Check]:
 
 
 def devices() -> list[Check]:
-    node = this_machine(None)
-    cores, gpus = int(node.resources["CPU"]), int(node.resources.get("GPU", 0))
-    found = f"{cores} cores, {node.memory / GIB:.1f} GiB free"
-    if gpus:
-        assert node.gpu_memory is not None
-        found += f", {gpus} GPUs of {node.gpu_memory / GIB:.0f} GiB or more"
-    else:
-        found += ", no GPU that nvidia-smi shows"
-    if node.memory < 4 * GIB:
+    cores, memory = len(os.sched_getaffinity(0)), free_bytes()
+    found = f"{cores} cores, {memory / GIB:.1f} GiB free"
+    if memory < 4 * GIB:
         return [Check("devices", "warn", found, "`rlsys plan CONFIG` says whether a job fits; 4 GiB are few")]
     return [Check("devices", "ok", found)]
 
@@ -241,7 +225,7 @@ def ray_answers(address: str | None) -> Check:
             "print(int(ray.cluster_resources().get('CPU', 0)), 'cores on', len(ray.nodes()), 'nodes')"
         )
         found = f"the cluster at {address} answers"
-    done = _apart(script, RAY_LIMIT_S, *([address] if address else []))
+    done = apart(script, RAY_LIMIT_S, *([address] if address else []))
     if isinstance(done, str):
         return Check(
             "ray", "fail", f"{address or 'import'}: {done}", _START_RAY if address else "pip install 'ray[default]'"
@@ -266,7 +250,7 @@ def vllm_imports(limit_s: float = VLLM_LIMIT_S) -> Check:
         f"prepare_environment(SamplerSection(), {device!r}); check_private_api({device!r})\n"
         "import vllm; print(vllm.__version__)"
     )
-    done = _apart(script, limit_s)
+    done = apart(script, limit_s)
     if isinstance(done, str):
         return Check("vLLM", "fail", done, f"install vLLM {PINNED} as requirements/ pins it")
     return Check("vLLM", "ok", f"{done[0]} imports for {device}, and its inside is as rlsys.engine expects")
@@ -338,20 +322,3 @@ def _unreachable(host: str, number: int) -> str | None:
     knocking.start()
     knocking.join(KNOCK_LIMIT_S)
     return problem[0]
-
-
-def _apart(script: str, limit_s: float, *arguments: str) -> list[str] | str:
-    """Last line of what a script prints in a process of its own, in a list; or why it failed, as one line."""
-    command = [sys.executable, "-c", script, *arguments]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [variable("PYTHONPATH")])])
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=limit_s, env={**os.environ, "PYTHONPATH": path}
-        )
-    except subprocess.TimeoutExpired:
-        return f"no answer within {limit_s:g} s"
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    if done.returncode == 0 and lines:
-        return [lines[-1]]
-    errors = [line for line in done.stderr.splitlines() if line.strip()]
-    return errors[-1] if errors else f"ended with code {done.returncode}"

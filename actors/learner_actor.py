@@ -69,6 +69,7 @@ class LearnerActor:
 
     def _start(self, base: Any, train: Any, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
         from actors.base_folder import local_folder
+        from actors.gpus import refuse_dtype
         from rlsys.canary import canary_tokens
         from rlsys.dimensions import hidden_size, read_config
         from rlsys.engine.build import refuse_other_torch
@@ -85,6 +86,8 @@ class LearnerActor:
         if meeting_point is not None:
             limit = 2 * self.config.watchdog.learn_s  # the driver's watchdog speaks first: it sees which rank is stuck
             ranks = Ranks.join(meeting_point, self.rank, section.num_workers, section.device, limit)
+        if section.device == "cuda":
+            refuse_dtype(self.config.model.dtype, f"learner rank {self.rank}")
         with local_folder(base) as folder:
             found = read_config(folder)
             if self.config.model.path is not None:

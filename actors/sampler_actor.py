@@ -30,10 +30,13 @@ class SamplerActor:
 
     async def start(self, base: Any, train: Any, held_out: Any) -> None:
         from actors.base_folder import local_folder
+        from actors.gpus import refuse_dtype
         from rlsys.conversation import Conversations
         from rlsys.sampler import Sampler
 
         config = self.config
+        if config.sampler_device == "cuda":
+            refuse_dtype(config.model.dtype, f"sampler {self.index}")
         self.problems = {"train": train, "eval": held_out}
         self.moves = config.overlap.continue_on_new_weights
         with local_folder(base) as folder:

@@ -121,10 +121,19 @@ def plan(
         list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
     ] = None,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster.", envvar="RAY_ADDRESS")] = None,
+    gpu_memory_gb: Annotated[
+        float | None, typer.Option(help="Of each GPU of a machine you have in mind, in 10^9 bytes as sold.", min=1)
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of that machine; none: 1 with --gpu-memory-gb.", min=1)] = None,
+    cpus: Annotated[int | None, typer.Option(help="CPU cores of that machine; none: as here.", min=1)] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(help="Main memory of that machine in 10^9 bytes; none: what is free here.", min=1)
+    ] = None,
 ) -> None:
     """Say what a job would need and whether it fits, without starting anything; no GPU needed.
 
-    Compares with the cluster of cluster.address or RAY_ADDRESS, else with this machine. Exit code 1: it does not fit.
+    Compares with the cluster of cluster.address or RAY_ADDRESS, else with this machine, or with the machine that
+    --gpu-memory-gb and its like describe. Exit code 1: it does not fit.
     """
     from rich.console import Console
 
@@ -132,7 +141,6 @@ def plan(
     from rlsys.model_support import refuse_structure
     from rlsys.plan_view import show
     from rlsys.planning import plan as compare
-    from rlsys.planning import this_machine
 
     job = load_command(config, overrides or ())
     refuse_structure(job.model.path)
@@ -143,11 +151,20 @@ def plan(
         notes = check_job(job)
     dims = dimensions(job.model)
     where = job.cluster.address or address
-    if where:
+    described = [gpu_memory_gb, gpus, cpus, memory_gb]
+    if any(part is not None for part in described):
+        from rlsys.planning import described_machine
+
+        if gpus is not None and gpu_memory_gb is None:
+            raise ConfigError(f"--gpus {gpus}: found it without --gpu-memory-gb; wanted both, or neither for no GPU")
+        nodes = [described_machine(cpus or job.cluster.num_cpus, memory_gb, gpus or 1, gpu_memory_gb)]
+    elif where:
         from actors.inventory import nodes_at
 
         nodes = nodes_at(where)
     else:
+        from actors.gpus import this_machine
+
         nodes = [this_machine(job.cluster.num_cpus)]
     found = compare(job, dims, nodes)
     show(job, dims, nodes, found, Console(highlight=False))

@@ -47,6 +47,10 @@ HEAP_SLACK_OF_SMALL = 3.2  # where glibc decides; fitted to the quickstart, the 
 LEARNER_RUNTIME = 40 * MIB
 SAMPLER_RUNTIME = 60 * MIB  # the actor and its engine together
 
+# What a process on a GPU takes whatever it holds. Assumed, not measured: reports of vLLM users give 0.3 to 0.5 GiB for
+# a context with the workspaces of cuBLAS, and its logs 0.4 to 0.6 GiB for CUDA graphs of a few dozen batch sizes.
+CUDA_CONTEXT, CUDA_GRAPHS = 512 * MIB, GIB
+
 # Measured resident sizes of processes that have imported what their role imports, and of rewards and advantages whole;
 # a grader process and the driver are estimates.
 IMPORTS = {"learner": 460 * MIB, "sampler": 1230 * MIB}  # the sampler's actor and its engine
@@ -78,6 +82,10 @@ class RoleMemory:
         return max(self.phases, key=lambda phase: phase.total)
 
 
+def gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
+
+
 def learner_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
     """Of one rank."""
     phases = [_supervised(config, dims)] if config.model.make else []
@@ -99,10 +107,7 @@ def sampler_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
     weights = dims.parameters * size
     passing = {"activations": _engine_activations(config, dims), "logits": _engine_logits(config, dims)}
     if config.sampler_device == "cuda":
-        share = weights // config.sampler.tensor_parallel_size
-        return RoleMemory(
-            "sampler", (Phase("serving", {"weights": share, "LoRA slots": _slots(config, dims), **passing}),)
-        )
+        return RoleMemory("sampler", (Phase("serving", {**_kept_by_engine(config, dims), **passing}),))
     loading = Phase(
         "loading",
         {
@@ -124,6 +129,31 @@ def sampler_memory(config: JobConfig, dims: Dimensions) -> RoleMemory:
         },
     )
     return RoleMemory("sampler", (loading, serving))
+
+
+def _kept_by_engine(config: JobConfig, dims: Dimensions) -> dict[str, int]:
+    """Of one worker on a GPU, whatever it is asked."""
+    weights = dims.parameters * SAVED_BYTES[config.model.dtype] // config.sampler.tensor_parallel_size
+    graphs = {} if config.sampler.enforce_eager else {"CUDA graphs": CUDA_GRAPHS}
+    return {"weights": weights, "LoRA slots": _slots(config, dims), **graphs, "CUDA context": CUDA_CONTEXT}
+
+
+def engine_asleep(config: JobConfig) -> int:
+    """GPU memory that an engine keeps at sleep: graphs and context belong to no pool that vLLM can give back."""
+    return CUDA_CONTEXT + (0 if config.sampler.enforce_eager else CUDA_GRAPHS)
+
+
+def engine_host_copy(config: JobConfig, dims: Dimensions) -> int:
+    """Pinned host memory of an engine that sleeps: weights and LoRA slots wait there until it wakes."""
+    if not (config.sampler.colocate and config.sampler_device == "cuda"):
+        return 0
+    kept = _kept_by_engine(config, dims)
+    return kept["weights"] + kept["LoRA slots"]
+
+
+def learner_between_calls(config: JobConfig, dims: Dimensions) -> int:
+    """GPU memory of a rank that is not at work."""
+    return sum(_weights(config, dims).values()) + sum(_trained(config, dims).values()) + CUDA_CONTEXT
 
 
 def adapter_parameters(lora: LoraSection, dims: Dimensions) -> int:
@@ -272,7 +302,7 @@ def _loading(config: JobConfig, dims: Dimensions) -> Phase:
         parts["files of the weights"] = files
     if config.model.make:
         parts["packed base"] = 2 * files  # as Ray's object and as a copy of it
-    return Phase("loading", parts | {"runtime": LEARNER_RUNTIME})
+    return Phase("loading", parts | _runtime(config))
 
 
 def _comparing(config: JobConfig, dims: Dimensions) -> Phase:
@@ -280,7 +310,7 @@ def _comparing(config: JobConfig, dims: Dimensions) -> Phase:
     size, tokens = _computed_bytes(config), min(CANARY_TOKENS, config.model.max_length)
     scores = dims.num_heads * tokens * tokens * (3 * size + FP32)
     head = _head_bytes(config, dims, tokens)
-    parts = {**_weights(config, dims), "scores": scores, "logits and working space": head, "runtime": LEARNER_RUNTIME}
+    parts = {**_weights(config, dims), "scores": scores, "logits and working space": head, **_runtime(config)}
     return Phase("scoring its canary", parts)
 
 
@@ -303,9 +333,14 @@ def _updating(config: JobConfig, dims: Dimensions) -> Phase:
             "activations": activations(config, dims, tokens),
             "logits and working space": working(config, dims, tokens),
             **_kernels(config),
-            "runtime": LEARNER_RUNTIME,
+            **_runtime(config),
         },
     )
+
+
+def _runtime(config: JobConfig) -> dict[str, int]:
+    on_gpu = config.learner.device == "cuda"
+    return {"CUDA context": CUDA_CONTEXT} if on_gpu else {"runtime": LEARNER_RUNTIME}
 
 
 def _kernels(config: JobConfig) -> dict[str, int]:
@@ -316,9 +351,7 @@ def _kernels(config: JobConfig) -> dict[str, int]:
 def _saving(config: JobConfig, dims: Dimensions) -> Phase:
     """A checkpoint packs adapter and moments; a snapshot for the samplers is smaller."""
     packed = 2 * 3 * FP32 * adapter_parameters(config.lora, dims)
-    return Phase(
-        "saving", {**_weights(config, dims), **_trained(config, dims), "packed": packed, "runtime": LEARNER_RUNTIME}
-    )
+    return Phase("saving", {**_weights(config, dims), **_trained(config, dims), "packed": packed, **_runtime(config)})
 
 
 def _supervised(config: JobConfig, dims: Dimensions) -> Phase:
@@ -341,7 +374,7 @@ def _supervised(config: JobConfig, dims: Dimensions) -> Phase:
             "optimizer": 2 * weights - FP32 * single,
             "activations": activations(config, dims, tokens),  # inputs of linears are kept as those of adapters are
             "logits and working space": max(3 * FP32 * chunk * dims.vocab_size, of_mlp),
-            "runtime": LEARNER_RUNTIME,
+            **_runtime(config),
         },
     )
 

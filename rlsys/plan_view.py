@@ -10,8 +10,8 @@ from rich.table import Table
 
 from rlsys.config import JobConfig
 from rlsys.dimensions import Dimensions
-from rlsys.memory import MIB
-from rlsys.planning import Node, Plan, Row, gib, told
+from rlsys.memory import MIB, gib
+from rlsys.planning import Node, Plan, Row, told
 
 STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
 SMALLEST_SHOWN = 0.01  # of a role's total
@@ -70,7 +70,9 @@ def _parts(row: Row) -> str:
     shown = ", ".join(
         f"{name} {size / MIB:,.0f}" for name, size in peak.parts.items() if size >= SMALLEST_SHOWN * peak.total
     )
-    return f"{row.role} while {peak.name}: {shown} MiB" + (" of GPU memory, UNMEASURED" if row.on_gpu else "")
+    asleep = f"; asleep {row.pinned / MIB:,.0f} MiB of pinned host memory" if row.pinned else ""
+    place = f" of GPU memory, UNMEASURED on CUDA{asleep}" if row.on_gpu else ""
+    return f"{row.role} while {peak.name}: {shown} MiB{place}"
 
 
 def show_checks(checks: Iterable[tuple[str, str, str, str]], console: Console) -> int:

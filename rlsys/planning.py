@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rlsys.config import JobConfig, LearnerSection, SamplerSection
 from rlsys.dimensions import Dimensions
 from rlsys.free_memory import free_bytes
+from rlsys.gpu_planning import gpu_shortfalls, gpu_warnings, torch_bytes
 from rlsys.memory import (
     DRIVER_MEMORY,
     GIB,
     IMPORTS,
     LIGHT_MEMORY,
-    MIB,
     RoleMemory,
+    engine_host_copy,
+    gib,
     kv_bytes_per_token,
     learner_memory,
     micro_batch_tokens,
@@ -31,11 +32,11 @@ from rlsys.memory import (
 from rlsys.model_support import shape_problems
 from rlsys.precision import computing_dtype
 
+GB = 10**9  # GPUs and machines are sold by it: an L4 of 24 GB has 24.15e9 bytes, which 24 GiB would overstate
 NODE_SHARE = 1e-3  # of a node's own resource "node:<address>", which there is 1 of
 MARGIN = 0.9  # of the memory there is: predictions are 15 % right, and a machine has other work
 LARGEST_BUDGET = 2**20
 SHORT_PROMPT_TOKENS = 32
-NVIDIA_SMI_LIMIT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,11 @@ class Row:
     memory: RoleMemory
     imports: int  # bytes of the host
     on_gpu: bool  # then the memory predicted is the GPU's, and was never measured
+    pinned: int = 0  # bytes of the host where an engine's weights wait while it sleeps
 
     @property
     def host_bytes(self) -> int:
-        return self.imports + (0 if self.on_gpu else self.memory.peak.total)
+        return self.imports + self.pinned + (0 if self.on_gpu else self.memory.peak.total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +80,20 @@ def plan(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Plan:
     rows = _rows(config, dims)
     shortfalls = [*_impossible(config, dims), *_placement(config, nodes)]
     if not shortfalls:
-        shortfalls = list(_memory(config, rows, nodes))
+        shortfalls = [
+            *_memory(config, rows, nodes),
+            *gpu_shortfalls(config, dims, rows[0].memory, rows[1].memory, _gpu_bytes(nodes)),
+        ]
     return Plan(rows, _token_budget(config, dims, nodes), tuple(shortfalls), tuple(_warnings(config, dims, nodes)))
 
 
-def this_machine(num_cpus: int | None) -> Node:
-    """The node that a job would start Ray on. `num_cpus` is cluster.num_cpus."""
-    gpus = _gpu_memories()
-    cores = num_cpus or len(os.sched_getaffinity(0))
-    resources = {"CPU": float(cores), **({"GPU": float(len(gpus))} if gpus else {})}
-    return Node("this machine", resources, free_bytes(), min(gpus) if gpus else None)
+def described_machine(cpus: int | None, memory_gb: float | None, gpus: int, gpu_memory_gb: float | None) -> Node:
+    """A machine that somebody has in mind; what is None is as here, and without `gpu_memory_gb` it has no GPU."""
+    resources = {"CPU": float(cpus or len(os.sched_getaffinity(0)))}
+    if gpu_memory_gb is not None:
+        resources["GPU"] = float(gpus)
+    memory = free_bytes() if memory_gb is None else int(memory_gb * GB)
+    return Node("the described machine", resources, memory, None if gpu_memory_gb is None else int(gpu_memory_gb * GB))
 
 
 def needs(section: LearnerSection | SamplerSection, index: int) -> dict[str, float]:
@@ -118,6 +124,7 @@ def _rows(config: JobConfig, dims: Dimensions) -> tuple[Row, ...]:
             sampler_memory(config, dims),
             IMPORTS["sampler"],
             config.sampler_device == "cuda",
+            engine_host_copy(config, dims),
         ),
     )
 
@@ -221,15 +228,6 @@ def _memory(config: JobConfig, rows: Sequence[Row], nodes: Sequence[Node]) -> It
     for row in rows:
         if row.host_bytes > max(node.memory for node in nodes):
             yield f"memory: no node has the {gib(row.host_bytes)} predicted for one {row.role}"
-    gpus = [node.gpu_memory for node in nodes if node.gpu_memory is not None]
-    for row in rows:
-        share = config.sampler.gpu_memory_utilization if row.role == "sampler" else min(1.0, row.gpus)
-        if row.on_gpu and gpus and row.memory.peak.total > share * max(gpus):
-            key = "sampler.gpu_memory_utilization" if row.role == "sampler" else "learner.num_gpus"
-            yield (
-                f"GPU memory (unmeasured prediction): one {row.role} needs {gib(row.memory.peak.total)}, {key} gives "
-                f"it {gib(int(share * max(gpus)))} of {gib(max(gpus))}"
-            )
 
 
 def _host_bytes(config: JobConfig, rows: Sequence[Row]) -> int:
@@ -248,8 +246,8 @@ def _token_budget(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) ->
     def fits(budget: int) -> bool:
         rows = _rows(with_budget(budget), dims)
         if config.learner.device == "cuda":
-            gpus = [node.gpu_memory for node in nodes if node.gpu_memory is not None]
-            return bool(gpus) and rows[0].memory.peak.total <= MARGIN * max(gpus) * min(1.0, config.learner.num_gpus)
+            total = _gpu_bytes(nodes) or 0
+            return torch_bytes(rows[0].memory) <= MARGIN * total * min(1.0, config.learner.num_gpus)
         return _host_bytes(config, rows) <= MARGIN * sum(node.memory for node in nodes)
 
     best, budget = None, 2 ** math.floor(math.log2(max(config.model.max_length, 2)))
@@ -278,6 +276,7 @@ def _warnings(config: JobConfig, dims: Dimensions, nodes: Sequence[Node]) -> Ite
             f"sampler.kv_cache_gb {sampler.kv_cache_gb:g} does not hold {running} sequences of model.max_length "
             f"{config.model.max_length}: some would be computed twice; sampler.kv_cache_gb={math.ceil(wanted / GIB)}"
         )
+    yield from gpu_warnings(config, dims, _gpu_bytes(nodes))
     room = config.model.max_length - max(config.rl.sampling.max_tokens, config.eval.max_tokens)
     if room < SHORT_PROMPT_TOKENS:
         yield (
@@ -338,8 +337,9 @@ def told(amounts: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in shown.items()) or "nothing"
 
 
-def gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.0f} MiB"
+def _gpu_bytes(nodes: Sequence[Node]) -> int | None:
+    """Of the largest GPU; None where nobody tells."""
+    return max((node.gpu_memory for node in nodes if node.gpu_memory is not None), default=None)
 
 
 def _largest(nodes: Sequence[Node]) -> str:
@@ -352,13 +352,3 @@ def _fits(wanted: Mapping[str, float], has: Mapping[str, float]) -> bool:
 
 def _sum(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(one.get(name, 0.0) for one in amounts) for one in amounts for name in one}
-
-
-def _gpu_memories() -> list[int]:
-    """Bytes of each GPU of this machine; none where nvidia-smi is absent or has no answer."""
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_LIMIT_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [int(line) * MIB for line in done.stdout.split() if line.isdigit()]

@@ -13,6 +13,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
+BFLOAT16_CAPABILITY = (8, 0)  # as vllm.platforms.cuda has it
 CPUINFO = Path("/proc/cpuinfo")
 _AVX512 = frozenset({"avx512bw", "avx512dq", "avx512vl"})
 
@@ -23,6 +24,18 @@ def computing_dtype(dtype: str, device: str) -> str:
         return dtype
     fast = {"bfloat16": multiplies_bfloat16, "float16": multiplies_float16}.get(dtype)
     return dtype if fast is None or fast() else "float32"
+
+
+def bfloat16_problem(dtype: str, capability: tuple[int, int], who: str) -> str | None:
+    """Why a GPU does not compute in `dtype`: below compute capability 8.0 vLLM refuses bfloat16, and torch imitates it
+    slowly. None where it does."""
+    if dtype != "bfloat16" or capability >= BFLOAT16_CAPABILITY:
+        return None
+    major, minor = capability
+    return (
+        f"{who} has compute capability {major}.{minor}, and bfloat16 needs {BFLOAT16_CAPABILITY[0]}.0 or later; set "
+        "model.dtype=float16"
+    )
 
 
 @cache

@@ -32,6 +32,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, ConfigError, StalledError
+from rlsys.gpu_errors import advised
 from rlsys.reading import first_line
 from rlsys.types import Array
 from rlsys.variables import set_default, variable
@@ -180,7 +181,11 @@ class Ranks:
                 raise StalledError(
                     f"{waited} another rank had not come (limit {self._timeout_s:g} s): {first_line(error)}"
                 ) from error
-            raise ActorDiedError(f"{waited} another rank is gone: {first_line(error)}") from error
+            if any(text in str(error) for text in _MISPLACED):
+                raise ActorFailedError(f"{waited} {advised(first_line(error), str(error), 'learner')}") from error
+            raise ActorDiedError(
+                f"{waited} another rank is gone: {advised(first_line(error), str(error), 'learner')}"
+            ) from error
 
     def shard(
         self, model: nn.Module, layers: Sequence[nn.Module], forward: Callable[..., Found]
@@ -249,13 +254,22 @@ def _address_of(interface: str) -> str | None:
     return socket.inet_ntoa(reply[20:24])
 
 
+_OUT_OF_MEMORY_TEXTS = (  # where torch has no error of its own
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",  # of CUDA itself, beside torch's allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+_MISPLACED = ("Duplicate GPU detected", "no socket interface found")  # no rank has died, and a new one would not help
+
+
 def _is_of_transport(error: Any) -> bool:
     text = str(error).lower()
     return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of this process or of another rank's. torch's CPU allocator has no error of its own, only these words."""
+    """Of this process or of another rank's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError | _OutOfMemoryThereError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path
+
+from rlsys.gpu_errors import advised
 
 _TAIL_BYTES = 200_000
 # What vLLM puts before each line: "(EngineCore pid=77) ERROR 11-20 22:29:28 [core.py:1136] "
@@ -13,6 +16,8 @@ _PREFIX = re.compile(r"^\((\w+)\S* pid=\d+\) ?(?:[A-Z]+ [\d-]+ [\d:]+ \[[^]]*\] 
 _ENGINE = "EngineCore"
 _WORKER = "Worker"  # of several: "Worker_TP1"
 _SECOND_HAND = re.compile(r"WorkerProc initialization failed|Worker failed with error|Executor failed")
+_PART = re.compile(r"nccl\w+Error: ")  # the second line of an NCCL error, which torch's exception comes before
+_FOLLOWING = 4  # lines after an exception's first that may belong to it
 _RAISED = re.compile(r"^(?:[\w.]*(?:Error|Exception)|SystemExit)\b(?:: .+)?$")
 
 
@@ -23,18 +28,28 @@ class EngineLog:
         self._sizes = {path: path.stat().st_size for path in _output_files()}
 
     def cause(self) -> str:
-        """The last exception that the engine reported, and where the rest is; else that it ended without a word."""
+        """The last exception that the engine reported, what helps against it, and the log's path; else that it ended
+        without a word."""
         if not self._sizes:
             return "see its output"
         files = ", ".join(map(str, self._sizes))
         raised = [found for path, size in self._sizes.items() for found in _raised(path, size)]
-        raised = [(process, error) for process, error in raised if not _SECOND_HAND.search(error)] or raised
+        raised = [one for one in raised if not _SECOND_HAND.search(one.error)] or raised
         # A process that fails before vLLM has it in hand writes without a prefix.
         for wanted in ((_ENGINE, _WORKER), ("",)):
-            errors = [error for process, error in raised if process.partition("_")[0] in wanted]
-            if errors:
-                return f"{errors[-1]} (all of it in {files})"
+            last = [one for one in raised if one.process.partition("_")[0] in wanted]
+            if last:
+                return f"{advised(last[-1].error, last[-1].around, 'sampler')} (all of it in {files})"
         return f"its process ended without a word: killed, or out of memory (log: {files})"
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """The last line of one traceback."""
+
+    process: str  # "" where vLLM put no name before the line
+    error: str
+    around: str  # the line itself, the source line that raised it, and what follows: NCCL's reason stands there
 
 
 def _output_files() -> list[Path]:
@@ -46,13 +61,31 @@ def _output_files() -> list[Path]:
     ]
 
 
-def _raised(path: Path, start: int) -> list[tuple[str, str]]:
-    """(process or "", error) of each traceback's last line."""
+def _raised(path: Path, start: int) -> list[Raised]:
     with path.open("rb") as file:
         file.seek(max(start, path.stat().st_size - _TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
     prefixes = [_PREFIX.match(line) for line in lines]
-    said = [
-        (match[1], line[match.end() :]) if match else ("", line) for match, line in zip(prefixes, lines, strict=True)
-    ]
-    return [(process, text) for process, text in said if _RAISED.match(text)]
+    by_process: dict[str, list[str]] = {}
+    found: list[tuple[str, int]] = []  # (process, index in its lines), in the order of the file
+    for match, line in zip(prefixes, lines, strict=True):
+        process, text = (match[1], line[match.end() :]) if match else ("", line)
+        said = by_process.setdefault(process, [])
+        if _RAISED.match(text) and not _PART.match(text):
+            found.append((process, len(said)))
+        said.append(text)
+    return [_of(process, by_process[process], at) for process, at in found]
+
+
+def _of(process: str, said: list[str], at: int) -> Raised:
+    error, source = said[at], _source_line(said[:at])
+    around = "\n".join([source, *said[at : at + 1 + _FOLLOWING]])
+    if ":" not in error and source:  # no message, as of an assertion: the line that raised it says what it is about
+        error = f"{error} at `{source}`"
+    return Raised(process, error, around)
+
+
+def _source_line(before: list[str]) -> str:
+    """The last line of code of the traceback; Python marks parts of it below, with ^."""
+    code = [line.strip() for line in before[-2:] if line.startswith("    ") and set(line.strip()) - set("^~ ")]
+    return code[-1] if code else ""

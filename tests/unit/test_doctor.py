@@ -55,20 +55,9 @@ def test_packages_that_are_missing_fail_each_by_name(tmp_path: Path, monkeypatch
     assert {"torch", "ray", "peft", "vllm"} <= found
 
 
-def test_devices_say_cores_and_memory_and_survive_a_machine_without_nvidia_smi(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_devices_say_cores_and_memory() -> None:
     check = only(doctor.devices())
-    assert "cores" in check.found and "no GPU" in check.found
-
-
-def test_gpus_are_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 81920\necho 40960\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert "2 GPUs of 40 GiB" in only(doctor.devices()).found
+    assert f"{len(os.sched_getaffinity(0))} cores" in check.found and "GiB free" in check.found
 
 
 def test_a_disk_that_is_almost_full_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -190,7 +179,7 @@ def test_every_subject_of_the_doctor_is_examined(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     checks = {check.name: check for check in examine(ClusterSection(), tmp_path)}
-    assert {"python", "devices", "disk, runs", "disk, Ray's files", "shared memory", "port 6379", "port 8265",
+    assert {"python", "devices", "GPU", "disk, runs", "disk, Ray's files", "shared memory", "port 6379", "port 8265",
             "open files", "Ray token", "wandb", "model hub", "ray", "vLLM"} <= checks.keys()  # fmt: skip
     assert checks["ray"].status == checks["vLLM"].status == "fail"
     assert all(check.remedy for check in checks.values() if check.status != "ok")

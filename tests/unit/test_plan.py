@@ -13,7 +13,18 @@ import pytest
 from rlsys.config import JobConfig, parse_config
 from rlsys.dimensions import dimensions, known_models, of_config
 from rlsys.errors import ConfigError
-from rlsys.memory import GIB, MIB, activations, adapter_parameters, learner_memory, micro_batch_tokens, sampler_memory
+from rlsys.memory import (
+    CUDA_CONTEXT,
+    CUDA_GRAPHS,
+    GIB,
+    MIB,
+    activations,
+    adapter_parameters,
+    engine_asleep,
+    learner_memory,
+    micro_batch_tokens,
+    sampler_memory,
+)
 from rlsys.planning import Node, Plan, plan
 from tests.waiting import run
 
@@ -37,6 +48,7 @@ def test_the_kept_dimensions_give_the_published_numbers_of_parameters() -> None:
         "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
         "Qwen/Qwen3-0.6B": 596_049_920,
         "Qwen/Qwen3-1.7B": 1_720_574_976,
+        "Qwen/Qwen3-4B": 4_022_468_096,
         "Qwen/Qwen3-8B": 8_190_735_360,
     }
     assert {name: dims.parameters for name, dims in known_models().items()} == published
@@ -271,6 +283,61 @@ def test_the_command_ends_with_code_1_where_the_job_does_not_fit() -> None:
 def test_predictions_for_a_gpu_are_marked_as_unmeasured() -> None:
     done = run_plan("configs/quickstart.yaml", "learner.device=cuda", "learner.num_gpus=1", *ON_CUDA)
     assert "UNMEASURED" in done.stdout and done.returncode == 1
+
+
+IN_TURNS = [
+    "learner.device=cuda", "learner.num_gpus=0.5", "sampler.num_gpus=0.5", "sampler.colocate=true",
+    "sampler.gpu_memory_utilization=0.5", "model.dtype=bfloat16",
+]  # fmt: skip
+
+
+def on_gpu(gib_of_gpu: float, *overrides: str) -> str:
+    node = Node("a", {"CPU": 8.0, "GPU": 1.0}, 64 * GIB, int(gib_of_gpu * GIB))
+    return "\n".join(planned(*IN_TURNS, *overrides, nodes=[node]).shortfalls)
+
+
+def test_contexts_graphs_and_the_copy_of_a_sleeping_engine_are_lines_of_the_plan() -> None:
+    config, dims = job(*IN_TURNS), dimensions(job().model)
+    assert learner_memory(config, dims).peak.parts["CUDA context"] == CUDA_CONTEXT
+    sampler = sampler_memory(config, dims).peak.parts
+    assert (sampler["CUDA context"], sampler["CUDA graphs"]) == (CUDA_CONTEXT, CUDA_GRAPHS)
+    eager = job(*IN_TURNS, "sampler.enforce_eager=true")
+    assert "CUDA graphs" not in sampler_memory(eager, dims).peak.parts
+    assert engine_asleep(config) == CUDA_CONTEXT + CUDA_GRAPHS and engine_asleep(eager) == CUDA_CONTEXT
+    (_, row) = planned(*IN_TURNS).rows
+    assert row.pinned == sampler["weights"] + sampler["LoRA slots"] and row.host_bytes == row.imports + row.pinned
+    (_, apart) = planned(*IN_TURNS, "sampler.colocate=false").rows
+    assert apart.pinned == 0, "an engine with a GPU of its own never sleeps"
+    assert not {"CUDA context", "CUDA graphs"} & learner_memory(job(), dims).peak.parts.keys(), "nor on a CPU"
+
+
+def test_a_pair_that_takes_turns_fits_beside_what_each_keeps() -> None:
+    assert on_gpu(8) == ""
+    assert "learner keeps" in on_gpu(4, "sampler.gpu_memory_utilization=0.95")
+    assert "set sampler.gpu_memory_utilization=0.8" in on_gpu(4, "sampler.gpu_memory_utilization=0.95")
+    assert on_gpu(4, "sampler.gpu_memory_utilization=0.8") == ""
+    asleep = on_gpu(
+        2, "learner.num_gpus=0.9", "sampler.num_gpus=0.1", "learner.token_budget=65536", "rl.problems_per_step=512"
+    )
+    assert "a sampler that sleeps keeps 1.50 GiB" in asleep and "learner.token_budget" in asleep
+
+
+def test_a_kv_cache_for_few_of_the_sequences_is_warned_of() -> None:
+    node = Node("a", {"CPU": 8.0, "GPU": 1.0}, 64 * GIB, 4 * GIB)
+    many = ["model.max_length=4096", "sampler.max_num_seqs=256", "model.make.num_layers=16"]
+    (said,) = [one for one in planned(*IN_TURNS, *many, nodes=[node]).warnings if "KV" in one]
+    assert "sampler.gpu_memory_utilization 0.5" in said and "of the 256 that run at once" in said
+    assert not [one for one in planned(*IN_TURNS, nodes=[node]).warnings if "KV" in one]
+
+
+def test_a_machine_that_somebody_has_in_mind_can_be_planned_for() -> None:
+    there = ["configs/gsm8k-qwen2.5-0.5b.yaml", "--cpus", "8", "--memory-gb", "32"]
+    done = run_plan(*there, "--gpu-memory-gb", "24")
+    assert done.returncode == 0 and "8 CPU, 1 GPU" in done.stdout, done.stdout + done.stderr
+    done = run_plan(*there, "--gpu-memory-gb", "8")
+    assert done.returncode == 1 and "unmeasured prediction" in done.stdout
+    done = run_plan(*there, "--gpus", "2")
+    assert done.returncode == 1 and "without --gpu-memory-gb" in done.stderr
 
 
 def test_every_kept_model_has_a_source() -> None:
