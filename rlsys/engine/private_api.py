@@ -16,7 +16,7 @@ PINNED = "0.32"  # the version of requirements/, which the tests run
 # parameters do not say that a function still does the same.
 CHECKED = {
     "0.32": "runs in the tests on CPU; CUDA's build of it has the same Python sources",
-    "0.33": "CUDA's build read, never run: the functions below are the same, or do the same for rlsys.engine",
+    "0.33": "CUDA's build was read, never run: its private functions are the same, or do the same for rlsys.engine",
 }
 
 # With the parameters that rlsys.engine relies on.
