@@ -42,6 +42,8 @@ PRIVATE_API = {
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.add_adapter": "lora",
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.activate_adapter": "lora_id",
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.remove_adapter": "adapter_id",
+    # of the V1 and of the V2 model runner, of which vLLM takes the second on CUDA: the slots hang at its lora_manager
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model": "model vllm_config device",
     "vllm.v1.engine.utils:get_mp_context": "",
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor._init_executor": "",
     "vllm.lora.layers.base:BaseLayerWithLoRA.slice_lora_a": "lora_a",
@@ -70,6 +72,8 @@ def prepare_environment(section: SamplerSection, device: Device = "cpu") -> None
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled: no compiler needed, no 11 s first call
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB only, and it would win over the section
     else:
+        # vLLM chooses the V2 model runner here, which the CPU has not. What rlsys.engine touches is in both, read in
+        # their sources; neither was run on a GPU yet, so VLLM_USE_V2_MODEL_RUNNER stays the user's to set.
         # CUDA does not outlive a fork. vLLM spawns by itself where it sees that it must, as in a Ray actor. Outside of
         # one an engine's start was seen to end in "Cannot re-initialize CUDA in forked subprocess"
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
