@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import threading
+import warnings
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
@@ -43,6 +44,7 @@ class ServiceClient:
         self._backend = backend
         self._starting = threading.Lock()
         self._closed = False
+        self._told: set[str] = set()  # bases of which was said that their unembedding is not trained
 
     def create_lora_training_client(
         self,
@@ -55,7 +57,8 @@ class ServiceClient:
     ) -> TrainingClient:
         """A new adapter that begins as the base; the same seed, rank and targets make the same weights.
 
-        `seed` None is 0. `train_unembed` None: wherever samplers can serve it, which is on CPU.
+        `seed` None is 0. `train_unembed` None: wherever samplers can serve it, which is on CPU; elsewhere it is off,
+        and the first client of a base says so in a warning.
 
         Raises:
             ConfigError: no such model (the known ones are listed), or a rank or targets that cannot be served.
@@ -65,6 +68,14 @@ class ServiceClient:
         deployment = self._deployment(base_model)
         about = deployment.about
         lora = _lora(about, rank, train_mlp, train_attn, train_unembed)
+        if train_unembed is None and not about.serves_unembed and about.base_model not in self._told:
+            self._told.add(about.base_model)
+            warnings.warn(
+                f"{about.base_model}: train_unembed is on by default in the Tinker API and off here, since samplers of "
+                "this base cannot serve an adapter of the unembedding (on CUDA none can); train_unembed=False says "
+                "the same without this warning",
+                stacklevel=2,
+            )
         return self._training(deployment, deployment.create_model(lora, seed or 0).result())
 
     async def create_lora_training_client_async(

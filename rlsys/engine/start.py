@@ -32,6 +32,8 @@ def prepare_environment(section: SamplerSection, device: Device = "cpu") -> None
         os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled: no compiler needed, no 11 s first call
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB only, and it would win over the section
     else:
+        # vLLM chooses the V2 model runner here, which the CPU has not. What rlsys.engine touches is in both, read in
+        # their sources; neither was run on a GPU yet, so VLLM_USE_V2_MODEL_RUNNER stays the user's to set.
         # CUDA does not outlive a fork. vLLM spawns by itself where it sees that it must, as in a Ray actor. Outside of
         # one an engine's start was seen to end in "Cannot re-initialize CUDA in forked subprocess"
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import re
 import shutil
@@ -154,6 +156,18 @@ def test_another_vllm_is_refused_before_it_is_patched(monkeypatch: pytest.Monkey
         ClusterError, match=r"vLLM 0\.41\.1 is installed, and rlsys knows 0\.32 and 0\.33; .* 0\.32, as"
     ):
         check_private_api()
+
+
+def test_both_model_runners_keep_adapters_where_the_engine_s_hooks_look_for_them() -> None:
+    """Read in their sources: the second wants Triton."""
+    folder = Path(importlib.util.find_spec("vllm").submodule_search_locations[0]) / "v1" / "worker"  # type: ignore[union-attr,index]
+    for file in ("gpu_model_runner.py", "gpu/model_runner.py"):
+        tree = ast.parse((folder / file).read_text())
+        (runner,) = (one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == "GPUModelRunner")
+        assert "LoRAModelRunnerMixin" in {base.id for base in runner.bases if isinstance(base, ast.Name)}, file
+    scoring = (folder / "gpu" / "sample" / "prompt_logprob.py").read_text()
+    assert "prompt_logprobs is not None" in scoring  # 0 asks for the given tokens alone, as rlsys.engine.requests does
+    assert "logprob_token_ids" in (folder / "gpu" / "sample" / "sampler.py").read_text()
 
 
 def test_on_cuda_an_engine_s_process_is_spawned_whatever_the_environment_says() -> None:
