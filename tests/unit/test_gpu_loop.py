@@ -137,10 +137,15 @@ def test_the_jobs_are_jobs_that_rlsys_takes(tmp_path: Path, device: str, colocat
 
 
 def test_a_job_takes_the_base_that_an_earlier_one_made_and_keys_that_are_asked_for_win(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
+    for name in ("a-job", "earlier"):  # its own base goes with --fresh
+        (tmp_path / "runs" / name / "base").mkdir(parents=True)
     keys = gpu_loop_job.overrides(tmp_path, "a-job", "cpu", False, ["rl.steps=9"])
     config = load_config(gpu_loop_job.CONFIG, keys)
-    assert config.model.path == str(tmp_path / "base") and config.model.make is None and config.rl.steps == 9
+    assert (
+        config.model.path == str(tmp_path / "runs" / "earlier" / "base")
+        and config.model.make is None
+        and config.rl.steps == 9
+    )
 
 
 @pytest.mark.parametrize(("device", "shape"), [("cpu", QUICK), ("cuda", QWEN3_0_6B)])
