@@ -217,7 +217,7 @@ def test_what_a_job_writes_becomes_facts_once_and_its_engine_is_killed_after_the
     until(lambda: gpu_processes.engines(driver.pid) == [], "the end of the engine's process")
 
 
-def test_arguments_of_a_part_reach_it_whole() -> None:
+def test_a_part_gets_its_own_arguments_and_those_of_all() -> None:
     options = argparse.Namespace(device="cpu", minutes=6.0, set=["a.b=c d"], part=[gpu_loop.COLOCATED])
     (part,) = gpu_loop.parts_of(Journal(Path(), 0.0), options)
     _, name, _, arguments, device = part.work.args  # type: ignore[attr-defined]
