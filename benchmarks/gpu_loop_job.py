@@ -30,9 +30,11 @@ from rlsys.records import read_metrics
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 LOOK_S = 0.25
 KILL_AFTER = 2  # steps
-STAGE = re.compile(r"^(.+): (started|done after [\d:]+)")  # as rlsys/progress.py writes where no terminal is
+STAGE = re.compile(
+    r"^(.+): (started|(?:done|stopped) after [\d:]+)"
+)  # as rlsys/progress.py writes where no terminal is
 ROLES = {"ray::LearnerActor": "learner", "ray::SamplerActor": "sampler", "VLLM::EngineCore": "sampler"}
-BASE = "base"  # of the folder: the base that the first job made
+RUNS = "runs"  # of the folder: run directories
 COMMON = "tracking.wandb=disabled rl.substeps=1 cluster.max_restarts=3"
 CUDA = """
 rl.steps=6 eval.every_steps=0 model.dtype=bfloat16 learner.device=cuda learner.num_gpus=0.5 sampler.num_gpus=0.5
@@ -52,9 +54,10 @@ model.make.supervised.gate_accuracy=0.1 model.make.supervised.gate_problems=20 m
 def overrides(folder: Path, name: str, device: str, colocate: bool, asked: list[str]) -> list[str]:
     """Of configs/quickstart.yaml; `asked` comes last and wins."""
     found = [*COMMON.split(), *(CUDA if device == "cuda" else CPU).split()]
-    found += [f"run.name={name}", f"run.dir={folder / 'runs'}", f"sampler.colocate={str(colocate).lower()}"]
-    if (folder / BASE).is_dir():
-        found += ["model.make=null", f"model.path={folder / BASE}"]
+    found += [f"run.name={name}", f"run.dir={folder / RUNS}", f"sampler.colocate={str(colocate).lower()}"]
+    made = [base for base in sorted((folder / RUNS).glob("*/base")) if base.parent.name != name]
+    if made:
+        found += ["model.make=null", f"model.path={made[0]}"]
     elif device == "cpu":
         found += CPU_BASE.split()
     mine = [key for key in found if key.partition("=")[0] not in {one.partition("=")[0] for one in asked}]
@@ -160,10 +163,8 @@ def watch(options: argparse.Namespace, notes: Notes) -> None:
         seen.look()
     _ended(notes, config, seen, log)
     _memory(notes, config, seen)
-    notes.fact("GPU memory in use, at most", used(), "GiB" if options.device == "cuda" else "")
-    made = config.run_dir / "base"
-    if made.is_dir() and not (folder / BASE).is_dir():
-        shutil.copytree(made, folder / BASE)
+    most = used()
+    notes.fact("GPU memory in use, at most", most, "GiB" if isinstance(most, float) else "")
 
 
 def _predictions(notes: Notes, config: JobConfig) -> None:

@@ -137,10 +137,15 @@ def test_the_jobs_are_jobs_that_rlsys_takes(tmp_path: Path, device: str, colocat
 
 
 def test_a_job_takes_the_base_that_an_earlier_one_made_and_keys_that_are_asked_for_win(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
+    for name in ("a-job", "earlier"):  # its own base goes with --fresh
+        (tmp_path / "runs" / name / "base").mkdir(parents=True)
     keys = gpu_loop_job.overrides(tmp_path, "a-job", "cpu", False, ["rl.steps=9"])
     config = load_config(gpu_loop_job.CONFIG, keys)
-    assert config.model.path == str(tmp_path / "base") and config.model.make is None and config.rl.steps == 9
+    assert (
+        config.model.path == str(tmp_path / "runs" / "earlier" / "base")
+        and config.model.make is None
+        and config.rl.steps == 9
+    )
 
 
 @pytest.mark.parametrize(("device", "shape"), [("cpu", QUICK), ("cuda", QWEN3_0_6B)])
@@ -212,7 +217,7 @@ def test_what_a_job_writes_becomes_facts_once_and_its_engine_is_killed_after_the
     until(lambda: gpu_processes.engines(driver.pid) == [], "the end of the engine's process")
 
 
-def test_arguments_of_a_part_reach_it_whole() -> None:
+def test_a_part_gets_its_own_arguments_and_those_of_all() -> None:
     options = argparse.Namespace(device="cpu", minutes=6.0, set=["a.b=c d"], part=[gpu_loop.COLOCATED])
     (part,) = gpu_loop.parts_of(Journal(Path(), 0.0), options)
     _, name, _, arguments, device = part.work.args  # type: ignore[attr-defined]
