@@ -516,16 +516,16 @@ def test_a_rank_that_dies_is_an_error_on_the_others_at_once(pool: Pool) -> None:
 
 DUPLICATE = (
     "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, invalid usage (run with NCCL_DEBUG=WARN for "
-    "details), NCCL version 2.29.7\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
-    "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 10"
+    "details), NCCL version 2.29.7\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+    "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 10"
 )
 
 
 def test_two_ranks_on_one_gpu_are_a_fault_of_placement_and_no_death() -> None:
-    with pytest.raises(ActorFailedError, match=r"rank 0 of 2: the sum.*two ranks on one GPU") as caught:
-        with Ranks(0, 2).guard("the sum"):
-            raise dist.DistBackendError(DUPLICATE)
+    found = pytest.raises(ActorFailedError, match=r"rank 0 of 2: the sum.*two ranks on one GPU")
+    with found as caught, Ranks(0, 2).guard("the sum"):
+        raise dist.DistBackendError(DUPLICATE)
     assert not isinstance(caught.value, ActorDiedError), "another rank would be started in vain"
-    with pytest.raises(ActorDiedError, match=r"another rank is gone.*NCCL_DEBUG=INFO"):
-        with Ranks(0, 2).guard("the sum"):
-            raise dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed")
+    gone = "NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed"
+    with pytest.raises(ActorDiedError, match=r"another rank is gone.*NCCL_DEBUG=INFO"), Ranks(0, 2).guard("the sum"):
+        raise dist.DistBackendError(gone)
