@@ -24,7 +24,7 @@ from rlsys.engine.arguments import engine_arguments
 from rlsys.engine.attest import attest, attest_base, distance
 from rlsys.engine.lent import lent
 from rlsys.engine.live import BASE_VERSION, Adapter, Hold, LiveVersions, kept
-from rlsys.engine.postmortem import EngineLog
+from rlsys.engine.postmortem import EngineLog, refusal
 from rlsys.engine.pulse import EnginePulse
 from rlsys.engine.requests import (
     BaseModel,
@@ -46,9 +46,8 @@ from rlsys.engine.start import Device, engine_processes, preload, prepare_enviro
 from rlsys.engine.workers import values
 from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, SamplingError, WeightSyncError
 from rlsys.families import family_of
-from rlsys.gpu_errors import advised
 from rlsys.model_support import unembedding_problem
-from rlsys.reading import first_line, plain_path
+from rlsys.reading import plain_path
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array, SamplingParams
 from rlsys.weights import AdapterSnapshot, Attestation, WeightUpdate
@@ -128,9 +127,7 @@ class Sampler:
                 f"sampler {self._name}: the vLLM engine did not start on {self._base}: {self._log.cause()}"
             ) from error
         except ValueError as error:  # vLLM refused it before it made a process
-            raise ActorFailedError(
-                f"sampler {self._name}: vLLM refused {self._base}: {advised(first_line(error), str(error), 'sampler')}"
-            ) from error
+            raise ActorFailedError(f"sampler {self._name}: vLLM refused {self._base}: {refusal(error)}") from error
         self._pulse.watch(self._engine)
         self._noise = await self._alive(self._measure_noise())
         self._start_s = time.perf_counter() - began

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.gpu_errors import advised
+from rlsys.reading import first_line
 
 _TAIL_BYTES = 200_000
 # What vLLM puts before each line: "(EngineCore pid=77) ERROR 11-20 22:29:28 [core.py:1136] "
@@ -50,6 +51,13 @@ class Raised:
     process: str  # "" where vLLM put no name before the line
     error: str
     around: str  # the line itself, the source line that raised it, and what follows: NCCL's reason stands there
+
+
+def refusal(error: ValueError) -> str:
+    """Why vLLM refused its arguments, in one line with what helps. pydantic puts the reason below a line of its own."""
+    reasons = [line.strip() for line in str(error).splitlines() if line.strip().startswith("Value error, ")]
+    reason = reasons[0].removeprefix("Value error, ") if reasons else first_line(error)
+    return advised(re.sub(r" \[type=value_error, .*", "", reason), str(error), "sampler")
 
 
 def _output_files() -> list[Path]:

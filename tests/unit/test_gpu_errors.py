@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import BaseModel, ValidationError, field_validator
 
+from rlsys.engine.postmortem import refusal
 from rlsys.gpu_errors import KNOWN, Known, Role, advice, advised
 from rlsys.ranks import is_out_of_memory
 from tests.unit.test_postmortem import cause
@@ -147,6 +149,24 @@ def test_nccl_s_reason_stands_lines_below_the_exception_and_is_read(tmp_path: Pa
 def test_an_engine_out_of_memory_is_one_line_with_keys(tmp_path: Path) -> None:
     found = cause(tmp_path, *engine_said("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 1.16 GiB."))
     assert found.count("\n") == 0 and "-> lower sampler.max_num_seqs" in found
+
+
+def test_a_refusal_of_vllm_s_is_told_by_its_reason() -> None:
+    """Its configuration is pydantic's, which wraps what vLLM raises."""
+
+    class Refusing(BaseModel):
+        dtype: str
+
+        @field_validator("dtype")
+        @classmethod
+        def refuse(cls, value: str) -> str:
+            raise ValueError(f"Bfloat16 is only supported on GPUs of 8.0 or later, not {value}")
+
+    with pytest.raises(ValidationError) as caught:
+        Refusing(dtype="7.5")
+    reason = "Bfloat16 is only supported on GPUs of 8.0 or later, not 7.5 -> set model.dtype=float16"
+    assert refusal(caught.value) == reason
+    assert refusal(ValueError("one\ntwo")) == "one"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_learner import ALL_TARGETS, Models, datums_of, draw, gradients, preference, weights, with_run
 
 from rlsys import losses
@@ -511,3 +512,20 @@ def test_a_rank_that_dies_is_an_error_on_the_others_at_once(pool: Pool) -> None:
     answers = [pool.receive(rank) for rank in range(2)]
     assert any(isinstance(error, ActorDiedError) for error, _ in answers), answers
     assert all("learner rank" in str(error) and seconds < 10 * SHORT_S for error, seconds in answers)
+
+
+DUPLICATE = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:93, invalid usage (run with NCCL_DEBUG=WARN for "
+    "details), NCCL version 2.29.7\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+    "Last error:\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 10"
+)
+
+
+def test_two_ranks_on_one_gpu_are_a_fault_of_placement_and_no_death() -> None:
+    found = pytest.raises(ActorFailedError, match=r"rank 0 of 2: the sum.*two ranks on one GPU")
+    with found as caught, Ranks(0, 2).guard("the sum"):
+        raise dist.DistBackendError(DUPLICATE)
+    assert not isinstance(caught.value, ActorDiedError), "another rank would be started in vain"
+    gone = "NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed"
+    with pytest.raises(ActorDiedError, match=r"another rank is gone.*NCCL_DEBUG=INFO"), Ranks(0, 2).guard("the sum"):
+        raise dist.DistBackendError(gone)
