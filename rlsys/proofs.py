@@ -44,8 +44,7 @@ def prove_packing(model: PreTrainedModel) -> None:
         raise ConfigError(f"{name} has no exchangeable attention function, which packing needs")
     device = model.device
     embed = model.get_input_embeddings()
-    tokens = torch.arange(7, device=device)[None] % embed.weight.shape[0]
-    inputs = embed(tokens).detach().requires_grad_()
+    inputs = embed(_telling_tokens(embed.weight)[None]).detach().requires_grad_()
     segments = Segments(np.array([2, 2, 1, 2]), np.array([ALONE, 0, 0, ALONE]), device)
     packed = {  # a b | c d | e | f g, where c d and e go on from a b
         "position_ids": torch.tensor([[0, 1, 2, 3, 2, 0, 1]], device=device),
@@ -55,14 +54,27 @@ def prove_packing(model: PreTrainedModel) -> None:
     with _noting_windows(model) as windows:
         hidden = model.base_model(inputs_embeds=inputs, **packed).last_hidden_state
     mix = torch.arange(hidden.shape[-1], device=device).cos().to(hidden.dtype)  # a sum is blind to norms
-    sees = torch.stack(
-        [torch.autograd.grad(each, inputs, retain_graph=True)[0][0].ne(0).any(-1) for each in hidden[0] @ mix]
-    )
+    slopes = torch.stack([torch.autograd.grad(each, inputs, retain_graph=True)[0][0] for each in hidden[0] @ mix])
+    if not slopes.isfinite().all():
+        raise ConfigError(
+            f"{name}: gradients of the load's own check are not finite in {model.dtype}; wanted weights without inf or "
+            "nan, and a model.dtype in which they fit"
+        )
+    sees = slopes.ne(0).any(-1)
     if (sees & ~segments.mask(None)).any():
         raise ConfigError(f"{name} lets a token see another sequence of the same pack; it cannot be trained packed")
     if not sees[[1, 2, 3, 4, 6], [0, 1, 2, 1, 5]].all():
         raise ConfigError(f"{name}: a token does not see the one before it; its attention ignores {attention.NAME}")
     _check_windows(name, config, windows)
+
+
+def _telling_tokens(embedding: Tensor) -> Tensor:
+    """Seven tokens, of 64 spread over the vocabulary those with the largest rows: a row of zeros, as a padding token
+    has, makes each norm above it multiply gradients by a thousand, which overflows in a deep model."""
+    count = embedding.shape[0]
+    spread = torch.linspace(0, count - 1, min(64, count), device=embedding.device).long()
+    best = embedding.detach()[spread].float().norm(dim=-1).argsort(descending=True, stable=True)
+    return spread[best[torch.arange(7, device=best.device) % len(best)]]
 
 
 def logit_transform(model: PreTrainedModel) -> LogitTransform:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from rlsys import attention
 from rlsys import attention_kernels as kernels
@@ -255,6 +255,32 @@ def test_a_model_that_leaks_between_sequences_is_refused(tiny_model: Callable[[b
     prove_packing(model)
     model.model.layers[1].self_attn = Leaky(model.model.layers[1].self_attn)
     with pytest.raises(ConfigError, match="another sequence"):
+        prove_packing(model)
+
+
+def deep(dtype: torch.dtype) -> Any:
+    """36 random layers whose first token is padding, a row of zeros."""
+    attention.register()
+    config = Qwen3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=36, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, pad_token_id=0, attn_implementation=attention.NAME,
+    )  # fmt: skip
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    assert not model.get_input_embeddings().weight[0].any()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_deep_model_with_a_padding_token_of_zeros_is_no_leak(dtype: torch.dtype) -> None:
+    prove_packing(deep(dtype))
+
+
+def test_gradients_that_are_not_finite_are_no_leak_but_said_to_be_what_they_are() -> None:
+    model = deep(torch.float32)
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] = torch.inf
+    with pytest.raises(ConfigError, match=r"not finite in torch.float32; wanted weights without inf"):
         prove_packing(model)
 
 
