@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 
 from rlsys.engine.build import vllm_build
 
+# Ray starts its workers at nice 15: beside the work of others a test would only wait for its share of the cores.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 # How long an example takes says how busy the machine is; a claim about time measures CPU time itself.
 TIMELESS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("fixed", TIMELESS, derandomize=True, database=None)

@@ -19,7 +19,6 @@ ELSEWHERE = {"rlsys/weights/name"}  # of a checkpoint's address
 KEY = re.compile(rf"(?:{'|'.join(JobConfig.model_fields)})(?:\.[a-z_0-9*]+)+")
 NO_KEYS = re.compile(r".*\.(json|jsonl|yaml|safetensors|txt|log)$|model\.language_model\.")
 NUMBERS = {"N": "1"}  # what a command's placeholder stands for
-NOT_YET = {"gpu-loop"}  # targets that the README names before the Makefile has them
 
 
 every_page = pytest.mark.parametrize("page", [pytest.param(page, id=pages.name(page)) for page in PAGES])
@@ -65,7 +64,7 @@ def test_every_command_of_rlsys_is_one_with_keys_that_a_job_has(page: Path) -> N
 def test_every_target_of_make_is_one(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = {words[0] for program, *words in pages.commands(page) if program == "make"}
-    assert named <= targets | NOT_YET
+    assert named <= targets
 
 
 @every_page
