@@ -102,7 +102,7 @@ def test_pages_are_read_for_what_they_hold() -> None:
     readme = ROOT / "README.md"
     found = list(pages.commands(readme))
     assert ["make", "quickstart"] in found and ["make", "test"] in found
-    assert ["rlsys", "plan", "configs/gsm8k-qwen3-0.6b.yaml"] in found
+    assert ["rlsys", "plan", "configs/gsm8k-qwen3-0.6b.yaml", "--gpu-memory-gb", "24"] in found
     assert "docs/start.md" in pages.links(readme) and "docs/report-desktop.png" not in pages.links(readme)
     assert "report-desktop.png" in pages.links(ROOT / "docs" / "jobs.md")
     assert "on-a-gpu" in pages.anchors(ROOT / "docs" / "performance.md")
