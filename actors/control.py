@@ -15,15 +15,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from actors.calls import wait
-from actors.cluster import cluster
-from actors.light_stages import light
+from actors.cluster.ray_cluster import cluster
+from actors.faults.actor_calls import wait
+from actors.stages.stateless_actors import driver_node_options
 from rlsys.config import ClusterSection
+from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError, ConfigError, RlsysError
-from rlsys.key_types import checked_address
-from rlsys.run_store import INFO
-from rlsys.shell import command
-from rlsys.variables import variable
+from rlsys.run_state.run_dir import INFO
+from rlsys.utils.env_variables import env_variable
+from rlsys.utils.shell_paths import command
 
 NAMESPACE = "rlsys"
 PREFIX = "job:"
@@ -93,7 +93,7 @@ def _register(run: str) -> Any:
     deadline = time.monotonic() + RELEASE_S
     while True:
         try:
-            options = {"name": PREFIX + run, "namespace": NAMESPACE, "max_restarts": -1, **light()}
+            options = {"name": PREFIX + run, "namespace": NAMESPACE, "max_restarts": -1, **driver_node_options()}
             return ray.remote(JobControl).options(**options).remote()
         except ValueError as error:
             if time.monotonic() > deadline:
@@ -114,11 +114,11 @@ def reach(run: str | None, address: str | None) -> Iterator[str | None]:
     places = [Path(run), Path("runs") / run] if run else []
     folder = next((place for place in places if (place / INFO).is_file()), None)
     name = folder.name if folder else run
-    where = address or variable("RAY_ADDRESS")
+    where = address or env_variable("RAY_ADDRESS")
     if folder and not where:
         info = json.loads((folder / INFO).read_bytes())
         where = info.get("cluster")
-        if info.get("auth_mode") and variable("RAY_AUTH_MODE") is None:
+        if info.get("auth_mode") and env_variable("RAY_AUTH_MODE") is None:
             os.environ["RAY_AUTH_MODE"] = info["auth_mode"]
     with cluster(ClusterSection(address=checked_address(where) or "auto")):
         yield name

@@ -23,20 +23,20 @@ import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from actors.checks import Check, Status, apart
-from actors.doctor_gpus import examine_gpus
-from actors.gpus import this_machine
-from actors.surroundings import faults
+from actors.cluster.process_environment import faults
+from actors.machine.checks import Check, Status, apart
+from actors.machine.gpu_checks import examine_gpus
+from actors.machine.gpus import this_machine
+from rlsys.architectures.model_shape import model_shape
+from rlsys.architectures.support import refuse_unsupported_job
 from rlsys.config import ClusterSection, JobConfig
-from rlsys.dimensions import dimensions
-from rlsys.engine.build import built_for, examined
-from rlsys.engine.private_api import CHECKED, PINNED, minor
 from rlsys.errors import ConfigError
-from rlsys.free_memory import free_bytes
-from rlsys.memory import GIB
-from rlsys.model_support import refuse_unsupported_job
-from rlsys.shell import command
-from rlsys.variables import variable
+from rlsys.planning.memory import GIB
+from rlsys.sampler.private_api import CHECKED, PINNED, minor
+from rlsys.sampler.vllm_build import built_for, examined
+from rlsys.utils.env_variables import env_variable
+from rlsys.utils.free_memory import free_bytes
+from rlsys.utils.shell_paths import command
 
 RAY_LIMIT_S = 40.0  # a wrong token is refused after 20 s
 VLLM_LIMIT_S = 300.0  # its import takes 10 s on a quiet machine, and took minutes on a very busy one
@@ -54,14 +54,14 @@ def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) ->
         package_versions,
         devices,
         lambda: [vllm_build(job)],
-        lambda: examine_gpus(job, elsewhere=bool(cluster.address or variable("RAY_ADDRESS"))),
+        lambda: examine_gpus(job, elsewhere=bool(cluster.address or env_variable("RAY_ADDRESS"))),
         lambda: [] if job is None else [model(job), *model_files(job)],
-        lambda: [disk("runs", out), disk("Ray's files", Path(variable("RAY_TMPDIR") or "/tmp"))],
-        lambda: surroundings(starts_ray=not (cluster.address or variable("RAY_ADDRESS"))),
+        lambda: [disk("runs", out), disk("Ray's files", Path(env_variable("RAY_TMPDIR") or "/tmp"))],
+        lambda: surroundings(starts_ray=not (cluster.address or env_variable("RAY_ADDRESS"))),
         lambda: [shared_memory(cluster.object_store_gb)],
         lambda: [port(number, use) for number, use in PORTS.items()],
         lambda: [open_files(), token_file(), wandb_login(), hub()],
-        lambda: [ray_answers(cluster.address or variable("RAY_ADDRESS"))],
+        lambda: [ray_answers(cluster.address or env_variable("RAY_ADDRESS"))],
         lambda: [vllm_imports()],
     )
     for group in quick:
@@ -94,7 +94,7 @@ def model(job: JobConfig) -> Check:
     """The model's family and size from its config.json, and whether it can be trained and served as the job asks."""
     try:
         refuse_unsupported_job(job)
-        dims = dimensions(job.model)
+        dims = model_shape(job.model)
     except ConfigError as error:
         return Check("model", "fail", str(error), "`rlsys plan CONFIG` compares the whole job")
     windows = f", windows of {dims.window} tokens in {dims.windowed_layers} layers" if dims.window else ""
@@ -156,7 +156,7 @@ def open_files() -> Check:
 
 def token_file() -> Check:
     """Ray writes its token readable for all."""
-    path = Path(variable("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    path = Path(env_variable("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.is_file():
         return Check("Ray token", "ok", f"none at {path}")
     mode = stat.S_IMODE(path.stat().st_mode)
@@ -169,10 +169,10 @@ def token_file() -> Check:
 
 def wandb_login() -> Check:
     """Without the network: a key in the environment or in .netrc."""
-    host = urlsplit(variable("WANDB_BASE_URL") or "").hostname or WANDB_HOST
-    if variable("WANDB_API_KEY"):
+    host = urlsplit(env_variable("WANDB_BASE_URL") or "").hostname or WANDB_HOST
+    if env_variable("WANDB_API_KEY"):
         return Check("wandb", "ok", "WANDB_API_KEY is set")
-    netrc = Path(variable("NETRC") or Path.home() / ".netrc")
+    netrc = Path(env_variable("NETRC") or Path.home() / ".netrc")
     if netrc.is_file() and host in netrc.read_text(errors="replace"):
         return Check("wandb", "ok", f"logged in to {host} ({netrc})")
     return Check("wandb", "warn", "not logged in: runs are written offline", "wandb login, or tracking.wandb=disabled")
@@ -198,7 +198,7 @@ def hub() -> Check:
 
 def model_files(job: JobConfig) -> list[Check]:
     """Of the job's folder of a model: files, headers, tokenizer; no weight is loaded."""
-    from rlsys.model_folder import check_job
+    from rlsys.planning.model_folder import check_job
 
     if job.model.path is None or not Path(job.model.path).exists():
         return []
@@ -245,8 +245,8 @@ def vllm_imports(limit_s: float = VLLM_LIMIT_S) -> Check:
     device = built_for()
     script = (
         "from rlsys.config import SamplerSection\n"
-        "from rlsys.engine.private_api import check_private_api\n"
-        "from rlsys.engine.start import prepare_environment\n"
+        "from rlsys.sampler.private_api import check_private_api\n"
+        "from rlsys.sampler.engine_start import prepare_environment\n"
         f"prepare_environment(SamplerSection(), {device!r}); check_private_api({device!r})\n"
         "import vllm; print(vllm.__version__)"
     )
@@ -256,7 +256,7 @@ def vllm_imports(limit_s: float = VLLM_LIMIT_S) -> Check:
     if minor(done[0]) != PINNED:
         found = f"{done[0]} imports for {device}. {CHECKED[minor(done[0])]}"
         return Check("vLLM", "warn", found, f"{PINNED}, which requirements/ pins, is the one that the tests run")
-    return Check("vLLM", "ok", f"{done[0]} imports for {device}, and its inside is as rlsys.engine expects")
+    return Check("vLLM", "ok", f"{done[0]} imports for {device}, and its inside is as rlsys.sampler.vllm expects")
 
 
 def _own_metadata() -> tuple[str, list[str]]:

@@ -12,29 +12,29 @@ from typing import Any, TypeVar
 import numpy as np
 import ray
 
-from actors.cluster import cluster, refuse_other_builds
-from actors.interrupts import Interrupts
-from actors.learner_group import Given, LearnerGroup
-from actors.light_stages import RestartedGraders
-from actors.logs import Failures
-from actors.placement import Placement
-from actors.processors import refuse_absent_cores
-from actors.sampler_pool import Needed, SamplerPool
-from rlsys.base import pack_folder
-from rlsys.candidates import Candidate
+from actors.cluster.placement import Placement
+from actors.cluster.processors import refuse_absent_cores
+from actors.cluster.ray_cluster import cluster, refuse_other_builds
+from actors.faults.actor_logs import Failures
+from actors.faults.interrupts import Interrupts
+from actors.stages.learner_group import LearnerGroup, LearnerInit
+from actors.stages.sampler_pool import SamplerInit, SamplerPool
+from actors.stages.stateless_actors import GraderActors
+from rlsys.architectures.support import refuse_unsupported_job
 from rlsys.config import JobConfig
+from rlsys.data.dedup import refuse_shared
+from rlsys.data.problems import ProblemSet
 from rlsys.errors import RlsysError
-from rlsys.evaluation_record import Graded, Record
-from rlsys.learning_checks import LearningChecks
-from rlsys.measuring import Measured, measure
-from rlsys.model_folder import check_job
-from rlsys.model_support import refuse_unsupported_job
-from rlsys.problems import ProblemSet
-from rlsys.progress import Progress
-from rlsys.run_store import Resume
-from rlsys.splits import refuse_shared
-from rlsys.stages import Published, Rewound
-from rlsys.system import environment
+from rlsys.evaluation.evaluate import EvalResult, evaluate_policy
+from rlsys.evaluation.policy_source import PolicySource
+from rlsys.evaluation.record import EvalRecord, GradedCompletion
+from rlsys.modeling.base_model import pack_folder
+from rlsys.planning.model_folder import check_job
+from rlsys.protocols import PublishedAdapter, RolledBack
+from rlsys.run_state.run_dir import Resume
+from rlsys.tracking.learning_checks import LearningChecks
+from rlsys.tracking.progress import Progress
+from rlsys.tracking.system_metrics import environment
 
 T = TypeVar("T")
 
@@ -50,13 +50,13 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class EvalActors:
     learner: LearnerGroup
     samplers: SamplerPool
-    graders: RestartedGraders
+    graders: GraderActors
 
 
-def evaluate(config: JobConfig, candidate: Candidate, progress: Progress) -> Record:
+def evaluate(config: JobConfig, policy: PolicySource, progress: Progress) -> EvalRecord:
     """Whatever this raises, the actors are gone, and nothing has been written.
 
     Raises:
@@ -66,38 +66,38 @@ def evaluate(config: JobConfig, candidate: Candidate, progress: Progress) -> Rec
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     refuse_other_builds(config.cluster, config.sampler_device, config.learner.device)
-    refuse_unsupported_job(candidate.config)
-    refuse_absent_cores(config.cluster.address, None, candidate.config.sampler)
-    for note in check_job(candidate.config):
+    refuse_unsupported_job(policy.config)
+    refuse_absent_cores(config.cluster.address, None, policy.config.sampler)
+    for note in check_job(policy.config):
         progress.note(f"rlsys: {note}")
-    failures, own, interrupts = Failures(), _own(candidate.config), Interrupts(progress.note)
+    failures, own, interrupts = Failures(), _own(policy.config), Interrupts(progress.note)
     try:
         # Watched again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
         with interrupts.watched(), cluster(config.cluster) as where, interrupts.watched():
-            progress.note(f"rlsys: evaluating {candidate.kind} {candidate.path} on {where}")
-            with _cast(own, candidate, failures, progress) as cast:
-                base = candidate.base
+            progress.note(f"rlsys: evaluating {policy.kind} {policy.path} on {where}")
+            with _eval_actors(own, policy, failures, progress) as actors:
+                base = policy.base
                 packed = ray.put(pack_folder(base)) if isinstance(base, Path) else base
                 with progress.stage("loading the policy", None):
-                    problems = _start(cast, packed, candidate.trained)
+                    problems = _start(actors, packed, policy.trained)
                 with progress.stage("evaluating", None):
-                    measured = _measured(own, cast, len(problems))
-        for sign in LearningChecks(config.model_dump(mode="json")).see(0, measured.facts):
+                    result = _evaluated(own, actors, len(problems))
+        for sign in LearningChecks(config.model_dump(mode="json")).see(0, result.metrics):
             progress.note(f"rlsys: {sign}")
     except RlsysError as error:
         raise type(error)(failures.report(error)) from error
-    return Record(
-        kind=candidate.kind,
-        name=candidate.name,
-        checkpoint=candidate.path,
-        base=str(candidate.base),
-        version=candidate.version,
+    return EvalRecord(
+        kind=policy.kind,
+        name=policy.name,
+        checkpoint=policy.path,
+        base=str(policy.base),
+        version=policy.version,
         time=time.time(),
         config=config.model_dump(mode="json"),
         versions=environment(),
-        facts=measured.facts,
+        facts=result.metrics,
         confidence=config.eval.confidence,
-        problems=_rows(problems, measured),
+        problems=_rows(problems, result),
     )
 
 
@@ -108,63 +108,65 @@ def _own(config: JobConfig) -> JobConfig:
 
 
 @contextmanager
-def _cast(config: JobConfig, candidate: Candidate, failures: Failures, progress: Progress) -> Iterator[Cast]:
+def _eval_actors(
+    config: JobConfig, policy: PolicySource, failures: Failures, progress: Progress
+) -> Iterator[EvalActors]:
     """The actors; gone when the block ends, engines first."""
     note = progress.note
-    resume = Resume(Path(candidate.path), 0, b"", candidate.files) if candidate.files else None
-    with ExitStack() as ending:
+    resume = Resume(Path(policy.path), 0, b"", policy.files) if policy.files else None
+    with ExitStack() as stack:
         placement = Placement(config, note)
-        ending.callback(placement.release)
-        rank_seats, sampler_seats = placement.reserve()
+        stack.callback(placement.release)
+        rank_slots, sampler_slots = placement.reserve()
         learner = LearnerGroup(config, Loaded(resume), failures, note)
-        ending.callback(learner.close)
-        learner.launch(rank_seats)
-        graders = RestartedGraders(config, failures, note)
-        ending.callback(graders.close)
+        stack.callback(learner.close)
+        learner.launch(rank_slots)
+        graders = GraderActors(config, failures, note)
+        stack.callback(graders.close)
         samplers = SamplerPool(config, placement, failures, note)
-        ending.callback(samplers.close)
-        samplers.launch(sampler_seats)
-        yield Cast(learner, samplers, graders)
+        stack.callback(samplers.close)
+        samplers.launch(sampler_slots)
+        yield EvalActors(learner, samplers, graders)
 
 
-def _start(cast: Cast, base: Any, trained: Sequence[str]) -> ProblemSet:
+def _start(actors: EvalActors, base: Any, trained: Sequence[str]) -> ProblemSet:
     """Returns the held-out problems. What cannot be evaluated is refused before any engine starts: an adapter of
     another base, or one that was trained on these problems."""
-    cast.graders.start(base)
-    train, held_out = (cast.graders.problems(split) for split in ("train", "eval"))
+    actors.graders.start(base)
+    train, held_out = (actors.graders.problems(split) for split in ("train", "eval"))
     problems: ProblemSet = ray.get(held_out)
     refuse_shared(trained, problems.prompts)
-    cast.learner.start(Given(base, train))
-    cast.samplers.begin(base, train, held_out)
-    cast.samplers.start(Needed(base, train, held_out, _again(cast.learner.probe)))
+    actors.learner.start(LearnerInit(base, train))
+    actors.samplers.begin(base, train, held_out)
+    actors.samplers.start(SamplerInit(base, train, held_out, _retry(actors.learner.probe)))
 
-    def renew() -> tuple[Needed, Published]:
-        train, held_out = (cast.graders.problems(split) for split in ("train", "eval"))
-        return Needed(base, train, held_out, cast.learner.probe()), cast.learner.publish()
+    def renew() -> tuple[SamplerInit, PublishedAdapter]:
+        train, held_out = (actors.graders.problems(split) for split in ("train", "eval"))
+        return SamplerInit(base, train, held_out, actors.learner.probe()), actors.learner.publish()
 
-    cast.samplers.renew = renew
+    actors.samplers.renew = renew
     return problems
 
 
-def _measured(config: JobConfig, cast: Cast, problems: int) -> Measured:
-    def load_and_measure() -> Measured:
-        cast.samplers.load(cast.learner.publish())
-        return measure(config, cast.samplers, cast.graders, np.arange(problems))
+def _evaluated(config: JobConfig, actors: EvalActors, problems: int) -> EvalResult:
+    def load_and_evaluate() -> EvalResult:
+        actors.samplers.load(actors.learner.publish())
+        return evaluate_policy(config, actors.samplers, actors.graders, np.arange(problems))
 
-    return _again(load_and_measure)
+    return _retry(load_and_evaluate)
 
 
-def _again(act: Callable[[], T]) -> T:
+def _retry(act: Callable[[], T]) -> T:
     """Nothing here changes what it works on, so what is lost is only done again."""
     while True:
         try:
             return act()
-        except Rewound:
+        except RolledBack:
             continue
 
 
-def _rows(problems: ProblemSet, measured: Measured) -> list[Graded]:
-    grades = measured.grades.grade.tolist()
-    passed = [None] * len(problems) if measured.passed is None else measured.passed.tolist()
+def _rows(problems: ProblemSet, result: EvalResult) -> list[GradedCompletion]:
+    grades = result.grades.grade.tolist()
+    passed = [None] * len(problems) if result.passed is None else result.passed.tolist()
     asked = zip(problems.prompts, problems.answers, grades, passed, strict=True)
-    return [Graded(i, prompt, answer, grade, right) for i, (prompt, answer, grade, right) in enumerate(asked)]
+    return [GradedCompletion(i, prompt, answer, grade, right) for i, (prompt, answer, grade, right) in enumerate(asked)]

@@ -13,40 +13,40 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.cluster import cluster, refuse_other_builds
+from actors.cluster.placement import Placement
+from actors.cluster.processors import refuse_absent_cores
+from actors.cluster.ray_cluster import cluster, refuse_other_builds
 from actors.control import Control
-from actors.interrupts import Interrupts
-from actors.keeper import CheckpointKeeper
-from actors.learner_group import Given, LearnerGroup
-from actors.light_stages import RestartedAdvantages, RestartedGraders
-from actors.logs import Failures, process_of
-from actors.placement import Placement
-from actors.processors import refuse_absent_cores
-from actors.sampler_pool import Needed, SamplerPool
-from rlsys import loop, losses, overlap
-from rlsys.anchoring import anchored
-from rlsys.base import pack_folder
-from rlsys.checkpoints import CONFIG, MANIFEST, WEIGHTS
+from actors.faults.actor_logs import Failures, process_of
+from actors.faults.interrupts import Interrupts
+from actors.stages.checkpointer import BackgroundCheckpointer
+from actors.stages.learner_group import LearnerGroup, LearnerInit
+from actors.stages.sampler_pool import SamplerInit, SamplerPool
+from actors.stages.stateless_actors import AdvantageActors, GraderActors
+from rlsys import async_loop, loop, losses
+from rlsys.architectures.support import refuse_unsupported_job
 from rlsys.config import JobConfig
+from rlsys.config.gpu_shares import may_share, start_in_order
+from rlsys.config.relative_paths import resolve_paths
+from rlsys.data.problems import Epochs
 from rlsys.errors import RlsysError, RunExistsError, StorageError
-from rlsys.facts import Facts
-from rlsys.files import refusal
-from rlsys.gpu_shares import may_share, start_in_order
-from rlsys.learning_checks import LearningChecks, see_records
-from rlsys.ledger import Ledger
-from rlsys.model_folder import check_job
-from rlsys.model_support import refuse_unsupported_job
-from rlsys.problems import Epochs
-from rlsys.progress import Progress, stage_times
-from rlsys.reading import first_line
-from rlsys.recording import forget_after
-from rlsys.records import ERRORS, RolloutRow, read_metrics
-from rlsys.report import write_report
-from rlsys.run_store import RunStore
-from rlsys.stages import Graded, Made, Published, Rewound, Stages, Trained
-from rlsys.system import System
-from rlsys.tracking import Tracker
-from rlsys.variables import variable
+from rlsys.learner.adapter_checkpoint import CONFIG, MANIFEST, WEIGHTS
+from rlsys.metrics import Metrics
+from rlsys.modeling.base_model import pack_folder
+from rlsys.planning.model_folder import check_job
+from rlsys.protocols import BatchRef, PublishedAdapter, RewardsRef, RolledBack, Stages, TrainedStep
+from rlsys.report.page import write_report
+from rlsys.run_state.jsonl import ERRORS, RolloutRow, read_metrics
+from rlsys.run_state.ledger import Ledger
+from rlsys.run_state.run_dir import RunStore
+from rlsys.run_state.saved_rollouts import delete_after
+from rlsys.tracking.learning_checks import LearningChecks, see_records
+from rlsys.tracking.progress import Progress, stage_times
+from rlsys.tracking.system_metrics import SystemMetrics
+from rlsys.tracking.tracker import Tracker
+from rlsys.utils.atomic_files import refusal
+from rlsys.utils.env_variables import env_variable
+from rlsys.utils.text_files import first_line
 
 WATCH_EVERY = 10  # steps between two looks for the actors' processes
 EVAL_ROWS = 12  # completions of the held-out problems in the report, before and after
@@ -83,11 +83,11 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     for note in check_job(config):
         progress.note(f"rlsys: {note}")
     with RunStore.open(config, fresh, progress.note) as store:
-        config = anchored(store.config)  # which has the run's own date
+        config = resolve_paths(store.config)  # which has the run's own date
         accuracies = _accuracies(store)
         if store.finished:
             return _as_it_was(store, accuracies, progress)
-        forget_after(store.run_dir, -1 if store.resume is None else store.resume.step)
+        delete_after(store.run_dir, -1 if store.resume is None else store.resume.step)
         failures = Failures(store.run_dir / ERRORS)
         interrupts = Interrupts(progress.note)
         tracker = _tracker(store.config, store, progress)
@@ -101,8 +101,8 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
             interrupts.watched(),
         ):
             _announce(config, store, where, progress)
-            with crew(config, store, failures, progress) as cast:
-                steps = _run(config, cast, store, observer, interrupts, progress)
+            with job_actors(config, store, failures, progress) as actors:
+                steps = _run(config, actors, store, observer, interrupts, progress)
             save_adapter(store)
             tracker.adapter(store.run_dir / "adapter")
         return Outcome(
@@ -130,19 +130,19 @@ def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -
         save_adapter(store)
         write_report(store.run_dir)
     except BaseException as error:
-        told = error
+        reported = error
         if isinstance(error, OSError) and (refused := refusal(error, store.run_dir)) is not None:
-            told = StorageError(refused)
+            reported = StorageError(refused)
         elif isinstance(error, RlsysError):
-            told = type(error)(failures.report(error))
+            reported = type(error)(failures.report(error))
         for what, leave in (("adapter", lambda: save_adapter(store)), ("report", lambda: write_report(store.run_dir))):
             try:
                 leave()
             except Exception as failure:
                 note(f"{store.run_dir}: the {what} cannot be written: {first_line(failure)}")
-        if told is error:
+        if reported is error:
             raise
-        raise told from error
+        raise reported from error
 
 
 def save_adapter(store: RunStore) -> None:
@@ -153,14 +153,14 @@ def save_adapter(store: RunStore) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class JobActors:
     """The stages of a job on its cluster."""
 
     learner: LearnerGroup
     samplers: SamplerPool
-    graders: RestartedGraders
-    advantages: RestartedAdvantages
-    keeper: CheckpointKeeper
+    graders: GraderActors
+    advantages: AdvantageActors
+    checkpointer: BackgroundCheckpointer
 
     def pids(self) -> dict[str, int]:
         """Processes of the actors that live on the driver's node, by name; engines under their sampler's."""
@@ -173,54 +173,54 @@ class Crew:
 
 
 @contextmanager
-def crew(config: JobConfig, store: RunStore, failures: Failures, progress: Progress) -> Iterator[Crew]:
+def job_actors(config: JobConfig, store: RunStore, failures: Failures, progress: Progress) -> Iterator[JobActors]:
     """Every actor of the job; gone when the block ends, engines first."""
     note = progress.note
-    with ExitStack() as ending:
+    with ExitStack() as stack:
         placement = Placement(config, note)
-        ending.callback(placement.release)
-        rank_seats, sampler_seats = placement.reserve()
+        stack.callback(placement.release)
+        rank_slots, sampler_slots = placement.reserve()
         learner = LearnerGroup(config, store, failures, note)
-        keeper = CheckpointKeeper(config, store, learner)
-        ending.callback(keeper.close)
-        ending.callback(learner.close)
-        ending.callback(keeper.finish)
-        learner.launch(rank_seats)
-        graders = RestartedGraders(config, failures, note)
-        ending.callback(graders.close)
-        advantages = RestartedAdvantages(config, failures, note)
-        ending.callback(advantages.close)
+        checkpointer = BackgroundCheckpointer(config, store, learner)
+        stack.callback(checkpointer.close)
+        stack.callback(learner.close)
+        stack.callback(checkpointer.finish)
+        learner.launch(rank_slots)
+        graders = GraderActors(config, failures, note)
+        stack.callback(graders.close)
+        advantages = AdvantageActors(config, failures, note)
+        stack.callback(advantages.close)
         samplers = SamplerPool(config, placement, failures, note)
-        ending.callback(samplers.close)
-        samplers.launch(sampler_seats)
-        yield Crew(learner, samplers, graders, advantages, keeper)
+        stack.callback(samplers.close)
+        samplers.launch(sampler_slots)
+        yield JobActors(learner, samplers, graders, advantages, checkpointer)
 
 
 def _run(
     config: JobConfig,
-    cast: Crew,
+    actors: JobActors,
     store: RunStore,
     observer: JobObserver,
     interrupts: Interrupts,
     progress: Progress,
 ) -> int:
-    handlers = {"scale": cast.samplers.resize, "stop": lambda _: interrupts.request()}
+    handlers = {"scale": actors.samplers.resize, "stop": lambda _: interrupts.request()}
     control = Control(config.run.name, handlers)
-    cast.samplers.between = control.listen
+    actors.samplers.between = control.listen
     try:
-        base = _base(config, cast, store, observer, progress)
+        base = _base(config, actors, store, observer, progress)
         with progress.stage("starting engines", None):
-            cast.graders.start(base)
-            counts = _task_facts(cast, store, observer)
-            _start(cast, base)
-        observer.graders = cast.graders
-        observer.pids = cast.pids
+            actors.graders.start(base)
+            counts = _task_facts(actors, store, observer)
+            _start(actors, base)
+        observer.graders = actors.graders
+        observer.pids = actors.pids
         epochs = Epochs(counts["train"], config.rl.problems_per_step, config.run.seed)
         ledger = Ledger(epochs) if store.resume is None else Ledger.from_bytes(store.resume.ledger, epochs)
-        cast.samplers.resampled = ledger.resampled
-        stages = Stages(cast.samplers, cast.graders, cast.advantages, cast.learner, cast.keeper)
+        actors.samplers.resampled = ledger.resampled
+        stages = Stages(actors.samplers, actors.graders, actors.advantages, actors.learner, actors.checkpointer)
         held_out = np.arange(counts["eval"])
-        run = loop.run if config.overlap.max_policy_lag is None else overlap.run
+        run = loop.run if config.overlap.max_policy_lag is None else async_loop.run
         with progress.stage("reinforcement learning", config.rl.steps), interrupts.between_steps() as requested:
 
             def should_stop() -> bool:
@@ -228,49 +228,49 @@ def _run(
                 return requested()
 
             steps = run(config, stages, ledger, held_out, observer, should_stop)
-        cast.keeper.flush()
+        actors.checkpointer.flush()
         return steps
     finally:
         control.close()
 
 
-def _base(config: JobConfig, cast: Crew, store: RunStore, observer: JobObserver, progress: Progress) -> Any:
+def _base(config: JobConfig, actors: JobActors, store: RunStore, observer: JobObserver, progress: Progress) -> Any:
     """What actors load the base from: a folder or hub name, or a reference to the packed folder that this run made."""
     make = config.model.make
     if make is None:
         return config.model.path
     if store.base is None:
         with progress.stage("supervised: making the base", make.supervised.max_steps):
-            store.put("base", cast.learner.make_base(observer.on_supervised))
+            store.put("base", actors.learner.make_base(observer.on_supervised))
     assert store.base is not None
     return ray.put(pack_folder(store.base))
 
 
-def _start(cast: Crew, base: Any) -> None:
+def _start(actors: JobActors, base: Any) -> None:
     """Load the base everywhere, and have every sampler prove that adapters reach its forward pass."""
-    train, held_out = (cast.graders.problems(split) for split in ("train", "eval"))
-    shared = may_share(cast.learner.config.learner, cast.samplers.config.sampler)
+    train, held_out = (actors.graders.problems(split) for split in ("train", "eval"))
+    shared = may_share(actors.learner.config.learner, actors.samplers.config.sampler)
     start_in_order(
         shared,
-        lambda: cast.learner.start(Given(base, train)),
-        lambda: cast.samplers.begin(base, train, held_out),
+        lambda: actors.learner.start(LearnerInit(base, train)),
+        lambda: actors.samplers.begin(base, train, held_out),
     )
-    cast.samplers.start(Needed(base, train, held_out, _probe(cast.learner)))
+    actors.samplers.start(SamplerInit(base, train, held_out, _probe(actors.learner)))
 
-    def renew() -> tuple[Needed, Published]:
-        train, held_out = (cast.graders.problems(split) for split in ("train", "eval"))
-        return Needed(base, train, held_out, cast.learner.probe()), cast.learner.publish()
+    def renew() -> tuple[SamplerInit, PublishedAdapter]:
+        train, held_out = (actors.graders.problems(split) for split in ("train", "eval"))
+        return SamplerInit(base, train, held_out, actors.learner.probe()), actors.learner.publish()
 
-    cast.samplers.renew = renew
+    actors.samplers.renew = renew
 
 
-def _task_facts(cast: Crew, store: RunStore, observer: JobObserver) -> dict[str, int]:
+def _task_facts(actors: JobActors, store: RunStore, observer: JobObserver) -> dict[str, int]:
     """How many problems each split has; written down, and compared where the run goes on, before any engine starts.
 
     Raises:
         RunExistsError: the problems are others than those that the run began with.
     """
-    facts, digest = cast.graders.facts(), cast.graders.digest()
+    metrics, digest = actors.graders.metrics(), actors.graders.digest()
     before = store.info.get("problems")
     if before not in (None, digest) and store.resume is not None:
         raise RunExistsError(
@@ -278,18 +278,18 @@ def _task_facts(cast: Crew, store: RunStore, observer: JobObserver) -> dict[str,
             f"{before}): the data, the prompt section or the tokenizer has changed. Give this job another run.name, or "
             "start over with --fresh"
         )
-    store.note(problems=digest, train_problems=int(facts["task/train_problems"]))
-    cast.graders.write_problems(str(store.run_dir.absolute()))
+    store.note(problems=digest, train_problems=int(metrics["task/train_problems"]))
+    actors.graders.write_problems(str(store.run_dir.absolute()))
     if store.resume is None:
-        observer.on_task(facts)
-    return {split: int(facts[f"task/{split}_problems"]) for split in ("train", "eval")}
+        observer.on_task(metrics)
+    return {split: int(metrics[f"task/{split}_problems"]) for split in ("train", "eval")}
 
 
 def _probe(learner: LearnerGroup) -> Any:
     while True:
         try:
             return learner.probe()
-        except Rewound:  # nothing has been done yet that would have to be done again
+        except RolledBack:  # nothing has been done yet that would have to be done again
             continue
 
 
@@ -311,7 +311,7 @@ def _announce(config: JobConfig, store: RunStore, where: str, progress: Progress
     after = "" if store.resume is None else f", going on after step {store.resume.step}"
     progress.note(f"rlsys: run {config.run.name!r} on {where}, writing to {store.run_dir}{after}")
     store.note(
-        cluster=ray.get_runtime_context().gcs_address, auth_mode=variable("RAY_AUTH_MODE") or "", pid=os.getpid()
+        cluster=ray.get_runtime_context().gcs_address, auth_mode=env_variable("RAY_AUTH_MODE") or "", pid=os.getpid()
     )
 
 
@@ -357,8 +357,8 @@ class JobObserver:
         self.config, self.tracker, self.progress, self.failures = config, tracker, progress, failures
         self.accuracies = accuracies
         self.run_dir = config.run_dir
-        self.system = System(self.run_dir, progress.note)
-        self.graders: RestartedGraders  # set once the actors are up; nothing is observed before
+        self.system = SystemMetrics(self.run_dir, progress.note)
+        self.graders: GraderActors  # set once the actors are up; nothing is observed before
         self.pids: Callable[[], dict[str, int]] = dict
         self._look_at = 0
         self.checks = LearningChecks(config.model_dump(mode="json"))
@@ -375,23 +375,23 @@ class JobObserver:
                 int(last["sft/step"]), loss=last["sft/loss"], tokens_per_s=last["sft/tokens_per_s"], accuracy=accuracy
             )
 
-    def on_task(self, facts: Facts) -> None:
-        self.tracker.log(0, facts)
-        self._check(0, facts)
+    def on_task(self, metrics: Metrics) -> None:
+        self.tracker.log(0, metrics)
+        self._check(0, metrics)
 
-    def on_rewind(self, step: int) -> None:
-        self.tracker.rewind(step)
-        forget_after(self.run_dir, step)
+    def on_rollback(self, step: int) -> None:
+        self.tracker.roll_back(step)
+        delete_after(self.run_dir, step)
         self.accuracies = {at: accuracy for at, accuracy in self.accuracies.items() if at <= step}
-        self.checks.rewind(step)
+        self.checks.roll_back(step)
 
-    def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
+    def on_step(self, step: int, metrics: Metrics, trained: TrainedStep) -> None:
         self.failures.forget()
         if step >= self._look_at:  # asking who runs where takes longer than reading their memory
             self.system.watch(self.pids())
             self._look_at = step + WATCH_EVERY
-        self.tracker.log(step, {**facts, **self.system.figures()})
-        self._check(step, facts)
+        self.tracker.log(step, {**metrics, **self.system.figures()})
+        self._check(step, metrics)
         rewards, samples = trained.rewards, self.config.rl.samples_per_problem
         self.tracker.groups(
             step, trained.problems.tolist(), (rewards.passed / samples).tolist(), rewards.grade.tolist()
@@ -402,23 +402,23 @@ class JobObserver:
         self._show("train", "train", step, count, trained.rollouts, trained.rewards, trained)
         self.progress.update(
             step,
-            reward=facts["reward/mean"],
-            tokens_per_s=facts["sampler/tokens_per_s"],
-            times=stage_times(facts),
+            reward=metrics["reward/mean"],
+            tokens_per_s=metrics["sampler/tokens_per_s"],
+            times=stage_times(metrics),
         )
 
-    def on_eval(self, step: int, facts: Facts, rollouts: Made, rewards: Graded) -> None:
-        self.tracker.log(step, facts)
-        self._check(step, facts)
-        self.accuracies[step] = facts["eval/accuracy"]
-        self.progress.update(step, accuracy=facts["eval/accuracy"])
+    def on_eval(self, step: int, metrics: Metrics, rollouts: BatchRef, rewards: RewardsRef) -> None:
+        self.tracker.log(step, metrics)
+        self._check(step, metrics)
+        self.accuracies[step] = metrics["eval/accuracy"]
+        self.progress.update(step, accuracy=metrics["eval/accuracy"])
         if step in (0, self.config.rl.steps):
             phase = "before" if step == 0 else "after"
             self._show("eval", phase, step, EVAL_ROWS, rollouts, rewards)
 
-    def _check(self, step: int, facts: Facts) -> None:
+    def _check(self, step: int, metrics: Metrics) -> None:
         """Tell the user what keeps the run from learning, once."""
-        for text in self.checks.see(step, facts):
+        for text in self.checks.see(step, metrics):
             self.progress.note(f"rlsys: step {step}: {text}")
 
     def _show(
@@ -427,9 +427,9 @@ class JobObserver:
         phase: Any,
         step: int,
         rows: int,
-        rollouts: Made,
-        rewards: Made,
-        trained: Trained | None = None,
+        rollouts: BatchRef,
+        rewards: BatchRef,
+        trained: TrainedStep | None = None,
     ) -> None:
         if rows:
             shown = self.graders.show(split, rows, rollouts, rewards, trained)

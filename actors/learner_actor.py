@@ -11,12 +11,12 @@ from typing import Any
 
 import ray
 
-from actors.processors import pin
-from rlsys import gpu_memory
+from actors.cluster.processors import pin
 from rlsys.config import JobConfig
 from rlsys.types import Array
+from rlsys.utils import gpu_memory
 
-Facts = dict[str, float]
+Metrics = dict[str, float]
 WATCH = "watch"  # the concurrency group of what may be asked while the learner works
 
 
@@ -28,25 +28,25 @@ class LearnerActor:
 
         logging.disable_progress_bar()  # the job has a progress bar of its own
         self.config, self.rank = config, rank
-        self.supervised: list[Facts] = []
+        self.supervised: list[Metrics] = []
         self.policy: Any = None
 
-    def make_base(self) -> tuple[dict[str, bytes], Facts]:
-        from rlsys.base import pack_folder
-        from rlsys.memory import bound_growth
-        from rlsys.supervised import make_base
+    def make_base(self) -> tuple[dict[str, bytes], Metrics]:
+        from rlsys.bootstrap.supervised import make_base
+        from rlsys.modeling.base_model import pack_folder
+        from rlsys.planning.memory import bound_growth
 
         assert self.config.model.make
         bound_growth(self.config.model.make.hidden_size)
         with self._on_its_share(), tempfile.TemporaryDirectory(prefix="rlsys-base-") as scratch:
             out = Path(scratch) / "base"
             result = make_base(
-                self.config, out, lambda step, facts: self.supervised.append({"sft/step": step, **facts})
+                self.config, out, lambda step, metrics: self.supervised.append({"sft/step": step, **metrics})
             )
-            return pack_folder(out), result.facts()
+            return pack_folder(out), result.metrics()
 
     @ray.method(concurrency_group=WATCH)
-    def supervised_since(self, start: int) -> list[Facts]:
+    def supervised_since(self, start: int) -> list[Metrics]:
         return self.supervised[start:]
 
     @ray.method(concurrency_group=WATCH)
@@ -68,16 +68,16 @@ class LearnerActor:
             return self._start(base, train, meeting_point, files)
 
     def _start(self, base: Any, train: Any, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
-        from actors.base_folder import local_folder
-        from actors.gpus import refuse_dtype
-        from rlsys.canary import canary_tokens
-        from rlsys.dimensions import hidden_size, read_config
-        from rlsys.engine.build import refuse_other_torch
-        from rlsys.learner import Learner
-        from rlsys.memory import bound_growth
-        from rlsys.model_support import refuse_unsupported
-        from rlsys.policy import Policy
-        from rlsys.ranks import ALONE, Ranks
+        from actors.cluster.base_folder import local_folder
+        from actors.machine.gpus import refuse_dtype
+        from rlsys.architectures.model_shape import hidden_size, read_config
+        from rlsys.architectures.support import refuse_unsupported
+        from rlsys.distributed.ranks import ALONE, Ranks
+        from rlsys.learner.learner import Learner
+        from rlsys.learner.policy import Policy
+        from rlsys.planning.memory import bound_growth
+        from rlsys.sampler.vllm_build import refuse_other_torch
+        from rlsys.weight_sync.canary import canary_tokens
 
         section = self.config.learner
         refuse_other_torch(section.device)
@@ -115,17 +115,22 @@ class LearnerActor:
             return self.policy.probe()
 
     @ray.method(num_returns=2)
-    def reference(self, *rollouts: Any) -> tuple[Array, Facts]:
+    def reference(self, *rollouts: Any) -> tuple[Array, Metrics]:
         from rlsys.rollouts import concatenate
 
         with self._on_its_share():
             return self.policy.reference(concatenate(rollouts)), {}
 
     @ray.method(num_returns=2)
-    def learn(self, datums: Any, place: Any) -> tuple[Array, Facts]:
+    def learn(self, datums: Any, position: Any) -> tuple[Array, Metrics]:
         with self._on_its_share():
             return self.policy.learn(
-                datums, place.step, place.substep, first=place.first, last=place.last, on_policy=place.on_policy
+                datums,
+                position.step,
+                position.substep,
+                first=position.first,
+                last=position.last,
+                on_policy=position.on_policy,
             )
 
     @ray.method(num_returns=2)

@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from actors.columns import split as parts_of
+from actors.cluster.column_refs import split as parts_of
 from rlsys.config import JobConfig
 from rlsys.types import Array
 
@@ -18,17 +18,17 @@ class RewardActor:
         self.config = config
 
     def start(self, base: Any) -> None:
-        from actors.base_folder import local_folder
-        from rlsys.grading import Grading
+        from actors.cluster.base_folder import local_folder
+        from rlsys.grading.grader import Grader
 
         with local_folder(base) as folder:
-            self.grading = Grading.start(self.config, folder)
+            self.grading = Grader.start(self.config, folder)
 
     def problems(self, split: str) -> Any:
         return self.grading.problems[split]
 
     def task_facts(self) -> dict[str, float]:
-        return dict(self.grading.facts)
+        return dict(self.grading.metrics)
 
     def digest(self) -> str:
         return self.grading.problems["train"].digest
@@ -37,7 +37,7 @@ class RewardActor:
         from rlsys.rollouts import concatenate
 
         grades = self.grading.grade(split, concatenate(rollouts))
-        return grades.rewards, (grades.facts, grades.failure, grades.grade, grades.passed, grades.idle)
+        return grades.rewards, (grades.metrics, grades.failure, grades.grade, grades.passed, grades.idle)
 
     def show(self, split: str, rows: int, firsts: Sequence[int], sizes: Sequence[int], *columns: Any) -> list[Any]:
         """`firsts`: what to add to each piece's numbers of completions to have those of the step."""
@@ -57,12 +57,12 @@ class RewardActor:
     def record(self, run_dir: str, step: int, version: int, pieces: int, sizes: Sequence[int], *columns: Any) -> None:
         import numpy as np
 
-        from rlsys.recording import Recorded, save_step
         from rlsys.rollouts import concatenate
+        from rlsys.run_state.saved_rollouts import SavedStep, save_step
 
         rollouts, rewards, reference = parts_of(sizes, columns)
         logprobs = np.concatenate(reference) if reference else None
-        recorded = Recorded(step, version, pieces, concatenate(rollouts), np.concatenate(rewards), logprobs)
+        recorded = SavedStep(step, version, pieces, concatenate(rollouts), np.concatenate(rewards), logprobs)
         save_step(Path(run_dir), recorded, self.config.tracking.rollout_steps)
 
     @ray.method(concurrency_group="watch")

@@ -6,33 +6,33 @@ from typing import Any
 
 import ray
 
-from actors.processors import pin
-from rlsys.canary import StartupProbe
+from actors.cluster.processors import pin
 from rlsys.config import JobConfig
 from rlsys.types import Array, SamplingParams
-from rlsys.weights import Attestation, WeightUpdate
+from rlsys.weight_sync.canary import StartupProbe
+from rlsys.weight_sync.update import Attestation, WeightUpdate
 
 
 class SamplerActor:
     """Async: many calls at once, which is how the engine batches them."""
 
     def __init__(self, config: JobConfig, index: int) -> None:
-        from rlsys import sampler
+        from rlsys.sampler import engine
 
         pin(config.sampler.cores, "sampler.cores")  # the engine's processes inherit it
-        sampler.prepare_environment(config.sampler, config.sampler_device)
+        engine.prepare_environment(config.sampler, config.sampler_device)
         self.config, self.index = config, index
 
     async def preload(self) -> None:
-        from rlsys import sampler
+        from rlsys.sampler import engine
 
-        sampler.preload(self.config.sampler_device)
+        engine.preload(self.config.sampler_device)
 
     async def start(self, base: Any, train: Any, held_out: Any) -> None:
-        from actors.base_folder import local_folder
-        from actors.gpus import refuse_dtype
-        from rlsys.conversation import Conversations
-        from rlsys.sampler import Sampler
+        from actors.cluster.base_folder import local_folder
+        from actors.machine.gpus import refuse_dtype
+        from rlsys.environments.multi_turn import Conversations
+        from rlsys.sampler.engine import Sampler
 
         config = self.config
         if config.sampler_device == "cuda":
@@ -84,7 +84,7 @@ class SamplerActor:
     async def load(self, update: WeightUpdate, bound: float | None, anew: bool = False) -> Attestation:
         """`anew`: forget every version of the run first; the learner went back, and numbers come a second time."""
         if anew:
-            await self.sampler.rewind(self.config.run.name)
+            await self.sampler.roll_back(self.config.run.name)
         return await self.sampler.load(update, bound)
 
     async def prove(self, probe: StartupProbe, bound: float | None) -> Attestation:

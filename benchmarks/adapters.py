@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from rlsys.problems import Problem, ProblemSet, encode
-from rlsys.weights import AdapterSnapshot, snapshot_of
+from rlsys.data.problems import Problem, ProblemSet, encode
+from rlsys.weight_sync.update import AdapterSnapshot, snapshot_of
 
 
 def random_snapshot(

@@ -6,7 +6,7 @@ Completions are drawn by the engine from a real model, once under version 0 of a
 few optimizer steps have moved it. Each token then has four log-probabilities, given the tokens before it:
 
     sampler   the engine's own as it drew the token; of a prompt's tokens, those with which it scores the prompt
-    learner   rlsys.learner, packed, as in the loss
+    learner   rlsys.learner.learner, packed, as in the loss
     sdpa      transformers + PEFT, one sequence at a time, torch's fused attention
     eager     the same with transformers' eager attention
 
@@ -33,16 +33,16 @@ from benchmarks.grpo_task import share_of_vowels
 from benchmarks.real import Prompts, described, prompts_of
 from benchmarks.rows import Row, Target, finish
 from examples.real_model import FOLDER
-from rlsys.advantages import to_pieces
-from rlsys.canary import canary_tokens
+from rlsys.advantages import to_minibatches
 from rlsys.config import JobConfig, LearnerSection, ModelSection, Precision, RlSection, RunSection, SamplerSection
-from rlsys.endings import load_tokenizer
 from rlsys.errors import ConfigError
-from rlsys.learner import Learner
-from rlsys.policy import POSITION_RANGES, UNBOUNDED, Policy, join_prompts
+from rlsys.learner.learner import Learner
+from rlsys.learner.policy import POSITION_RANGES, UNBOUNDED, Policy, join_prompts
 from rlsys.rollouts import Rollouts, spans
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
+from rlsys.tokenization.stop_conditions import load_tokenizer
 from rlsys.types import Array, SamplingParams
+from rlsys.weight_sync.canary import canary_tokens
 
 RUN = "agreement"
 GROUP = 2  # completions of a prompt: the least that has advantages
@@ -150,7 +150,7 @@ def learn(policy: Policy, rollouts: Rollouts, model: Path) -> None:
     ends = rollouts.offsets[1:-1]
     texts = load_tokenizer(model).batch_decode([part.tolist() for part in np.split(rollouts.tokens, ends)])
     rewards = np.array([share_of_vowels(text, "") for text in texts], np.float32)
-    (batch,), *_ = to_pieces(rollouts, rewards, policy.config.rl, 1)
+    (batch,), *_ = to_minibatches(rollouts, rewards, policy.config.rl, 1)
     for step in range(1, policy.config.rl.steps + 1):
         policy.learn(batch, step, 0, first=True, last=True, on_policy=step == 1)
 

@@ -21,7 +21,7 @@ from benchmarks.learner import ADAM, BUDGET, HIGH, LOW, drawn, ours
 from benchmarks.rows import Row, by_turns, finish
 from benchmarks.shapes import DTYPE, S54, write_model
 from rlsys import losses
-from rlsys.learner import Learner
+from rlsys.learner.learner import Learner
 
 PLAIN, PARTS, LAYERS = "as they are", "MLPs compiled", "layers compiled"
 

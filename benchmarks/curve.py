@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from rlsys.records import read_metrics
+from rlsys.run_state.jsonl import read_metrics
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 640, 260, 48, 36, 16
 COLOURS = ("#2457c5", "#d9730d", "#2e8b57", "#8e44ad")  # each readable on white and on black

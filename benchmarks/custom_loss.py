@@ -22,7 +22,7 @@ from benchmarks.rows import Row, Target, by_turns, finish, seconds
 from benchmarks.shapes import DTYPE, S54, write_model
 from rlsys import losses
 from rlsys.datums import DatumBatch, take
-from rlsys.learner import Learner
+from rlsys.learner.learner import Learner
 from rlsys.types import Datum, ModelInput
 
 BUILT_IN, CUSTOM = "built-in", "custom"

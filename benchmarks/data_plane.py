@@ -32,29 +32,29 @@ import numpy as np
 import ray
 from rich.console import Console
 
-from actors.cluster import cluster
-from actors.columns import by_reference
+from actors.cluster.column_refs import by_reference
+from actors.cluster.placement import Placement, Slot
+from actors.cluster.ray_cluster import cluster
 from actors.control import Control
-from actors.job import Crew, JobObserver, train
-from actors.keeper import CheckpointKeeper
-from actors.learner_group import Given, LearnerGroup
-from actors.light_stages import Restarted, RestartedAdvantages, RestartedGraders, light
-from actors.logs import Failures
-from actors.placement import Placement, Seat
-from actors.sampler_pool import Needed, SamplerPool
+from actors.faults.actor_logs import Failures
+from actors.job import JobActors, JobObserver, train
+from actors.stages.checkpointer import BackgroundCheckpointer
+from actors.stages.learner_group import LearnerGroup, LearnerInit
+from actors.stages.sampler_pool import SamplerInit, SamplerPool
+from actors.stages.stateless_actors import AdvantageActors, GraderActors, RestartingActor, driver_node_options
 from benchmarks.metering import Meter, Peaks, growth
 from benchmarks.replaying import WATCH, Recording, ReplayingLearner, ReplayingRewards, ReplayingSampler
 from benchmarks.rows import Row, Target, by_turns, finish
-from rlsys import loop, overlap
+from rlsys import async_loop, loop
 from rlsys.config import JobConfig, load_config
-from rlsys.facts import Facts
-from rlsys.ledger import Ledger
-from rlsys.problems import Epochs
-from rlsys.progress import Progress
-from rlsys.recording import load_step, recorded_steps
-from rlsys.run_store import RunStore
-from rlsys.stages import Stages, Trained
-from rlsys.tracking import Tracker
+from rlsys.data.problems import Epochs
+from rlsys.metrics import Metrics
+from rlsys.protocols import Stages, TrainedStep
+from rlsys.run_state.ledger import Ledger
+from rlsys.run_state.run_dir import RunStore
+from rlsys.run_state.saved_rollouts import load_step, recorded_steps
+from rlsys.tracking.progress import Progress
+from rlsys.tracking.tracker import Tracker
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 LIMIT = "limit"
@@ -75,15 +75,17 @@ SIDES: dict[str, tuple[int | None, int]] = {
 
 
 class ReplayedPool(SamplerPool):
-    def _actor(self, index: int, seat: Seat) -> Any:
+    def _actor(self, index: int, seat: Slot) -> Any:
         options = ray.remote(ReplayingSampler).options(max_concurrency=1000, **by_reference(seat.ray_options()))
         return options.remote(self.config.run.name)
 
 
-class ReplayedGraders(RestartedGraders):
+class ReplayedGraders(GraderActors):
     def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
-        remote = ray.remote(concurrency_groups={"watch": 1})(ReplayingRewards).options(**by_reference(light()))
-        Restarted.__init__(self, "rewards", lambda: remote.remote(config), config, failures, note)
+        remote = ray.remote(concurrency_groups={"watch": 1})(ReplayingRewards).options(
+            **by_reference(driver_node_options())
+        )
+        RestartingActor.__init__(self, "rewards", lambda: remote.remote(config), config, failures, note)
         self.base: Any = None
 
 
@@ -101,9 +103,9 @@ class Watching(JobObserver):
     meter: Meter
     tokens: float = 0.0
 
-    def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
-        super().on_step(step, facts, trained)
-        self.tokens += facts["sampler/completion_tokens"]
+    def on_step(self, step: int, metrics: Metrics, trained: TrainedStep) -> None:
+        super().on_step(step, metrics, trained)
+        self.tokens += metrics["sampler/completion_tokens"]
         self.meter.readings.append(self.meter.read())
 
 
@@ -112,7 +114,7 @@ class Bench:
     """A job whose loop is run for some steps at a time."""
 
     config: JobConfig
-    cast: Crew
+    cast: JobActors
     stages: Stages
     ledger: Ledger
     observer: Watching
@@ -122,12 +124,12 @@ class Bench:
     def turn(self, side: str, lag: int | None, longer: int, steps: int) -> float:
         """So many steps; milliseconds of the driver's CPU time per group."""
         self._set(longer)
-        until = self.stages.keeper.done + steps
+        until = self.stages.checkpointer.done + steps
         overlapping = self.config.overlap.model_copy(update={"max_policy_lag": lag})
         of_rl = self.config.rl.model_copy(update={"steps": until})
         config = self.config.model_copy(update={"overlap": overlapping, "rl": of_rl})
         self.cast.samplers.config = config
-        run = loop.run if lag is None else overlap.run
+        run = loop.run if lag is None else async_loop.run
         before, tokens = self.observer.meter.read(), self.observer.tokens
         assert run(config, self.stages, self.ledger, np.arange(HELD_OUT), self.observer) == until
         spent = self.observer.meter.read().since(before) | {"tokens": self.observer.tokens - tokens}
@@ -144,7 +146,7 @@ class Bench:
 
 @contextmanager
 def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
-    """The crew of a job, as `actors.job.crew` puts it together, with replaying actors."""
+    """The crew of a job, as `actors.job.job_actors` puts it together, with replaying actors."""
     progress = Progress(Console(stderr=True, highlight=False))
     with ExitStack() as ending:
         store = ending.enter_context(RunStore.open(config, note=progress.note))
@@ -157,14 +159,14 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         ending.callback(placement.release)
         rank_seats, sampler_seats = placement.reserve()
         learner = ReplayedLearner(config, store, failures, progress.note)
-        keeper = CheckpointKeeper(config, store, learner)
+        keeper = BackgroundCheckpointer(config, store, learner)
         ending.callback(keeper.close)
         ending.callback(learner.close)
         ending.callback(keeper.finish)
         learner.launch(rank_seats)
         graders = ReplayedGraders(config, failures, progress.note)
         ending.callback(graders.close)
-        advantages = RestartedAdvantages(config, failures, progress.note)
+        advantages = AdvantageActors(config, failures, progress.note)
         ending.callback(advantages.close)
         samplers = ReplayedPool(config, placement, failures, progress.note)
         ending.callback(samplers.close)
@@ -172,8 +174,8 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         base = ray.put(recording)
         graders.start(base)
         samplers.begin(base, None, None)
-        learner.start(Given(base, None))
-        samplers.start(Needed(base, None, None, learner.probe()))
+        learner.start(LearnerInit(base, None))
+        samplers.start(SamplerInit(base, None, None, learner.probe()))
         ray.get([member.actor.set.remote(1, PACE_S) for member in samplers.members])
         ledger = Ledger(Epochs(config.rl.problems_per_step, config.rl.problems_per_step, config.run.seed))
         samplers.resampled = ledger.resampled
@@ -181,7 +183,7 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         ending.callback(control.close)
         samplers.between = control.listen
         observer = Watching(config, tracker, progress, failures, {})
-        cast = Crew(learner, samplers, graders, advantages, keeper)
+        cast = JobActors(learner, samplers, graders, advantages, keeper)
         observer.graders, observer.pids, observer.meter = graders, cast.pids, Meter()
         stages = Stages(samplers, graders, advantages, learner, keeper)
         keeper.done = max(keeper.done, 0)  # no evaluation before the first step
@@ -262,7 +264,7 @@ def measured(bed: Bench, arguments: argparse.Namespace, lengths: Any) -> Row:
 
     def in_flight() -> dict[str, int]:
         groups = sum(member.held for member in pool.members) // SAMPLES
-        return {"groups_in_flight": groups, "calls_in_flight": len(pool.flying)}
+        return {"groups_in_flight": groups, "calls_in_flight": len(pool.in_flight)}
 
     with Peaks(in_flight) as peaks:
         found = by_turns(

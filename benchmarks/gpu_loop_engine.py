@@ -21,18 +21,18 @@ import torch
 from benchmarks.gpu_journal import Notes
 from benchmarks.gpu_loop_part import GIB, NOT_ON_CPU, part_options, run_and_exit
 from benchmarks.gpu_parts import QUICK, QWEN3_0_6B, write_base
-from rlsys.advantages import to_pieces
-from rlsys.canary import LONG_TOKENS
+from rlsys.advantages import to_minibatches
+from rlsys.architectures.model_shape import model_shape
 from rlsys.config import JobConfig, parse_config
-from rlsys.dimensions import dimensions
 from rlsys.errors import RlsysError
-from rlsys.learner import Learner
-from rlsys.memory import learner_memory, sampler_memory
-from rlsys.policy import Policy
+from rlsys.learner.learner import Learner
+from rlsys.learner.policy import Policy
+from rlsys.planning.memory import learner_memory, sampler_memory
 from rlsys.rollouts import Rollouts, offsets_of
-from rlsys.sampler import Sampler, preload, prepare_environment
+from rlsys.sampler.engine import Sampler, preload, prepare_environment
 from rlsys.types import Array
-from rlsys.weights import WeightUpdate
+from rlsys.weight_sync.canary import LONG_TOKENS
+from rlsys.weight_sync.update import WeightUpdate
 
 STEPS = 3
 RUN = "engine"
@@ -95,7 +95,7 @@ class Loop:
 
     def _learn(self, number: int, rollouts: Rollouts) -> None:
         rewards = np.random.default_rng(number).integers(0, 2, len(rollouts.offsets) - 1).astype(np.float32)
-        (batch,), *_ = to_pieces(rollouts, rewards, self.config.rl, 1)
+        (batch,), *_ = to_minibatches(rollouts, rewards, self.config.rl, 1)
         began = time.perf_counter()
         _, found = self.policy.learn(batch, number, 0, first=True, last=True, on_policy=False)
         if self.device == "cuda":
@@ -223,7 +223,7 @@ async def _probe(notes: Notes, policy: Policy, sampler: Sampler) -> None:
 
 def _predictions(notes: Notes, config: JobConfig) -> None:
     """What `rlsys plan` predicts, above imports."""
-    dims = dimensions(config.model)
+    dims = model_shape(config.model)
     for role in (learner_memory(config, dims), sampler_memory(config, dims)):
         unit = "GiB" if config.learner.device == "cuda" else "GiB of the process"
         notes.fact(f"rlsys plan: peak of the {role.role}", role.peak.total / GIB, unit, phase=role.peak.name)

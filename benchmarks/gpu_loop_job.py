@@ -22,17 +22,17 @@ from typing import Any
 from benchmarks.gpu_journal import Notes
 from benchmarks.gpu_loop_part import GIB, NOT_ON_CPU, part_options, run_and_exit
 from benchmarks.gpu_processes import ROOT, descendants, end_process, engines, last_error, resident_peak, title
+from rlsys.architectures.model_shape import model_shape
 from rlsys.config import JobConfig, load_config
-from rlsys.dimensions import dimensions
-from rlsys.planning import plan, this_machine
-from rlsys.records import read_metrics
+from rlsys.planning.plan import plan, this_machine
+from rlsys.run_state.jsonl import read_metrics
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 LOOK_S = 0.25
 KILL_AFTER = 2  # steps
 STAGE = re.compile(
     r"^(.+): (started|(?:done|stopped) after [\d:]+)"
-)  # as rlsys/progress.py writes where no terminal is
+)  # as rlsys/tracking/progress.py writes where no terminal is
 ROLES = {"ray::LearnerActor": "learner", "ray::SamplerActor": "sampler", "VLLM::EngineCore": "sampler"}
 RUNS = "runs"  # of the folder: run directories
 COMMON = "tracking.wandb=disabled rl.substeps=1 cluster.max_restarts=3"
@@ -169,7 +169,7 @@ def watch(options: argparse.Namespace, notes: Notes) -> None:
 
 def _predictions(notes: Notes, config: JobConfig) -> None:
     """What `rlsys plan` says before anything starts."""
-    planned = plan(config, dimensions(config.model), [this_machine(config.cluster.num_cpus)])
+    planned = plan(config, model_shape(config.model), [this_machine(config.cluster.num_cpus)])
     for row in planned.rows:
         peak = row.memory.peak
         where = "GiB of the GPU" if row.on_gpu else "GiB of the process, above imports"
@@ -190,7 +190,7 @@ def _ended(notes: Notes, config: JobConfig, seen: Watch, log: Path) -> None:
 
 def _memory(notes: Notes, config: JobConfig, seen: Watch) -> None:
     """Resident peaks of processes against the plan's, imports included."""
-    planned = plan(config, dimensions(config.model), [this_machine(config.cluster.num_cpus)])
+    planned = plan(config, model_shape(config.model), [this_machine(config.cluster.num_cpus)])
     for row in planned.rows:
         peaks = sorted((size for role, size in seen.peaks.values() if role == row.role), reverse=True)
         processes = 2 if row.role == "sampler" else 1  # the actor and its engine

@@ -43,14 +43,14 @@ from benchmarks.gpu_parts import (
 )
 from benchmarks.shapes import TINY
 from rlsys import losses
-from rlsys.attention import packed_attention
+from rlsys.architectures.precision import multiplies_bfloat16
 from rlsys.datums import DatumBatch
-from rlsys.learner import Learner, RunState
-from rlsys.logprobs import token_logprobs
-from rlsys.packing import families
-from rlsys.precision import multiplies_bfloat16
+from rlsys.learner.learner import Learner, RunState
+from rlsys.learner.packing import prefix_groups
+from rlsys.modeling.attention import packed_attention
+from rlsys.modeling.logprobs import token_logprobs
+from rlsys.modeling.prefix_layout import ALONE, Segments
 from rlsys.rollouts import spans
-from rlsys.segments import ALONE, Segments
 from rlsys.types import AdamParams, Array, Datum
 
 POSITIONS = 1500
@@ -309,7 +309,7 @@ def sharing(bench: Bench) -> Iterator[Check]:
         ours, shared = update(bench.single, bench.batch, loss, share_prompts=True, token_budget=100_000)
         yield Check(f"fp32, {loss.name}: sharing against not sharing: gradient", _distance(shared, apart), SHARED)
         yield Check(f"fp32, {loss.name}: ... : log-probabilities", _apart(ours.logprobs, plain.logprobs), 1e-4)
-    costs = [sum(f.cost for f in families(bench.batch, None, 100_000, share=share)) for share in (True, False)]
+    costs = [sum(f.cost for f in prefix_groups(bench.batch, None, 100_000, share=share)) for share in (True, False)]
     yield Check("tokens run over with prompts shared, of those without", costs[0] / costs[1], 0.8)
 
 

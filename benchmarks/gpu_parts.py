@@ -1,6 +1,7 @@
 """What the checks on a GPU share: sections without pydantic, random bases made on the device, batches, one result each.
 
-Nothing here or in what it imports needs more than torch, transformers and peft (tests/unit/test_gpu_check.py).
+Nothing here or in what it imports needs more than torch, transformers and peft
+(tests/unit/benchmarks/test_gpu_check.py).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_journal import DONE, FAILED, Journal
-from rlsys.budget import TokenBudget
 from rlsys.datums import DatumBatch
-from rlsys.learner import BatchResult, Learner, RunState
+from rlsys.distributed.ranks import ALONE
+from rlsys.learner.learner import BatchResult, Learner, RunState
+from rlsys.learner.token_budget import TokenBudget
 from rlsys.losses import Loss
-from rlsys.ranks import ALONE
 from rlsys.rollouts import offsets_of, spans
 from rlsys.types import Array, Datum, ModelInput
 
@@ -106,7 +107,7 @@ def write_base(folder: Path, shape: dict[str, Any], dtype: str, device: str, max
     """A Qwen3 of random weights, made on `device`; says how many parameters it has. `spread` is of the weights.
 
     No token pads: its embedding would be 0, and a row of zeros multiplies the gradient by 1,000 in every norm, which
-    overflows in 28 layers (rlsys/proofs.py then refuses the model).
+    overflows in 28 layers (rlsys/modeling/load_checks.py then refuses the model).
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

@@ -54,7 +54,7 @@ from benchmarks.gpu_parts import (
 from benchmarks.rows import Row, Target, finish, spread
 from rlsys import losses
 from rlsys.datums import DatumBatch
-from rlsys.learner import Learner
+from rlsys.learner.learner import Learner
 from rlsys.types import AdamParams
 
 PEAK, YARDSTICK = 989e12, 790e12  # FLOP/s, see above

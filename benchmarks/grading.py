@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from rlsys.config import RewardSection
-from rlsys.rewards.math_answers import grade
-from rlsys.rewards.pool import ERROR, RIGHT, TIMEOUT, GraderPool
-from tests.unit import grading_table
+from rlsys.rewards.grader_pool import ERROR, RIGHT, TIMEOUT, GraderPool
+from rlsys.rewards.math.answers import grade
+from tests.unit.rewards.math import grading_table
 
 TIME_LIMIT_S = 10.0  # of a grade; what math-verify does not finish in it, it does not finish
 FORMATS = (

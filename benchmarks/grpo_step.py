@@ -38,8 +38,8 @@ from benchmarks.real import PROMPT_TOKENS, described, prompts_of, real_model, wr
 from benchmarks.rows import Row, Target, by_turns, finish
 from benchmarks.shapes import DTYPES, S54, TINY, write_model
 from benchmarks.sides import Side
-from rlsys.problems import Epochs
-from rlsys.records import read_metrics
+from rlsys.data.problems import Epochs
+from rlsys.run_state.jsonl import read_metrics
 
 ROOT = Path(__file__).parents[1]
 GROUP = 8

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlsys.config import TaskSection
-    from rlsys.problems import Problem
+    from rlsys.data.problems import Problem
 
 
 def prompts(count: int, shortest: int, longest: int, vocabulary: int, seed: int = 0) -> list[str]:
@@ -47,7 +47,7 @@ class RandomWords:
         self._options: dict[str, Any] = section.options
 
     def problems(self, split: str) -> Sequence[Problem]:
-        from rlsys.problems import Problem
+        from rlsys.data.problems import Problem
 
         options = self._options if split == "train" else {**self._options, "count": 2, "seed": 1}
         return [Problem(prompt, "") for prompt in prompts(**options)]
@@ -64,7 +64,7 @@ class Questions:
         self._reward = REWARDS[section.options["reward"]]
 
     def problems(self, split: str) -> Sequence[Problem]:
-        from rlsys.problems import Problem
+        from rlsys.data.problems import Problem
 
         return [Problem(text, "") for text in (self._texts if split == "train" else self._texts[:2])]
 

@@ -1,4 +1,4 @@
-"""Learner tokens per second: ``rlsys.learner.Learner`` against transformers + PEFT in padded batches.
+"""Learner tokens per second: ``rlsys.learner.learner.Learner`` against transformers + PEFT in padded batches.
 
     python -m benchmarks.learner [--dtype bfloat16 float32] [--threads 2] [--repeats 5] [--profile]
     python -m benchmarks.learner --model smollm2 --dtype bfloat16 --gsm8k ../gsm8k
@@ -37,9 +37,9 @@ from benchmarks.rows import Row, Target, by_turns, finish
 from benchmarks.shapes import DTYPES, S54, write_model
 from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
+from rlsys.data.problems import ProblemSet
 from rlsys.datums import DatumBatch
-from rlsys.learner import Learner
-from rlsys.problems import ProblemSet
+from rlsys.learner.learner import Learner
 from rlsys.rollouts import offsets_of
 from rlsys.types import AdamParams, Array
 

@@ -26,10 +26,12 @@ MIB = 2**20
 ROLES = {"ray::LearnerActor": "learner", "ray::SamplerActor": "sampler", "VLLM::EngineCore": "engine"}
 OTHERS = {"ray::RewardActor": "rewards", "ray::GroupAdvantageActor": "advantages"}
 IMPORTS = {
-    "learner": "ray actors.learner_actor rlsys.learner rlsys.policy rlsys.supervised rlsys.base "
+    "learner": "ray actors.learner_actor rlsys.learner.learner rlsys.learner.policy rlsys.bootstrap.supervised "
+    "rlsys.modeling.base_model "
     "transformers.models.qwen3.modeling_qwen3",
-    "sampler": "ray actors.sampler_actor rlsys.sampler vllm.v1.engine.async_llm",
-    "engine": "vllm.v1.engine.async_llm vllm.v1.engine.core rlsys.engine.cpu rlsys.engine.adapters "
+    "sampler": "ray actors.sampler_actor rlsys.sampler.engine vllm.v1.engine.async_llm",
+    "engine": "vllm.v1.engine.async_llm vllm.v1.engine.core rlsys.sampler.vllm.cpu_worker "
+    "rlsys.sampler.vllm.adapter_worker "
     "vllm.model_executor.models.qwen3",
 }
 SMALL_MODEL = {
@@ -65,8 +67,8 @@ def write_model(out: Path, vocab_size: int | None) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from rlsys import tasks
+    from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
     from rlsys.config import TaskSection
-    from rlsys.tokenizer import build_tokenizer
 
     task = tasks.build(TaskSection(), 0)
     assert isinstance(task, tasks.TeachableTask)
@@ -140,12 +142,12 @@ def compare(
     name: str, config: Path, overrides: Sequence[str], scratch: Path, before: dict[str, dict[str, int]]
 ) -> list[str]:
     """Predict, run, and one row per role: predicted, measured, difference."""
+    from rlsys.architectures.model_shape import model_shape
     from rlsys.config import load_config
-    from rlsys.dimensions import dimensions
-    from rlsys.memory import learner_memory, sampler_memory
+    from rlsys.planning.memory import learner_memory, sampler_memory
 
     job = load_config(config, overrides)
-    dims = dimensions(job.model)
+    dims = model_shape(job.model)
     predicted = {"learner": learner_memory(job, dims).peak, "sampler": sampler_memory(job, dims).peak}
     for role, peak in predicted.items():
         parts = ", ".join(f"{part} {size / MIB:.0f}" for part, size in peak.parts.items())

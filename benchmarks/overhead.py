@@ -20,9 +20,9 @@ import tempfile
 from pathlib import Path
 
 from rlsys import tasks
-from rlsys.base import initial_model
+from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
 from rlsys.config import MakeSection, parse_config
-from rlsys.tokenizer import build_tokenizer
+from rlsys.modeling.base_model import initial_model
 
 ROOT = Path(__file__).parents[1]
 JOB = """

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from actors.job import train
 from rlsys.config import JobConfig, load_config
-from rlsys.progress import Progress
-from rlsys.records import read_metrics
+from rlsys.run_state.jsonl import read_metrics
+from rlsys.tracking.progress import Progress
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 PINNED = ["sampler.cores=[0]", "learner.cores=[1]", "tracking.wandb=disabled", "eval.every_steps=0"]

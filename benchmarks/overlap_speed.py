@@ -25,8 +25,8 @@ from benchmarks.grpo_step import Case, folder_of_model
 from benchmarks.rows import Row, Target, by_turns, finish
 from benchmarks.shapes import DTYPE, S54
 from rlsys.config import JobConfig, parse_config
-from rlsys.progress import Progress
-from rlsys.records import read_metrics
+from rlsys.run_state.jsonl import read_metrics
+from rlsys.tracking.progress import Progress
 
 PINNED = {"sampler.cores": [0], "learner.cores": [1], "sampler.threads": 1, "learner.threads": 1}
 BOTH_CORES = {"sampler.threads": 2, "learner.threads": 2}

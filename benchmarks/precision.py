@@ -1,4 +1,4 @@
-"""How fast torch multiplies matrices of each precision on this CPU: what rlsys/precision.py decides by.
+"""How fast torch multiplies matrices of each precision on this CPU: what rlsys/architectures/precision.py decides by.
 
     python -m benchmarks.precision [--threads 2]
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.shapes import S54
-from rlsys.precision import multiplies_bfloat16
+from rlsys.architectures.precision import multiplies_bfloat16
 
 ROWS, REPEATS = 512, 3
 

@@ -23,7 +23,7 @@ from benchmarks.shapes import DTYPE, DTYPES, S54, write_model
 from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch
-from rlsys.learner import Learner
+from rlsys.learner.learner import Learner
 from rlsys.rollouts import offsets_of, spans
 from rlsys.types import AdamParams, Array
 

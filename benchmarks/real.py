@@ -17,9 +17,9 @@ from typing import Any
 from examples.real_model import FOLDER, WEIGHTS, Unavailable, verify
 from rlsys import tasks
 from rlsys.config import PromptSection, SourceSection, TaskSection
-from rlsys.endings import load_tokenizer
-from rlsys.problems import Problem, ProblemSet, encode
-from rlsys.rendering import Renderer
+from rlsys.data.problems import Problem, ProblemSet, encode
+from rlsys.tokenization.renderer import Renderer
+from rlsys.tokenization.stop_conditions import load_tokenizer
 
 INSTRUCTION = "{prompt}\nReason step by step, and put the final answer in \\boxed{}."
 PROMPT_TOKENS = (100, 150)

@@ -16,7 +16,7 @@ import numpy as np
 import ray
 
 from actors.reward_actor import RewardActor
-from rlsys.advantages import groups_agree
+from rlsys.advantages import zero_variance_groups
 from rlsys.rollouts import Rollouts, offsets_of, spans
 from rlsys.types import Array
 
@@ -131,12 +131,12 @@ class Grades:
     grade: Array
     passed: Array
     idle: Array
-    facts: Mapping[str, float]
+    metrics: Mapping[str, float]
     failure: str = ""
 
 
 class RecordedGrades:
-    """In place of `rlsys.grading.Grading`: no texts are made and no graders run."""
+    """In place of `rlsys.grading.grader.Grader`: no texts are made and no graders run."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording, self.pool, self.done = recording, self, 0
@@ -150,8 +150,8 @@ class RecordedGrades:
             rewards=rewards,
             grade=np.bincount(rollouts.group, rewards, minlength=P) / n,
             passed=np.bincount(rollouts.group, rewards >= 1, minlength=P).astype(np.int64),
-            idle=groups_agree(rewards, rollouts.group, P),  # every job here has a baseline
-            facts={"reward/mean": float(rewards.mean()), "reward/completions": float(len(rewards))},
+            idle=zero_variance_groups(rewards, rollouts.group, P),  # every job here has a baseline
+            metrics={"reward/mean": float(rewards.mean()), "reward/completions": float(len(rewards))},
         )
 
     def progress(self) -> int:
@@ -179,8 +179,8 @@ class ReplayingLearner:
         time.sleep(self.seconds)
         self.version += place.last
         tokens = float(np.count_nonzero(datums.columns["weights"]))
-        facts = {"loss/sum": 0.0, "policy/tokens": tokens, "policy/logprob_diff_mean": 0.0}
-        return datums.columns["logprobs"].copy(), facts
+        metrics = {"loss/sum": 0.0, "policy/tokens": tokens, "policy/logprob_diff_mean": 0.0}
+        return datums.columns["logprobs"].copy(), metrics
 
     @ray.method(num_returns=2)
     def publish(self) -> tuple[Weights, dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Literal
 from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
-from rlsys.report import report_of
+from rlsys.report.page import report_of
 
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome", "chrome")  # names of the program
 PICTURES: dict[str, tuple[int, int, Literal["light", "dark"]]] = {  # width, height, scheme

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from actors.job import train
 from benchmarks.sides import Turn
 from rlsys.config import parse_config
-from rlsys.progress import Progress
+from rlsys.tracking.progress import Progress
 
 
 class Turns(Progress):

@@ -36,19 +36,19 @@ from typing import Any
 import numpy as np
 import ray
 
-from actors.calls import wait
-from actors.cluster import cluster, threads_env
+from actors.cluster.ray_cluster import cluster, threads_env
+from actors.faults.actor_calls import wait
 from actors.sampler_actor import SamplerActor
 from benchmarks.adapters import random_problems, random_snapshot, write_adapter
 from benchmarks.real import described, prompts_of, real_model
 from benchmarks.rows import Row, Target, by_turns, finish
 from benchmarks.shapes import S54, TINY, write_model
 from rlsys.config import ClusterSection, JobConfig, ModelSection, RunSection, SamplerSection
-from rlsys.engine.requests import BaseModel, engine_params, group_seeds
-from rlsys.engine.start import engine_processes
-from rlsys.sampler import Sampler, preload, prepare_environment
+from rlsys.sampler.engine import Sampler, preload, prepare_environment
+from rlsys.sampler.engine_start import engine_processes
+from rlsys.sampler.requests import BaseModel, engine_params, group_seeds
 from rlsys.types import Array, SamplingParams
-from rlsys.weights import AdapterSnapshot, WeightUpdate
+from rlsys.weight_sync.update import AdapterSnapshot, WeightUpdate
 
 QUICKSTART = {
     "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlsys.precision import multiplies_bfloat16
+from rlsys.architectures.precision import multiplies_bfloat16
 
 # Qwen3 of 54 million parameters with its own vocabulary; its body (38 million) is the same under a larger one.
 S54 = {

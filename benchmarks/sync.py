@@ -30,9 +30,9 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from actors.calls import wait
-from actors.cluster import threads_env
-from rlsys.weights import WeightUpdate, digest_tensors, snapshot_of
+from actors.cluster.ray_cluster import threads_env
+from actors.faults.actor_calls import wait
+from rlsys.weight_sync.update import WeightUpdate, digest_tensors, snapshot_of
 from tests.nodes.machines import ROOT, best
 
 LIMIT_S = 60.0
@@ -119,11 +119,11 @@ def once(publisher: Any, receivers: Sequence[Any]) -> float:
 
 def verify(publisher: Any, receivers: Sequence[Any], size: float) -> None:
     update, label = publisher.publish.remote()
-    facts = wait(label, LIMIT_S, "publisher: publishing")
+    metrics = wait(label, LIMIT_S, "publisher: publishing")
     for receiver in receivers:
         found = wait(receiver.digest.remote(update), LIMIT_S, "receiver: hashing")
-        if found != facts["digest"]:
-            raise SystemExit(f"{size} MB arrived with hash {found}; wanted {facts['digest']}")
+        if found != metrics["digest"]:
+            raise SystemExit(f"{size} MB arrived with hash {found}; wanted {metrics['digest']}")
 
 
 def on_ray_nodes(where: str, options: argparse.Namespace) -> list[dict[str, Any]]:

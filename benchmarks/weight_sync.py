@@ -27,25 +27,25 @@ from pathlib import Path
 import numpy as np
 import ray
 
-import actors.learner_group
-import actors.sampler_pool
-from actors.calls import wait
-from actors.cluster import cluster
+import actors.stages.learner_group
+import actors.stages.sampler_pool
+from actors.cluster.placement import Placement
+from actors.cluster.ray_cluster import cluster
 from actors.evaluation import Loaded
+from actors.faults.actor_calls import wait
+from actors.faults.actor_logs import Failures
 from actors.learner_actor import LearnerActor
-from actors.learner_group import Given, LearnerGroup
-from actors.logs import Failures
-from actors.placement import Placement
 from actors.sampler_actor import SamplerActor
-from actors.sampler_pool import Needed, SamplerPool
+from actors.stages.learner_group import LearnerGroup, LearnerInit
+from actors.stages.sampler_pool import SamplerInit, SamplerPool
 from benchmarks.adapters import random_problems, write_adapter
 from benchmarks.rows import Row, Target, finish, spread
 from benchmarks.shapes import S54, TINY, write_model
 from rlsys import losses
-from rlsys.config import AdamParams, ClusterSection, JobConfig, LoraSection, ModelSection, RunSection, SamplerSection
+from rlsys.config import ClusterSection, JobConfig, LoraSection, ModelSection, RunSection, SamplerSection
 from rlsys.datums import DatumBatch
-from rlsys.types import SamplingParams
-from rlsys.weights import WeightUpdate
+from rlsys.types import AdamParams, SamplingParams
+from rlsys.weight_sync.update import WeightUpdate
 
 MODELS = {"tiny": TINY, "s54": S54}
 LIMIT_S = 120.0
@@ -115,7 +115,7 @@ class MeasuredSampler(SamplerActor):
 @contextmanager
 def stages(config: JobConfig) -> Iterator[tuple[LearnerGroup, SamplerPool]]:
     """The job's, with nothing but a learner and a sampler."""
-    actors.learner_group.LearnerActor, actors.sampler_pool.SamplerActor = MeasuredLearner, MeasuredSampler  # type: ignore[misc]
+    actors.stages.learner_group.LearnerActor, actors.stages.sampler_pool.SamplerActor = MeasuredLearner, MeasuredSampler  # type: ignore[misc]
     failures, note = Failures(), print
     placement = Placement(config, note)
     learner = LearnerGroup(config, Loaded(None), failures, note)
@@ -127,8 +127,8 @@ def stages(config: JobConfig) -> Iterator[tuple[LearnerGroup, SamplerPool]]:
         assert config.model.path is not None
         base, problems = config.model.path, ray.put(random_problems(8, 40, 1000))
         samplers.begin(base, problems, problems)
-        learner.start(Given(base, problems))
-        samplers.start(Needed(base, problems, problems, learner.probe()))
+        learner.start(LearnerInit(base, problems))
+        samplers.start(SamplerInit(base, problems, problems, learner.probe()))
         samplers.load(learner.publish())
         yield learner, samplers
     finally:

@@ -1,5 +1,5 @@
 """python -m rlsys"""
 
-from rlsys.cli import main
+from actors.cli import main
 
 main()

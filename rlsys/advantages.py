@@ -19,8 +19,8 @@ import numpy as np
 
 from rlsys.datums import DatumBatch, learned_rows, shift
 from rlsys.errors import ConfigError, DatumError
-from rlsys.ledger import AGREED, EMPTY, TRAINED
 from rlsys.rollouts import LENGTH, Rollouts
+from rlsys.run_state.ledger import AGREED, EMPTY, TRAINED
 from rlsys.types import Array
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) 
             f"rl.advantages.baseline 'leave_one_out': found a group of one, completion {r}; wanted at least two per "
             "group"
         )
-    agreeing_R = groups_agree(rewards_R, of_R, len(count_G))[of_R]
+    agreeing_R = zero_variance_groups(rewards_R, of_R, len(count_G))[of_R]
     if section.baseline == "none":
         return rewards_R.astype(np.float32), agreeing_R
     centred_R = rewards_R - (np.bincount(of_R, rewards_R) / count_G)[of_R]
@@ -62,7 +62,7 @@ def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) 
     return np.where(agreeing_R, 0.0, advantages_R).astype(np.float32), agreeing_R
 
 
-def groups_agree(rewards_R: Array, group: Array, groups: int) -> Array:
+def zero_variance_groups(rewards_R: Array, group: Array, groups: int) -> Array:
     """(P,) bool, whether all rewards of a group are the same; `group`: (R,) numbers below `groups`."""
     highest_P, lowest_P = np.full(groups, -np.inf), np.full(groups, np.inf)
     np.maximum.at(highest_P, group, rewards_R)
@@ -70,10 +70,10 @@ def groups_agree(rewards_R: Array, group: Array, groups: int) -> Array:
     return highest_P == lowest_P
 
 
-def groups_teach_nothing(rewards_R: Array, group: Array, groups: int, section: AdvantageSection) -> Array:
+def groups_without_gradient(rewards_R: Array, group: Array, groups: int, section: AdvantageSection) -> Array:
     """(P,) bool, whether every advantage of a group is 0: with a baseline that of all rewards the same, without one
     that of all rewards 0. ``drop_agreeing`` leaves these out, and dynamic sampling replaces them."""
-    agreeing_P = groups_agree(rewards_R, group, groups)
+    agreeing_P = zero_variance_groups(rewards_R, group, groups)
     if section.baseline != "none":
         return agreeing_P
     return agreeing_P & (np.bincount(group, np.asarray(rewards_R) != 0, minlength=groups) == 0)
@@ -126,8 +126,8 @@ def discounted_future_sum(values_T: Array, offsets: Array, discount: float) -> A
     return total_T
 
 
-def to_pieces(
-    rollouts: Rollouts, rewards_R: Array, rl: RlSection, pieces: int, reference_logprobs_T: Array | None = None
+def to_minibatches(
+    rollouts: Rollouts, rewards_R: Array, rl: RlSection, num_minibatches: int, reference_logprobs_T: Array | None = None
 ) -> tuple[tuple[DatumBatch, ...], tuple[Array, ...], dict[str, float], Array]:
     """A step's groups, split in draw order into so many batches that are learned from one after the other.
 
@@ -142,44 +142,44 @@ def to_pieces(
     _refuse_unpaired(rollouts, rewards_R, section, reference_logprobs_T)
     rewards_R = np.asarray(rewards_R, np.float64)
     advantages_R, agreeing_R = group_advantages(rewards_R, rollouts.group, section)
-    idle_P = groups_teach_nothing(rewards_R, rollouts.group, len(rollouts.problems), section)
+    idle_P = groups_without_gradient(rewards_R, rollouts.group, len(rollouts.problems), section)
     dropped_R = idle_P[rollouts.group] & (section.drop_agreeing and section.kl_coef == 0)
     kept_R = ~dropped_R
     if rl.overlong.handling == "mask":
         kept_R = kept_R & (rollouts.stop_reasons != LENGTH)
     trained_T = rollouts.sampled & np.repeat(kept_R, lengths_R)
-    facts = {
+    metrics = {
         "reward/mean": float(rewards_R.mean()),
         "reward/std": float(rewards_R.std()),
         "reward/completions": float(len(rewards_R)),
         "reward/groups": float(len(np.unique(rollouts.group))),
         "reward/agreeing_groups": float(len(np.unique(rollouts.group[agreeing_R]))),
     }
-    row_ranges = _row_ranges(rollouts, pieces)
+    row_ranges = _row_ranges(rollouts, num_minibatches)
     advantages_T = np.repeat(advantages_R, lengths_R)
     if reference_logprobs_T is not None:
-        kl = _fold_kl_by_piece(advantages_T, rollouts, reference_logprobs_T, section, trained_T, row_ranges)
-        facts["policy/kl_reference"] = kl
+        kl = _fold_kl_by_minibatch(advantages_T, rollouts, reference_logprobs_T, section, trained_T, row_ranges)
+        metrics["policy/kl_reference"] = kl
     advantages_T = (advantages_T / np.repeat(_divisors(rollouts, rl), lengths_R)).astype(np.float32)
     row = np.arange(len(rewards_R))
     kept = [kept_R & (first <= row) & (row < end) for first, end in row_ranges]
     batches = tuple(shift(rollouts, advantages_T, keep_R) for keep_R in kept)
     rows = tuple(learned_rows(rollouts, keep_R) for keep_R in kept)
     if trained_T.any():
-        facts["sampler/version_mean"] = float(rollouts.versions[trained_T].mean())
-        facts["sampler/version_min"] = float(rollouts.versions[trained_T].min())
+        metrics["sampler/version_mean"] = float(rollouts.versions[trained_T].mean())
+        metrics["sampler/version_min"] = float(rollouts.versions[trained_T].min())
     if rollouts.sampled.any():
-        facts["advantages/mean_abs"] = float(np.abs(advantages_T[rollouts.sampled]).mean(dtype=np.float64))
-    facts["policy/tokens"] = float(np.count_nonzero(trained_T))
-    facts["datums/count"] = float(sum(batch.num_datums for batch in batches))
-    facts["datums/tokens"] = float(sum(len(batch.tokens) for batch in batches))
+        metrics["advantages/mean_abs"] = float(np.abs(advantages_T[rollouts.sampled]).mean(dtype=np.float64))
+    metrics["policy/tokens"] = float(np.count_nonzero(trained_T))
+    metrics["datums/count"] = float(sum(batch.num_datums for batch in batches))
+    metrics["datums/tokens"] = float(sum(len(batch.tokens) for batch in batches))
     outcomes_P = np.full(len(rollouts.problems), EMPTY, np.int8)
     outcomes_P[rollouts.group[np.concatenate(rows)]] = TRAINED
     outcomes_P[rollouts.group[dropped_R]] = AGREED
-    return batches, rows, facts, outcomes_P
+    return batches, rows, metrics, outcomes_P
 
 
-def _fold_kl_by_piece(
+def _fold_kl_by_minibatch(
     advantages_T: Array,
     rollouts: Rollouts,
     reference_logprobs_T: Array,
@@ -219,9 +219,9 @@ def _refuse_unpaired(
         raise DatumError(f"reference_logprobs: found shape {np.shape(reference_logprobs_T)}; wanted ({T},)")
 
 
-def _row_ranges(rollouts: Rollouts, pieces: int) -> list[tuple[int, int]]:
+def _row_ranges(rollouts: Rollouts, num_minibatches: int) -> list[tuple[int, int]]:
     """First completion and end of each piece: a group's completions are adjacent, and groups are in draw order."""
-    shares = np.array_split(np.arange(len(rollouts.problems)), pieces)
+    shares = np.array_split(np.arange(len(rollouts.problems)), num_minibatches)
     ends = np.searchsorted(rollouts.group, np.cumsum([len(share) for share in shares]))
     return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
 

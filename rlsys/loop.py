@@ -1,7 +1,7 @@
 """The whole loop: problems -> samplers -> rewards -> advantages -> learner -> adapter -> samplers.
 
-Each verb below is a stage (`rlsys.stages`); nothing here knows Ray, vLLM or PEFT. A step is a function of the learner's
-state, the problems drawn and the seed, so one that is lost is simply done again.
+Each verb below is a stage (`rlsys.protocols`); nothing here knows Ray, vLLM or PEFT. A step is a function of the
+learner's state, the problems drawn and the seed, so one that is lost is simply done again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,22 @@ from contextlib import contextmanager
 import numpy as np
 
 from rlsys.config import JobConfig
-from rlsys.facts import Facts, combine
-from rlsys.ledger import Ledger
-from rlsys.measuring import measure
-from rlsys.problems import occurrences
-from rlsys.stages import Centred, Graded, Made, Observer, Place, Rewound, Stages, Trained, joined, joined_grades
+from rlsys.data.problems import occurrences
+from rlsys.evaluation.evaluate import evaluate_policy
+from rlsys.metrics import Metrics, reduce_metrics
+from rlsys.protocols import (
+    BatchRef,
+    DatumsRef,
+    MinibatchPosition,
+    Observer,
+    RewardsRef,
+    RolledBack,
+    Stages,
+    TrainedStep,
+    concatenate_batches,
+    concatenate_rewards,
+)
+from rlsys.run_state.ledger import Ledger
 from rlsys.types import Array, SamplingParams
 
 
@@ -30,15 +41,15 @@ def run(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """From the last checkpoint to ``rl.steps``, or until ``should_stop``. Returns the last step; each is whole."""
-    done, loaded = stages.keeper.done, False
+    done, loaded = stages.checkpointer.done, False
 
     def over() -> bool:
         return done >= 0 and (done >= config.rl.steps or should_stop())
 
-    while not over() or done != stages.keeper.done:
+    while not over() or done != stages.checkpointer.done:
         try:
             if over():
-                stages.keeper.save(done, ledger, stages.learner.state())
+                stages.checkpointer.save(done, ledger, stages.learner.state())
                 continue
             if not loaded:
                 stages.samplers.load(stages.learner.publish())
@@ -49,38 +60,40 @@ def run(
                 train(config, stages, ledger, held_out, observer, done + 1)
             done += 1
             if done % config.checkpoint.every_steps == 0:
-                stages.keeper.save(done, ledger, stages.learner.state())
-        except Rewound as back:
+                stages.checkpointer.save(done, ledger, stages.learner.state())
+        except RolledBack as back:
             done, loaded = (done, loaded) if back.step is None else (back.step, False)
-            ledger.rewind(max(done, 0))
-            observer.on_rewind(done)
+            ledger.roll_back(max(done, 0))
+            observer.on_rollback(done)
     return done
 
 
 def train(config: JobConfig, stages: Stages, ledger: Ledger, held_out: Array, observer: Observer, step: int) -> None:
     """One step, from problems to an adapter that every sampler serves."""
     learner, clock, version = stages.learner, Clock(), stages.samplers.version
-    problems, rollouts, rewards = gather(config, stages, ledger, step, clock)
+    problems, rollouts, rewards = sample_groups(config, stages, ledger, step, clock)
     with clock("reference"):
         reference = learner.reference(rollouts) if config.rl.advantages.kl_coef > 0 else None
     with clock("advantage"):
-        datums = stages.advantages.centre(rollouts, rewards, reference, config.rl.substeps)
+        datums = stages.advantages.compute_advantages(rollouts, rewards, reference, config.rl.substeps)
     with clock("learn"):
         learned = learn(stages, datums, step)
         ledger.settle(step, datums.outcomes)
     with clock("sync"):
         synced = stages.samplers.load(learner.publish())
-    speed = {"sampler/tokens_per_s": rollouts.facts["sampler/completion_tokens"] / clock.seconds["sample"]}
-    updated = combine([piece.facts for piece in learned])
-    facts = {**rollouts.facts, **speed, **rewards.facts, **datums.facts, **updated, **synced, **clock.facts()}
-    observer.on_step(step, facts, Trained(version, problems, rollouts, rewards, reference, [datums], learned))
-    if is_evaluated(config, step):
+    speed = {"sampler/tokens_per_s": rollouts.metrics["sampler/completion_tokens"] / clock.seconds["sample"]}
+    updated = reduce_metrics([minibatch.metrics for minibatch in learned])
+    metrics = {**rollouts.metrics, **speed, **rewards.metrics, **datums.metrics, **updated, **synced, **clock.metrics()}
+    observer.on_step(step, metrics, TrainedStep(version, problems, rollouts, rewards, reference, [datums], learned))
+    if is_eval_step(config, step):
         evaluate(config, stages, held_out, step, observer)
 
 
-def gather(config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: Clock) -> tuple[Array, Made, Graded]:
+def sample_groups(
+    config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: Clock
+) -> tuple[Array, BatchRef, RewardsRef]:
     """A batch of groups with their rewards; up to ``rl.refill_rounds`` rounds more replace those that teach nothing."""
-    problems, rollouts, rewards = list[Array](), list[Made](), list[Graded]()
+    problems, rollouts, rewards = list[Array](), list[BatchRef](), list[RewardsRef]()
     wanted, nothing = config.rl.problems_per_step, np.empty(0, np.int64)
     while wanted and len(rollouts) <= config.rl.refill_rounds:
         with clock("sample"):
@@ -91,22 +104,30 @@ def gather(config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: 
         with clock("grade"):
             rewards.append(stages.graders.grade("train", rollouts[-1]))
         wanted = int(rewards[-1].idle.sum())
-    return np.concatenate(problems), in_rounds(config, rollouts, len(rollouts) - 1), joined_grades(rewards)
+    return (
+        np.concatenate(problems),
+        with_refill_metrics(config, rollouts, len(rollouts) - 1),
+        concatenate_rewards(rewards),
+    )
 
 
-def in_rounds(config: JobConfig, parts: Sequence[Made], refills: int) -> Made:
+def with_refill_metrics(config: JobConfig, parts: Sequence[BatchRef], refills: int) -> BatchRef:
     """A batch's rollouts, saying how many rounds of refilling there were, where there may be any."""
-    whole = joined(parts)
-    return Made(whole.refs, {**whole.facts, "sampler/refill_rounds": refills}) if config.rl.refill_rounds else whole
+    whole = concatenate_batches(parts)
+    return (
+        BatchRef(whole.refs, {**whole.metrics, "sampler/refill_rounds": refills}) if config.rl.refill_rounds else whole
+    )
 
 
-def learn(stages: Stages, datums: Centred, step: int) -> list[Made]:
+def learn(stages: Stages, datums: DatumsRef, step: int) -> list[BatchRef]:
     """An optimizer step of each piece; what is lost after the first takes the learner back, as it is half way."""
-    learned = list[Made]()
-    for k, piece in enumerate(datums.refs):
+    learned = list[BatchRef]()
+    for k, minibatch in enumerate(datums.refs):
         try:
-            learned.append(stages.learner.learn(piece, Place(step, k, first=True, last=True, on_policy=k == 0)))
-        except Rewound as back:
+            learned.append(
+                stages.learner.learn(minibatch, MinibatchPosition(step, k, first=True, last=True, on_policy=k == 0))
+            )
+        except RolledBack as back:
             if back.step is None and k > 0:
                 stages.learner.restore()
             raise
@@ -118,7 +139,7 @@ def training_params(config: JobConfig, step: int) -> SamplingParams:
     return config.rl.sampling.params(seed=config.run.seed * 1_000_003 + step)
 
 
-def is_evaluated(config: JobConfig, step: int) -> bool:
+def is_eval_step(config: JobConfig, step: int) -> bool:
     every = config.eval.every_steps
     return step == config.rl.steps or bool(every and step % every == 0)
 
@@ -127,12 +148,12 @@ def evaluate(config: JobConfig, stages: Stages, held_out: Array, step: int, obse
     """On the held-out problems; nothing here is trained on, so what is lost is only repeated."""
     while True:
         try:
-            found = measure(config, stages.samplers, stages.graders, held_out)
+            found = evaluate_policy(config, stages.samplers, stages.graders, held_out)
             break
-        except Rewound as back:
+        except RolledBack as back:
             if back.step is not None:
                 raise
-    observer.on_eval(step, found.facts, found.rollouts, found.grades)
+    observer.on_eval(step, found.metrics, found.rollouts, found.grades)
 
 
 class Clock:
@@ -147,5 +168,5 @@ class Clock:
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def facts(self) -> Facts:
+    def metrics(self) -> Metrics:
         return {f"time/{stage}_s": s for stage, s in self.seconds.items()} | {"time/step_s": sum(self.seconds.values())}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from rlsys.engine.build import vllm_build
+from rlsys.sampler.vllm_build import vllm_build
 
 # Ray starts its workers at nice 15: beside the work of others a test would only wait for its share of the cores.
 os.environ.setdefault("RAY_worker_niceness", "0")

@@ -77,7 +77,7 @@ class Deployment(Protocol):
     def restore_model(self, path: str, optimizer: bool) -> Future[ModelHandle]: ...
 
     def submit(self, model_id: str, seq: int, op: str, args: Sequence[Any]) -> Future[Any]:
-        """Have a learner do `op` of `rlsys.client.host` once all smaller `seq` of this model are done."""
+        """Have a learner do `op` of `rlsys.service.learner_host` once all smaller `seq` of this model are done."""
 
     def ship(self, fn: Callable[..., Any]) -> bytes:
         """A function as bytes that `host` can load. Raises LossError, naming the object that cannot travel."""

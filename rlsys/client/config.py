@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from rlsys import gpu_shares
 from rlsys.config import (
     HALF_ON_CUDA,
     ClusterSection,
@@ -15,10 +14,11 @@ from rlsys.config import (
     Precision,
     SamplerSection,
     Section,
+    gpu_shares,
     refuse_dtype,
 )
-from rlsys.key_types import Name, Seconds
-from rlsys.shell import PathText, expand
+from rlsys.config.key_types import Name, Seconds
+from rlsys.utils.shell_paths import PathText, expand
 
 
 def _whole_models(value: object) -> object:

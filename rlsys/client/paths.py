@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlsys.errors import CheckpointError
-from rlsys.shell import expand
+from rlsys.utils.shell_paths import expand
 
 Kind = Literal["weights", "sampler_weights"]
 _PATH = re.compile(r"(?:rlsys|tinker|mint)://([A-Za-z0-9][A-Za-z0-9._:-]*)/(weights|sampler_weights)/([^/]+)")
@@ -46,6 +46,6 @@ def folder_of(root: Path, path: str) -> Path:
 
 def new_folder_of(root: Path, model_id: str, kind: str, name: str) -> Path:
     """Where a state of that name is saved. Raises CheckpointError as `folder_of` does."""
-    from rlsys.checkpoints import checkpoint_path
+    from rlsys.learner.adapter_checkpoint import checkpoint_path
 
     return checkpoint_path(root / model_id.replace(":", ".") / kind, name)

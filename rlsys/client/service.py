@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+from rlsys.architectures.support import local_config, refuse_unsupported
 from rlsys.client.backend import About, Backend, Deployment, ModelHandle, SnapshotHandle
 from rlsys.client.config import ServiceConfig
 from rlsys.client.paths import given
@@ -18,10 +19,9 @@ from rlsys.client.sampling import SamplingClient
 from rlsys.client.training import TrainingClient
 from rlsys.config import LoraSection, SamplerSection
 from rlsys.errors import ClusterError, ConfigError
-from rlsys.model_support import local_config, refuse_unsupported
-from rlsys.shell import as_written, expand
+from rlsys.utils.shell_paths import as_written, expand
 
-BACKEND = "actors.deployment"  # the one on Ray, by name: this package does not know Ray
+BACKEND = "actors.service.deployment"  # the one on Ray, by name: this package does not know Ray
 
 
 class ServiceClient:

@@ -24,7 +24,7 @@ def tokenizer_of(about: About) -> Any:
 
 
 def _load(about: About) -> Any:
-    from rlsys.endings import load_tokenizer
+    from rlsys.tokenization.stop_conditions import load_tokenizer
 
     if not any(name.startswith(("tokenizer", "vocab")) for name in about.tokenizer):
         raise ConfigError(f"{about.base_model} has no tokenizer files; found {sorted(about.tokenizer)}")

@@ -185,7 +185,7 @@ class TrainingClient(Ready):
 
     def _custom_at_learner(self, data: list[Datum], fn: Callable[..., Any]) -> Result:
         def arguments() -> tuple[Any, ...]:
-            from rlsys.custom import collate_custom
+            from rlsys.learner.custom_loss import collate_custom
 
             about = self._deployment.about
             batch = collate_custom(data, vocab_size=about.vocab_size, max_length=about.max_length)
@@ -195,7 +195,7 @@ class TrainingClient(Ready):
 
     def _custom_at_caller(self, data: list[Datum], fn: Callable[..., Any]) -> Result:
         """Two turns are taken at once, so that whatever is entered next comes after both."""
-        from rlsys.custom import collate_custom, result_metrics, surrogate_data, surrogate_weights
+        from rlsys.learner.custom_loss import collate_custom, result_metrics, surrogate_data, surrogate_weights
 
         about, result = self._deployment.about, Future[TrainAnswer]()
         with self._entering:

@@ -14,7 +14,7 @@ import regex
 
 from rlsys.config import OverlongSection, RewardSection
 from rlsys.errors import GradingError
-from rlsys.rewards.extraction import extract
+from rlsys.rewards.math.extraction import extract
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array
 
@@ -42,11 +42,11 @@ def total_rewards(
     """
     assert len(grades_R) == len(texts) == len(rollouts.group)
     grades_R = np.asarray(grades_R, np.float64)
-    terms, facts = {"correct": config.correct * grades_R}, dict[str, float]()
+    terms, metrics = {"correct": config.correct * grades_R}, dict[str, float]()
     if config.format != 0:
         form_R, timeouts = forms(texts, config)
         terms["format"] = config.format * form_R
-        facts["reward/format_timeouts"] = float(timeouts)
+        metrics["reward/format_timeouts"] = float(timeouts)
     if config.length != 0:
         terms["length"] = config.length * brevity(
             rollouts.sampled_lengths, grades_R >= config.solved_at, rollouts.group
@@ -63,9 +63,9 @@ def total_rewards(
             "float32 holds, 3.4e38 at most"
         )
     if len(rewards_R):
-        facts |= {f"reward/{name}": float(values_R.mean()) for name, values_R in terms.items()}
-        facts |= {"reward/mean": float(rewards_R.mean()), "reward/std": float(rewards_R.std())}
-    return rewards_R.astype(np.float32), facts
+        metrics |= {f"reward/{name}": float(values_R.mean()) for name, values_R in terms.items()}
+        metrics |= {"reward/mean": float(rewards_R.mean()), "reward/std": float(rewards_R.std())}
+    return rewards_R.astype(np.float32), metrics
 
 
 def forms(texts: Sequence[str], config: RewardSection) -> tuple[Array, int]:

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 from rlsys.config import TaskSection
+from rlsys.data.problems import Problem
 from rlsys.errors import ConfigError, did_you_mean
-from rlsys.imports import named
-from rlsys.problems import Problem
+from rlsys.utils.import_path import import_by_path
 
 Split = Literal["train", "eval"]
 
@@ -113,7 +113,7 @@ def converses(section: TaskSection) -> bool:
 def _class_of(section: TaskSection) -> type:
     if section.name not in _TASKS and ":" not in section.name:
         raise ConfigError(f"task.name: found {section.name!r}; wanted {_WANTED}{did_you_mean(section.name, _TASKS)}")
-    found = named(_TASKS.get(section.name, section.name), "task.name", _WANTED)
+    found = import_by_path(_TASKS.get(section.name, section.name), "task.name", _WANTED)
     if not isinstance(found, type):
         raise ConfigError(f"task.name: {section.name!r} is a {type(found).__name__}; wanted a class")
     return found

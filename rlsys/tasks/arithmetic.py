@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from rlsys.config import TaskSection
+from rlsys.data.problems import Problem, distinct
 from rlsys.errors import ConfigError
-from rlsys.problems import Problem, distinct
-from rlsys.rewards.extraction import extract, plain_number
+from rlsys.rewards.math.extraction import extract, plain_number
 
 NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
 ITEMS = ("books", "apples", "coins", "pens")

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from rlsys.config import TaskSection
+from rlsys.data.problems import Problem, distinct
 from rlsys.errors import ConfigError
-from rlsys.problems import Problem, distinct
 from rlsys.tasks.arithmetic import ITEMS, NAMES, Arithmetic, Part, part_of
 
 GAINS, LOSSES = ("finds {} more", "buys {} more"), ("loses {}", "gives away {}")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from rlsys.config import ColumnSection, SourceSection, TaskSection
+from rlsys.data import rows
+from rlsys.data.dedup import kept_apart
+from rlsys.data.problems import Problem
 from rlsys.errors import ConfigError
-from rlsys.problems import Problem
-from rlsys.rewards import math_answers
-from rlsys.splits import kept_apart
-from rlsys.tasks import rows
+from rlsys.rewards.math import answers
 
 
 class DataSet:
@@ -59,7 +59,7 @@ class DataSet:
     @staticmethod
     def grade(completion: str, answer: str) -> float:
         """1 if the completion's final answer is the right one by docs/grading.md, else 0."""
-        return math_answers.grade(completion, answer)
+        return answers.grade(completion, answer)
 
     def facts(self) -> dict[str, float]:
         """Rows that were left out."""

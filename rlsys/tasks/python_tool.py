@@ -7,7 +7,7 @@
     2958                the reply
     ```
 
-Each block runs by itself, confined (rlsys/sandbox.py); nothing is left of one when the next runs. Only where
+Each block runs by itself, confined (rlsys/sandbox/run_python.py); nothing is left of one when the next runs. Only where
 ``turns.python_tool`` says so.
 """
 
@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import ClassVar
 
-from rlsys.sandbox import Sandbox
+from rlsys.sandbox.run_python import Sandbox
 from rlsys.tasks.dataset import DataSet
 
 _BLOCK = re.compile(r"```python\n(?P<code>(?:(?!```).)*?)\n?```\s*(?P<output>```output\s*)?\Z", re.DOTALL)

@@ -12,10 +12,10 @@ from playwright.sync_api import Browser
 
 from benchmarks.report_pictures import CHROMIUM, chromium, find_chromium
 from rlsys.config import TrackingSection
-from rlsys.records import RolloutRow, write_problems
-from rlsys.report import report_of
-from rlsys.system import System
-from rlsys.tracking import Tracker
+from rlsys.report.page import report_of
+from rlsys.run_state.jsonl import RolloutRow, write_problems
+from rlsys.tracking.system_metrics import SystemMetrics
+from rlsys.tracking.tracker import Tracker
 
 STEPS = 12
 PIECES = ["12", "+", "30", "=", "calculate(12+30)", "42", "\n", "So ", "\\boxed{", "42", "}", "</span><b>bold</b>"]
@@ -35,7 +35,7 @@ def browser() -> Iterator[Browser]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run with everything that a page can show, lines that are too long for a phone included."""
     run_dir = tmp_path_factory.mktemp("runs") / "seen"
-    random, system = np.random.default_rng(0), System(tmp_path_factory.getbasetemp())
+    random, system = np.random.default_rng(0), SystemMetrics(tmp_path_factory.getbasetemp())
     config = {"run": {"name": "seen" + "-and-named-at-length" * 6}, "rl": {"steps": STEPS}, "long": "x" * 500}
     with Tracker(run_dir, TrackingSection(wandb="disabled"), "seen", config, note=str) as tracker:
         for step in range(0, 600, 10):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from rlsys.tokenizer import build_tokenizer
+from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
 
 VOCAB, MAX_LENGTH = 40_960, 128
 LIVE = 3  # snapshots that the engine of these tests holds

@@ -16,7 +16,7 @@ import yaml
 from ray.autoscaler._private.util import prepare_config
 
 from rlsys.config import JobConfig, dump_config
-from rlsys.records import read_metrics
+from rlsys.run_state.jsonl import read_metrics
 from tests.deploy.sites import DEPLOY, ROOT, Site, entry, load, new_token, readme_line, readme_start
 
 ALL = ["ray-aws.yaml", "ray-gcp.yaml", "ray-onprem.yaml", "kuberay-cluster.yaml", "kuberay-job.yaml"]

@@ -11,7 +11,7 @@ import torch
 from tiny_engine import EOS, MAX_LENGTH, SECTION, VOCAB, Reference
 
 from rlsys.config import ModelSection
-from rlsys.sampler import Sampler, prepare_environment
+from rlsys.sampler.engine import Sampler, prepare_environment
 
 prepare_environment(SECTION)
 

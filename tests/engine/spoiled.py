@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlsys.engine.adapters import AdapterExtension
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
+from rlsys.sampler.vllm.adapter_worker import AdapterExtension
 
 
 class SpoiledExtension(AdapterExtension):

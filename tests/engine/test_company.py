@@ -11,7 +11,7 @@ import pytest
 from tiny_engine import BOUND, VOCAB, Reference
 
 from rlsys.rollouts import Rollouts, offsets_of
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
 
 DRAWN = SamplingParams(max_tokens=24, seed=3, stop=[])

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from rlsys.engine.lent import borrowed, lent
+from rlsys.sampler.vllm.shared_buffer import from_shared_buffer, to_shared_buffer
 from tests.waiting import cpu_of, until
 
 
 def _sum_after(path: str, opened: Any, returned: Any, answers: Any) -> None:
-    found = borrowed(path)
+    found = from_shared_buffer(path)
     opened.set()
     returned.wait()
     found[0] += 1  # its own copy
@@ -23,12 +23,12 @@ def test_what_another_process_has_borrowed_outlives_the_lending_and_is_its_own()
     context = multiprocessing.get_context("spawn")
     opened, returned, answers = context.Event(), context.Event(), context.Queue()
     buffer = np.arange(100_000, dtype=np.uint32).view(np.uint8)
-    with lent(buffer) as path:
+    with to_shared_buffer(buffer) as path:
         other = context.Process(target=_sum_after, args=(path, opened, returned, answers))
         other.start()
         until(lambda: opened.is_set() or not other.is_alive(), "the other process to open it", cpu_of(other.pid))
         assert opened.is_set()
-        (mine := borrowed(path))[:] = 0
+        (mine := from_shared_buffer(path))[:] = 0
     returned.set()
     until(lambda: not answers.empty() or not other.is_alive(), "an answer", cpu_of(other.pid))
     assert answers.get(timeout=1) == int(buffer.sum()) + 1
@@ -39,6 +39,6 @@ def test_what_another_process_has_borrowed_outlives_the_lending_and_is_its_own()
 def test_a_read_only_buffer_as_ray_hands_it_out_can_be_lent(recwarn: Any) -> None:
     buffer = np.arange(10, dtype=np.uint8)
     buffer.flags.writeable = False
-    with lent(buffer) as path:
-        np.testing.assert_array_equal(borrowed(path), buffer)
+    with to_shared_buffer(buffer) as path:
+        np.testing.assert_array_equal(from_shared_buffer(path), buffer)
     assert not recwarn

@@ -13,10 +13,10 @@ import torch
 from test_sampler import prompts
 from tiny_engine import BOUND, EOS, Reference
 
-from rlsys.engine.seam import stop_across
 from rlsys.errors import SamplingError
 from rlsys.rollouts import LENGTH, STOP, Rollouts
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
+from rlsys.sampler.stop_strings import stop_across
 from rlsys.types import SamplingParams
 from tests.waiting import Sign, until_async
 
@@ -42,7 +42,7 @@ async def met(attempt: Callable[[], Awaitable[T | None]], sampler: Sampler) -> T
     for _ in range(ATTEMPTS):
         if (found := await attempt()) is not None:
             return found
-        await sampler.rewind("a")
+        await sampler.roll_back("a")
     raise AssertionError(f"in none of {ATTEMPTS} attempts was the engine at work when it mattered")
 
 
@@ -147,7 +147,7 @@ def test_a_run_that_goes_back_ends_what_would_have_moved(
         with sampler.hold("a", 5, 1, moves=True) as hold:
             task = asyncio.create_task(sampler.draw(hold, [3, 4, 5], LONG))
             await under_way(sampler, 5, task)
-            await sampler.rewind("a")
+            await sampler.roll_back("a")
             await sampler.load(reference.update("a", 5, adapters[1]), BOUND)  # the same number, other weights
             await asyncio.wait([task])
             with pytest.raises(SamplingError, match="went back to an earlier step"):

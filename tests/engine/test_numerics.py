@@ -10,12 +10,12 @@ import pytest
 from tiny_engine import MAX_LENGTH, SECTION, VOCAB, Reference
 
 from rlsys.config import LearnerSection, LoraSection, ModelSection
-from rlsys.learner import Learner
-from rlsys.policy import join_prompts
+from rlsys.learner.learner import Learner
+from rlsys.learner.policy import join_prompts
 from rlsys.rollouts import offsets_of
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
-from rlsys.weights import WeightUpdate
+from rlsys.weight_sync.update import WeightUpdate
 
 CANARY = (np.arange(64) * 7 % VOCAB).astype(np.int32)
 

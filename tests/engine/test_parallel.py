@@ -18,7 +18,7 @@ from tiny_engine import BOUND, LINEARS, MAX_LENGTH, SECTION, VOCAB, Reference
 from rlsys.config import ModelSection
 from rlsys.errors import ActorDiedError, ActorFailedError, WeightSyncError
 from rlsys.rollouts import offsets_of
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
 from tests.waiting import until_gone
 
@@ -30,7 +30,7 @@ PROGRAM = """
 import asyncio, sys
 from pathlib import Path
 from rlsys.config import ModelSection, SamplerSection
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 
 async def main(folder):
     section = SamplerSection(kv_cache_gb=0.1, tensor_parallel_size=2)

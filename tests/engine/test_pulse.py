@@ -14,7 +14,7 @@ from tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference, at_work
 from rlsys.config import ModelSection
 from rlsys.errors import ActorDiedError, SamplingError
 from rlsys.rollouts import offsets_of
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
 
 Run = Callable[..., Any]
@@ -56,7 +56,7 @@ def test_a_rewound_run_lets_go_of_its_requests_and_takes_the_same_version_again(
         mine = [asyncio.create_task(sampler.sample(**ask, run_id="a", version=version)) for version in (1, 2)]
         other = asyncio.create_task(sampler.sample(**ask, run_id="b", version=1))
         await at_work(sampler, calls=3)
-        await sampler.rewind("a")
+        await sampler.roll_back("a")
         for task in mine:
             with pytest.raises(SamplingError, match=r"adapter a/\d#\d+ was taken out while it worked"):
                 await task
@@ -66,7 +66,7 @@ def test_a_rewound_run_lets_go_of_its_requests_and_takes_the_same_version_again(
         assert await sampler.progress() == still, "the engine works for nobody"
         assert sampler.stats().live == (("b", 1),) and sampler.stats().running_requests == 0
         await sampler.load(reference.update("a", 1, new), BOUND)
-        await sampler.rewind("nobody")
+        await sampler.roll_back("nobody")
         return await sampler.sample(**ask, run_id="a", version=1)
 
     rollouts = run(rewind())

@@ -14,9 +14,9 @@ from tiny_engine import BOUND, EOS, LINEARS, MAX_LENGTH, VOCAB, Reference, at_wo
 
 from rlsys.errors import SamplingError, WeightSyncError
 from rlsys.rollouts import LENGTH, STOP, Rollouts, offsets_of
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 from rlsys.types import Array, SamplingParams
-from rlsys.weights import snapshot_of
+from rlsys.weight_sync.update import snapshot_of
 
 Run = Callable[..., Any]
 NEVER = SamplingParams(max_tokens=12, seed=3, stop=[])

@@ -13,7 +13,7 @@ from tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference, at_work
 from rlsys.config import ModelSection
 from rlsys.errors import SamplingError
 from rlsys.rollouts import offsets_of
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
 
 Run = Callable[..., Any]
@@ -58,7 +58,7 @@ def test_only_a_colocated_sampler_on_cuda_can_sleep_and_workers_are_never_ray_s(
 
     assert "enable_sleep_mode" not in arguments("cpu", colocate=True)
     assert arguments("cuda", colocate=True)["enable_sleep_mode"] is True
-    assert arguments("cuda")["worker_cls"] == "rlsys.engine.cuda.CudaWorker"
+    assert arguments("cuda")["worker_cls"] == "rlsys.sampler.vllm.cuda_worker.CudaWorker"
     assert arguments("cuda")["enable_sleep_mode"] is False
     assert arguments("cpu")["distributed_executor_backend"] == "uni"
     assert "distributed_executor_backend" not in arguments("cuda")

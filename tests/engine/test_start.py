@@ -19,9 +19,9 @@ import pytest
 from tiny_engine import Reference
 
 from rlsys.config import ModelSection, SamplerSection
-from rlsys.engine.private_api import check_private_api
 from rlsys.errors import ClusterError
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
+from rlsys.sampler.private_api import check_private_api
 from rlsys.types import SamplingParams
 from tests.waiting import run as run_to_end
 from tests.waiting import until_gone
@@ -32,7 +32,7 @@ import asyncio, shutil, sys
 from pathlib import Path
 import numpy as np
 from rlsys.config import ModelSection, SamplerSection
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
 
 async def main(folder):
@@ -54,19 +54,19 @@ if __name__ == "__main__":
 
 METHOD = """
 from rlsys.config import SamplerSection
-from rlsys.sampler import prepare_environment
+from rlsys.sampler.engine import prepare_environment
 prepare_environment(SamplerSection(num_gpus=1), "cuda")
 from vllm.utils.system_utils import get_mp_context
 from vllm.v1.engine import utils
 from vllm.v1.worker.gpu_worker import Worker
-from rlsys.engine.cuda import CudaWorker
+from rlsys.sampler.vllm.cuda_worker import CudaWorker
 assert utils.get_mp_context is get_mp_context  # with it vLLM makes the engine's process
 assert issubclass(CudaWorker, Worker)
 print("METHOD", get_mp_context().get_start_method())
 """
 ENGINE_LIKE = """
 import multiprocessing, os, threading, time
-from rlsys.engine.parent import exit_with_parent
+from rlsys.sampler.vllm.parent_process import exit_with_parent
 
 def engine(pipe):
     exit_with_parent()
@@ -166,7 +166,7 @@ def test_both_model_runners_keep_adapters_where_the_engine_s_hooks_look_for_them
         (runner,) = (one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == "GPUModelRunner")
         assert "LoRAModelRunnerMixin" in {base.id for base in runner.bases if isinstance(base, ast.Name)}, file
     scoring = (folder / "gpu" / "sample" / "prompt_logprob.py").read_text()
-    assert "prompt_logprobs is not None" in scoring  # 0 asks for the given tokens alone, as rlsys.engine.requests does
+    assert "prompt_logprobs is not None" in scoring  # 0 asks for the given tokens alone, as rlsys.sampler.requests does
     assert "logprob_token_ids" in (folder / "gpu" / "sample" / "sampler.py").read_text()
 
 

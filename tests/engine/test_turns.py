@@ -13,10 +13,10 @@ from test_sampler import prompts
 from tiny_engine import BOUND, EOS, Reference
 
 from rlsys.config import TurnSection
-from rlsys.conversation import Conversations, Rules
-from rlsys.environment import Environment
+from rlsys.environments.environment_pool import Environment
+from rlsys.environments.multi_turn import Conversations, TurnRules
 from rlsys.rollouts import ENVIRONMENT, STOP, Rollouts
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
 
 Run = Callable[..., Any]
@@ -38,7 +38,7 @@ def environment() -> Iterator[Environment]:
 @pytest.fixture
 def conversations(sampler: Sampler, environment: Environment) -> Conversations:
     tokenizer = sampler._engine.get_tokenizer()
-    rules = Rules(
+    rules = TurnRules(
         # a tenth of the words end a turn, beside the model's own end
         stop=[f"w{word}" for word in range(20, 34)],
         max_turns=8,

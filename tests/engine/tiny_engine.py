@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlsys.canary import BaseCanary, StartupProbe, by_depth, compared
 from rlsys.config import SamplerSection
-from rlsys.sampler import Sampler
+from rlsys.sampler.engine import Sampler
 from rlsys.types import Array
-from rlsys.weights import AdapterSnapshot, WeightUpdate, snapshot_of
+from rlsys.weight_sync.canary import BaseCanary, StartupProbe, by_depth, compared
+from rlsys.weight_sync.update import AdapterSnapshot, WeightUpdate, snapshot_of
 from tests.waiting import until_async
 
 VOCAB, EOS, MAX_LENGTH = 160, 1, 256

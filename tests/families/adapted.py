@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlsys.agreement import follow_sampler
-from rlsys.checkpoints import save_run
+from rlsys.architectures.model_shape import read_config
+from rlsys.architectures.support import serves_unembedding
 from rlsys.config import LearnerSection, LoraSection, ModelSection
-from rlsys.dimensions import read_config
-from rlsys.learner import Learner
-from rlsys.model_support import serves_unembedding
-from rlsys.text_part import load_language_model
+from rlsys.learner.adapter_checkpoint import save_run
+from rlsys.learner.learner import Learner
+from rlsys.modeling.text_part import load_language_model
+from rlsys.modeling.vllm_parity import match_sampler
 from rlsys.types import Array
 from tests.families.tiny_composites import COMPOSITES, Composite
 from tests.families.tiny_models import FAMILIES, MIXTURES, VOCAB_SIZE, Family
@@ -71,7 +71,7 @@ def adapted(name: str, place: Path) -> Adapted:
 
 def logprobs_of(model: Any) -> Array:
     """(LENGTH - 1,) of the tokens but the first, by plain transformers, which is told where vLLM computes otherwise."""
-    follow_sampler(model, LENGTH)
+    match_sampler(model, LENGTH)
     model.config._experts_implementation = "eager"  # torch's grouped product has no float64
     with torch.no_grad():
         logits: Tensor = model.eval()(torch.from_numpy(TOKENS[None]).long()).logits[0, :-1]

@@ -15,10 +15,10 @@ from transformers import AutoConfig
 
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.errors import ConfigError
-from rlsys.export import export_adapter, export_merged
-from rlsys.learner import Learner
-from rlsys.roles import names, roles_of, skeleton
-from rlsys.text_part import load_language_model, load_whole
+from rlsys.learner.export import export_adapter, export_merged
+from rlsys.learner.learner import Learner
+from rlsys.modeling.module_roles import names, roles_of, skeleton
+from rlsys.modeling.text_part import load_language_model, load_whole
 from tests.families.adapted import LENGTH, MODELS, TOKENS, Adapted, distance, logprobs_of
 from tests.families.tiny_composites import COMPOSITES, Composite
 from tests.families.tiny_models import COMMON, FAMILIES, MIXTURES, Family

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from rlsys.config import SamplerSection
-from rlsys.export import export_adapter
-from rlsys.sampler import Sampler, prepare_environment
+from rlsys.learner.export import export_adapter
+from rlsys.sampler.engine import Sampler, prepare_environment
 from rlsys.types import Array
-from rlsys.weights import WeightUpdate
+from rlsys.weight_sync.update import WeightUpdate
 from tests.families.adapted import LENGTH, MODELS, OFFSETS, TOKENS, Adapted, distance
 
 SECTION = SamplerSection(
@@ -91,7 +91,7 @@ async def scored_by_vllm(sampler: Sampler, adapter: Path) -> Array:
     """(LENGTH - 1,) under an adapter that vLLM loads from its folder, as its server does."""
     from vllm.lora.request import LoRARequest
 
-    from rlsys.engine.requests import score_params
+    from rlsys.sampler.requests import score_params
 
     request = LoRARequest(lora_name="plain", lora_int_id=1000, lora_path=str(adapter))
     prompt = {"type": "token", "prompt_token_ids": TOKENS.tolist()}

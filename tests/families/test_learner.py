@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlsys import losses
-from rlsys.budget import TokenBudget
 from rlsys.config import LearnerSection, ModelSection
 from rlsys.datums import DatumBatch
+from rlsys.distributed.ranks import ALONE
 from rlsys.errors import ConfigError
-from rlsys.learner import BASE_RUN, Learner
-from rlsys.ranks import ALONE
+from rlsys.learner.learner import BASE_RUN, Learner
+from rlsys.learner.token_budget import TokenBudget
 from tests.families.tiny_models import DENSE, FAMILIES, MAX_POSITIONS, VOCAB_SIZE, WINDOW
 
 LENGTH, LONG = 700, 1536  # positions

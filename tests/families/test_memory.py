@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from rlsys import losses
+from rlsys.architectures.model_shape import model_shape
 from rlsys.config import parse_config
 from rlsys.datums import DatumBatch
-from rlsys.dimensions import dimensions
-from rlsys.learner import Learner
-from rlsys.memory import activations, adapter_parameters
+from rlsys.learner.learner import Learner
+from rlsys.planning.memory import activations, adapter_parameters
 from tests.families.tiny_models import FAMILIES, Family
 
 LENGTHS = (66, 65, 64, 63, 62, 61, 60)
@@ -25,12 +25,12 @@ def test_activations_are_what_autograd_keeps(
     family: Family, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within 5 %; the heap's slack is no tensor's. And the learner's adapters are as many numbers as predicted."""
-    monkeypatch.setattr("rlsys.memory.HEAP_SLACK", 1.0)
+    monkeypatch.setattr("rlsys.planning.memory.HEAP_SLACK", 1.0)
     family.save(tmp_path)
     mixture = bool(family.config.get("num_experts_per_tok"))
     job = f"run: {{name: a}}\nmodel: {{path: {tmp_path}, dtype: {dtype}}}\nlora: {{train_mlp: {not mixture}}}"
     config = parse_config(job)
-    learner, dims = Learner(tmp_path, config.model, config.learner), dimensions(config.model)
+    learner, dims = Learner(tmp_path, config.model, config.learner), model_shape(config.model)
     learner.create_run("a", config.lora, 0)
     own = [*learner._model.parameters(), *learner._model.buffers()]
     weights = {tensor.untyped_storage().data_ptr() for tensor in own}

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from rlsys import tasks
-from rlsys.base import initial_model
+from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
 from rlsys.config import MakeSection, parse_config
-from rlsys.tokenizer import build_tokenizer
+from rlsys.modeling.base_model import initial_model
 from tests.nodes.machines import Machines, best
 
 # Says in every test's name what it ran on.

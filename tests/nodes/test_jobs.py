@@ -14,9 +14,9 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from rlsys.ledger import Ledger
-from rlsys.problems import Epochs
-from rlsys.records import read_metrics
+from rlsys.data.problems import Epochs
+from rlsys.run_state.jsonl import read_metrics
+from rlsys.run_state.ledger import Ledger
 from tests.nodes.conftest import FORM, KIND, write_job
 from tests.nodes.machines import Driver, Machine, Machines
 

@@ -12,9 +12,9 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from rlsys import tasks
-from rlsys.base import initial_model
+from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
 from rlsys.config import JobConfig, MakeSection, parse_config
-from rlsys.tokenizer import build_tokenizer
+from rlsys.modeling.base_model import initial_model
 
 MICRO = MakeSection(
     vocab_size=160, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=64

@@ -13,10 +13,10 @@ import ray
 from actors import job as jobs
 from actors.evaluation import evaluate
 from rlsys import tasks
-from rlsys.candidates import find
 from rlsys.config import load_command, load_config, parse_config
-from rlsys.progress import Progress
-from rlsys.replay import replay
+from rlsys.evaluation.policy_source import find_policy
+from rlsys.replay.replay_step import replay
+from rlsys.tracking.progress import Progress
 from tests.ray.conftest import JOB
 
 RELATIVE = [
@@ -50,7 +50,7 @@ def test_a_job_with_relative_paths_is_trained_evaluated_and_replayed(
     assert kept.model.path == "models/base"
     saved = json.loads((tmp_path / "runs" / "micro" / "adapter" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(tmp_path / "models" / "base")
-    record = evaluate(job, find(job, Path("runs/micro")), Progress())
+    record = evaluate(job, find_policy(job, Path("runs/micro")), Progress())
     assert len(record.problems) == 8
     ray.init(ray_cluster)
     try:

@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray._private import worker as ray_worker
 
-from actors.columns import by_reference
+from actors.cluster.column_refs import by_reference
 from rlsys.rollouts import Rollouts
 
 BATCHES, TOKENS = 40, 4000  # of 12 bytes: below the 100 KB that Ray would send to the caller

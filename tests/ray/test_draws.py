@@ -9,9 +9,9 @@ import pytest
 
 from actors import job as jobs
 from rlsys.config import JobConfig, parse_config
-from rlsys.progress import Progress
-from rlsys.recording import load_step
 from rlsys.rollouts import Rollouts
+from rlsys.run_state.saved_rollouts import load_step
+from rlsys.tracking.progress import Progress
 from tests.ray.conftest import JOB
 
 Job = Callable[..., JobConfig]

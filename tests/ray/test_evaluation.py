@@ -9,18 +9,18 @@ import pytest
 from transformers import AutoTokenizer
 
 from actors import job as jobs
+from actors.cli import app
 from actors.evaluation import evaluate
-from actors.sampler_pool import SamplerPool
-from rlsys.base import initial_model
-from rlsys.candidates import find
-from rlsys.checkpoints import MANIFEST
-from rlsys.cli import app
+from actors.stages.sampler_pool import SamplerPool
 from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.evaluation_record import Record, read
-from rlsys.export import export_merged
-from rlsys.progress import Progress
-from rlsys.records import read_metrics, write_problems
+from rlsys.evaluation.policy_source import find_policy
+from rlsys.evaluation.record import EvalRecord, read
+from rlsys.learner.adapter_checkpoint import MANIFEST
+from rlsys.learner.export import export_merged
+from rlsys.modeling.base_model import initial_model
+from rlsys.run_state.jsonl import read_metrics, write_problems
+from rlsys.tracking.progress import Progress
 from tests.ray.conftest import JOB, MICRO
 
 STEPS = 2
@@ -58,7 +58,7 @@ def before(trained: JobConfig) -> Files:
 @pytest.fixture(scope="module")
 def records(
     trained: JobConfig, before: Files, micro_base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[str, Record]:
+) -> Mapping[str, EvalRecord]:
     """Of the command, once for each."""
     out = tmp_path_factory.mktemp("out")
     export_merged(micro_base, trained.run_dir / "checkpoints" / f"step-{STEPS:06d}", out / "model")
@@ -70,17 +70,17 @@ def records(
     return dict(zip(("adapter", "merged"), map(read, found), strict=True))
 
 
-def grades(record: Record) -> list[float]:
+def grades(record: EvalRecord) -> list[float]:
     return [problem.grade for problem in record.problems]
 
 
-def test_the_adapter_and_the_merged_model_say_the_same_to_every_problem(records: Mapping[str, Record]) -> None:
+def test_the_adapter_and_the_merged_model_say_the_same_to_every_problem(records: Mapping[str, EvalRecord]) -> None:
     assert grades(records["adapter"]) == grades(records["merged"])
     assert (records["adapter"].version, records["merged"].version) == (STEPS, None)
 
 
 def test_the_command_finds_what_the_run_itself_found_and_not_what_its_base_did(
-    trained: JobConfig, records: Mapping[str, Record]
+    trained: JobConfig, records: Mapping[str, EvalRecord]
 ) -> None:
     """Figure by figure, intervals included."""
     evaluated = {line["step"]: line for line in read_metrics(trained.run_dir) if "eval/accuracy" in line}
@@ -89,13 +89,13 @@ def test_the_command_finds_what_the_run_itself_found_and_not_what_its_base_did(
     assert found["eval/accuracy"] != evaluated[0]["eval/accuracy"]
 
 
-def test_pass_at_k_comes_with_samples(records: Mapping[str, Record]) -> None:
+def test_pass_at_k_comes_with_samples(records: Mapping[str, EvalRecord]) -> None:
     assert "eval/pass_at_1" in records["merged"].facts and records["merged"].facts["eval/samples"] == 2
     assert "eval/pass_at_1" not in records["adapter"].facts
 
 
 def test_every_held_out_problem_is_there_and_none_that_was_trained_on(
-    trained: JobConfig, records: Mapping[str, Record]
+    trained: JobConfig, records: Mapping[str, EvalRecord]
 ) -> None:
     problems = records["adapter"].problems
     assert [problem.id for problem in problems] == list(range(8))
@@ -104,7 +104,7 @@ def test_every_held_out_problem_is_there_and_none_that_was_trained_on(
 
 
 def test_a_run_is_as_it_was_but_for_its_evaluations(
-    trained: JobConfig, before: Files, records: Mapping[str, Record]
+    trained: JobConfig, before: Files, records: Mapping[str, EvalRecord]
 ) -> None:
     after = contents(trained.run_dir)
     assert {path: content for path, content in after.items() if path.parts[0] != "eval"} == before
@@ -125,11 +125,11 @@ def test_an_adapter_of_another_base_is_refused_before_any_engine_starts(
     initial_model(MICRO, AutoTokenizer.from_pretrained(trained.model.path), max_length=96, seed=4, out=other)
     config = trained.model_copy(update={"model": trained.model.model_copy(update={"path": str(other)})})
     with pytest.raises(CheckpointError, match=r"it is of a base of the same shape .* with other weights"):
-        evaluate(config, find(config, trained.run_dir), Progress())
+        evaluate(config, find_policy(config, trained.run_dir), Progress())
 
 
 def test_a_policy_is_not_evaluated_on_what_its_run_trained_on(
-    trained: JobConfig, records: Mapping[str, Record], tmp_path: Path
+    trained: JobConfig, records: Mapping[str, EvalRecord], tmp_path: Path
 ) -> None:
     prompt = records["merged"].problems[3].prompt
     run = tmp_path / "run"
@@ -142,4 +142,4 @@ def test_a_policy_is_not_evaluated_on_what_its_run_trained_on(
     assert (adapter / MANIFEST).is_file()
     write_problems(run, ["another", f" {prompt.upper()} "], ["1", "2"])
     with pytest.raises(ConfigError, match=r"1 of 8 held-out problems are .*training problem 1 "):
-        evaluate(trained, find(trained, adapter), Progress())
+        evaluate(trained, find_policy(trained, adapter), Progress())

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import ray
 
-from actors.placement import Placement, Seat
+from actors.cluster.placement import Placement, Slot
 from rlsys.config import parse_config
 from rlsys.errors import ClusterError
 
@@ -58,7 +58,7 @@ def placed(*overrides: str) -> tuple[list[Ids], list[Ids]]:
         placement.release()
 
 
-def _seated(seat: Seat) -> ray.actor.ActorHandle:
+def _seated(seat: Slot) -> ray.actor.ActorHandle:
     return ray.remote(Seen).options(**seat.ray_options()).remote()
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.interrupts import Interrupts
+from actors.faults.interrupts import Interrupts
 from rlsys.config import JobConfig, dump_config
-from rlsys.records import read_metrics
+from rlsys.run_state.jsonl import read_metrics
 from tests.waiting import Sign, exit_code, size_of, until
 
 
@@ -110,7 +110,7 @@ def test_after_a_hang_up_what_is_said_to_the_terminal_fails_no_longer(tmp_path: 
     program = """
 import os, signal, sys
 from pathlib import Path
-from actors.interrupts import Interrupts
+from actors.faults.interrupts import Interrupts
 with Interrupts(lambda text: print(text, flush=True)).watched() as interrupts, interrupts.between_steps() as asked:
     print("ready", flush=True)
     while not asked():

@@ -20,8 +20,8 @@ from actors import job as jobs
 from actors.job import Outcome
 from rlsys.config import JobConfig
 from rlsys.errors import ClusterError, ConfigError, GradingError, RunExistsError
-from rlsys.progress import Progress
-from rlsys.records import RECORD_KEYS, read_metrics, read_rollouts
+from rlsys.run_state.jsonl import RECORD_KEYS, read_metrics, read_rollouts
+from rlsys.tracking.progress import Progress
 
 Job = Callable[..., JobConfig]
 
@@ -176,8 +176,8 @@ def test_a_run_on_a_data_set_of_the_users_refuses_to_go_on_once_its_problems_hav
     task = f"task={{name: dataset, train: {{path: {data}}}, columns: {{prompt: ask, answer: say}}, eval_share: 0.2}}"
     first = job(task, "rl.steps=1")
     assert jobs.train(first, Progress()).steps == 1
-    facts = next(line for line in read_metrics(first.run_dir) if "task/train_problems" in line)
-    assert facts["task/train_problems"] + facts["task/eval_problems"] == 40
+    metrics = next(line for line in read_metrics(first.run_dir) if "task/train_problems" in line)
+    assert metrics["task/train_problems"] + metrics["task/eval_problems"] == 40
     rows[3]["say"] = "1000"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(RunExistsError, match="the training problems are not those that this run began with"):

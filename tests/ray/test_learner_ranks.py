@@ -12,8 +12,8 @@ import pytest
 from actors import job as jobs
 from rlsys.config import JobConfig
 from rlsys.errors import ClusterError, StalledError
-from rlsys.progress import Progress
-from rlsys.records import read_metrics
+from rlsys.run_state.jsonl import read_metrics
+from rlsys.tracking.progress import Progress
 from tests.ray.test_recovery import STEPS, actors_of, killing, ledger_of, steps
 from tests.waiting import FAR_S
 

@@ -9,8 +9,8 @@ import pytest
 
 from actors import job as jobs
 from rlsys.config import JobConfig, parse_config
-from rlsys.progress import Progress
-from rlsys.records import read_metrics
+from rlsys.run_state.jsonl import read_metrics
+from rlsys.tracking.progress import Progress
 from tests.ray.conftest import JOB
 
 Job = Callable[..., JobConfig]

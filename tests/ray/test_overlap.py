@@ -11,11 +11,11 @@ import pytest
 
 from actors import job as jobs
 from rlsys.config import JobConfig
-from rlsys.progress import Progress
-from rlsys.recording import load_step
-from rlsys.records import read_groups, read_metrics
-from rlsys.replay import replay
-from rlsys.run_store import newest
+from rlsys.replay.replay_step import replay
+from rlsys.run_state.jsonl import read_groups, read_metrics
+from rlsys.run_state.run_dir import newest
+from rlsys.run_state.saved_rollouts import load_step
+from rlsys.tracking.progress import Progress
 
 Job = Callable[..., JobConfig]
 STEPS = 4

@@ -16,12 +16,12 @@ import pytest
 
 from actors import job as jobs
 from rlsys.config import JobConfig
+from rlsys.data.problems import Epochs
 from rlsys.errors import ActorDiedError, ClusterError
-from rlsys.ledger import Ledger
-from rlsys.problems import Epochs
-from rlsys.progress import Progress
-from rlsys.records import read_metrics
-from rlsys.run_store import RunStore, newest
+from rlsys.run_state.jsonl import read_metrics
+from rlsys.run_state.ledger import Ledger
+from rlsys.run_state.run_dir import RunStore, newest
+from rlsys.tracking.progress import Progress
 from tests.waiting import cpu_of, size_of, until
 
 Job = Callable[..., JobConfig]

@@ -14,8 +14,8 @@ import pytest
 from actors import job as jobs
 from rlsys.config import JobConfig, dump_config
 from rlsys.errors import GradingError
-from rlsys.progress import Progress
-from rlsys.records import read_groups, read_metrics
+from rlsys.run_state.jsonl import read_groups, read_metrics
+from rlsys.tracking.progress import Progress
 from tests.waiting import run
 
 Job = Callable[..., JobConfig]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlsys.config import JobConfig, dump_config
-from rlsys.records import read_metrics
+from rlsys.run_state.jsonl import read_metrics
 from tests.waiting import cpu_of, run
 
 ROOT = Path(__file__).parents[2]

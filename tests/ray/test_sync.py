@@ -10,15 +10,15 @@ import psutil
 import pytest
 
 from actors import job as jobs
-from actors import sampler_pool
 from actors.sampler_actor import SamplerActor
-from actors.sampler_pool import refuse_unattested
+from actors.stages import sampler_pool
+from actors.stages.sampler_pool import refuse_unattested
 from rlsys.config import JobConfig
 from rlsys.errors import ActorDiedError, WeightSyncError
-from rlsys.progress import Progress
-from rlsys.records import read_metrics
-from rlsys.stages import Published
-from rlsys.weights import Attestation
+from rlsys.protocols import PublishedAdapter
+from rlsys.run_state.jsonl import read_metrics
+from rlsys.tracking.progress import Progress
+from rlsys.weight_sync.update import Attestation
 
 
 class ForgetfulSampler(SamplerActor):
@@ -70,7 +70,7 @@ HONEST = Attestation(
     sampler="sampler 0", run_id="a", version=3, digest="d3", distance_new=0.0, distance_previous=1.0, separation=1.0,
     has_power=True, seconds=0.1,
 )  # fmt: skip
-PUBLISHED = Published(ref=None, version=3, digest="d3", nbytes=8)
+PUBLISHED = PublishedAdapter(ref=None, version=3, digest="d3", nbytes=8)
 
 
 @pytest.mark.parametrize("lie", [{"version": 2}, {"digest": "d2"}, {"run_id": "b"}])

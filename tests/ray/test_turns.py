@@ -12,10 +12,10 @@ from transformers import AutoTokenizer
 from actors import job as jobs
 from rlsys.config import JobConfig, load_config, parse_config
 from rlsys.errors import GradingError
-from rlsys.progress import Progress
-from rlsys.recording import Recorded, load_step
-from rlsys.records import read_metrics
 from rlsys.rollouts import ENVIRONMENT
+from rlsys.run_state.jsonl import read_metrics
+from rlsys.run_state.saved_rollouts import SavedStep, load_step
+from rlsys.tracking.progress import Progress
 from tests.ray.conftest import JOB
 
 Job = Callable[..., JobConfig]
@@ -31,7 +31,7 @@ def finished(ray_cluster: str, micro_base: Path, tmp_path_factory: pytest.TempPa
     return config
 
 
-def steps(config: JobConfig) -> list[Recorded]:
+def steps(config: JobConfig) -> list[SavedStep]:
     return [load_step(config.run_dir, step) for step in (1, 2, 3)]
 
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.nvml_standin import Card, Machine, Part, cards, install, needs_gcc
+from tests.unit.actors.machine.nvml_standin import Card, Machine, Part, cards, install, needs_gcc
 from tests.waiting import run
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, os, ray
-from actors import gpus
-from actors.cluster import cluster
+from actors.machine import gpus
+from actors.cluster.ray_cluster import cluster
 from rlsys.config import ClusterSection
 
 gpus.NVML = os.environ["STANDIN"]

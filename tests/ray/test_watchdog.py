@@ -13,10 +13,10 @@ import psutil
 import pytest
 import ray
 
-from actors.calls import wait
-from actors.logs import Failures, process_of, tail
+from actors.faults.actor_calls import wait
+from actors.faults.actor_logs import Failures, process_of, tail
+from actors.faults.watchdog import Waiting, Watchdog, value, watched, watched_all
 from actors.sampler_actor import SamplerActor
-from actors.watchdog import Waiting, Watchdog, value, watched, watched_all
 from rlsys.config import parse_config
 from rlsys.errors import ActorDiedError, ActorFailedError, DataLostError, GradingError, StalledError
 from rlsys.rollouts import offsets_of

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     @ray.remote
     def where():
         import actors.job, rlsys.loop
-        from rlsys.report import write_report
+        from rlsys.report.page import write_report
         return [actors.__file__, rlsys.__file__]
 
     print(json.dumps(ray.get(where.remote())))

@@ -1,1 +1,1 @@
-"""The modules beside these tests are found by name, as in tests/unit."""
+"""The modules beside these tests are found by name, as in tests/engine."""

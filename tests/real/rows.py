@@ -8,8 +8,8 @@ from pathlib import Path
 from known import KNOWN, load, model_folder
 
 from rlsys.config import PromptSection
-from rlsys.endings import endings_of
-from rlsys.rendering import Renderer
+from rlsys.tokenization.renderer import Renderer
+from rlsys.tokenization.stop_conditions import stop_conditions_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "tokenizers.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
@@ -33,7 +33,7 @@ def _column(name: str) -> dict[str, str]:
 
     plain, off = written(), written(template_options=known.thinking_off)
     with tempfile.TemporaryDirectory() as scratch:
-        ends = endings_of(model_folder(name, Path(scratch) / "model"))
+        ends = stop_conditions_of(model_folder(name, Path(scratch) / "model"))
     named = {place: " ".join(_code(tokenizer.decode([id_])) for id_ in ids) for place, ids in ends.by_place.items()}
     between = tokenizer.decode(Renderer(tokenizer, PromptSection(date=DAY)).reply_ids("R", None, False))
     return {

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from examples.real_model import FOLDER
+from rlsys.architectures.precision import multiplies_bfloat16
 from rlsys.config import LearnerSection, ModelSection
-from rlsys.learner import Learner
-from rlsys.precision import multiplies_bfloat16
-from rlsys.records import read_metrics
+from rlsys.learner.learner import Learner
+from rlsys.run_state.jsonl import read_metrics
 from rlsys.types import Array
 from tests.waiting import run
 

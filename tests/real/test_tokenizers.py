@@ -10,10 +10,10 @@ from known import KNOWN, load, model_folder
 from rows import PAGE, table
 
 from rlsys.config import ExampleSection, PromptSection
-from rlsys.control_tokens import control_tokens
-from rlsys.endings import endings_of
-from rlsys.problems import Problem, encode
-from rlsys.rendering import Renderer, build_supervised_example
+from rlsys.data.problems import Problem, encode
+from rlsys.tokenization.control_tokens import control_tokens
+from rlsys.tokenization.renderer import Renderer, build_supervised_example
+from rlsys.tokenization.stop_conditions import stop_conditions_of
 
 DAY = "2026-02-03"
 QUESTION, SYSTEM = "What is 2 + 2?", "Be brief."
@@ -118,7 +118,7 @@ def test_no_text_from_data_forges_a_control_token(name: str, place: str) -> None
 
 def test_ends_are_those_of_every_file_and_stop_strings_of_special_tokens_are_ids(name: str, tmp_path: Path) -> None:
     tokenizer, known = load(name), KNOWN[name]
-    found = endings_of(model_folder(name, tmp_path / "model"))
+    found = stop_conditions_of(model_folder(name, tmp_path / "model"))
     named = [known.config] if isinstance(known.config, int) else known.config
     named = [*named, *([known.generation] if isinstance(known.generation, int) else known.generation)]
     assert set(found.ids) == {*named, tokenizer.eos_token_id}

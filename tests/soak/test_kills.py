@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlsys.checkpoints import read_adapter
 from rlsys.config import JobConfig, dump_config, parse_config
-from rlsys.records import read_metrics
+from rlsys.learner.adapter_checkpoint import read_adapter
+from rlsys.run_state.jsonl import read_metrics
 from tests.ray.conftest import JOB, micro_base, ray_cluster
 from tests.ray.test_recovery import actors_of, engines, ledger_of, steps, weights
 from tests.waiting import Sign, cpu_of, exit_code, size_of, until

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.records import read_metrics
+from rlsys.run_state.jsonl import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

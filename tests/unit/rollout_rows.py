@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from rlsys.records import RolloutRow
+from rlsys.run_state.jsonl import RolloutRow
 
 
 def rollout(

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.advantages import discounted_future_sum, fold_kl, group_advantages, groups_teach_nothing, to_pieces
+from rlsys.advantages import discounted_future_sum, fold_kl, group_advantages, groups_without_gradient, to_minibatches
 from rlsys.config import AdvantageSection, OverlongSection, RlSection, SamplingSection
 from rlsys.datums import DatumBatch, concatenate, take
 from rlsys.errors import ConfigError, DatumError
-from rlsys.ledger import AGREED, EMPTY, TRAINED
 from rlsys.rollouts import ENVIRONMENT, LENGTH, Rollouts, offsets_of
+from rlsys.run_state.ledger import AGREED, EMPTY, TRAINED
 
 MEAN = AdvantageSection()
 RLOO = AdvantageSection(baseline="leave_one_out")
@@ -40,7 +40,7 @@ def made(lengths, group, seed=0) -> Rollouts:
 
 def to_datums(rollouts, rewards, section=MEAN, reference=None, **options) -> tuple[DatumBatch, dict[str, float]]:
     """All in one piece."""
-    (batch,), _, facts, _ = to_pieces(rollouts, rewards, RlSection(advantages=section, **options), 1, reference)
+    (batch,), _, facts, _ = to_minibatches(rollouts, rewards, RlSection(advantages=section, **options), 1, reference)
     return batch, facts
 
 
@@ -231,7 +231,7 @@ def test_rewards_and_completions_have_to_pair_up():
 
 def outcomes(rollouts, rewards, section=MEAN, **options) -> list[int]:
     reference = np.zeros(len(rollouts.tokens)) if section.kl_coef else None
-    return to_pieces(rollouts, rewards, RlSection(advantages=section, **options), 2, reference)[3].tolist()
+    return to_minibatches(rollouts, rewards, RlSection(advantages=section, **options), 2, reference)[3].tolist()
 
 
 def test_the_outcome_of_each_group_says_whether_it_became_datums_and_why_not():
@@ -275,8 +275,8 @@ def test_pieces_end_to_end_are_the_one_batch_and_name_their_completions(shape, p
     rollouts.versions[rng.random(len(rollouts.tokens)) < 0.3] = ENVIRONMENT
     rewards = rng.integers(0, 2, len(lengths)).astype(float)
     rl = RlSection(advantages=AdvantageSection(aggregate=aggregate))
-    (whole,), (all_rows,), facts, settled = to_pieces(rollouts, rewards, rl, 1)
-    batches, rows, facts_of_pieces, settled_of_pieces = to_pieces(rollouts, rewards, rl, pieces)
+    (whole,), (all_rows,), facts, settled = to_minibatches(rollouts, rewards, rl, 1)
+    batches, rows, facts_of_pieces, settled_of_pieces = to_minibatches(rollouts, rewards, rl, pieces)
     assert len(batches) == len(rows) == pieces
     assert facts_of_pieces == facts and settled_of_pieces.tolist() == settled.tolist()
     assert np.concatenate(rows).tolist() == all_rows.tolist()
@@ -295,7 +295,7 @@ def test_each_piece_has_a_kl_mean_of_its_own():
     rollouts, rewards = made([1, 1, 1, 1], [0, 0, 1, 1]), np.array([1.0, 0.0, 1.0, 0.0])
     reference = rollouts.logprobs - np.array([1, 3, 5, 9.0])  # d; its means are 2 and 7, of all 4.5
     rl = RlSection(advantages=AdvantageSection(kl_coef=0.1))
-    batches, _, facts, _ = to_pieces(rollouts, rewards, rl, 2, reference)
+    batches, _, facts, _ = to_minibatches(rollouts, rewards, rl, 2, reference)
     found = [batch.columns["advantages"][batch.columns["weights"] > 0] for batch in batches]
     np.testing.assert_allclose(found, [[0.5 + 0.1, -0.5 - 0.1], [0.5 + 0.2, -0.5 - 0.2]], atol=1e-6)
     assert facts["policy/kl_reference"] == pytest.approx(4.5, abs=1e-6)
@@ -351,6 +351,6 @@ def test_without_a_baseline_groups_that_are_all_right_are_learned_from_and_those
 
 def test_groups_are_replaced_where_they_teach_nothing_and_only_there():
     rewards, group = np.array([1.0, 1.0, 0.0, 0.0, -1.0, 1.0, 0.0, 2.0]), np.repeat(np.arange(4), 2)
-    assert groups_teach_nothing(rewards, group, 4, MEAN).tolist() == [True, True, False, False]
+    assert groups_without_gradient(rewards, group, 4, MEAN).tolist() == [True, True, False, False]
     none = AdvantageSection(baseline="none")
-    assert groups_teach_nothing(rewards, group, 4, none).tolist() == [False, True, False, False]
+    assert groups_without_gradient(rewards, group, 4, none).tolist() == [False, True, False, False]

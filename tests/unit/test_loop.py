@@ -14,12 +14,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys import loop, overlap
+from rlsys import async_loop, loop
 from rlsys.config import JobConfig, parse_config
-from rlsys.facts import Facts
-from rlsys.ledger import AGREED, TRAINED, Ledger
-from rlsys.problems import Epochs
-from rlsys.stages import Centred, Graded, Made, Place, Published, Rewound, Stages, Trained
+from rlsys.data.problems import Epochs
+from rlsys.metrics import Metrics
+from rlsys.protocols import (
+    BatchRef,
+    DatumsRef,
+    MinibatchPosition,
+    PublishedAdapter,
+    RewardsRef,
+    RolledBack,
+    Stages,
+    TrainedStep,
+)
+from rlsys.run_state.ledger import AGREED, TRAINED, Ledger
 from rlsys.types import Array, SamplingParams
 
 STEPS, BATCH = 6, 3
@@ -61,8 +70,8 @@ class World:
     loaded: str = ""
     lines: list[tuple[str, int]] = field(default_factory=list)
     agreeing: frozenset[int] = frozenset()
-    trained: dict[int, Trained] = field(default_factory=dict)
-    tickets: dict[int, Made] = field(default_factory=dict)
+    trained: dict[int, TrainedStep] = field(default_factory=dict)
+    tickets: dict[int, BatchRef] = field(default_factory=dict)
     batch: list[Any] = field(default_factory=list)
     lock: Any = field(default_factory=threading.Lock)
     life: int = 0  # of the learner
@@ -76,22 +85,22 @@ class World:
         if what == "learner":
             self.restore()
         if what == "data" and may_lose_data:
-            raise Rewound(None)
+            raise RolledBack(None)
 
     # samplers
     def sample(
         self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
-    ) -> Made:
+    ) -> BatchRef:
         self.loses()
         if split == "train" and self.config.overlap.max_policy_lag is None:
             assert self.loaded == self.state_hash, "samplers serve something else than the learner's weights"
-        facts = {
+        metrics = {
             "sampler/completion_tokens_mean": 1.0,
             "sampler/completion_tokens": 8.0,
             "sampler/truncated_share": 0.0,
         }
         nth = () if occurrence is None else tuple(occurrence.tolist())
-        return Made(((split, tuple(problems), params.seed, self.loaded, self.version, nth),), facts)
+        return BatchRef(((split, tuple(problems), params.seed, self.loaded, self.version, nth),), metrics)
 
     def submit(
         self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
@@ -100,39 +109,41 @@ class World:
         self.tickets[ticket] = self.sample(split, problems, n, params, occurrence)
         return ticket
 
-    def collect(self, timeout_s: float) -> list[tuple[int, Made]]:
+    def collect(self, timeout_s: float) -> list[tuple[int, BatchRef]]:
         return [(first := min(self.tickets), self.tickets.pop(first))] if self.tickets else []
 
     def forget(self) -> None:
         self.tickets = {}
 
-    def load(self, update: Published) -> Facts:
+    def load(self, update: PublishedAdapter) -> Metrics:
         self.version, self.loaded = update.version, update.digest
         return {}
 
     # graders, advantages
-    def grade(self, split: str, rollouts: Made) -> Graded:
+    def grade(self, split: str, rollouts: BatchRef) -> RewardsRef:
         self.loses(may_lose_learner=False)  # graders do not know it
         problems = rollouts.refs[0][1]
         agreeing = np.array([problem in self.agreeing for problem in problems])
         zeros = np.zeros(len(problems))
-        return Graded(rollouts.refs, {"reward/mean": 0.5}, zeros, zeros.astype(np.int64), agreeing)
+        return RewardsRef(rollouts.refs, {"reward/mean": 0.5}, zeros, zeros.astype(np.int64), agreeing)
 
-    def centre(self, rollouts: Made, rewards: Graded, reference: Made | None, pieces: int) -> Centred:
+    def compute_advantages(
+        self, rollouts: BatchRef, rewards: RewardsRef, reference: BatchRef | None, pieces: int
+    ) -> DatumsRef:
         self.loses()
         problems = [problem for ref in rollouts.refs for problem in ref[1]]
         outcomes = np.array([AGREED if problem in self.agreeing else TRAINED for problem in problems], np.int8)
         shares = [tuple(share) for share in np.array_split(problems, pieces)]
         drawn_by = [ref[2:] for ref in rewards.refs]
         versions = [ref[4] for ref in rollouts.refs]
-        facts = {"sampler/version_min": float(min(versions)), "sampler/version_mean": float(np.mean(versions))}
-        return Centred(tuple((share, drawn_by) for share in shares), facts, (), outcomes)
+        metrics = {"sampler/version_min": float(min(versions)), "sampler/version_mean": float(np.mean(versions))}
+        return DatumsRef(tuple((share, drawn_by) for share in shares), metrics, (), outcomes)
 
     # learner
-    def reference(self, rollouts: Made) -> Made:
+    def reference(self, rollouts: BatchRef) -> BatchRef:
         raise AssertionError("there is no KL penalty")
 
-    def learn(self, datums: Any, place: Place) -> Made:
+    def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
         self.loses()
         assert place.first == (not self.batch)
         self.batch.append(datums)
@@ -140,11 +151,11 @@ class World:
             self.state_hash = hashlib.sha1(f"{self.state_hash}{self.batch}{place.step}".encode()).hexdigest()
             self.made += 1
             self.batch = []
-        return Made((), {"policy/version": float(self.made)})
+        return BatchRef((), {"policy/version": float(self.made)})
 
-    def publish(self) -> Published:
+    def publish(self) -> PublishedAdapter:
         self.loses(may_lose_data=False)
-        return Published(None, self.made, self.state_hash, 0)
+        return PublishedAdapter(None, self.made, self.state_hash, 0)
 
     def state(self) -> Any:
         return self.life, self.state_hash, self.made
@@ -153,7 +164,7 @@ class World:
         with self.saving:
             self.life += 1
             self.state_hash, self.made, self.batch = *self.saved[:2], []
-            raise Rewound(self.done)
+            raise RolledBack(self.done)
 
     # keeper
     def save(self, step: int, ledger: Ledger, state: Any) -> None:
@@ -161,23 +172,23 @@ class World:
             self.loses(may_lose_data=False)
         with self.saving:
             if state[0] != self.life:  # the learner has gone back since
-                raise Rewound(self.done)
+                raise RolledBack(self.done)
             self.saved, self.done = (*state[1:], ledger.to_bytes()), step
 
     # observer
-    def on_rewind(self, step: int) -> None:
+    def on_rollback(self, step: int) -> None:
         self.lines = [line for line in self.lines if line[1] <= step]
 
-    def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
+    def on_step(self, step: int, metrics: Metrics, trained: TrainedStep) -> None:
         self.lines.append(("step", step))
         self.trained[step] = trained
 
-    def on_eval(self, step: int, facts: Facts, rollouts: Made, rewards: Graded) -> None:
+    def on_eval(self, step: int, metrics: Metrics, rollouts: BatchRef, rewards: RewardsRef) -> None:
         self.lines.append(("eval", step))
 
     def run(self, book: Ledger, stop_after: int = STEPS) -> int:
         stages = Stages(self, self, self, self, self)
-        run = loop.run if self.config.overlap.max_policy_lag is None else overlap.run
+        run = loop.run if self.config.overlap.max_policy_lag is None else async_loop.run
         return run(
             self.config, stages, book, np.arange(2), self, lambda: self.version >= stop_after * self.config.rl.substeps
         )
@@ -291,7 +302,7 @@ def test_substeps_share_the_groups_and_only_the_first_is_on_policy() -> None:
     seen: list[tuple[int, bool]] = []
 
     class Watched(World):
-        def learn(self, datums: Any, place: Place) -> Made:
+        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
             seen.append((place.substep, place.on_policy))
             return super().learn(datums, place)
 
@@ -369,7 +380,7 @@ def test_in_overlapped_running_groups_that_agree_are_replaced_too() -> None:
 
 def test_an_error_in_a_thread_ends_the_overlapped_run_with_that_error() -> None:
     class Broken(World):
-        def learn(self, datums: Any, place: Place) -> Made:
+        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
             raise ValueError("cannot learn")
 
     with pytest.raises(ValueError, match="cannot learn"):
@@ -380,7 +391,7 @@ def test_a_learner_that_went_back_is_not_taught_what_was_already_waiting_for_it(
     class Slow(World):
         calls = 0
 
-        def learn(self, datums: Any, place: Place) -> Made:
+        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
             self.calls += 1
             time.sleep(0.1)  # the steps after it are whole by then
             if self.calls == 3:
@@ -396,10 +407,10 @@ def test_an_error_of_a_steps_first_piece_is_heard_before_its_last_piece_is_there
     class Broken(World):
         calls = 0
 
-        def learn(self, datums: Any, place: Place) -> Made:
+        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
             raise ValueError("cannot learn")
 
-        def collect(self, timeout_s: float) -> list[tuple[int, Made]]:
+        def collect(self, timeout_s: float) -> list[tuple[int, BatchRef]]:
             self.calls += 1
             assert self.calls < 1000, "the error was not heard"
             time.sleep(0.001)
@@ -418,7 +429,7 @@ def test_a_step_is_told_and_evaluated_though_something_is_lost_when_the_next_one
         ) -> int:
             if self.version == 2 and not self.lost:
                 self.lost = True
-                raise Rewound(None)
+                raise RolledBack(None)
             return super().submit(split, problems, n, params, occurrence)
 
     world = Loses(job(lag=0), [])
@@ -431,13 +442,13 @@ def test_losses_in_any_thread_at_any_moment_leave_every_step_made_once(seed: int
     rng = random.Random(seed)
 
     class Uneven(World):
-        def learn(self, datums: Any, place: Place) -> Made:
+        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
             time.sleep(rng.random() * 0.004)
             return super().learn(datums, place)
 
-        def on_step(self, step: int, facts: Facts, trained: Trained) -> None:
+        def on_step(self, step: int, metrics: Metrics, trained: TrainedStep) -> None:
             time.sleep(rng.random() * 0.004)
-            super().on_step(step, facts, trained)
+            super().on_step(step, metrics, trained)
 
     plan = [rng.choice(["", "", "", "", "", "data", "learner"]) for _ in range(60)]
     config = job(rng.choice([1, 2, 3]), lag=rng.choice([0, 1, 2]), minibatches=rng.choice([1, 3]))

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from rlsys.advantages import to_pieces
+from rlsys.advantages import to_minibatches
 from rlsys.config import JobConfig, keys, parse_config
 from rlsys.datums import DatumBatch
+from rlsys.learner.policy import cap_importance
 from rlsys.losses import resolve
-from rlsys.policy import cap_importance
 from rlsys.rollouts import LENGTH, Rollouts, offsets_of
 from rlsys.types import Array
 
@@ -43,7 +43,7 @@ def of_completions(
         stop_reasons=np.array([LENGTH if n == max(lengths) else 0 for n in lengths], np.int8),
     )
     reference = None if gaps is None else rollouts.logprobs - np.array(gaps)
-    (batch,), _, _, _ = to_pieces(rollouts, np.array(rewards), config.rl, 1, reference)
+    (batch,), _, _, _ = to_minibatches(rollouts, np.array(rewards), config.rl, 1, reference)
     return batch.columns["advantages"][batch.columns["weights"] > 0].astype(np.float64)
 
 

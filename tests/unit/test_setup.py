@@ -18,9 +18,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from rlsys.engine.build import ON, SET_UP
-from rlsys.engine.private_api import PINNED, minor
 from rlsys.python_version import PYTHONS
+from rlsys.sampler.private_api import PINNED, minor
+from rlsys.sampler.vllm_build import ON, SET_UP
 
 ROOT = Path(__file__).parents[2]
 LISTS = ROOT / "requirements"

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch
-from rlsys.learner import Learner
+from rlsys.learner.learner import Learner
 from rlsys.types import Datum, ModelInput
 
 Models = Callable[[bool], Path]

@@ -1,0 +1,1 @@
+"""The Ray cluster: connecting, placement, nodes, and what is sent to them."""

@@ -1,0 +1,52 @@
+"""Processors that a job is pinned to (`learner.cores`, `sampler.cores`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from rlsys.config import LearnerSection, SamplerSection
+from rlsys.config.key_types import checked_address
+from rlsys.errors import ConfigError
+from rlsys.utils.env_variables import env_variable
+
+
+def pin(cores: Sequence[int], key: str) -> None:
+    """Restrict this process, and those that it starts, to `cores`; empty: no restriction.
+
+    Raises:
+        ConfigError: this node lacks one of them. The system would use the others without a word.
+    """
+    if cores:
+        _refuse_absent(cores, key)
+        os.sched_setaffinity(0, cores)
+
+
+def refuse_absent_cores(address: str | None, learner: LearnerSection | None, sampler: SamplerSection) -> None:
+    """Check the keys before anything starts, where no cluster is joined: its actors run on this machine."""
+    if checked_address(address or env_variable("RAY_ADDRESS")):
+        return
+    if learner is not None:
+        _refuse_absent(learner.cores, "learner.cores")
+    _refuse_absent(sampler.cores, "sampler.cores")
+
+
+def _refuse_absent(cores: Sequence[int], key: str) -> None:
+    there = os.sched_getaffinity(0)
+    absent = sorted(set(cores) - there)
+    if absent:
+        raise ConfigError(
+            f"{key}: {', '.join(map(str, absent))} is no processor that this process may use on {os.uname().nodename}: "
+            f"{_ranges(sorted(there))}. Name some of these, or [] for any"
+        )
+
+
+def _ranges(cores: Sequence[int]) -> str:
+    """As ``0-3, 8``."""
+    runs: list[list[int]] = []
+    for core in cores:
+        if runs and core == runs[-1][-1] + 1:
+            runs[-1].append(core)
+        else:
+            runs.append([core])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

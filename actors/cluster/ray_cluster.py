@@ -1,0 +1,150 @@
+"""The Ray cluster of a job: joined when one is named, else started on this machine and stopped after the job."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private import worker as ray_worker
+from ray.exceptions import AuthenticationError, RayError
+
+from actors.cluster.process_environment import check_process_environment
+from actors.machine.gpus import gpus_for_ray
+from rlsys.config import ClusterSection
+from rlsys.config.key_types import checked_address
+from rlsys.errors import ClusterError
+from rlsys.sampler.vllm_build import Device, refuse_other_torch, refuse_other_vllm
+from rlsys.utils.env_variables import env_variable, set_default
+
+KNOCK_TIMEOUT_S = 10.0
+START = "Start one with `ray start --head`, or unset RAY_ADDRESS to have one started here for this job"
+REFUSED = ("unauthenticated", "authentication token", "token authentication", "invalid token", "authenticationerror")
+
+
+@contextmanager
+def cluster(section: ClusterSection) -> Iterator[str]:
+    """Yields where the cluster is, in words. ``cluster.address`` beats RAY_ADDRESS."""
+    address = checked_address(section.address or env_variable("RAY_ADDRESS"))
+    check_process_environment(starts_ray=not address)
+    # Ray prints every death of a worker in its own words; ours are told once, with their cause
+    # (actors/faults/actor_logs.py).
+    ray_worker.print_to_stdstream = _said_elsewhere
+    set_default("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls whose answer nobody wants any more
+    # Ray ends actors by a kill, after which sockets of engines and folders of fork servers would stay behind.
+    with tempfile.TemporaryDirectory(prefix="rlsys-", ignore_cleanup_errors=True) as scratch:
+        where = _join(address) if address else _start(section, scratch)
+        try:
+            yield where
+        finally:
+            _leave()
+
+
+def refuse_other_builds(section: ClusterSection, sampler: Device, learner: Device) -> None:
+    """Compare the packages here with the devices asked for, if Ray starts on this machine. On a cluster that is joined,
+    each actor compares on its own node.
+
+    Raises:
+        ClusterError: vLLM or torch is built for another device.
+    """
+    if section.address or env_variable("RAY_ADDRESS"):
+        return
+    refuse_other_vllm(sampler)
+    refuse_other_torch(learner)
+
+
+def _leave() -> None:
+    """Stop what was started here, or disconnect from what was joined.
+
+    Ray ends the process when a reference is let go of while it shuts down, and Python's garbage collector lets go of
+    them in whatever thread it happens to run, such as that of wandb: it must not run meanwhile.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        gc.enable()
+
+
+def _said_elsewhere(data: Any, ignore_prefix: bool) -> None:
+    """In place of what Ray puts on the terminal."""
+
+
+def _join(address: str) -> str:
+    where = f"{address!r} (cluster.address or RAY_ADDRESS)"
+    try:
+        _knock(address)
+    except OSError as error:
+        raise ClusterError(f"no Ray cluster answers at {where}: {_line(error)}. {START}") from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="warning")
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        raise ClusterError(why_not_joined(where, error)) from error
+    return f"the Ray cluster at {address}"
+
+
+def why_not_joined(where: str, error: BaseException) -> str:
+    """What Ray's error on joining means, and the way out: refused, of another version, or not there."""
+    chain, text = error, str(error)
+    while (chain := chain.__cause__ or chain.__context__) is not None:  # type: ignore[assignment]
+        text += f" {chain}"
+    low = text.lower()
+    if isinstance(error, AuthenticationError) or any(word in low for word in REFUSED):
+        mode = env_variable("RAY_AUTH_MODE")
+        now = f"RAY_AUTH_MODE is {mode!r} here" if mode else "RAY_AUTH_MODE is not set here"
+        return (
+            f"the Ray cluster at {where} refuses this process's token: {_line(error)}. {now}. Set RAY_AUTH_MODE to "
+            "what the cluster was started with: disabled, or token with the cluster's own token in RAY_AUTH_TOKEN, in "
+            "the file of RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token"
+        )
+    if "version mismatch" in low or "versions don't match" in low:
+        return (
+            f"the Ray cluster at {where} is of another version: {' '.join(text.split())[:300]}. Use the same Ray and "
+            "Python on both sides (pip install 'ray[default]==VERSION'), or start a cluster from this environment"
+        )
+    if "could not find any running ray instance" in low or "'auto'" in low:
+        return f"no Ray cluster answers at {where}: {_line(error)}. {START}"
+    tls = env_variable("RAY_USE_TLS") or "0"
+    return (
+        f"something listens at {where}, but it does not answer as a Ray cluster does: {_line(error)}. Look at the port "
+        "(6379 unless `ray start --head --port` says otherwise; 8265 is the dashboard and takes no jobs of this kind), "
+        f"at TLS (RAY_USE_TLS is {tls!r} here, and has to be the same on both sides), and at RAY_AUTH_MODE and token"
+    )
+
+
+def _line(error: BaseException) -> str:
+    """The first sentence: Ray adds advice of its own for several lines."""
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return said.partition(". ")[0].strip().rstrip(".")
+
+
+def _knock(address: str) -> None:
+    """Ask whether anything listens at a ``host:port``: ray.init alone was seen to wait minutes for nobody."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
+
+
+def _start(section: ClusterSection, scratch: str) -> str:
+    set_default("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        num_cpus=section.num_cpus,
+        num_gpus=gpus_for_ray(),
+        object_store_memory=int(section.object_store_gb * 2**30),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+        runtime_env={"env_vars": {"TMPDIR": scratch}},
+    )
+    return "a Ray cluster on this machine"
+
+
+def threads_env(threads: int) -> dict[str, dict[str, str]]:
+    """A runtime_env that fixes the threads of numerical libraries before they are loaded."""
+    return {"env_vars": {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}}

@@ -1,0 +1,1 @@
+"""Detects actors that died or hang, and reports why."""

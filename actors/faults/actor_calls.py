@@ -1,0 +1,163 @@
+"""Waiting for actors: every wait has a limit, and what went wrong comes out as one readable error."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from rlsys.errors import ActorDiedError, ActorFailedError, DataLostError, RlsysError, StalledError
+from rlsys.utils.gpu_errors import Role, advised
+
+DEATHS = (RayActorError, NodeDiedError, WorkerCrashedError, LocalRayletDiedError, OutOfMemoryError)
+
+_COLOUR = re.compile(r"\x1b\[\d*m")
+# What Ray puts in place of "Traceback (most recent call last):"; the last one is of the actor that failed first.
+_HEADER = re.compile(r"ray::(?P<call>[\w.<>-]+)\(\) \(pid=(?P<pid>\d+), ip=(?P<ip>[^,)]+)(?:, actor_id=(?P<id>\w+))?")
+_FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<name>.+)')
+_OURS = re.compile(r".*/((?:rlsys|actors)/.+)")
+_FOREIGN = re.compile(r"/(site-packages|dist-packages|lib/python3[^/]*)/|^python/ray/|^<")
+_LAST_SAID = 1000  # characters of a traceback: its exception, of which the first line alone is shown
+_ROLES: tuple[Role, ...] = ("learner", "sampler")
+_RAISED = re.compile(r"^[\w.]+(?:Error|Exception|Exit|Interrupt|Warning)\b.*")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a failure began, read from Ray's text: the exception that reaches us has lost it."""
+
+    name: str  # the actor's class and process, as nobody has given it a name here
+    actor_id: str  # hex; empty for a task
+    place: str  # "rlsys/learner/policy.py:88 in step"; empty where Ray gave no frames
+    block: str  # the one traceback that tells it
+
+
+def wait(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
+    """The value behind one reference. `what` names who does what, for the message.
+
+    Raises:
+        RlsysError: the one that the actor raised, as it raised it.
+        ActorDiedError, DataLostError: it is gone, or what it needed is.
+        ActorFailedError: it raised an error from outside rlsys.
+        StalledError: no answer within the limit.
+    """
+    try:
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError:
+        raise StalledError(f"{what}: no answer within {timeout_s:.0f} s") from None
+    except RayError as error:
+        raise as_raised(error, what) from None
+
+
+def wait_all(refs: Sequence[ray.ObjectRef], timeout_s: float, what: Sequence[str]) -> list[Any]:
+    """As ``wait``, for several at once: the first to fail is the one that is raised, in whichever order they stand."""
+    names = dict(zip(refs, what, strict=True))
+    pending = list(refs)
+    while pending:
+        ready, pending = ray.wait(pending, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if not ready:
+            waiting = ", ".join(names[ref] for ref in pending)
+            raise StalledError(f"no answer within {timeout_s:.0f} s from: {waiting}")
+        wait(ready[0], timeout_s, names[ready[0]])
+    return list(ray.get(list(refs), timeout=timeout_s))
+
+
+def as_raised(error: BaseException, who: str, names: Mapping[str, str] | None = None) -> RlsysError:
+    """Ray's error as ours, in one line; the traceback of an error from outside rlsys is its note.
+
+    `who` was waited for. Where another actor failed before it, that one is named: by `names` (actor id -> who) if it is
+    there, else by its class and process. Only a death of `who` itself is an ActorDiedError.
+    """
+    if isinstance(error, RlsysError) and not isinstance(error, RayError):
+        return error
+    names = names or {}
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, RlsysError):
+        return cause
+    text = _COLOUR.sub("", str(error))
+    if isinstance(cause, ObjectLostError):
+        return DataLostError(f"{who}: what it needed is lost with the node or actor that held it: {_first_line(cause)}")
+    if isinstance(cause, RayActorError) and getattr(cause, "_actor_init_failed", False):
+        return _failed(_origin(str(cause.error_msg)), _last_raised(str(cause.error_msg)), who, names)
+    if isinstance(cause, DEATHS) and isinstance(error, RayTaskError):  # it lives, but not who was to make its argument
+        gone = names.get(getattr(cause, "actor_id", None) or "", "another actor")
+        return DataLostError(f"{who}: what it needed is lost with {gone}: {_ending(cause)}")
+    if isinstance(cause, DEATHS):
+        return ActorDiedError(f"{who}: {_ending(cause)}")
+    if not isinstance(error, RayTaskError):
+        return ActorFailedError(f"{who}: {type(error).__name__}: {_first_line(error)}")
+    return _failed(_origin(text), f"{type(cause).__name__}: {_first_line(cause)}", who, names)
+
+
+def _failed(origin: Origin, raised: str, who: str, names: Mapping[str, str]) -> ActorFailedError:
+    culprit = names.get(origin.actor_id) or (origin.name if origin.name else who)
+    culprit, needed = (culprit, f", needed by {who}") if culprit != who else (who, "")
+    place = f" ({origin.place})" if origin.place else ""
+    failure = ActorFailedError(f"{culprit}: {_advised(raised, origin.block, culprit)}{place}{needed}")
+    failure.add_note(origin.block)
+    return failure
+
+
+def _advised(raised: str, block: str, culprit: str) -> str:
+    """With what helps against an error of CUDA, NCCL or vLLM."""
+    role = next((role for role in _ROLES if culprit.lower().startswith(role)), None)
+    return raised if role is None else advised(raised, f"{raised}\n{block[-_LAST_SAID:]}", role)
+
+
+def _origin(text: str) -> Origin:
+    headers = list(_HEADER.finditer(_COLOUR.sub("", text)))
+    if not headers:
+        return Origin("", "", _place(text), text)
+    last = headers[-1]
+    block = _COLOUR.sub("", text)[last.start() :]
+    same = last["id"] == headers[0]["id"]  # the actor that was asked, whose name the caller knows
+    kind = last["call"].partition(".")[0]
+    name = "" if same else f"{kind} (pid {last['pid']} on {last['ip']})"
+    return Origin(name, last["id"] or "", _place(block), block)
+
+
+def _place(block: str) -> str:
+    """The last frame that is ours or the user's; else the last one."""
+    frames = list(_FRAME.finditer(block))
+    if not frames:
+        return ""
+    known = [frame for frame in frames if _OURS.match(frame["path"]) or not _FOREIGN.search(frame["path"])]
+    frame = (known or frames)[-1]
+    path = _OURS.sub(r"\1", frame["path"])
+    return f"{path}:{frame['line']} in {frame['name']}"
+
+
+def _last_raised(text: str) -> str:
+    lines = [line for line in text.splitlines() if _RAISED.match(line)]
+    return lines[-1] if lines else "its constructor failed"
+
+
+def _ending(error: RayError) -> str:
+    """Ray's account of a death, without what it says of every death."""
+    text = str(error)
+    process = re.search(r"pid: (\d+)", text), re.search(r"\bip: (\S+)", text)
+    where = f" (pid {process[0][1]} on {process[1][1]})" if process[0] and process[1] else ""
+    if "connection error code 2" in text:
+        return f"its process is gone{where}: killed, out of memory, or crashed"
+    reason = text.rpartition("The actor is dead because ")[2].partition(" Some common causes")[0]
+    reason = reason.replace("Worker exit type: ", "").replace("Worker exit detail: ", "")
+    return f"it is gone{where}: {' '.join(reason.split())}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in _COLOUR.sub("", str(error)).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"

@@ -1,0 +1,1 @@
+"""This machine and its GPUs, and what `rlsys doctor` finds wrong with them. No Ray here."""

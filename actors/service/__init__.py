@@ -1,0 +1,1 @@
+"""Deployments for `rlsys.ServiceClient` on Ray."""

@@ -1,0 +1,341 @@
+"""Deployments on a Ray cluster: one base model with a learner and samplers, found by name or started here."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import threading
+import time
+import uuid
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.cluster.base_folder import local_folder
+from actors.cluster.ray_cluster import cluster, refuse_other_builds, threads_env
+from actors.service.call_futures import future_of, together
+from actors.service.function_shipping import ship
+from actors.service.learner_service import ServiceLearner
+from actors.service.placement import dtype_of, refuse_shortfall, sections
+from actors.service.sampler_service import ServiceSampler
+from rlsys.architectures.model_shape import max_positions, read_config
+from rlsys.architectures.support import refuse_unsupported, serves_unembedding
+from rlsys.client.backend import About, ModelHandle, SampleAnswer, SnapshotHandle
+from rlsys.client.config import HostSpec, SamplerSpec, ServiceConfig
+from rlsys.client.paths import folder_of
+from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
+from rlsys.config.gpu_shares import may_share, start_in_order
+from rlsys.errors import ConfigError
+from rlsys.types import Array, SamplingParams
+from rlsys.utils.shell_paths import as_written
+
+NAMESPACE = "rlsys"
+ASK_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 30.0
+MANY_CALLS = 10_000  # at once in a door: a call that waits for its turn must not keep out the one it waits for
+
+
+class RayBackend:
+    """Deployments by base model. What was started here ends here, unless the config says detached."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        self._config = config
+        self._checkpoints = str(Path(config.checkpoints).absolute())
+        self._session = uuid.uuid4().hex[:12]
+        self._models = itertools.count()
+        self._starting = threading.Lock()
+        self._joined: dict[str, RayDeployment] = {}
+        self._started: list[list[Any]] = []  # actors, engines first
+        self._cluster = ExitStack()
+        if not ray.is_initialized():
+            self._cluster.enter_context(cluster(config.cluster))
+
+    def deployment(self, base_model: str) -> RayDeployment:
+        source = self._source(base_model)
+        with self._starting:
+            found = self._joined.get(source)
+            if found is None:
+                found = self._join(source) or self._start(base_model, source)
+                self._joined[source] = found
+            return found
+
+    def base_model_of(self, path: str) -> str:
+        from rlsys.learner.adapter_checkpoint import (
+            read_info,  # brings the learner's libraries, which clients do without
+        )
+
+        return read_info(folder_of(Path(self._checkpoints), path)).base_name
+
+    def known(self) -> list[About | str]:
+        running = [future_of(actor.about.remote(), "learner: what it runs") for actor in _running().values()]
+        found = [about.result(ASK_TIMEOUT_S) for about in running]
+        sources = {about.folder for about in found}
+        idle = [name for name, source in self._config.models.items() if _resolved(source) not in sources]
+        return [*found, *idle]
+
+    def close(self) -> None:
+        for actors in self._started:
+            _end(actors)
+        self._started, self._joined = [], {}
+        self._cluster.close()
+
+    def _source(self, base_model: str) -> str:
+        """The folder or hub name that loads it.
+
+        Raises:
+            ConfigError: no such model.
+        """
+        source = _resolved(self._config.source(base_model))
+        if Path(source).is_dir() or _key(source) in _running():
+            return source
+        reason = "no folder on this node"
+        if base_model not in self._config.models and source.count("/") == 1 and not source.startswith((".", "/")):
+            try:
+                with local_folder(source):
+                    return source
+            except ConfigError as error:
+                reason = str(error).partition(": ")[2]
+        raise ConfigError(f"base_model: found {base_model!r}, {reason}; known models: {self._known_names()}")
+
+    def _known_names(self) -> str:
+        names = [f"{one.base_model!r} (running)" if isinstance(one, About) else repr(one) for one in self.known()]
+        return ", ".join(names) or "none; give a model folder, or name one in ServiceConfig(models={name: folder})"
+
+    def _join(self, source: str) -> RayDeployment | None:
+        learner = _running().get(_key(source))
+        if learner is None:
+            return None
+        about = future_of(learner.about.remote(), f"deployment of {source}").result(self._config.start_timeout_s)
+        samplers = [ray.get_actor(name, namespace=NAMESPACE) for name in _names(f"sampler/{_key(source)}/")]
+        return RayDeployment(about, learner, samplers, self._model_id)
+
+    def _start(self, base_model: str, source: str) -> RayDeployment:
+        host, engine = self._specs(base_model, source)
+        refuse_shortfall(host.learner, engine.section)
+        named: dict[str, Any] = {"namespace": NAMESPACE, "max_concurrency": MANY_CALLS}
+        if self._config.detached is not None:
+            named["lifetime"] = "detached"
+        actors: list[Any] = []
+        try:
+            for i in range(engine.section.num_workers):
+                door = _learner_actor(ServiceSampler, engine.section, name=f"sampler/{_key(source)}/{i}", **named)
+                actors.append(door.remote(engine, i))
+            door = _learner_actor(ServiceLearner, host.learner, name=f"learner/{_key(source)}", **named)
+            actors.append(door.remote(host, self._config.gap_timeout_s))
+            *samplers, learner = actors
+            about = _brought_up(
+                learner, samplers, self._config.start_timeout_s, may_share(host.learner, engine.section)
+            )
+        except BaseException:
+            _end(actors)
+            raise
+        if self._config.detached is None:
+            self._started.append(actors)
+        return RayDeployment(about, learner, samplers, self._model_id)
+
+    def _specs(self, base_model: str, source: str) -> tuple[HostSpec, SamplerSpec]:
+        from rlsys.planning.model_folder import check_tokenizer  # brings transformers, which joining needs not
+
+        config = self._config
+        with local_folder(source) as folder:
+            for note in check_tokenizer(folder):
+                warnings.warn(note, stacklevel=2)
+            found = read_config(folder)
+        max_length = min(config.max_length, max_positions(found) or config.max_length)
+        learner, sampler = sections(config, ray.cluster_resources())
+        refuse_other_builds(config.cluster, sampler.device, learner.device)
+        dtype, device = dtype_of(config, sampler), sampler.device
+        model = ModelSection(path=as_written(source), dtype=dtype, max_length=max_length)
+        refuse_unsupported(found, source, max_length=max_length, lora=None, sampler=sampler, device=device)
+        host = HostSpec(
+            base_model=base_model,
+            model=model,
+            learner=learner,
+            max_lora_rank=sampler.max_lora_rank,
+            lora_alpha=config.lora_alpha,
+            serves_unembed=serves_unembedding(found, device),
+            checkpoints=self._checkpoints,
+            detached=config.detached,
+        )
+        engine = SamplerSpec(
+            model=model,
+            section=sampler,
+            device=device,
+            max_canary_diff=None,
+            room_timeout_s=config.room_timeout_s,
+        )
+        return host, engine
+
+    def _model_id(self) -> str:
+        return f"{self._session}:train:{next(self._models)}"
+
+
+class RayDeployment:
+    """`rlsys.client.backend.Deployment` on one learner actor and its sampler actors."""
+
+    def __init__(self, about: About, learner: Any, samplers: Sequence[Any], model_id: Callable[[], str]) -> None:
+        self.about = about
+        self._learner, self._samplers, self._model_id = learner, samplers, model_id
+        self._next = itertools.count()
+        self._unneeded: deque[Callable[[], Any]] = deque()
+
+    def create_model(self, lora: LoraSection, seed: int) -> Future[ModelHandle]:
+        model_id = self._model_id()
+        return future_of(self._learner.create_model.remote(model_id, lora, seed), f"learner: creating {model_id}")
+
+    def restore_model(self, path: str, optimizer: bool) -> Future[ModelHandle]:
+        call = self._learner.restore_model.remote(self._model_id(), path, optimizer)
+        return future_of(call, f"learner: restoring {path}")
+
+    def submit(self, model_id: str, seq: int, op: str, args: Sequence[Any]) -> Future[Any]:
+        self._let_go()
+        what = f"training client {model_id}: {op}"
+        answer = future_of(self._learner.submit.remote(model_id, seq, op, list(args)), what)
+        return self._held(answer) if op == "snapshot" else answer
+
+    def ship(self, fn: Callable[..., Any]) -> bytes:
+        return ship(fn)
+
+    def open(self, path: str) -> Future[SnapshotHandle]:
+        return self._held(future_of(self._learner.open.remote(path), f"learner: opening {path}"))
+
+    def sample(
+        self,
+        snapshot: SnapshotHandle | None,
+        prompt: Array,
+        n: int,
+        params: SamplingParams,
+        prompt_logprobs: bool,
+        topk: int,
+    ) -> Future[SampleAnswer]:
+        self._let_go()
+        sampler, what = self._sampler()
+        key = None if snapshot is None else snapshot.key
+        call = sampler.sample.remote(key, prompt, n, params, prompt_logprobs, topk)
+        return future_of(call, f"{what}: sampling")
+
+    def logprobs(self, snapshot: SnapshotHandle | None, tokens: Array) -> Future[Array]:
+        self._let_go()
+        sampler, what = self._sampler()
+        return future_of(
+            sampler.logprobs.remote(None if snapshot is None else snapshot.key, tokens), f"{what}: scoring"
+        )
+
+    def release(self, snapshot: SnapshotHandle) -> None:
+        """Called by the garbage collector, in the middle of anything: noted here, and sent with the next call."""
+        self._unneeded.append(lambda: [sampler.release.remote(snapshot.key) for sampler in self._samplers])
+
+    def drop_model(self, model_id: str, seq: int) -> None:
+        """As `release`, for a run; it has its turn among the run's calls."""
+        self._unneeded.append(lambda: self._learner.submit.remote(model_id, seq, "drop", []))
+
+    def _held(self, answer: Future[SnapshotHandle]) -> Future[SnapshotHandle]:
+        """Every sampler knows the snapshot before the caller does: an async actor does not keep calls in order."""
+        registered: Future[SnapshotHandle] = Future()
+
+        def register(done: Future[SnapshotHandle]) -> None:
+            try:
+                handle = done.result()
+                calls = [
+                    future_of(sampler.register.remote(handle.key, handle.ref), f"sampler {i}: registering {handle.key}")
+                    for i, sampler in enumerate(self._samplers)
+                ]
+                together(calls, registered, handle)
+            except BaseException as error:  # the process edge of a callback: it goes to whoever holds the future
+                registered.set_exception(error)
+
+        answer.add_done_callback(register)
+        return registered
+
+    def _sampler(self) -> tuple[Any, str]:
+        i = next(self._next) % len(self._samplers)
+        return self._samplers[i], f"sampler {i}"
+
+    def _let_go(self) -> None:
+        with suppress(IndexError):  # empty, perhaps emptied by another thread
+            while True:
+                self._unneeded.popleft()()
+
+
+def _learner_actor(kind: type, section: LearnerSection | SamplerSection, **options: Any) -> Any:
+    return ray.remote(kind).options(
+        num_cpus=section.num_cpus,
+        num_gpus=section.num_gpus,
+        runtime_env=threads_env(section.threads),
+        **options,
+    )
+
+
+def stop(name: str | None = None) -> list[str]:
+    """End running deployments, or the one detached under that name or of that base; returns their bases."""
+    ended = []
+    for key, learner in _running().items():
+        about = future_of(learner.about.remote(), "learner: what it runs").result(ASK_TIMEOUT_S)
+        if name in (None, about.detached, about.base_model, about.folder):
+            _end([*(ray.get_actor(found, namespace=NAMESPACE) for found in _names(f"sampler/{key}/")), learner])
+            ended.append(about.base_model)
+    return ended
+
+
+def _brought_up(learner: Any, samplers: Sequence[Any], limit_s: float, shared: bool) -> About:
+    """Load the base everywhere, and have every sampler prove that adapters reach its forward pass. `shared`: learner
+    and samplers may be on one GPU."""
+    deadline = time.monotonic() + limit_s
+    preloading = [(sampler, future_of(sampler.preload.remote(), "sampler: loading vLLM")) for sampler in samplers]
+    loading = future_of(learner.start.remote(), "learner: loading the base")
+    starting = []
+
+    def begin_engines() -> None:
+        for sampler, preloaded in preloading:
+            preloaded.result(deadline - time.monotonic())
+            starting.append(future_of(sampler.start.remote(), "sampler: starting vLLM"))
+
+    start_in_order(shared, lambda: loading.result(deadline - time.monotonic()), begin_engines)
+    about: About = loading.result()
+    for started in starting:
+        started.result(deadline - time.monotonic())
+    probe = learner.probe.remote()
+    proofs = [future_of(sampler.prove.remote(probe), "sampler: proving its adapters") for sampler in samplers]
+    for proof in proofs:
+        proof.result(deadline - time.monotonic())
+    future_of(learner.announce.remote(), "learner: opening").result(ASK_TIMEOUT_S)
+    return about
+
+
+def _end(actors: Sequence[Any]) -> None:
+    """Engines end by themselves where they can, then every actor is killed."""
+    stopping = [actor.stop.remote() for actor in actors]
+    ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S) if stopping else None
+    for actor in actors:
+        ray.kill(actor)
+
+
+def _running() -> dict[str, Any]:
+    """Learner actors by the key of their base."""
+    found = {}
+    for name in _names("learner/"):
+        try:
+            found[name.removeprefix("learner/")] = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:  # it ended between the two questions
+            continue
+    return found
+
+
+def _names(prefix: str) -> list[str]:
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(one["name"] for one in named if one["namespace"] == NAMESPACE and one["name"].startswith(prefix))
+
+
+def _resolved(source: str) -> str:
+    return os.path.abspath(source) if Path(source).is_dir() else source
+
+
+def _key(source: str) -> str:
+    return hashlib.blake2b(source.encode(), digest_size=6).hexdigest()

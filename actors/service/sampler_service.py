@@ -1,0 +1,92 @@
+"""Door onto a vLLM engine that many sampling clients share."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import AsyncExitStack
+from typing import Any
+
+from rlsys.client.backend import SampleAnswer
+from rlsys.client.config import SamplerSpec
+from rlsys.errors import SamplingError
+from rlsys.service.snapshot_cache import SnapshotCache
+from rlsys.types import Array, SamplingParams
+from rlsys.weight_sync.canary import StartupProbe
+
+
+class ServiceSampler:
+    """Async: many calls at once, which is how the engine batches them."""
+
+    def __init__(self, spec: SamplerSpec, index: int) -> None:
+        from rlsys.sampler import engine
+
+        engine.prepare_environment(spec.section, spec.device)
+        self.spec, self.index = spec, index
+        self.opened: Counter[str] = Counter()
+        self.refs: dict[str, Any] = {}
+        self.snapshot_cache = SnapshotCache(
+            spec.section.max_live_adapters, self._load, self._unload, spec.room_timeout_s
+        )
+
+    async def preload(self) -> None:
+        from rlsys.sampler import engine
+
+        engine.preload(self.spec.device)
+
+    async def start(self) -> None:
+        from actors.cluster.base_folder import local_folder
+        from rlsys.service.snapshot_engine import SnapshotEngine
+
+        spec = self.spec
+        assert spec.model.path is not None
+        with local_folder(spec.model.path) as folder:
+            self.engine = SnapshotEngine(
+                name=str(self.index),
+                base=folder,
+                model=spec.model,
+                section=spec.section,
+                seed=self.index,
+                device=spec.device,
+            )
+            await self.engine.start()
+
+    async def prove(self, probe: StartupProbe) -> None:
+        await self.engine.probe(probe, self.spec.max_canary_diff)
+
+    async def register(self, key: str, ref: list[Any]) -> None:
+        """One more client holds this snapshot. `ref` is wrapped in a list, so that Ray does not fetch it here."""
+        self.opened[key] += 1
+        self.refs[key] = ref[0]
+
+    async def release(self, key: str) -> None:
+        self.opened[key] -= 1
+        if self.opened[key] <= 0:
+            del self.opened[key], self.refs[key]
+            await self.snapshot_cache.leave(key)
+
+    async def sample(
+        self, key: str | None, prompt: Array, n: int, params: SamplingParams, prompt_logprobs: bool, topk: int
+    ) -> SampleAnswer:
+        async with self._using(key):
+            return await self.engine.answer(key, prompt, n, params, prompt_logprobs, topk)
+
+    async def logprobs(self, key: str | None, tokens: Array) -> Array:
+        async with self._using(key):
+            return await self.engine.score(key, tokens)
+
+    async def resident(self) -> list[str]:
+        return self.snapshot_cache.keys
+
+    async def stop(self) -> None:
+        await self.engine.stop()
+
+    def _using(self, key: str | None) -> Any:
+        return AsyncExitStack() if key is None else self.snapshot_cache.using(key)
+
+    async def _load(self, key: str) -> None:
+        if key not in self.refs:
+            raise SamplingError(f"snapshot {key} is not held by any client any more")
+        await self.engine.serve(key, await self.refs[key], self.spec.max_canary_diff)
+
+    async def _unload(self, key: str) -> None:
+        await self.engine.withdraw(key)

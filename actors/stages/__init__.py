@@ -1,0 +1,1 @@
+"""The stages of the loop on Ray actors: dispatch, restart, checkpoint."""

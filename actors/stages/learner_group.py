@@ -1,0 +1,238 @@
+"""The learner's ranks as one stage: every rank gets the same calls; where one dies, all come back from a checkpoint."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol
+
+import ray
+
+from actors.cluster.placement import Slot
+from actors.faults.actor_logs import Failures
+from actors.faults.watchdog import Waiting, Watchdog, value
+from actors.learner_actor import WATCH, LearnerActor
+from rlsys.config import JobConfig
+from rlsys.errors import ActorDiedError, DataLostError, RlsysError, WeightSyncError
+from rlsys.protocols import BatchRef, MinibatchPosition, PublishedAdapter, RolledBack
+from rlsys.run_state.run_dir import Resume
+
+POLL_S = 0.5
+ROOT_CAUSE_S = 3.0  # for the rank that died to be heard, where another one first says that it lost a peer
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerInit:
+    """What a rank is started with: references."""
+
+    base: Any
+    train: Any
+
+
+class CheckpointSource(Protocol):
+    """What the ranks come back from: a run's store, or what an evaluation was given."""
+
+    def latest(self) -> Resume | None: ...
+
+
+class LearnerGroup:
+    """The loop's ``Learner``. ``flush``: waits for the checkpoint that is being written, if one is.
+
+    Two threads may use it at once: one call is made at a time, and a death that two of them see is healed once.
+    """
+
+    def __init__(
+        self, config: JobConfig, store: CheckpointSource, failures: Failures, note: Callable[[str], None]
+    ) -> None:
+        self.config, self.store, self.failures, self.note = config, store, failures, note
+        self.ranks: list[Any] = []
+        self.slots: Sequence[Slot] = ()
+        self.init: LearnerInit | None = None
+        self.deaths = 0  # since the last step that was made
+        self.flush: Callable[[], None] = lambda: None
+        self.lives = 0  # how often the ranks were made
+        self.ended = False
+        self._one_at_a_time = threading.RLock()
+
+    # the job's beginning and end
+
+    def launch(self, slots: Sequence[Slot]) -> None:
+        self.slots = slots
+        self.lives += 1
+        remote = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
+        self.ranks = [remote.options(**slot.ray_options()).remote(self.config, i) for i, slot in enumerate(slots)]
+
+    def make_base(self, on_news: Callable[[list[dict[str, float]]], None]) -> Mapping[str, bytes]:
+        """The packed folder of a base made from nothing; one rank makes it, and begins again should it die."""
+        while True:
+            made, metrics = self.ranks[0].make_base.options(num_returns=2).remote()
+            dog = Watchdog("base", self.config.watchdog.base_s, self.failures)
+            waiting, seen = Waiting(metrics, self._name(0), "making the base", self.ranks[0]), 0
+            try:
+                while True:
+                    done = dog.wait_any([waiting], POLL_S)
+                    news = self._ask(self.ranks[0].supervised_since.remote(seen), "base", "progress of the base")
+                    seen += len(news)
+                    on_news(news)
+                    if done:
+                        value(waiting, self.failures)
+                        files: Mapping[str, bytes] = self._ask(made, "base", "handing over the base")
+                        return files
+            except ActorDiedError as error:
+                self._relaunch(error)
+
+    def start(self, init: LearnerInit) -> None:
+        """Load the base everywhere and begin, or go on from the run's last checkpoint."""
+        self.init = init
+        while True:
+            try:
+                return self._start()
+            except ActorDiedError as error:
+                self._relaunch(error)
+
+    def probe(self) -> Any:
+        """A reference to an adapter that no sampler can overlook. Raises Rewound where the learner had to come back."""
+        with self._one_at_a_time:
+            refs = [rank.probe.remote() for rank in self.ranks]
+            self._or_recover(refs, "start", "making the probe adapter")
+            return refs[0]
+
+    def close(self) -> None:
+        """At the job's end: from now on nobody brings it back."""
+        self.ended = True
+        self._kill()
+
+    def _kill(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
+
+    # the loop's stages
+
+    def reference(self, rollouts: BatchRef) -> BatchRef:
+        with self._one_at_a_time:
+            calls = [rank.reference.remote(*rollouts.refs) for rank in self.ranks]
+            self._or_recover([metrics for _, metrics in calls], "reference", "log-probabilities under the reference")
+            return BatchRef((calls[0][0],), {})
+
+    def learn(self, datums: Any, position: MinibatchPosition) -> BatchRef:
+        with self._one_at_a_time:
+            calls = [rank.learn.remote(datums, position) for rank in self.ranks]
+            metrics = self._or_recover([metrics for _, metrics in calls], "learn", f"step {position.step}")[0]
+            self.deaths = 0
+            return BatchRef((calls[0][0],), metrics)
+
+    def publish(self) -> PublishedAdapter:
+        with self._one_at_a_time:
+            calls = [rank.publish.remote() for rank in self.ranks]
+            label = self._or_recover([label for _, label in calls], "sync", "publishing the adapter")[0]
+            if len(self.ranks) > 1:
+                digests = self._or_recover([rank.digest.remote() for rank in self.ranks], "sync", "comparing adapters")
+                self._refuse_apart(digests, label["version"])
+            return PublishedAdapter(calls[0][0], **label)
+
+    def state(self) -> Waiting:
+        """The checkpoint's files on their way, as of now."""
+        with self._one_at_a_time:
+            ref = self.ranks[0].state_files.remote()
+            return Waiting(ref, self._name(0), "packing a checkpoint", self.ranks[0])
+
+    def restore(self) -> NoReturn:
+        self.recover(DataLostError("the learner: is in the middle of a step whose data is lost"))
+
+    def recover(self, error: ActorDiedError | DataLostError, life: int | None = None) -> NoReturn:
+        """Start every rank again from the last checkpoint; not where another thread has since the `life` that died.
+
+        Raises:
+            Rewound: always, with the step that the learner now stands after.
+            ActorDiedError: too many ranks died without a step in between, or the job is over.
+        """
+        with self._one_at_a_time:
+            if self.ended:
+                raise error
+            if life is None or life == self.lives:
+                self._relaunch(error)
+                assert self.init is not None
+                self.start(self.init)
+                self.note(f"the learner is back, after step {max(self._saved_step(), 0)}")
+            raise RolledBack(self._saved_step())
+
+    def _saved_step(self) -> int:
+        resume = self.store.latest()
+        return -1 if resume is None else resume.step
+
+    # small parts
+
+    def _start(self) -> None:
+        assert self.init is not None
+        resume = self.store.latest()
+        files = None if resume is None else ray.put(dict(resume.files))
+        meeting_point = None
+        if len(self.ranks) > 1:
+            meeting_point = self._ask(self.ranks[0].meeting_point.remote(), "start", "finding a free port")
+        refs = [rank.start.remote(self.init.base, self.init.train, meeting_point, files) for rank in self.ranks]
+        wanted = self.config.model.dtype
+        for computed in {*self._results(refs, "start", "loading the base")} - {wanted}:
+            self.note(f"the learner's CPU has no kernels for {wanted}: {computed} is computed with {wanted}'s weights")
+
+    def _relaunch(self, error: ActorDiedError | DataLostError) -> None:
+        if self.ended:
+            raise error
+        self.deaths += 1
+        limit = self.config.cluster.max_restarts
+        if self.deaths > limit:
+            raise self.failures.gone(f"learner ranks died {self.deaths} times without a step in between", limit)
+        self.note(
+            f"the learner is started again from the last checkpoint ({self.deaths} of {limit}): "
+            f"{str(error).splitlines()[0]}"
+        )
+        gone, self.ranks = self.ranks, []  # from here on nobody begins a checkpoint of what they were
+        self.flush()
+        for rank in gone:
+            ray.kill(rank)
+        self.launch(self.slots)
+
+    def _or_recover(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:
+        try:
+            return self._results(refs, stage, what)
+        except ActorDiedError as error:
+            self.recover(error)
+        except DataLostError as error:
+            if len(self.ranks) > 1:  # some ranks may have had their copy, and wait for the others
+                self.recover(error)
+            self.note(f"{stage}: done again, what it was to work on is lost: {error}")
+            raise RolledBack(None) from error
+
+    def _ask(self, ref: Any, stage: str, what: str) -> Any:
+        """Of the first rank alone."""
+        return self._results([ref], stage, what)[0]
+
+    def _results(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:
+        """Of all ranks; of several errors the one that explains the others."""
+        dog = Watchdog(stage, getattr(self.config.watchdog, f"{stage}_s"), self.failures)
+        waits = [Waiting(ref, self._name(i), what, self.ranks[i], together="learner") for i, ref in enumerate(refs)]
+        pending, errors, deadline = list(waits), list[RlsysError](), float("inf")
+        while pending and time.monotonic() < deadline:
+            for waiting in dog.wait_any(pending, POLL_S):
+                pending.remove(waiting)
+                try:
+                    value(waiting, self.failures)
+                except RlsysError as error:
+                    errors.append(error)
+                    deadline = min(deadline, time.monotonic() + ROOT_CAUSE_S)
+        if errors:
+            raise next((error for error in errors if isinstance(error, ActorDiedError)), errors[0])
+        return [value(waiting) for waiting in waits]
+
+    def _name(self, rank: int) -> str:
+        return "learner" if self.config.learner.num_workers == 1 else f"learner rank {rank}"
+
+    def _refuse_apart(self, digests: Sequence[str], version: int) -> None:
+        if len(set(digests)) > 1:
+            told = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
+            raise WeightSyncError(
+                f"learner: the ranks hold different adapters at version {version}: {told}. Each made the same step "
+                "from the same summed gradient, so the adapters must be equal to the bit; the run stops here"
+            )

@@ -1,0 +1,1 @@
+"""What is known about a model from its config.json alone. Imports no torch."""

@@ -1,0 +1,299 @@
+"""The families of models that are trained here, as their config.json tells them apart.
+
+One row per ``model_type``: what its layers are made of, and what a config.json may leave out, as transformers fills it
+in. tests/unit/architectures/test_families.py builds a model of each and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+QKV = ("q_proj", "k_proj", "v_proj")
+ATTENTION = (*QKV, "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+Windows = Literal["none", "all", "asked", "pattern"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A decoder of grouped-query attention and gated MLPs.
+
+    `norms` are weight vectors of hidden_size in a layer. `head_norms` of queries and keys: one for all heads together
+    ("whole"), or one that each head shares ("head"). `biases` maps a key of config.json to the linears that it gives a
+    bias; those of `always_biased` have one whatever it says. `windows`: which layers see a window of the sequence
+    alone where no ``layer_types`` says so: every one, every one but each `period`-th, or none unless
+    ``use_sliding_window`` asks.
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    defaults: Mapping[str, Any]
+    attention: tuple[str, ...] = ATTENTION
+    mlp: tuple[str, ...] = MLP
+    norms: int = 2
+    head_norms: Literal["none", "head", "whole"] = "none"
+    biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    always_biased: tuple[str, ...] = ()
+    windows: Windows = "none"
+    period: int = 0
+    experts: bool = False  # a mixture: its experts are trained by no adapter
+    wide_norms: bool = False  # norms that keep a fp32 copy of what they read for the backward pass
+    expert_biases: bool = False  # of the experts' matrices and of the router
+    sinks: bool = False  # one logit per head that attention may go to instead of a token
+    output_layer: bool = True  # vLLM's model has one that an adapter can go to, instead of taking the embeddings
+
+
+def _defaults(hidden: int, inner: int, layers: int, heads: int, kv: int | None, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+def _gemma(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, positions: int) -> dict[str, Any]:
+    more = {"head_dim": 256, "vocab_size": vocab, "max_position_embeddings": positions, "sliding_window": 4096}
+    return _defaults(hidden, inner, layers, heads, kv, **more) | {"tie_word_embeddings": True}
+
+
+_ASKED = {"attention_bias": ATTENTION}
+_BOTH = {"attention_bias": ATTENTION, "mlp_bias": MLP}
+_QWEN = {"vocab_size": 151936, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
+
+_ROWS = (
+    Family(
+        "Llama 2 and 3.x, SmolLM2",
+        "llama",
+        "LlamaForCausalLM",
+        _defaults(4096, 11008, 32, 32, None, vocab_size=32000, max_position_embeddings=2048),
+        biases=_BOTH,
+    ),
+    Family(
+        "Qwen2 and Qwen2.5",
+        "qwen2",
+        "Qwen2ForCausalLM",
+        _defaults(4096, 22016, 32, 32, 32, **_QWEN),
+        always_biased=QKV,
+        windows="asked",
+    ),
+    Family(
+        "Qwen3",
+        "qwen3",
+        "Qwen3ForCausalLM",
+        _defaults(4096, 22016, 32, 32, 32, head_dim=128, **_QWEN),
+        head_norms="head",
+        biases=_ASKED,
+        windows="asked",
+    ),
+    Family(
+        "Mistral",
+        "mistral",
+        "MistralForCausalLM",
+        _defaults(
+            4096, 14336, 32, 32, 8, vocab_size=32000, max_position_embeddings=131072, sliding_window=4096
+        ),
+        windows="all",
+    ),
+    Family(
+        "Gemma",
+        "gemma",
+        "GemmaForCausalLM",
+        _gemma(3072, 24576, 28, 16, 16, 256000, 8192),
+        biases=_ASKED,
+    ),
+    Family(
+        "Gemma 2",
+        "gemma2",
+        "Gemma2ForCausalLM",
+        _gemma(2304, 9216, 26, 8, 4, 256000, 8192),
+        norms=4,
+        biases=_ASKED,
+        windows="pattern",
+        period=2,
+        output_layer=False,
+    ),
+    Family(
+        "Gemma 3",
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _gemma(2304, 9216, 26, 8, 4, 262208, 131072),
+        norms=4,
+        head_norms="head",
+        biases=_ASKED,
+        windows="pattern",
+        period=6,
+    ),
+    Family(
+        "Phi-3 and Phi-4",
+        "phi3",
+        "Phi3ForCausalLM",
+        _defaults(
+            3072, 8192, 32, 32, None, vocab_size=32064, max_position_embeddings=4096, sliding_window=None
+        ),
+        attention=("qkv_proj", "o_proj"),
+        mlp=("gate_up_proj", "down_proj"),
+        windows="all",
+    ),
+    Family(
+        "SmolLM3",
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        _defaults(2048, 11008, 36, 16, 4, vocab_size=128256, max_position_embeddings=32768, sliding_window=None)
+        | {"tie_word_embeddings": True},
+        biases=_BOTH,
+        windows="asked",
+    ),
+    Family(
+        "OLMo 2",
+        "olmo2",
+        "Olmo2ForCausalLM",
+        _defaults(4096, 11008, 32, 32, None, vocab_size=50304, max_position_embeddings=2048),
+        head_norms="whole",
+        biases=_ASKED,
+    ),
+    Family(
+        "Granite",
+        "granite",
+        "GraniteForCausalLM",
+        _defaults(4096, 11008, 32, 32, None, vocab_size=32000, max_position_embeddings=2048),
+        biases=_BOTH,
+    ),
+    Family(
+        "GLM-4",
+        "glm4",
+        "Glm4ForCausalLM",
+        _defaults(
+            4096, 13696, 40, 32, 2, vocab_size=151552, head_dim=128, max_position_embeddings=131072,
+            attention_bias=True,
+        ),
+        mlp=("gate_up_proj", "down_proj"),
+        norms=4,
+        biases={"attention_bias": QKV},
+    ),
+    Family(
+        "Cohere 2 (Command R7B)",
+        "cohere2",
+        "Cohere2ForCausalLM",
+        _defaults(
+            8192, 22528, 40, 64, None, vocab_size=256000, max_position_embeddings=8192, sliding_window=4096
+        )
+        | {"tie_word_embeddings": True},
+        norms=1,
+        wide_norms=True,
+        biases=_ASKED,
+        windows="pattern",
+        period=4,
+        output_layer=False,
+    ),
+    Family(
+        "Exaone 4",
+        "exaone4",
+        "Exaone4ForCausalLM",
+        _defaults(
+            4096, 16384, 32, 32, 32, vocab_size=102400, max_position_embeddings=2048, sliding_window=4096
+        ),
+        head_norms="head",
+        windows="pattern",
+        period=4,
+    ),
+    Family(
+        "Qwen3-MoE",
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _defaults(
+            2048, 6144, 24, 32, 4, **_QWEN, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8,
+            decoder_sparse_step=1,
+        ),
+        head_norms="head",
+        biases=_ASKED,
+        windows="asked",
+        experts=True,
+    ),
+    Family(
+        "gpt-oss",
+        "gpt_oss",
+        "GptOssForCausalLM",
+        _defaults(
+            2880, 2880, 36, 64, 8, vocab_size=201088, head_dim=64, max_position_embeddings=131072,
+            attention_bias=True, num_experts=128, num_experts_per_tok=4, sliding_window=128,
+        ),
+        biases=_ASKED,
+        windows="pattern",
+        period=2,
+        experts=True,
+        expert_biases=True,
+        sinks=True,
+    ),
+)  # fmt: skip
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}
+
+# model_type of a checkpoint of text and images -> of its text part, where its own section does not say
+TEXT_PARTS: Mapping[str, str] = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What config.json says of the language model: itself, or its ``text_config`` with what the whole says of it."""
+    inner = config.get("text_config")
+    if not isinstance(inner, Mapping):
+        return config
+    kind = inner.get("model_type") or TEXT_PARTS.get(str(config.get("model_type")))
+    outer = {key: config[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in config}
+    return {**inner, **outer, "model_type": kind}
+
+
+def family_of(config: Mapping[str, Any]) -> Family | None:
+    """Of a config.json; None where there is no row for it."""
+    return FAMILIES.get(str(text_part(config).get("model_type")))
+
+
+def value(family: Family, config: Mapping[str, Any], key: str) -> Any:
+    """Of a key of the text part, as transformers fills it in."""
+    if key == "num_experts":
+        key = next((name for name in ("num_experts", "num_local_experts") if name in config), key)
+    return config[key] if key in config else family.defaults.get(key)
+
+
+def windowed_layers(family: Family, config: Mapping[str, Any]) -> Iterator[int]:
+    """Numbers of the layers that see no more than ``sliding_window`` tokens."""
+    if family.windows == "none" or value(family, config, "sliding_window") is None:
+        return
+    kinds = config.get("layer_types")
+    asked = bool(config.get("use_sliding_window", False))
+    first = value(family, config, "max_window_layers") or 0
+    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or family.period
+    for i in range(int(value(family, config, "num_hidden_layers"))):
+        if family.windows == "all":
+            windowed = True
+        elif family.windows == "asked" and not asked:
+            windowed = False
+        elif isinstance(kinds, list):
+            windowed = kinds[i] == "sliding_attention"
+        elif family.windows == "asked":
+            windowed = i >= first
+        else:
+            windowed = isinstance(every, int) and (i + 1) % every != 0
+        if windowed:
+            yield i
+
+
+def mixture_layers(family: Family, config: Mapping[str, Any]) -> Iterator[int]:
+    """Numbers of the layers whose MLP is a mixture of experts."""
+    if not family.experts:
+        return
+    single = config.get("mlp_only_layers") or ()
+    step = int(value(family, config, "decoder_sparse_step") or 1)
+    for i in range(int(value(family, config, "num_hidden_layers"))):
+        if i not in single and (i + 1) % step == 0:
+            yield i
+
+
+def expert_size_key(family: Family) -> str:
+    return "moe_intermediate_size" if "moe_intermediate_size" in family.defaults else "intermediate_size"

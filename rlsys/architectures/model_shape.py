@@ -1,0 +1,294 @@
+"""The dimensions of a model, without its weights: from what a job makes, a folder, the hub, or a list kept here."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlsys.architectures.families import (
+    FAMILIES,
+    Family,
+    expert_size_key,
+    family_of,
+    mixture_layers,
+    text_part,
+    value,
+    windowed_layers,
+)
+from rlsys.config import MakeSection, ModelSection, yaml_text
+from rlsys.errors import ConfigError, did_you_mean
+
+KEPT = Path(__file__).parent / "models.yaml"
+HUB_LIMIT_S = 8.0  # for one small file
+SAVED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A decoder with grouped-query attention and a gated MLP, or a mixture of such MLPs."""
+
+    source: str  # where the numbers come from, in words
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    tie_embeddings: bool
+    biased: frozenset[str] = frozenset()  # linears with a bias
+    num_experts: int = 0  # of a layer that is a mixture
+    experts_per_token: int = 0
+    expert_size: int = 0  # intermediate size of one expert
+    mixture_layers: int = 0  # the others have one MLP
+    window: int | None = None  # tokens that the windowed layers see
+    windowed_layers: int = 0
+    saved_bytes: int = 2  # of one weight in the model's files
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Of the keys, and of the values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def attention(self) -> dict[str, tuple[int, int]]:
+        """(inputs, outputs) of each linear module of a layer's attention."""
+        hidden, query, kv = self.hidden_size, self.query_size, self.kv_size
+        sizes = {"q_proj": query, "k_proj": kv, "v_proj": kv, "qkv_proj": query + 2 * kv}
+        return {name: (query, hidden) if name == "o_proj" else (hidden, sizes[name]) for name in self.family.attention}
+
+    @property
+    def mlp(self) -> dict[str, tuple[int, int]]:
+        """The same of a layer's MLP; those of a mixture are no linear modules, and are left out."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        sizes = {"gate_proj": inner, "up_proj": inner, "gate_up_proj": 2 * inner}
+        return {name: (inner, hidden) if name == "down_proj" else (hidden, sizes[name]) for name in self.family.mlp}
+
+    @property
+    def attention_parameters(self) -> int:
+        """Of one layer, with its norms."""
+        whole = self.query_size + self.kv_size
+        head_norms = {"none": 0, "head": 2 * self.head_dim, "whole": whole}[self.family.head_norms]
+        sinks = self.num_heads if self.family.sinks else 0
+        return self._with_biases(self.attention) + self.family.norms * self.hidden_size + head_norms + sinks
+
+    @property
+    def mixture_parameters(self) -> int:
+        """Of the router and the experts of one layer."""
+        hidden, inner = self.hidden_size, self.expert_size
+        biases = 1 + 2 * inner + hidden if self.family.expert_biases else 0
+        return self.num_experts * (hidden + 3 * hidden * inner + biases)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of the largest layer."""
+        mlp = self._with_biases(self.mlp)
+        return self.attention_parameters + (max(mlp, self.mixture_parameters) if self.mixture_layers else mlp)
+
+    @property
+    def embedding_parameters(self) -> int:
+        """Of the input embedding, or of the output layer: they are of one size."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def parameters(self) -> int:
+        ends = self.embedding_parameters * (1 if self.tie_embeddings else 2) + self.hidden_size
+        mlps = (self.num_layers - self.mixture_layers) * self._with_biases(self.mlp)
+        mixtures = self.mixture_layers * self.mixture_parameters
+        return ends + self.num_layers * self.attention_parameters + mlps + mixtures
+
+    def _with_biases(self, linears: Mapping[str, tuple[int, int]]) -> int:
+        return sum(
+            inputs * outputs + (outputs if name in self.biased else 0) for name, (inputs, outputs) in linears.items()
+        )
+
+
+def model_shape(model: ModelSection) -> ModelShape:
+    """Of the base that a job names or makes. May ask the hub for one small file.
+
+    Raises:
+        ConfigError: nobody knows the model, or it is of an architecture without a formula here.
+    """
+    if model.make is not None:
+        return _of_make(model.make, model.max_length, model.dtype)
+    assert model.path is not None
+    if Path(model.path).is_dir():
+        return _of_folder(Path(model.path))
+    found, problem = _from_hub(model.path)
+    if found is not None:
+        return of_config(found, f"config.json of {model.path} on the hub")
+    return _kept(model.path, problem)
+
+
+def of_config(config: Mapping[str, Any], source: str) -> ModelShape:
+    """From the content of a config.json; of a checkpoint of text and images, its text part.
+
+    Raises:
+        ConfigError: an architecture without a formula here, or a number is missing.
+    """
+    text, family = text_part(config), family_of(config)
+    if family is None:
+        raise ConfigError(
+            f"model.path: {source} is of model_type {text.get('model_type')!r}; rlsys plan knows {', '.join(FAMILIES)}"
+        )
+
+    def number(key: str) -> int:
+        found = value(family, text, key)
+        if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+            raise ConfigError(f"model.path: {source}: {key} is {found!r}; wanted a whole number, at least 1")
+        return found
+
+    heads, layers = number("num_attention_heads"), number("num_hidden_layers")
+    asked = [names for key, names in family.biases.items() if value(family, text, key)]
+    mixtures = sum(1 for _ in mixture_layers(family, text))
+    windowed = sum(1 for _ in windowed_layers(family, text))
+    return ModelShape(
+        source=source if text is config else f"{source}, its text part",
+        family=family,
+        vocab_size=number("vocab_size"),
+        hidden_size=number("hidden_size"),
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=heads if value(family, text, "num_key_value_heads") is None else number("num_key_value_heads"),
+        head_dim=number("hidden_size") // heads if value(family, text, "head_dim") is None else number("head_dim"),
+        intermediate_size=number("intermediate_size"),
+        max_positions=number("max_position_embeddings"),
+        tie_embeddings=bool(value(family, text, "tie_word_embeddings")),
+        biased=frozenset(family.always_biased).union(*asked),
+        num_experts=number("num_experts") if family.experts else 0,
+        experts_per_token=number("num_experts_per_tok") if family.experts else 0,
+        expert_size=number(expert_size_key(family)) if family.experts else 0,
+        mixture_layers=mixtures,
+        window=number("sliding_window") if windowed else None,
+        windowed_layers=windowed,
+        saved_bytes=SAVED_BYTES.get(str(text.get("dtype") or text.get("torch_dtype")), 4),
+    )
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """A model folder's config.json.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = folder / "config.json"
+    try:
+        found = yaml_text.read_json(path.read_text(encoding="utf-8"), f"model.path: {path}")
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"model.path: {path} cannot be read ({error}); wanted config, tokenizer and safetensors in the folder"
+        ) from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"model.path: {path} holds {type(found).__name__}; wanted an object of names and values")
+    return found
+
+
+def hidden_size(config: Mapping[str, Any]) -> int:
+    """Of a config.json, of a family without a formula too."""
+    return int(_given(config, "hidden_size"))
+
+
+def vocab_size(config: Mapping[str, Any]) -> int:
+    """The same: rows of the embedding."""
+    return int(_given(config, "vocab_size"))
+
+
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """The same; None where nothing bounds the length."""
+    found = _given(config, "max_position_embeddings")
+    return None if found is None else int(found)
+
+
+def _given(config: Mapping[str, Any], key: str) -> Any:
+    family, text = family_of(config), text_part(config)
+    return text.get(key) if family is None else value(family, text, key)
+
+
+def known_models() -> dict[str, ModelShape]:
+    """The list kept here, by hub name."""
+    listed: dict[str, dict[str, Any]] = yaml.safe_load(KEPT.read_text(encoding="utf-8"))
+    return {name: of_config(config, f"config.json of {name}") for name, config in listed.items()}
+
+
+def _of_make(make: MakeSection, max_length: int, dtype: str) -> ModelShape:
+    return ModelShape(
+        source="model.make; the vocabulary is an upper bound, the tokenizer may need less",
+        family=FAMILIES["qwen3"],
+        vocab_size=make.vocab_size,
+        hidden_size=make.hidden_size,
+        num_layers=make.num_layers,
+        num_heads=make.num_heads,
+        num_kv_heads=make.num_kv_heads,
+        head_dim=make.head_dim,
+        intermediate_size=make.intermediate_size,
+        max_positions=max_length,
+        tie_embeddings=make.tie_embeddings,
+        saved_bytes=SAVED_BYTES[dtype],
+    )
+
+
+def _of_folder(folder: Path) -> ModelShape:
+    return of_config(read_config(folder), str(folder / "config.json"))
+
+
+def _from_hub(name: str) -> tuple[dict[str, Any] | None, str]:
+    """(config.json, "") or (None, why not), within HUB_LIMIT_S whatever the network does."""
+    answer: list[dict[str, Any]] = []
+    problem = [f"no answer within {HUB_LIMIT_S:.0f} s"]
+
+    def ask() -> None:
+        try:
+            answer.append(json.loads(_cached(name) or _fetched(name)))
+        except Exception as error:  # of the libraries below; the user is told it with what is used instead
+            problem[0] = str(error).splitlines()[0] if str(error) else type(error).__name__
+
+    asking = threading.Thread(target=ask, daemon=True)  # a name server may hold its caller longer than any timeout
+    asking.start()
+    asking.join(HUB_LIMIT_S)
+    return (answer[0], "") if answer else (None, problem[0])
+
+
+def _cached(name: str) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    return Path(found).read_text(encoding="utf-8") if isinstance(found, str) else None
+
+
+def _fetched(name: str) -> str:
+    """Asked once: hf_hub_download would try five times, half a minute in all."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]  # documented, not listed
+
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    url, headers = hf_hub_url(name, "config.json"), build_hf_headers()
+    answer = get_session().get(url, headers=headers, timeout=HUB_LIMIT_S, follow_redirects=True)
+    answer.raise_for_status()
+    return str(answer.text)
+
+
+def _kept(name: str, problem: str) -> ModelShape:
+    known = known_models()
+    if name not in known:
+        near = did_you_mean(name, known) or f"; known without the hub: {', '.join(known)}"
+        raise ConfigError(
+            f"model.path: {name!r} is no folder here, the Hugging Face hub does not give its config.json ({problem}), "
+            f"and rlsys keeps no dimensions of it{near}"
+        )
+    source = f"the list kept in rlsys ({known[name].source}), because the hub is out of reach: {problem}"
+    return replace(known[name], source=source)

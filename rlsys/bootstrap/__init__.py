@@ -1,0 +1,1 @@
+"""Trains a tiny base model from scratch, for examples and tests."""

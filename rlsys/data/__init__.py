@@ -1,0 +1,1 @@
+"""Problems, and the rows of data sets that they are read from."""

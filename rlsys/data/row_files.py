@@ -1,0 +1,281 @@
+"""Rows of one file, just as the file has them: no reader guesses what a column's values should be.
+
+    JSON      texts as they are; numbers digit for digit
+    CSV       every cell is a text; an empty one is missing
+    Parquet   the types that the file declares
+
+A row is a mapping of column names to values; numbers are int or Decimal, missing values None.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from rlsys.errors import ConfigError
+from rlsys.utils.shell_paths import command
+from rlsys.utils.text_files import LFS_POINTER, decode, first_line
+
+Row = Mapping[str, Any]
+
+FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".ndjson": "json",
+    ".tsv": "tsv",
+}
+_UNPACK: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_WHOLE_DIGITS = 30  # up to so many, a whole number is written without an exponent
+_LONG_INT = 4000  # digits; Python itself refuses to read or write an int of more than 4300
+
+
+def format_of(name: str) -> str | None:
+    """How a file of this name is read; None: not here."""
+    path = Path(name)
+    return FORMATS.get((Path(path.stem) if path.suffix in _UNPACK else path).suffix.lower())
+
+
+def read_file(path: Path, roots: Sequence[str], where: str, name: str = "") -> Iterator[Row]:
+    """`roots`: the columns that are wanted; others may be left out, those of the first row apart.
+
+    `name`: the file's own name where `path` is a copy of it; `where`: what messages begin with.
+
+    Raises:
+        ConfigError: the file cannot be read or decoded, with the place.
+    """
+    kind = format_of(name or path.name)
+    assert kind is not None
+    try:
+        with _opened(path, name) as stream:
+            start = stream.read(len(LFS_POINTER))
+            if start == LFS_POINTER:
+                raise ConfigError(
+                    f"{where}: is a pointer of Git LFS, not the rows themselves: "
+                    f"`{command('git', '-C', path.parent, 'lfs', 'pull')}`"
+                )
+            stream.seek(0)
+            yield from _READERS[kind](stream, roots, where)
+    except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
+        raise ConfigError(f"{where} cannot be read: {first_line(error)}; copy or download the file again") from error
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {first_line(error)}") from error
+
+
+def number(written: str) -> int | Decimal | str:
+    """Of its digits: an int where it is whole, such as 7.0; the digits themselves where their exponent is beyond all
+    bounds.
+    """
+    try:
+        value = Decimal(written)
+    except InvalidOperation:
+        return written
+    if not value.is_finite() or value.adjusted() >= _LONG_INT:
+        return value
+    if value == value.to_integral_value() and (value.adjusted() < _WHOLE_DIGITS or written.lstrip("-").isdigit()):
+        return int(value)
+    return value
+
+
+def _opened(path: Path, name: str) -> IO[bytes]:
+    unpack = _UNPACK.get(Path(name or path.name).suffix)
+    found: IO[bytes] = path.open("rb") if unpack is None else unpack(path, "rb")
+    return found
+
+
+def _json(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Row]:
+    """An object a line, or a list of objects."""
+    start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    stream.seek(0)
+    if start.startswith(b"["):
+        return _json_list(stream, where)
+    return _json_lines(stream, where)
+
+
+def _json_lines(stream: IO[bytes], where: str) -> Iterator[Row]:
+    for at, line in enumerate(stream, 1):
+        text = decode(line, where, at).rstrip("\r\n")
+        if not text.strip():
+            continue
+        try:
+            row = _parsed(text, where, at)
+        except ConfigError:
+            _refuse_one_object(stream, where)
+            raise
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}, line {at}: found {_kind(row)}; wanted an object, such as {_EXAMPLE}")
+        yield row
+
+
+def _refuse_one_object(stream: IO[bytes], where: str) -> None:
+    """Where a file is one object over many lines, and each of its lines no JSON."""
+    stream.seek(0)
+    try:
+        found = json.loads(stream.read(), object_pairs_hook=_object)
+    except (ValueError, RecursionError, _TwiceError):
+        return
+    names = ", ".join(list(found)[:8]) if isinstance(found, dict) else ""
+    raise ConfigError(
+        f"{where}: is one object{f' of {names}' if names else ''}; wanted a list of objects, or an object a line"
+    )
+
+
+def _json_list(stream: IO[bytes], where: str) -> Iterator[Row]:
+    rows = _parsed(decode(stream.read(), where), where)
+    for at, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ConfigError(f"{where}, element {at}: found {_kind(row)}; wanted an object, such as {_EXAMPLE}")
+        yield row
+
+
+_EXAMPLE = '{"question": "1 + 1?", "answer": "2"}'
+
+
+def _parsed(text: str, where: str, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text, parse_int=number, parse_float=number, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise ConfigError(f"{where}, line {line}: is no JSON: {error.msg} (column {error.colno})") from None
+    except _TwiceError as error:
+        raise ConfigError(f"{where}, line {first_line}: the key {error.args[0]!r} is there twice in one row") from None
+    except RecursionError:
+        raise ConfigError(f"{where}, line {first_line}: is nested too deep to be read") from None
+
+
+class _TwiceError(Exception):
+    """A key that an object has twice, of which a parser would drop one."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return found
+
+
+def _csv(stream: IO[bytes], roots: Sequence[str], where: str, delimiter: str = ",") -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)  # 128 KiB by default
+    text = io.StringIO(decode(stream.read(), where), newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)  # not strict, an open quote swallows what follows
+    header: list[str] = []
+    try:
+        for cells in reader:
+            if not cells:
+                continue
+            if not header:
+                header = cells
+                _refuse_twice(header, roots, where)
+                continue
+            if len(cells) > len(header):
+                raise ConfigError(
+                    f"{where}, line {reader.line_num}: found {len(cells)} cells, the header names {len(header)} "
+                    'columns; wanted quotes round a cell with commas, such as "1,500"'
+                )
+            cells += [""] * (len(header) - len(cells))
+            yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    except csv.Error as error:
+        raise ConfigError(f"{where}, line {reader.line_num}: is no CSV: {error}") from None
+
+
+def _parquet(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(stream)
+        schema = file.schema_arrow
+        _refuse_twice(schema.names, roots, where)
+        wanted = [name for name in schema.names if name in roots]
+        others = dict.fromkeys(name for name in schema.names if name not in roots)
+        convert = {name: _exact(schema.field(name).type) for name in wanted}
+        first = 0
+        for batch in file.iter_batches(columns=wanted) if wanted else iter(()):
+            columns = {name: _values(batch.column(name), convert[name], name, first, where) for name in wanted}
+            first += batch.num_rows
+            yield from (
+                dict(zip(columns, cells, strict=True)) | others for cells in zip(*columns.values(), strict=True)
+            )
+        if not wanted and file.metadata.num_rows:
+            yield dict.fromkeys(schema.names)  # whose names go into the message
+    except pyarrow.ArrowException as error:
+        raise ConfigError(
+            f"{where} cannot be read: it is no Parquet file, or a damaged one: {first_line(error)}"
+        ) from error
+
+
+def _values(column: Any, convert: Callable[[Any], Any], name: str, first: int, where: str) -> list[Any]:
+    """`first`: the row at which the column begins."""
+    try:
+        return [convert(value) for value in column.to_pylist()]
+    except (ValueError, OverflowError):
+        pass  # one of them; below says which
+    for at, value in enumerate(column):
+        try:
+            value.as_py()
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(
+                f"{where}, row {first + at}: column {name} cannot be decoded: {first_line(error)}"
+            ) from None
+    raise AssertionError("a column is its values")
+
+
+def _exact(kind: Any) -> Callable[[Any], Any]:
+    """From what pyarrow makes of a value of this type to what the file says.
+
+    Floats are the shortest digits that give them in their own width: a float32 of 0.1 is 0.1, not 0.10000000149.
+    """
+    from pyarrow import types
+
+    if types.is_floating(kind):
+        width = {16: np.float16, 32: np.float32, 64: np.float64}[kind.bit_width]
+        return lambda value: None if value is None else number(str(width(value)))
+    if types.is_dictionary(kind):
+        return _exact(kind.value_type)
+    if types.is_struct(kind):
+        inner = {kind.field(i).name: _exact(kind.field(i).type) for i in range(kind.num_fields)}
+        return partial(_of_struct, inner)
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return partial(_of_list, _exact(kind.value_type))
+    return lambda value: value
+
+
+def _of_struct(inner: Mapping[str, Callable[[Any], Any]], value: Any) -> Any:
+    return None if value is None else {name: inner[name](part) for name, part in value.items()}
+
+
+def _of_list(inner: Callable[[Any], Any], value: Any) -> Any:
+    return None if value is None else [inner(part) for part in value]
+
+
+def _refuse_twice(names: Sequence[str], roots: Sequence[str], where: str) -> None:
+    for name in roots:
+        if names.count(name) > 1:
+            raise ConfigError(f"{where}: names the column {name!r} {names.count(name)} times; wanted one of each")
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__name__} {str(value)[:80]!r}"
+
+
+_READERS: dict[str, Callable[[IO[bytes], Sequence[str], str], Iterator[Row]]] = {
+    "json": _json,
+    "csv": _csv,
+    "tsv": partial(_csv, delimiter="\t"),
+    "parquet": _parquet,
+}

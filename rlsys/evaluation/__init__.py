@@ -1,0 +1,1 @@
+"""Evaluates a policy on held-out problems."""

@@ -1,0 +1,1 @@
+"""Grades completions: decodes them, runs the graders and adds up the reward terms."""

@@ -1,0 +1,1 @@
+"""Trains LoRA adapters: packing, losses, optimizer, checkpoints."""

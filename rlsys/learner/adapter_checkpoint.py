@@ -1,0 +1,284 @@
+"""A run as a folder of safetensors and JSON: what it has learned up to its last step.
+
+    adapter_config.json, adapter_model.safetensors   the adapter, in PEFT's layout
+    optimizer.safetensors                            <parameter>.step, .exp_avg, .exp_avg_sq; only where asked for
+    rlsys-checkpoint.json                            format, base, run, and size and hash of every file; its own too
+
+A folder appears whole or not at all. Gradients that have accumulated since the last step are not in it. Reading takes
+the files that the format names and no others, each from memory once its hash is right, and nothing is run from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlsys.config import LoraSection
+from rlsys.errors import CheckpointError
+from rlsys.learner.base_fingerprint import BaseFingerprint
+from rlsys.learner.learner import RunState
+from rlsys.modeling.base_model import new_folder
+from rlsys.utils.atomic_files import sync_folder
+
+if TYPE_CHECKING:
+    from rlsys.learner.learner import Learner
+
+FORMAT, FORMAT_VERSION = "rlsys-checkpoint", 1
+CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
+MANIFEST = "rlsys-checkpoint.json"
+_PREFIX, _SUFFIX = "base_model.model.", ".weight"  # around a parameter's name in PEFT's layout
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInfo:
+    """What a checkpoint says of itself; `base_name` is what the saving learner called its base."""
+
+    run_id: str
+    version: int  # optimizer steps
+    lora: LoraSection
+    has_optimizer: bool
+    base_name: str
+    base: BaseFingerprint
+
+
+def checkpoint_path(root: Path, name: str) -> Path:
+    """Where the checkpoint of that name lies. Names are plain, so that none leads out of `root`."""
+    if not _PLAIN.fullmatch(name):
+        raise CheckpointError(
+            f"checkpoint name {name!r}: wanted 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit"
+        )
+    return root / name
+
+
+def save_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool, overwrite: bool = False) -> None:
+    """Write the run to the new folder `path`; with `overwrite` it takes the place of what is there.
+
+    Raises:
+        CheckpointError: there is something at `path`, or it cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path}: is already there; wanted another name, or overwrite")
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise CheckpointError(f"{path}: is no checkpoint of rlsys, and only such a one is overwritten")
+    state = learner.run_state(run_id)
+    try:
+        with _replacing(path, overwrite) as folder:
+            learner.save_adapter(run_id, folder)
+            if with_optimizer:
+                assert state.optimizer is not None
+                save_file({key: value.cpu().contiguous() for key, value in state.optimizer.items()}, folder / OPTIMIZER)
+            names = (CONFIG, WEIGHTS, *([OPTIMIZER] if with_optimizer else []))
+            body = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "run_id": run_id,
+                "version": state.version,
+                "lora": learner.lora(run_id).model_dump(),
+                "base_name": learner.base_name,
+                "base": asdict(learner.identity),
+                "files": {name: _fact(_synced(folder / name)) for name in names},
+            }
+            (folder / MANIFEST).write_text(json.dumps({**body, "digest": _digest(body)}, indent=2) + "\n")
+            _synced(folder / MANIFEST)
+            sync_folder(folder)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+
+
+def load_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool) -> None:
+    """Put an existing run of the same section into the checkpoint's state; without the optimizer, moments start anew.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, foreign, of another base or another section. The run is as before.
+    """
+    info, state = _read(Path(path), with_optimizer)
+    where = f"{path}: cannot be loaded into run {run_id!r}"
+    if info.lora != learner.lora(run_id):
+        raise CheckpointError(
+            f"{where}: found {_format_lora(info.lora)}; wanted the run's {_format_lora(learner.lora(run_id))}"
+        )
+    require_base(where, info.base, learner.identity)
+    try:
+        learner.restore(run_id, state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def restore_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool) -> CheckpointInfo:
+    """A new run as the checkpoint has it; none on failure. Errors as `load_run`."""
+    info = read_info(path)
+    learner.create_run(run_id, info.lora, seed=0)  # its weights are replaced at once
+    try:
+        load_run(learner, run_id, path, with_optimizer)
+    except BaseException:
+        learner.drop_run(run_id)
+        raise
+    return info
+
+
+def read_info(path: Path) -> CheckpointInfo:
+    """What the checkpoint says of itself; of its files only this one is read."""
+    return _info(Path(path), _manifest(Path(path)))
+
+
+def read_adapter(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
+    """Also the weights, ``<module path>.lora_A`` (r, in) and ``.lora_B`` (out, r), without the scale alpha / r."""
+    info, state = _read(Path(path), with_optimizer=False)
+    return info, dict(state.weights)
+
+
+def read_files(path: Path, names: tuple[str, ...] = (CONFIG, WEIGHTS)) -> dict[str, bytes]:
+    """Contents that the checkpoint vouches for."""
+    manifest = _manifest(Path(path))
+    _info(Path(path), manifest)
+    return {name: _content(Path(path), name, manifest["files"]) for name in names}
+
+
+def require_base(where: str, found: BaseFingerprint, wanted: BaseFingerprint) -> None:
+    """Refuse an adapter of another base: on other weights it would load, and say nonsense."""
+    if found.shape != wanted.shape:
+        raise CheckpointError(
+            f"{where}: it is of a base of another shape: found {found.summary}; wanted {wanted.summary}"
+        )
+    if found.weights != wanted.weights:
+        raise CheckpointError(
+            f"{where}: it is of a base of the same shape ({found.summary}) with other weights: found {found.weights}; "
+            f"wanted {wanted.weights}"
+        )
+
+
+@contextmanager
+def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
+    """As ``new_folder``; what is to be overwritten steps aside whole once the new folder is on disk, then vanishes.
+
+    A machine that dies between the two renames leaves both under names that begin with a dot.
+    """
+    aside = None
+    try:
+        with new_folder(path) as folder:
+            yield folder
+            if overwrite and path.exists():
+                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                os.rename(path, aside)
+    except BaseException:
+        if aside is not None and not path.exists():
+            os.rename(aside, path)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _synced(file: Path) -> bytes:
+    """The file's content, once it is on disk for all to read: safetensors writes 0600, and servers are other users."""
+    file.chmod(0o644)
+    with open(file, "rb") as stream:
+        os.fsync(stream.fileno())
+        return stream.read()
+
+
+def _read(path: Path, with_optimizer: bool) -> tuple[CheckpointInfo, RunState]:
+    manifest = _manifest(path)
+    info = _info(path, manifest)
+    if with_optimizer and not info.has_optimizer:
+        raise CheckpointError(f"{path}: was saved without optimizer state; load the weights alone")
+    weights = {}
+    for name, tensor in _tensors(path, WEIGHTS, manifest["files"]).items():
+        if not (name.startswith(_PREFIX) and name.endswith(_SUFFIX)):
+            raise CheckpointError(f"{path}: {WEIGHTS}: found tensor {name!r}; wanted names {_PREFIX}...{_SUFFIX}")
+        weights[name.removeprefix(_PREFIX).removesuffix(_SUFFIX)] = tensor
+    return info, RunState(
+        info.version, weights, _tensors(path, OPTIMIZER, manifest["files"]) if with_optimizer else None
+    )
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: found no folder; wanted a checkpoint of rlsys")
+    content = _bytes(path, MANIFEST)
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {MANIFEST} is no JSON, so it is damaged: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: {MANIFEST} is not of a checkpoint of rlsys")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version")
+        raise CheckpointError(f"{path}: found format version {found!r}; this rlsys reads {FORMAT_VERSION}")
+    if manifest.pop("digest", None) != _digest(manifest):
+        raise CheckpointError(f"{path}: {MANIFEST} does not match its own hash: it was changed or is damaged")
+    return manifest
+
+
+def _info(path: Path, manifest: Mapping[str, Any]) -> CheckpointInfo:
+    try:
+        names = set(dict(manifest["files"]))
+        info = CheckpointInfo(
+            str(manifest["run_id"]),
+            int(manifest["version"]),
+            LoraSection.model_validate(manifest["lora"]),
+            OPTIMIZER in names,
+            str(manifest["base_name"]),
+            BaseFingerprint(**manifest["base"]),
+        )
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        raise CheckpointError(f"{path}: {MANIFEST} lacks what the format has: {error}") from error
+    if names not in ({CONFIG, WEIGHTS}, {CONFIG, WEIGHTS, OPTIMIZER}):
+        raise CheckpointError(f"{path}: {MANIFEST} names the files {sorted(names)}; wanted those of the format alone")
+    return info
+
+
+def _tensors(path: Path, name: str, files: Mapping[str, Any]) -> dict[str, Tensor]:
+    try:
+        tensors: dict[str, Tensor] = parse_tensors(_content(path, name, files))
+    except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a dtype that torch has not
+        raise CheckpointError(f"{path}: {name} is no safetensors file: {error}") from error
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name}: {key} holds values that are not finite")
+    return tensors
+
+
+def _content(path: Path, name: str, files: Mapping[str, Any]) -> bytes:
+    content = _bytes(path, name)
+    found, wanted = _fact(content), files.get(name)
+    if found != wanted:
+        raise CheckpointError(f"{path}: {name} is truncated or damaged: found {found}; wanted {wanted}")
+    return content
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    file = path / name
+    if file.is_symlink() or not file.is_file():
+        reason = "is a link, which may lead out of it" if file.is_symlink() else "is missing"
+        raise CheckpointError(f"{path}: is no checkpoint of rlsys: {name} {reason}")
+    return file.read_bytes()
+
+
+def _fact(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=16).hexdigest()}
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _format_lora(lora: LoraSection) -> str:
+    return ", ".join(f"{key} {value}" for key, value in lora.model_dump().items())

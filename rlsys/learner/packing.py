@@ -1,0 +1,193 @@
+"""A batch as packed micro-batches: sequences end to end, no padding, at most ``token_budget`` tokens at once.
+
+Losses are sums over tokens, so how sequences are packed changes neither values nor gradients; only speed and memory.
+Neighbours that begin alike, such as the completions of a group with their prompt, may share that beginning: it is
+in the pack once, and the model runs over it once, forward and backward.
+
+    datums       p p a a a    p p b        ->   tokens    p p | a a a | b       reads  - 0 0
+    wanted         ^ ^ ^ ^      ^ ^             rows      1 2 3 4   1 5         of the hidden states
+
+Log-probabilities are computed where they are wanted and nowhere else: prompts need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlsys.datums import DatumBatch
+from rlsys.modeling.prefix_layout import ALONE, Segments
+from rlsys.rollouts import offsets_of, spans
+from rlsys.types import Array
+
+LEAST_SAVED = 16  # tokens that a family has to save: below, one more attention call costs more
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixGroup:
+    """Datums that stay together and share their first tokens; one datum alone shares nothing."""
+
+    datums: Array  # (n,) int64, ascending
+    shared: int  # tokens
+    cost: int  # tokens that the model runs over
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """U tokens as a model with packed attention reads them, and the T positions of the batch that are predicted."""
+
+    index: Array  # (T,) int64, the batch's position of each prediction; empty for a filler, which is of no batch
+    tokens: Tensor  # (1, U) int64
+    positions: Tensor  # (1, U) int64, from 0 within each sequence
+    rows: Tensor | None  # (T,) int64, which token predicts; None: each in turn
+    targets: Tensor  # (T,) int64
+    segments: Segments
+
+
+def prefix_groups(batch: DatumBatch, wanted_T: Array | None, limit: int, *, share: bool) -> list[PrefixGroup]:
+    """All datums in which anything is wanted (None: everything is), none of more than `limit` tokens, but for a
+    sequence that is longer."""
+    wanted = batch.lengths > 0
+    if wanted_T is not None:
+        before = offsets_of(wanted_T)
+        wanted = before[batch.offsets[1:]] > before[batch.offsets[:-1]]
+    datums = np.flatnonzero(wanted)
+    lengths = batch.lengths[datums]
+    if len(datums) == 0:
+        return []
+    common = _common_beginnings(batch, datums) if share else np.zeros(len(datums) - 1, np.int64)
+    found = []
+    for first, last, shared in _runs(common):
+        if (last - first - 1) * shared < LEAST_SAVED:
+            found += [PrefixGroup(datums[d : d + 1], 0, int(lengths[d])) for d in range(first, last)]
+        else:
+            own = lengths[first:last] - shared
+            cuts = _even_cuts(own, limit - shared)
+            parts = zip(np.split(datums[first:last], cuts), np.split(own, cuts), strict=True)
+            found += [
+                PrefixGroup(part, shared if len(part) > 1 else 0, shared + int(sizes.sum())) for part, sizes in parts
+            ]
+    return found
+
+
+def _common_beginnings(batch: DatumBatch, datums: Array) -> Array:
+    """(D - 1,) tokens with which neighbours both begin; each keeps at least one token of its own."""
+    starts = batch.offsets[datums]
+    common: Array = np.minimum(batch.lengths[datums][:-1], batch.lengths[datums][1:]) - 1
+    compared = offsets_of(common)
+    differs = np.flatnonzero(batch.tokens[spans(starts[:-1], common)] != batch.tokens[spans(starts[1:], common)])
+    pair, at = np.unique(np.searchsorted(compared, differs, side="right") - 1, return_index=True)
+    common[pair] = differs[at] - compared[pair]
+    return common
+
+
+def _runs(common: Array) -> list[tuple[int, int, int]]:
+    """(first, last, shared) of neighbours that share a beginning, in order; each sequence is in one.
+
+    The next sequence joins where all of them then save more tokens than they did without it. So groups that only have a
+    few-shot header in common stay apart, and a word with which two completions begin does not hold off the third.
+    """
+    runs, first, shared = [], 0, 0
+    for at, length in enumerate(map(int, common), start=1):
+        count = at - first
+        joined = min(shared, length) if count > 1 else length
+        if count * joined > (count - 1) * shared:
+            shared = joined
+        else:
+            runs.append((first, at, shared if count > 1 else 0))
+            first, shared = at, 0
+    return [*runs, (first, len(common) + 1, shared if len(common) + 1 - first > 1 else 0)]
+
+
+def _even_cuts(sizes: Array, limit: int) -> Array:
+    """Where to cut a list so that its parts have about the same sum, at most `limit` as far as single sizes allow."""
+    sums = np.cumsum(sizes)
+    parts = -(-int(sums[-1]) // max(1, limit))
+    while parts < len(sizes):
+        cuts = np.unique(np.searchsorted(sums, np.arange(1, parts) * sums[-1] / parts, side="right"))
+        cuts = cuts[cuts > 0]  # the first may be larger than an even part
+        if max(int(part.sum()) for part in np.split(sizes, cuts)) <= limit:
+            return cuts
+        parts += 1
+    return np.arange(1, len(sizes))
+
+
+def bins(costs: Array, token_budget: int) -> list[Array]:
+    """Numbers per bin, the largest first (first-fit decreasing). What costs nothing is in none."""
+    members: list[list[int]] = []
+    room: list[int] = []
+    for number in np.argsort(-costs, kind="stable"):
+        cost = int(costs[number])
+        if cost == 0:
+            break
+        fit = next((at for at, free in enumerate(room) if free >= cost), None)
+        if fit is None:
+            fit = len(room)
+            members.append([])
+            room.append(token_budget)
+        members[fit].append(int(number))
+        room[fit] -= cost
+    return [np.asarray(numbers, np.int64) for numbers in members]
+
+
+def micro_batch(
+    batch: DatumBatch, members: Sequence[PrefixGroup], wanted_T: Array | None = None, device: torch.device | str = "cpu"
+) -> MicroBatch:
+    """These families as one pack."""
+    datums = np.concatenate([family.datums for family in members])
+    counts = np.array([len(family.datums) for family in members])
+    shared = np.array([family.shared for family in members])
+    lengths, starts, shared_D = batch.lengths[datums], batch.offsets[datums], np.repeat(shared, counts)
+
+    # Segments, family by family: what it shares (no tokens where it is one datum), then each datum's own part.
+    first_datum = np.cumsum(counts) - counts
+    order = np.insert(np.arange(len(datums)) + len(members), first_datum, np.arange(len(members)))
+    sizes = np.concatenate([shared, lengths - shared_D])[order]
+    sources = np.concatenate([starts[first_datum], starts + shared_D])[order]
+    places = np.concatenate([np.zeros_like(shared), shared_D])[order]
+    heads = first_datum + np.arange(len(members))  # number of each family's shared segment
+    reads = np.concatenate([np.full(len(members), ALONE), np.where(shared_D > 0, np.repeat(heads, counts), ALONE)])[
+        order
+    ]
+    begins = (np.cumsum(sizes) - sizes)[np.argsort(order)]  # in the pack: of shared parts, then of own parts
+
+    real = sizes > 0
+    renumbered = np.cumsum(real) - 1
+    reads = np.where(reads[real] == ALONE, ALONE, renumbered[reads[real]])
+    source = spans(sources[real], sizes[real])
+
+    index = spans(starts, lengths)
+    place = index - np.repeat(starts, lengths)
+    in_shared = place < np.repeat(shared_D, lengths)
+    rows = place + np.where(
+        in_shared,
+        np.repeat(np.repeat(begins[: len(members)], counts), lengths),
+        np.repeat(begins[len(members) :] - shared_D, lengths),
+    )
+    if wanted_T is not None:
+        chosen = wanted_T[index]
+        index, rows = index[chosen], rows[chosen]
+    each_in_turn = len(rows) == len(source) and bool((rows == np.arange(len(rows))).all())
+    return MicroBatch(
+        index,
+        _ids(batch.tokens[source], device)[None],
+        _ids(spans(places[real], sizes[real]), device)[None],
+        None if each_in_turn else _ids(rows, device),
+        _ids(batch.targets[index], device),
+        Segments(sizes[real], reads, device),
+    )
+
+
+def filler(device: torch.device | str = "cpu") -> MicroBatch:
+    """One token that counts nothing: ranks that share a base run as many micro-batches as the busiest of them."""
+    zero = np.zeros(1, np.int64)
+    one = Segments(zero + 1, zero + ALONE, device)
+    return MicroBatch(zero[:0], _ids(zero, device)[None], _ids(zero, device)[None], None, _ids(zero, device), one)
+
+
+def _ids(array: Array, device: torch.device | str) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64)).to(device)

@@ -1,0 +1,224 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on one base, several at once, by PEFT.
+
+Modules are found by role (rlsys/modeling/module_roles.py), so that fused ones are adapted as they are. Their names are
+those of the whole checkpoint, also where the base is its text part (rlsys/modeling/text_part.py). Adapters are named
+"a0", "a1", ... inside PEFT, whose names may hold no dots. Initial weights depend on the seed and the module's name
+alone: not on the global random state, on other adapters, or on which other modules are adapted.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, LoraModel
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlsys.distributed.ranks import whole
+from rlsys.errors import ConfigError
+from rlsys.modeling.lora_linear import lora_linear
+from rlsys.modeling.module_roles import is_linear, names, roles_of
+from rlsys.modeling.text_part import is_part, whole_name
+
+if TYPE_CHECKING:
+    from rlsys.config import LoraSection
+
+_logger = logging.getLogger(__name__)
+
+TARGETS = {"train_attn": "attention", "train_mlp": "mlp", "train_unembed": "unembedding"}  # option -> role
+
+
+class Adapters:
+    """The adapters of one base model; at most one is active, none means the bare base."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._tuner: LoraModel | None = None
+        self._layers: dict[str, LoraLayer] = {}  # module path in the whole checkpoint's model -> layer
+        self._active: str | None = None
+        self._count = 0
+
+    def add(self, section: LoraSection, seed: int, dtype: torch.dtype) -> str:
+        """A new adapter's name. A is uniform in +-1/sqrt(in), B is 0, so it begins as the base.
+
+        Raises:
+            ConfigError: the model has no such modules that adapters can go to.
+        """
+        config = LoraConfig(
+            r=section.rank,
+            lora_alpha=section.alpha,  # PEFT says int and computes with any number
+            target_modules=_shortest(self._model, target_paths(self._model, section)),
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )
+        name = f"a{self._count}"
+        self._count += 1
+        # PEFT draws initial weights of its own, which are replaced here and must not move the global random state.
+        # It warns that an adapter on a tied output layer cannot be merged into it: ours is meant for the output alone.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            if self._tuner is None:
+                self._tuner = LoraModel(self._model, config, name)
+            else:
+                self._tuner.peft_config[name] = config
+                self._tuner.inject_adapter(self._model, name)
+        earlier = self._layers
+        self._layers = {
+            whole_name(self._model, path): layer
+            for path, layer in self._model.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
+        _fuse({path: layer for path, layer in self._layers.items() if path not in earlier})
+        for path, layer in self._of(name).items():
+            a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+            bound = 1.0 / math.sqrt(a.shape[1])
+            drawn = torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=_generator(seed, path))
+            a.data = drawn.to(a.device, dtype)
+            b.data = torch.zeros_like(b, dtype=dtype)
+        self._active = name  # as PEFT has just made it
+        self.activate(None)
+        return name
+
+    def drop(self, name: str) -> None:
+        assert self._tuner is not None
+        self.activate(None)
+        self._tuner.delete_adapter(name)
+
+    def activate(self, name: str | None) -> None:
+        """Forward passes from now on go through this adapter alone; None: through the base alone."""
+        if self._tuner is not None and name != self._active:
+            self._tuner.set_adapter([] if name is None else name)
+            self._active = name
+
+    def head(self) -> nn.Module:
+        """The output layer of the active adapter: the bare one where the adapter does not touch it."""
+        head: nn.Module = self._model.get_output_embeddings()
+        if isinstance(head, LoraLayer) and (self._active is None or self._active not in head.lora_A):
+            head = head.get_base_layer()
+        return head
+
+    def parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """``<module path>.lora_A`` (r, in) and ``.lora_B`` (out, r)."""
+        found = {}
+        for path, layer in self._of(name).items():
+            found[f"{path}.lora_A"] = layer.lora_A[name].weight
+            found[f"{path}.lora_B"] = layer.lora_B[name].weight
+        return found
+
+    def scaled(self, name: str) -> dict[str, Tensor]:
+        """The same with alpha / r folded into B, in the adapter's own precision."""
+        scale = {path: layer.scaling[name] for path, layer in self._of(name).items()}
+        return {
+            key: weight.detach() * scale[key.removesuffix(".lora_B")] if key.endswith(".lora_B") else weight.detach()
+            for key, weight in self.parameters(name).items()
+        }
+
+    def enlarge(self, name: str, size: float, seed: int) -> None:
+        """Draw B so that each delta is `size` times as large as the weight that it changes."""
+        for path, layer in self._of(name).items():
+            b, base = layer.lora_B[name].weight, whole(layer.get_base_layer().weight.detach())
+            (rank, inputs), rms = layer.lora_A[name].weight.shape, float(base.float().square().mean().sqrt())
+            spread = size * rms / layer.scaling[name] * math.sqrt(3.0 * inputs / rank)  # A's variance is 1 / (3 in)
+            drawn = torch.randn(b.shape, generator=_generator(seed, f"{path}.lora_B"))
+            b.data = (drawn * spread).to(b.device, b.dtype)
+
+    def save(self, name: str, out: Path, base: str) -> None:
+        """PEFT's layout: adapter_config.json and adapter_model.safetensors, in the adapter's own precision."""
+        assert self._tuner is not None
+        out.mkdir(parents=True, exist_ok=True)
+        config = copy.copy(self._tuner.peft_config[name])
+        config.base_model_name_or_path, config.inference_mode = base, True
+        if is_part(self._model):  # the short names are also those of modules in the other parts
+            config.target_modules = _pattern(list(self._of(name)))
+        config.save_pretrained(str(out))
+        weights = {
+            f"base_model.model.{key}.weight": weight.detach().cpu().contiguous()
+            for key, weight in self.parameters(name).items()
+        }
+        save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def _of(self, name: str) -> dict[str, LoraLayer]:
+        return {path: layer for path, layer in self._layers.items() if name in layer.lora_A}
+
+
+def target_paths(model: PreTrainedModel, section: LoraSection) -> list[str]:
+    """Modules that an adapter goes to.
+
+    Raises:
+        ConfigError: nothing is to be trained, or the model has no linear modules of a wanted role.
+    """
+    wanted = [role for option, role in TARGETS.items() if getattr(section, option)]
+    if not wanted:
+        raise ConfigError(f"lora: found none of {', '.join(TARGETS)}; wanted at least one, or nothing is trained")
+    found, kind = roles_of(model), type(model).__name__
+    if "mlp" in wanted and found.experts is not None:
+        raise ConfigError(
+            f"lora.train_mlp: {kind} is a mixture of experts and keeps their weights stacked in {found.experts}, where "
+            "adapters do not reach; set lora.train_mlp=false to train its attention"
+        )
+    for option, role in TARGETS.items():
+        if role in wanted and not getattr(found, role):
+            raise ConfigError(f"lora.{option}: {kind} has no linear modules of its {role}; set lora.{option}=false")
+    return [path for role in wanted for path in getattr(found, role)]
+
+
+def _shortest(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
+    """Last parts of the paths where they name these modules and no others, as people write them; else the paths."""
+    short = names(tuple(paths))
+    named = [path for path, module in model.named_modules() if path.rpartition(".")[2] in short and is_linear(module)]
+    return list(short) if sorted(named) == sorted(paths) else list(paths)
+
+
+def _pattern(paths: Sequence[str]) -> str:
+    """A regular expression that matches these paths whole, with the layers' numbers left open."""
+    kinds = dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(path)) for path in paths)
+    return "|".join(kinds)
+
+
+def _fuse(layers: Mapping[str, LoraLayer]) -> None:
+    """Replace PEFT's forward of layers that are plain linear ones; others keep it, and the log names them."""
+    left = []
+    for path, layer in layers.items():
+        if type(layer) is LoraLinear and type(layer.get_base_layer()) is nn.Linear:
+            layer.forward = _Fused(layer)
+        else:
+            left.append(path)
+    if left:
+        _logger.warning("adapters of %s run through PEFT's own forward, slower and larger", ", ".join(left))
+
+
+class _Fused:
+    """A layer's forward. It reads weights at each call: an optimizer changes them, and a base shared by ranks is whole
+    only now."""
+
+    def __init__(self, layer: LoraLinear) -> None:
+        self._layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self._layer
+        base = layer.get_base_layer()
+        active = [name for name in layer.active_adapters if name in layer.lora_A]
+        if not active:
+            found: Tensor = base(x)
+            return found
+        (name,) = active
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        return lora_linear(x, base.weight, base.bias, a, b, layer.scaling[name])
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

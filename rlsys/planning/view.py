@@ -1,0 +1,85 @@
+"""A plan and a doctor's findings, as the terminal shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rlsys.architectures.model_shape import ModelShape
+from rlsys.config import JobConfig
+from rlsys.planning.memory import MIB, gib
+from rlsys.planning.plan import Node, Plan, Row, amounts
+
+STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
+SMALLEST_SHOWN = 0.01  # of a role's total
+
+
+def show(config: JobConfig, dims: ModelShape, nodes: Sequence[Node], plan: Plan, console: Console) -> None:
+    """What is asked for, what there is, and what follows."""
+    line = console.print
+    line(f"[bold]{escape(config.run.name)}[/]: {dims.parameters / 1e6:,.1f} M parameters, {config.model.dtype}")
+    line(f"{escape(dims.family.name)}{escape(_shape(dims))}; dimensions from {escape(dims.source)}", soft_wrap=True)
+    for node in nodes:
+        gpu = "" if node.gpu_memory is None else f", GPUs of {gib(node.gpu_memory)}"
+        line(f"{escape(node.name)} has {amounts(node.resources)}, {gib(node.memory)} of memory{gpu}", soft_wrap=True)
+    line(_table(plan))
+    for row in plan.rows:
+        line(_parts(row), soft_wrap=True)
+    budget = config.learner.token_budget
+    if plan.token_budget is None:
+        line(
+            f"token budget: learner.token_budget={budget} asked for; none can be suggested for what is known here",
+            soft_wrap=True,
+        )
+    else:
+        line(
+            f"token budget: {budget} asked for, up to learner.token_budget={plan.token_budget} fits or fills a step",
+            soft_wrap=True,
+        )
+    for warning in plan.warnings:
+        line(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
+    for shortfall in plan.shortfalls:
+        line(f"[red]shortfall[/] {escape(shortfall)}", soft_wrap=True)
+    if not plan.shortfalls:
+        line("[green]it fits[/]")
+
+
+def _shape(dims: ModelShape) -> str:
+    """What memory alone does not tell."""
+    mixture = f", {dims.num_experts} experts in {dims.mixture_layers} of {dims.num_layers} layers"
+    window = f", a window of {dims.window} tokens in {dims.windowed_layers} of {dims.num_layers} layers"
+    return (mixture if dims.mixture_layers else "") + (window if dims.window else "")
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(title="predicted peak memory of one", title_justify="left")
+    for name in ("role", "count", "CPUs", "GPUs", "above imports", "with imports"):
+        table.add_column(name, justify="left" if name == "role" else "right", no_wrap=True)
+    for row in plan.rows:
+        above = gib(row.memory.peak.total) + (" (GPU)" if row.on_gpu else "")
+        table.add_row(row.role, str(row.count), f"{row.cpus:g}", f"{row.gpus:g}", above, gib(row.host_bytes))
+    return table
+
+
+def _parts(row: Row) -> str:
+    """``learner while updating: weights 207, activations 1,265 MiB``: small parts are left out."""
+    peak = row.memory.peak
+    shown = ", ".join(
+        f"{name} {size / MIB:,.0f}" for name, size in peak.parts.items() if size >= SMALLEST_SHOWN * peak.total
+    )
+    asleep = f"; asleep {row.pinned / MIB:,.0f} MiB of pinned host memory" if row.pinned else ""
+    place = f" of GPU memory, UNMEASURED on CUDA{asleep}" if row.on_gpu else ""
+    return f"{row.role} while {peak.name}: {shown} MiB{place}"
+
+
+def show_checks(checks: Iterable[tuple[str, str, str, str]], console: Console) -> int:
+    """One line per (name, status, found, remedy), as they come; how many failed."""
+    failed = 0
+    for name, status, found, remedy in checks:
+        failed += status == "fail"
+        help_ = f" -> {escape(remedy)}" if remedy else ""
+        console.print(f"[{STYLE[status]}]{status:<4}[/]  {name:<18} {escape(found)}{help_}", soft_wrap=True)
+    return failed

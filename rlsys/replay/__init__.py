@@ -1,0 +1,1 @@
+"""Recomputes a step of a run from its saved rollouts."""

@@ -1,0 +1,1 @@
+"""Compares a mathematical answer with the reference; docs/grading.md has the rules."""

@@ -1,0 +1,1 @@
+"""Samples completions with vLLM."""

@@ -1,0 +1,84 @@
+"""What a vLLM engine is started with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlsys.architectures.model_shape import read_config
+from rlsys.architectures.support import serves_unembedding
+from rlsys.config import ModelSection, SamplerSection
+from rlsys.modeling.module_roles import names, roles_of, skeleton
+from rlsys.modeling.text_part import configuration, is_composite
+from rlsys.sampler.engine_start import Device
+from rlsys.sampler.vllm.text_only import text_only
+
+ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
+CPU_BLOCK_TOKENS = 32  # of the prefix cache: the smallest that the CPU attention takes; vLLM's own default is 128
+GIB = 2**30
+
+
+def engine_arguments(
+    base: Path, model: ModelSection, section: SamplerSection, seed: int, device: Device, has_tokenizer: bool
+) -> dict[str, Any]:
+    """vLLM's own `LLM` takes the same."""
+    cpu, parallel = device == "cpu", section.tensor_parallel_size
+    # One position more than promised: vLLM wants to generate a token even where a full-length sequence is only
+    # scored. That token is never fed back, so its position is never computed.
+    max_model_len = model.max_length + 1
+    by_device: dict[str, Any] = (
+        {
+            "distributed_executor_backend": "uni"
+            if parallel == 1
+            else "rlsys.sampler.vllm.cpu_tensor_parallel.CpuExecutor",
+            "worker_cls": "rlsys.sampler.vllm.cpu_worker.CpuWorker",
+            "block_size": CPU_BLOCK_TOKENS,
+            "kv_cache_memory_bytes": int(section.kv_cache_gb * GIB) // parallel,  # of each worker
+            # a seeded request whose prefill is cut in two kills the CPU engine ("does not use offset")
+            "enable_chunked_prefill": False,
+        }
+        if cpu
+        else {
+            "worker_cls": "rlsys.sampler.vllm.cuda_worker.CudaWorker",
+            "gpu_memory_utilization": section.gpu_memory_utilization,
+            "enable_sleep_mode": section.colocate,
+            # left to itself, vLLM would ask Ray for workers in our placement group, where no GPU is left
+            **({"distributed_executor_backend": "mp"} if parallel > 1 else {}),
+        }
+    )
+    return {
+        "model": str(base),
+        "dtype": model.dtype,
+        "seed": numpy_seed(seed),
+        "tensor_parallel_size": parallel,
+        "max_model_len": max_model_len,
+        "max_num_seqs": section.max_num_seqs,
+        "max_num_batched_tokens": max(section.max_num_batched_tokens, max_model_len),
+        "enforce_eager": cpu or section.enforce_eager,
+        "enable_prefix_caching": True,
+        "skip_tokenizer_init": not has_tokenizer,
+        "generation_config": "vllm",  # else the model's own file would change temperature, top_k and top_p
+        "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
+        "enable_lora": True,
+        "max_loras": section.max_live_adapters,
+        "max_cpu_loras": section.max_live_adapters,
+        "max_lora_rank": next(rank for rank in ENGINE_RANKS if rank >= section.max_lora_rank),
+        "lora_target_modules": target_modules(base, device),
+        **({"hf_overrides": text_only} if is_composite(configuration(base)) else {}),
+        "worker_extension_cls": "rlsys.sampler.vllm.adapter_worker.AdapterExtension",
+        "disable_log_stats": True,
+        **by_device,
+    }
+
+
+def numpy_seed(seed: int) -> int:
+    """What an engine seeds numpy and torch with. It decides nothing that is drawn: every request has its own seed."""
+    return seed % 2**32
+
+
+def target_modules(base: Path, device: Device) -> list[str]:
+    """Last parts of the names of modules that get adapter slots: all that a run may train on this device."""
+    roles = roles_of(skeleton(configuration(base).get_text_config(decoder=True)))
+    mlp = () if roles.experts else roles.mlp
+    unembedding = roles.unembedding if serves_unembedding(read_config(base), device) else ()
+    return [*names(roles.attention), *names(mlp), *names(unembedding)]

@@ -1,0 +1,200 @@
+"""From our requests to vLLM's, and from its answers to columns. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlsys.architectures.families import text_part
+from rlsys.data.problems import occurrences
+from rlsys.errors import ConfigError, SamplingError
+from rlsys.rollouts import Rollouts
+from rlsys.sampler.completion import Completion, completion_of, to_rollouts
+from rlsys.tokenization.stop_conditions import has_tokenizer, read_json, stop_conditions_of
+from rlsys.types import Array, SamplingParams
+
+MIN_TEMPERATURE = (
+    0.01  # vLLM silently raises smaller ones to this, and the learner's p would be of another distribution
+)
+SEED_WORDS = 2**64 - 1
+
+
+class BaseModel:
+    """What a model's folder says about itself, as far as requests need it."""
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / "config.json")
+        if config is None:
+            raise ConfigError(f"sampler: {folder} has no config.json; wanted a Hugging Face model folder")
+        config = text_part(config)
+        self.vocab_size = int(config["vocab_size"])
+        self.max_positions: int | None = config.get("max_position_embeddings")
+        self.endings = stop_conditions_of(folder)
+        self.has_tokenizer = has_tokenizer(folder)
+
+
+def check_sequences(
+    what: str, ids: Sequence[object], tokens: Array, offsets: Array, room: int, max_length: int, vocab_size: int
+) -> None:
+    """
+    Raises:
+        SamplingError: an empty sequence, one with no `room` left under `max_length`, or ids outside the vocabulary.
+    """
+    lengths = np.diff(offsets)
+    if len(lengths) != len(ids) or offsets[0] != 0 or offsets[-1] != len(tokens):
+        raise SamplingError(
+            f"{what}: found {len(ids)} ids, {len(lengths)} spans, {len(tokens)} tokens; wanted them to fit"
+        )
+    if (lengths == 0).any():
+        raise SamplingError(f"{what} {ids[int(np.argmin(lengths))]}: found no token; wanted at least one")
+    if (lengths + room > max_length).any():
+        at = int(np.argmax(lengths))
+        asked = f"{lengths[at]} tokens" + (f" + max_tokens {room}" if room else "")
+        raise SamplingError(f"{what} {ids[at]}: found {asked}; wanted at most model.max_length = {max_length} together")
+    wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+    if len(wrong):
+        at = int(np.searchsorted(offsets, wrong[0], "right")) - 1
+        raise SamplingError(f"{what} {ids[at]}: found token id {tokens[wrong[0]]}; wanted 0 to {vocab_size - 1}")
+
+
+def stop_rules(
+    stop: str | Sequence[str] | Sequence[int] | None, model: BaseModel, also: Sequence[str] = ()
+) -> tuple[list[str], list[int]]:
+    """(stop strings, stop token ids): strings add to the model's end tokens, ids are all there are, [] is never.
+
+    `also`: further strings, whatever `stop` says.
+
+    Raises:
+        SamplingError: strings for a model without a tokenizer, or one that could never be found.
+    """
+    given: list[Any] = [stop] if isinstance(stop, str) else list(stop or ())
+    strings = [*(item for item in given if isinstance(item, str)), *also]
+    if strings and not model.has_tokenizer:
+        raise SamplingError(
+            f"SamplingParams.stop: found strings {strings!r} for a model without a tokenizer; wanted ids"
+        )
+    is_exact = stop is not None and not any(isinstance(item, str) for item in given)
+    ids = [int(item) for item in given] if is_exact else list(model.endings.ids)
+    try:
+        texts, special = model.endings.stops(strings)
+    except ConfigError as error:
+        raise SamplingError(f"SamplingParams.{error}") from None
+    return texts, list(dict.fromkeys([*ids, *special]))
+
+
+def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel, also_stop: Sequence[str] = ()) -> Any:
+    """vLLM's parameters of one group; completion i draws with seed + i. `also_stop` adds to what `params` says."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    if 0 < params.temperature < MIN_TEMPERATURE:
+        raise SamplingError(
+            f"SamplingParams.temperature: found {params.temperature}; wanted 0 (greedy) or at least {MIN_TEMPERATURE}"
+        )
+    strings, ids = stop_rules(params.stop, model, also_stop)
+    return vllm.SamplingParams(
+        n=n,
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        seed=seed,
+        stop=strings,
+        stop_token_ids=ids,
+        ignore_eos=True,  # `ids` holds them where they count
+        detokenize=bool(strings),
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def score_params() -> Any:
+    """vLLM's parameters of a request that only scores its prompt."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    return vllm.SamplingParams(
+        max_tokens=1,  # vLLM cannot generate none
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=0,  # of the given tokens alone; given here and not set later, as this switches the cache off
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def position_params(token: int) -> Any:
+    """vLLM's parameters of a request that scores `token` as the prompt's next token."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    return vllm.SamplingParams(
+        max_tokens=1,
+        temperature=1.0,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=1,
+        logprob_token_ids=[token],
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def position_logprob(output: Any, token: int) -> float:
+    """What a request of `position_params` answers, in nats."""
+    (completion,) = output.outputs
+    return float(completion.logprobs[0][token].logprob)
+
+
+def group_seeds(seed: int, problems: Array, occurrence: Array | None = None) -> list[int]:
+    """(P,) seeds by problem and occurrence, not by place: calls draw together what one call for all would.
+
+    `occurrence`: (P,) how often the caller drew each problem before under this seed; None: as often as it stands before
+    in `problems`. Each seed has room for n children above it.
+    """
+    times = occurrences(problems) if occurrence is None else occurrence
+    words = zip(problems.tolist(), times.tolist(), strict=True)
+    return [_word(seed, problem & SEED_WORDS, nth) for problem, nth in words]
+
+
+def child_seeds(seed: int, problems: Array, n: int, occurrence: Array | None = None) -> list[int]:
+    """(R,) seeds of P * n completions: those that vLLM gives the children of a group's request."""
+    return [group + child for group in group_seeds(seed, problems, occurrence) for child in range(n)]
+
+
+def _word(seed: int, *words: int) -> int:
+    return int(np.random.SeedSequence([seed & SEED_WORDS, *words]).generate_state(1, np.uint64)[0] >> 2)
+
+
+def later_seed(seed: int, *where: int) -> int:
+    """Of a completion that goes on in a further request; `where` it does so."""
+    return _word(seed, *where)
+
+
+def columns(
+    problems: Array, prompt_tokens: Array, prompt_offsets: Array, n: int, outputs: Sequence[Any], version: int
+) -> Rollouts:
+    """P finished requests as R = P * n columnar completions; a greedy request answered once and counts n times."""
+    done = [
+        finished(completion, version)
+        for output in outputs
+        for completion in sorted(output.outputs, key=lambda completion: completion.index) * (n // len(output.outputs))
+    ]
+    return to_rollouts(problems, prompt_tokens, prompt_offsets, done)
+
+
+def finished(completion: Any, version: int) -> Completion:
+    """vLLM's completion, which has to have come to its own end."""
+    if completion.finish_reason not in ("stop", "length"):
+        raise SamplingError(f"the engine ended a request with {completion.finish_reason!r}; wanted 'stop' or 'length'")
+    return so_far(completion, version)
+
+
+def so_far(completion: Any, version: int) -> Completion:
+    """vLLM's completion, which may have been stopped from outside."""
+    logprobs = completion.logprobs.logprobs
+    return completion_of(completion.token_ids, logprobs, version, stopped=completion.finish_reason == "stop")

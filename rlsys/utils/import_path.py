@@ -1,0 +1,31 @@
+"""What a user names by path: 'package.module:name'."""
+
+from __future__ import annotations
+
+import importlib
+
+from rlsys.errors import ConfigError, did_you_mean
+
+
+def import_by_path(path: str, key: str, wanted: str) -> object:
+    """The function or class that `path` names; `key` is where the job names it, `wanted` what it should be.
+
+    Raises:
+        ConfigError: the path has another form, the module does not import, or has no such thing.
+    """
+    module_name, colon, name = path.partition(":")
+    if not (module_name and colon and name):
+        raise ConfigError(f"{key}: found {path!r}; wanted {wanted}")
+    try:
+        found: object = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # the user's module may raise anything, and a script may end itself
+        raise ConfigError(
+            f"{key}: {path!r}: importing {module_name} raised {type(error).__name__}: {error}; "
+            "it has to be importable where it is used (install it, or put its folder on PYTHONPATH)"
+        ) from error
+    inside = module_name
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise ConfigError(f"{key}: {path!r}: {inside} has no {part!r}{did_you_mean(part, dir(found))}")
+        found, inside = getattr(found, part), f"{inside}.{part}"
+    return found

@@ -1,0 +1,80 @@
+"""What a shell does to a path, done once for every path that a user writes; and commands that can be pasted into one.
+
+    ~  ~user  $NAME  ${NAME}      as in a shell, at the start of a path and anywhere in it
+    \\$  \\\\                       the characters themselves
+
+A variable that is unset or empty is an error, where a shell would leave a hole: ``$SCRATCH/runs`` would be ``/runs``.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, PlainSerializer
+
+from rlsys.errors import ConfigError
+from rlsys.utils.env_variables import env_variable
+
+_NAME = re.compile(r"\\(?P<escaped>[\\$])|\$(?P<bare>[A-Za-z_]\w*)|\$\{(?P<braced>[A-Za-z_]\w*)\}|\$[{(]", re.ASCII)
+
+
+def expand(text: str) -> str:
+    """
+    Raises:
+        ConfigError: the path is empty or holds NUL, or names a variable or a user that does not exist.
+    """
+    if not text or "\0" in text:
+        raise ConfigError(f"found {text!r}; wanted a path")
+    head, slash, rest = text.partition("/")
+    if head.startswith("~"):
+        return _home(head[1:]) + slash + _NAME.sub(_value, rest)
+    return _NAME.sub(_value, text)
+
+
+def as_written(path: str | Path) -> str:
+    """What `expand` makes this path of again."""
+    text = str(path).replace("\\", "\\\\").replace("$", "\\$")
+    return f"./{text}" if text.startswith("~") else text
+
+
+def expanded(path: str | Path) -> Path:
+    """Of an argument on a command line: a shell leaves ``--out=~/x`` as it is."""
+    return Path(expand(str(path)))
+
+
+PathText = Annotated[str, AfterValidator(expand), PlainSerializer(as_written, return_type=str, when_used="json")]
+
+
+def command(*words: str | Path) -> str:
+    """As one pastes it, whatever spaces and quotes a path has."""
+    return shlex.join(map(str, words))
+
+
+def _home(user: str) -> str:
+    try:
+        return pwd.getpwnam(user).pw_dir if user else env_variable("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        raise ConfigError(
+            f"~{user}: {'this machine has no such user' if user else 'HOME is not set, and this user has no home'}; "
+            "wanted the whole path" + (f", or ./~{user} for a folder of that name" if user else "")
+        ) from None
+
+
+def _value(found: re.Match[str]) -> str:
+    if found["escaped"]:
+        return found["escaped"]
+    name = found["bare"] or found["braced"]
+    if not name:
+        raise ConfigError(f"found {found.string!r}; wanted variables as $NAME or ${{NAME}}, or \\$ for the character $")
+    value = env_variable(name)
+    if value is None:
+        raise ConfigError(
+            f"found {found.string!r}, and the environment variable {name} is not set or empty; set it, or write \\$ "
+            "for the character $"
+        )
+    return value

@@ -1,0 +1,1 @@
+"""Adapter weights on their way from the learner to the samplers, and the proof of their arrival."""

@@ -1,0 +1,169 @@
+"""Claims about a base model's folder: what is written, and how it travels."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
+from rlsys.config import MakeSection
+from rlsys.errors import CheckpointError, ConfigError
+from rlsys.modeling.base_model import MANIFEST, initial_model, new_folder, pack_folder, unpack_folder
+
+MICRO = MakeSection(
+    vocab_size=128, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=24
+)
+TOKENIZER = build_tokenizer(["1+1=2\n"], 128)
+
+
+def made(path: Path, seed: int = 0, make: MakeSection = MICRO) -> Path:
+    initial_model(make, TOKENIZER, 64, seed, path)
+    return path
+
+
+def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    one, two, other = (pack_folder(made(tmp_path / str(i), seed)) for i, seed in enumerate([5, 5, 6]))
+    assert one == two
+    assert one["model.safetensors"] != other["model.safetensors"]
+
+
+def test_making_a_model_leaves_the_callers_random_state_alone(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    torch.manual_seed(1)
+    made(tmp_path / "base")
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_the_folder_is_a_qwen3_with_end_and_pad_ids_and_its_tokenizer(tmp_path: Path) -> None:
+    folder = made(tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text())
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["vocab_size"] == len(TOKENIZER)
+    assert config["max_position_embeddings"] == 64
+    for section in (config, generation):
+        assert section["eos_token_id"] == TOKENIZER.eos_token_id
+        assert section["pad_token_id"] == TOKENIZER.pad_token_id
+    assert AutoTokenizer.from_pretrained(folder).encode("1+1") == TOKENIZER.encode("1+1")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_loads_with_every_dimension_that_was_asked(tmp_path: Path, tied: bool) -> None:
+    make = MICRO.model_copy(update={"tie_embeddings": tied, "rope_theta": 5e5, "num_layers": 2})
+    model = AutoModelForCausalLM.from_pretrained(made(tmp_path / "base", make=make))
+    assert model.config.rope_parameters["rope_theta"] == 5e5
+    assert len(model.model.layers) == 2
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (32, 16)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.dtype == torch.float32
+
+
+def test_heads_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="num_heads: found 3"):
+        made(tmp_path / "base", make=MICRO.model_copy(update={"num_heads": 3, "num_kv_heads": 2}))
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "weights.bin").write_bytes(bytes(range(256)))
+    (folder / "sub" / "note.txt").write_text("hello")
+    return folder
+
+
+def test_a_folder_travels_whole(source: Path, tmp_path: Path) -> None:
+    unpack_folder(pack_folder(source), tmp_path / "there")
+    assert (tmp_path / "there" / "weights.bin").read_bytes() == bytes(range(256))
+    assert pack_folder(tmp_path / "there") == pack_folder(source)
+
+
+def test_files_behind_links_are_packed_as_their_content(source: Path) -> None:
+    (source / "link.bin").symlink_to(source / "weights.bin")  # the hub cache is made of such links
+    assert pack_folder(source)["link.bin"] == bytes(range(256))
+
+
+def test_many_unpacking_at_once_leave_one_whole_folder_and_no_rubbish(source: Path, tmp_path: Path) -> None:
+    files, target = pack_folder(source), tmp_path / "node" / "base"
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda _: unpack_folder(files, target), range(64)))
+    assert pack_folder(target) == files
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_a_folder_that_appears_meanwhile_is_kept_and_the_late_comer_told(tmp_path: Path) -> None:
+    def late() -> None:
+        with new_folder(tmp_path / "base"):
+            (tmp_path / "base").mkdir()
+            (tmp_path / "base" / "first").write_text("x")
+
+    with pytest.raises(FileExistsError):
+        late()
+    assert [path.name for path in tmp_path.rglob("*")] == ["base", "first"]
+
+
+def test_a_late_unpacking_accepts_the_equal_folder_that_won_the_race(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, there = pack_folder(source), tmp_path / "there"
+    unpack_folder(files, there)
+    seen = iter([False])  # as if the winner's rename came right after the look
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: next(seen, None) is None and exists(path))
+    unpack_folder(files, there)
+    assert pack_folder(there) == files
+
+
+def test_content_that_changed_on_the_way_is_refused_before_anything_is_written(source: Path, tmp_path: Path) -> None:
+    files = pack_folder(source)
+    for damaged in (
+        {**files, "weights.bin": b"other"},
+        {**files, "extra.bin": b""},
+        {name: content for name, content in files.items() if name != "weights.bin"},
+        {name: content for name, content in files.items() if name != MANIFEST},
+    ):
+        with pytest.raises(CheckpointError, match="manifest"):
+            unpack_folder(damaged, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_folder_with_other_content_is_refused_and_kept(source: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    unpack_folder(pack_folder(source), there)
+    (there / "weights.bin").write_bytes(b"mine")
+    with pytest.raises(CheckpointError, match="other content"):
+        unpack_folder(pack_folder(source), there)
+    assert (there / "weights.bin").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "/etc/evil", "a/../../evil", "a//b", "./a", "..", ".", "", "a\\b", "a\nb", "a/"]
+)
+def test_a_name_that_leaves_the_folder_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="leaves the folder"):
+        unpack_folder({name: b"x"}, tmp_path / "in" / "there")
+    assert not (tmp_path / "in").exists()
+
+
+def test_an_empty_or_missing_folder_cannot_be_packed(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="empty"):
+        pack_folder(tmp_path)
+    with pytest.raises(CheckpointError, match="no folder"):
+        pack_folder(tmp_path / "none")
+
+
+def test_a_folder_whose_making_fails_never_appears(tmp_path: Path) -> None:
+    def fail() -> None:
+        with new_folder(tmp_path / "base") as folder:
+            (folder / "half").write_text("x")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        fail()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,57 @@
+"""A process that multiplies matrices of ever new row counts, as an engine and a learner do, does not grow with them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlsys.planning.memory import KERNEL_CACHES, LEARNER_KERNELS, MIB
+from tests.waiting import run
+
+ROOT = Path(__file__).parents[3]
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+
+from rlsys.planning.memory import bound_growth
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def multiply(rows):
+    for weight in weights:
+        x = torch.zeros(rows, weight.shape[1], dtype=weight.dtype, requires_grad=True)
+        torch.nn.functional.linear(x, weight).sum().backward()
+
+torch.set_num_threads(1)
+bound_growth(int(sys.argv[1]))
+weights = [torch.zeros(pair, dtype=torch.bfloat16) for pair in ((320, 192), (192, 192), (1024, 192), (192, 512))]
+multiply(16)
+before = resident()
+for rows in range(17, 17 + 80):
+    multiply(rows)
+print(resident() - before)
+"""
+
+
+def growth(hidden_size: int, **environment: str) -> int:
+    """Bytes, in a fresh process: the caches read their sizes once."""
+    free = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
+    done = run(
+        [sys.executable, "-c", SCRIPT, str(hidden_size)],
+        cwd=ROOT,
+        env={**free, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("environment", [{}, dict.fromkeys(KERNEL_CACHES, "16")], ids=["ours", "the user's"])
+def test_new_row_counts_cost_no_more_than_the_kernels_that_are_predicted(environment: dict[str, str]) -> None:
+    """Without bounds 80 of them cost several hundred MiB where the CPU multiplies bfloat16."""
+    assert growth(576, **environment) < LEARNER_KERNELS + 16 * MIB

@@ -1,0 +1,344 @@
+"""Plans: what fits, what does not and by how much, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlsys.architectures.model_shape import known_models, model_shape, of_config
+from rlsys.config import JobConfig, parse_config
+from rlsys.errors import ConfigError
+from rlsys.planning.memory import (
+    CUDA_CONTEXT,
+    CUDA_GRAPHS,
+    GIB,
+    MIB,
+    activations,
+    adapter_parameters,
+    engine_asleep,
+    learner_memory,
+    micro_batch_tokens,
+    sampler_memory,
+)
+from rlsys.planning.plan import Node, Plan, plan
+from tests.waiting import run
+
+ROOT = Path(__file__).parents[3]
+SMALL = "run: {name: a}\nmodel: {make: {}}\n"
+BIG = Node("here", {"CPU": 8.0}, 64 * GIB)
+
+
+def job(*overrides: str) -> JobConfig:
+    return parse_config(SMALL, overrides)
+
+
+def planned(*overrides: str, nodes: list[Node] | None = None) -> Plan:
+    config = job(*overrides)
+    return plan(config, model_shape(config.model), nodes or [BIG])
+
+
+def test_the_kept_dimensions_give_the_published_numbers_of_parameters() -> None:
+    published = {
+        "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+        "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+        "Qwen/Qwen3-0.6B": 596_049_920,
+        "Qwen/Qwen3-1.7B": 1_720_574_976,
+        "Qwen/Qwen3-4B": 4_022_468_096,
+        "Qwen/Qwen3-8B": 8_190_735_360,
+    }
+    assert {name: dims.parameters for name, dims in known_models().items()} == published
+
+
+def test_dimensions_count_every_parameter_that_the_model_has(tmp_path: Path) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=320, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        intermediate_size=96, max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    dims = model_shape(parse_config(f"run: {{name: a}}\nmodel: {{path: {tmp_path}}}").model)
+    assert dims.parameters == Qwen3ForCausalLM(config).num_parameters()
+    assert str(tmp_path) in dims.source
+
+
+def test_without_the_hub_the_kept_list_is_used_and_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    dims = model_shape(parse_config("run: {name: a}\nmodel: {path: Qwen/Qwen3-8B}").model)
+    assert dims.num_layers == 36
+    assert "out of reach" in dims.source and "HF_HUB_OFFLINE" in dims.source
+
+
+def test_a_model_that_nobody_knows_is_refused_with_the_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"Qwen/Qwen3-06B.*did you mean 'Qwen/Qwen3-0.6B'"):
+        model_shape(parse_config("run: {name: a}\nmodel: {path: Qwen/Qwen3-06B}").model)
+
+
+def test_an_architecture_without_a_formula_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"'mamba'.*qwen2, qwen3"):
+        of_config({"model_type": "mamba"}, "config.json of x")
+
+
+def test_a_damaged_config_is_refused_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        model_shape(parse_config(f"run: {{name: a}}\nmodel: {{path: {tmp_path}}}").model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_activations_are_what_autograd_keeps(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within 5 %, of lengths that differ; the heap's slack is no tensor's."""
+    import numpy as np
+    import torch
+
+    from rlsys import losses
+    from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
+    from rlsys.datums import DatumBatch
+    from rlsys.learner.learner import Learner
+    from rlsys.modeling.base_model import initial_model
+
+    config = job(f"model.dtype={dtype}")
+    assert config.model.make
+    initial_model(config.model.make, build_tokenizer(["1 + 2 = 3"], 320), 128, 0, tmp_path / "base")
+    learner = Learner(tmp_path / "base", config.model, config.learner)
+    learner.create_run("a", config.lora, 0)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in learner._model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    offsets = np.concatenate([[0], np.cumsum([66, 65, 64, 63, 62, 61, 60])])
+    tokens = int(offsets[-1])
+    ids = np.random.default_rng(0).integers(0, 4, tokens).astype(np.int32)  # nothing begins alike
+    columns = {name: np.ones(tokens, np.float32) for name in ("logprobs", "advantages", "weights")}
+    batch = DatumBatch(ids, ids, offsets, columns)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        learner.forward_backward("a", batch, losses.resolve("importance_sampling", {}))
+    assert sum(p.numel() for p in learner._runs["a"].parameters.values()) == adapter_parameters(
+        config.lora, model_shape(config.model)
+    )
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    monkeypatch.setattr("rlsys.planning.memory.HEAP_SLACK", 1.0)
+    assert activations(config, model_shape(config.model), tokens) == pytest.approx(found, rel=0.05)
+
+
+def test_a_micro_batch_is_the_budget_or_the_whole_batch_or_one_long_sequence() -> None:
+    assert micro_batch_tokens(job("learner.token_budget=1000")) == 1000
+    assert micro_batch_tokens(job("learner.token_budget=1000000")) == 32 * 8 * 127
+    assert micro_batch_tokens(job("learner.token_budget=10")) == 127
+    assert micro_batch_tokens(job("learner.token_budget=1000000", "learner.num_workers=2")) == 16 * 8 * 127
+
+
+def test_memory_grows_with_what_it_is_for() -> None:
+    small, dims = job(), model_shape(job().model)
+
+    def learner(*overrides: str) -> int:
+        return learner_memory(job(*overrides), dims).peak.total
+
+    def sampler(*overrides: str) -> int:
+        return sampler_memory(job(*overrides), dims).peak.total
+
+    assert learner("learner.token_budget=8192") > learner() == learner_memory(small, dims).peak.total
+    assert sampler("sampler.kv_cache_gb=2") - sampler("sampler.kv_cache_gb=1") == GIB
+    assert sampler("sampler.max_live_adapters=9") > sampler()
+    assert adapter_parameters(job("lora.rank=8").lora, dims) * 2 == adapter_parameters(small.lora, dims)
+
+
+def test_a_sharded_base_leaves_each_rank_a_share() -> None:
+    dims = known_models()["Qwen/Qwen3-8B"]
+    text = "run: {name: a}\nmodel: {path: x, dtype: bfloat16}\n"
+
+    def weights(*overrides: str) -> int:
+        parts = learner_memory(parse_config(text, overrides), dims).phases[-1].parts
+        return sum(size for name, size in parts.items() if "weights" in name)
+
+    whole = weights("learner.num_workers=4")
+    assert weights("learner.num_workers=4", "learner.shard_base=true") < 0.5 * whole
+
+
+def test_a_job_that_fits_has_no_shortfall() -> None:
+    assert planned().shortfalls == ()
+
+
+ON_CUDA = ["sampler.num_gpus=1", "model.dtype=bfloat16"]
+WRONG_PLACES = [
+    # overrides, nodes, what the shortfall must name
+    (["sampler.num_cpus=20"], [BIG], ["21 CPU asked for, 8 found, 13 too few", "sampler.num_cpus=4"]),
+    (ON_CUDA, [BIG], ["1 GPU asked for, 0 found", "sampler.num_gpus=0"]),
+    (["learner.resources={big: 1}"], [BIG], ["1 big asked for, 0 found", "learner.resources"]),
+    (["sampler.nodes=[10.0.0.9]"], [BIG], ["no node '10.0.0.9'", "here"]),
+    (["learner.num_cpus=6"], [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)], ["no single node", "6 CPU"]),
+    (
+        ["sampler.num_workers=2", "sampler.placement=STRICT_SPREAD"],
+        [BIG],
+        ["STRICT_SPREAD wants 2 nodes, there are 1", "SPREAD"],
+    ),
+    (
+        ["sampler.num_workers=3", "sampler.placement=STRICT_PACK", "sampler.num_cpus=2"],
+        [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)],
+        ["STRICT_PACK wants 6 CPU on one node", "use PACK"],
+    ),
+    (
+        ["sampler.num_workers=2", "sampler.num_cpus=3", "learner.num_cpus=2"],
+        [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)],
+        ["enough in sum, but not in these pieces"],
+    ),
+    (["sampler.kv_cache_gb=100"], [BIG], ["memory:", "64.00 GiB found", "sampler.kv_cache_gb"]),
+    (
+        [*ON_CUDA, "model.make.vocab_size=150000", "sampler.gpu_memory_utilization=0.05"],
+        [Node("a", {"CPU": 8.0, "GPU": 1.0}, 64 * GIB, GIB)],
+        ["GPU memory (unmeasured prediction)", "sampler.gpu_memory_utilization"],
+    ),
+    (["model.make.num_heads=5"], [BIG], ["model.make.num_heads 5", "model.make.num_kv_heads=1"]),
+    (
+        ["sampler.tensor_parallel_size=3", "sampler.num_gpus=3", "model.dtype=bfloat16"],
+        [Node("a", {"CPU": 8.0, "GPU": 8.0}, 64 * GIB, 80 * GIB)],
+        ["sampler.tensor_parallel_size 3", "sampler.tensor_parallel_size=2"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "nodes", "named"), WRONG_PLACES, ids=lambda value: str(value)[:40])
+def test_a_shortfall_says_what_is_missing_and_what_to_set(
+    overrides: list[str], nodes: list[Node], named: list[str]
+) -> None:
+    text = "\n".join(planned(*overrides, nodes=nodes).shortfalls)
+    assert all(part in text for part in named), text
+
+
+WARNED = [
+    (["sampler.max_num_seqs=8"], ["sampler.max_num_seqs 8", "sampler.max_num_seqs=256"]),
+    (["sampler.kv_cache_gb=0.01"], ["sampler.kv_cache_gb"]),
+    (["model.max_length=60"], ["model.max_length 60 leaves 12 tokens"]),
+    (["sampler.max_lora_rank=256"], ["sampler.max_lora_rank=16"]),
+    (["lora.rank=100", "sampler.max_lora_rank=128"], ["lora.rank=64"]),
+    ([*ON_CUDA, "sampler.enforce_eager=true"], ["sampler.enforce_eager=false"]),
+    (["rl.optim={schedule: linear, decay_steps: 10}"], ["rl.optim.decay_steps 10", "rl.optim.decay_steps=25"]),
+    (["learner.threads=4"], ["learner.num_cpus=4"]),
+    (["learner.threads=2", "overlap.max_policy_lag=1"], ["learner.num_cpus=2"]),
+    (["model.make.vocab_size=150000"], ["learner.logprob_chunk_tokens=256"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), WARNED, ids=lambda value: str(value)[:40])
+def test_a_setting_that_does_not_serve_the_job_is_named_with_a_better_one(
+    overrides: list[str], named: list[str]
+) -> None:
+    text = "\n".join(planned(*overrides).warnings)
+    assert all(part in text for part in named), text
+
+
+def test_the_token_budget_suggested_fits_and_four_times_as_much_does_not() -> None:
+    tight = [Node("here", {"CPU": 8.0}, 7 * GIB)]
+    many = "rl.problems_per_step=4096"
+    budget = planned(many, nodes=tight).token_budget
+    assert budget is not None and budget > 4096
+    assert not planned(many, f"learner.token_budget={budget}", nodes=tight).shortfalls
+    assert "memory:" in planned(many, f"learner.token_budget={4 * budget}", nodes=tight).shortfalls[0]
+
+
+def test_a_machine_that_is_too_small_gets_no_budget() -> None:
+    assert planned(nodes=[Node("here", {"CPU": 8.0}, 100 * MIB)]).token_budget is None
+
+
+def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rlsys", "plan", *arguments]
+    return run(command, cwd=ROOT, env=without_a_cluster())
+
+
+def without_a_cluster() -> dict[str, str]:
+    """Other tests of the session may have one running, and would have the plan look at it."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
+def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = run_plan("configs/quickstart.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20
+    assert "it fits" in done.stdout and "KV cache 1,024" in done.stdout and "token budget" in done.stdout
+    script = (
+        "import sys; from actors.cli import app; app(['plan', 'configs/quickstart.yaml'], standalone_mode=False); "
+        "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
+    )
+    loaded = run([sys.executable, "-c", script], cwd=ROOT, env=without_a_cluster())
+    assert loaded.stdout.strip().endswith("[]"), loaded.stdout + loaded.stderr
+
+
+def test_the_command_ends_with_code_1_where_the_job_does_not_fit() -> None:
+    done = run_plan("configs/quickstart.yaml", "sampler.num_cpus=4000")
+    assert done.returncode == 1
+    assert "4001 CPU asked for" in done.stdout.replace("\n", " ")
+
+
+def test_predictions_for_a_gpu_are_marked_as_unmeasured() -> None:
+    done = run_plan("configs/quickstart.yaml", "learner.device=cuda", "learner.num_gpus=1", *ON_CUDA)
+    assert "UNMEASURED" in done.stdout and done.returncode == 1
+
+
+IN_TURNS = [
+    "learner.device=cuda", "learner.num_gpus=0.5", "sampler.num_gpus=0.5", "sampler.colocate=true",
+    "sampler.gpu_memory_utilization=0.5", "model.dtype=bfloat16",
+]  # fmt: skip
+
+
+def on_gpu(gib_of_gpu: float, *overrides: str) -> str:
+    node = Node("a", {"CPU": 8.0, "GPU": 1.0}, 64 * GIB, int(gib_of_gpu * GIB))
+    return "\n".join(planned(*IN_TURNS, *overrides, nodes=[node]).shortfalls)
+
+
+def test_contexts_graphs_and_the_copy_of_a_sleeping_engine_are_lines_of_the_plan() -> None:
+    config, dims = job(*IN_TURNS), model_shape(job().model)
+    assert learner_memory(config, dims).peak.parts["CUDA context"] == CUDA_CONTEXT
+    sampler = sampler_memory(config, dims).peak.parts
+    assert (sampler["CUDA context"], sampler["CUDA graphs"]) == (CUDA_CONTEXT, CUDA_GRAPHS)
+    eager = job(*IN_TURNS, "sampler.enforce_eager=true")
+    assert "CUDA graphs" not in sampler_memory(eager, dims).peak.parts
+    assert engine_asleep(config) == CUDA_CONTEXT + CUDA_GRAPHS and engine_asleep(eager) == CUDA_CONTEXT
+    (_, row) = planned(*IN_TURNS).rows
+    assert row.pinned == sampler["weights"] + sampler["LoRA slots"] and row.host_bytes == row.imports + row.pinned
+    (_, apart) = planned(*IN_TURNS, "sampler.colocate=false").rows
+    assert apart.pinned == 0, "an engine with a GPU of its own never sleeps"
+    assert not {"CUDA context", "CUDA graphs"} & learner_memory(job(), dims).peak.parts.keys(), "nor on a CPU"
+
+
+def test_a_pair_that_takes_turns_fits_beside_what_each_keeps() -> None:
+    assert on_gpu(8) == ""
+    assert "learner keeps" in on_gpu(4, "sampler.gpu_memory_utilization=0.95")
+    assert "set sampler.gpu_memory_utilization=0.8" in on_gpu(4, "sampler.gpu_memory_utilization=0.95")
+    assert on_gpu(4, "sampler.gpu_memory_utilization=0.8") == ""
+    asleep = on_gpu(
+        2, "learner.num_gpus=0.9", "sampler.num_gpus=0.1", "learner.token_budget=65536", "rl.problems_per_step=512"
+    )
+    assert "a sampler that sleeps keeps 1.50 GiB" in asleep and "learner.token_budget" in asleep
+
+
+def test_a_kv_cache_for_few_of_the_sequences_is_warned_of() -> None:
+    node = Node("a", {"CPU": 8.0, "GPU": 1.0}, 64 * GIB, 4 * GIB)
+    many = ["model.max_length=4096", "sampler.max_num_seqs=256", "model.make.num_layers=16"]
+    (said,) = [one for one in planned(*IN_TURNS, *many, nodes=[node]).warnings if "KV" in one]
+    assert "sampler.gpu_memory_utilization 0.5" in said and "of the 256 that run at once" in said
+    assert not [one for one in planned(*IN_TURNS, nodes=[node]).warnings if "KV" in one]
+
+
+def test_a_machine_that_somebody_has_in_mind_can_be_planned_for() -> None:
+    there = ["configs/gsm8k-qwen2.5-0.5b.yaml", "--cpus", "8", "--memory-gb", "32"]
+    done = run_plan(*there, "--gpu-memory-gb", "24")
+    assert done.returncode == 0 and "8 CPU, 1 GPU" in done.stdout, done.stdout + done.stderr
+    done = run_plan(*there, "--gpu-memory-gb", "8")
+    assert done.returncode == 1 and "unmeasured prediction" in done.stdout
+    done = run_plan(*there, "--gpus", "2")
+    assert done.returncode == 1 and "without --gpu-memory-gb" in done.stderr
+
+
+def test_every_kept_model_has_a_source() -> None:
+    assert all("config.json" in dims.source for dims in known_models().values())
