@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from actors.machine.gpus import this_machine
 from benchmarks.gpu_journal import Notes
 from benchmarks.gpu_loop_part import GIB, NOT_ON_CPU, part_options, run_and_exit
 from benchmarks.gpu_processes import ROOT, descendants, end_process, engines, last_error, resident_peak, title
 from rlsys.architectures.model_shape import model_shape
 from rlsys.config import JobConfig, load_config
-from rlsys.planning.plan import plan, this_machine
+from rlsys.planning.plan import plan
 from rlsys.run_state.jsonl import read_metrics
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
