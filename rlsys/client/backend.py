@@ -47,15 +47,6 @@ class SnapshotHandle:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainAnswer:
-    """What a pass over a batch gives back; ``logprobs`` is (T,) float32 nats of the targets, datums end to end."""
-
-    loss_sum: float
-    metrics: Mapping[str, float]
-    logprobs: Array
-
-
-@dataclass(frozen=True, slots=True)
 class SampleAnswer:
     """n completions end to end, and what was asked about the prompt of N tokens; its first has no log-probability."""
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlsys.client.backend import Deployment, ModelHandle, TrainAnswer
+from rlsys.client.backend import Deployment, ModelHandle
 from rlsys.client.containers import outputs
 from rlsys.client.futures import ApiFuture, Ready
 from rlsys.client.paths import given
@@ -30,7 +30,7 @@ from rlsys.client.results import (
 from rlsys.client.sampling import SamplingClient
 from rlsys.client.tokenizing import tokenizer_of
 from rlsys.errors import ConfigError
-from rlsys.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse
+from rlsys.types import AdamParams, BatchResult, Datum, ForwardBackwardOutput, OptimStepResponse
 
 Where = Literal["learner", "caller"]
 Result = ApiFuture[ForwardBackwardOutput]
@@ -197,7 +197,7 @@ class TrainingClient(Ready):
         """Two turns are taken at once, so that whatever is entered next comes after both."""
         from rlsys.learner.custom_loss import collate_custom, result_metrics, surrogate_data, surrogate_weights
 
-        about, result = self._deployment.about, Future[TrainAnswer]()
+        about, result = self._deployment.about, Future[BatchResult]()
         with self._entering:
             self._check_open()
             first, second = next(self._numbers), next(self._numbers)
@@ -221,7 +221,7 @@ class TrainingClient(Ready):
                 backward, submitted = self._submit(second, "forward_backward", arguments), True
                 answer = backward.result()
                 metrics = result_metrics(surrogate.loss, surrogate.metrics, 2)
-                result.set_result(TrainAnswer(surrogate.loss, metrics, answer.logprobs))
+                result.set_result(BatchResult(surrogate.loss, metrics, answer.logprobs))
             except BaseException as error:  # the process edge of a thread: it goes to whoever holds the future
                 if not submitted:
                     self._skip(second)
@@ -277,7 +277,7 @@ def _batch(
     return datums.collate(data, loss, vocab_size=about.vocab_size, max_length=about.max_length), loss
 
 
-def _output(data: Sequence[Datum], answer: TrainAnswer) -> ForwardBackwardOutput:
+def _output(data: Sequence[Datum], answer: BatchResult) -> ForwardBackwardOutput:
     return ForwardBackwardOutput(answer.loss_sum, dict(answer.metrics), outputs(data, answer.logprobs))
 
 

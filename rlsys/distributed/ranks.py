@@ -222,13 +222,6 @@ def whole(tensor: Tensor) -> Tensor:
     return everything
 
 
-def free_address(ip: str) -> str:
-    """``tcp://ip:port`` with a port of this machine that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((ip, 0))
-        return f"tcp://{ip}:{probe.getsockname()[1]}"
-
-
 def _bind_gloo(host: str) -> None:
     """Let gloo use the interface that leads to `host`: by itself it takes the machine's name for its address, which
     may be the loopback."""

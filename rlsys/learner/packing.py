@@ -47,6 +47,11 @@ class MicroBatch:
     targets: Tensor  # (T,) int64
     segments: Segments
 
+    def scatter(self, column_T: Array, values: Tensor) -> None:
+        """Write the micro-batch's values to their positions in the batch's column; a filler has none."""
+        if len(self.index):
+            column_T[self.index] = values.detach().cpu().numpy()
+
 
 def prefix_groups(batch: DatumBatch, wanted_T: Array | None, limit: int, *, share: bool) -> list[PrefixGroup]:
     """All datums in which anything is wanted (None: everything is), none of more than `limit` tokens, but for a

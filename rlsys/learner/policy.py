@@ -55,7 +55,7 @@ class Policy:
         self.temperature = config.rl.sampling.temperature
         self._reference, self._before = f"{self.run_id}/reference", f"{self.run_id}/before"  # runs, where needed
         self._must_move = False  # something in the gradient that adds up has an advantage and is not clipped
-        learner.create_run(self.run_id, config.lora, config.run.seed)
+        learner.runs.create(self.run_id, config.lora, config.run.seed)
         self._last_update = "made no step yet"
         self._canary = Canary(learner, config.model.dtype, canary_tokens)
         self._canary_published = self._canary.base  # before anything is published, the base stands for "previous"
@@ -75,10 +75,10 @@ class Policy:
             GradientError: the gradient is not finite; the weights are as before.
         """
         if first:
-            self.learner.forget_gradient(self.run_id)  # of a substep that was given up
+            self.learner.runs.forget_gradient(self.run_id)  # of a substep that was given up
             self._must_move = False
             if substep == 0 and self._needs_copy_before:
-                self.learner.copy_run(self.run_id, self._before)
+                self.learner.runs.copy(self.run_id, self._before)
         logprobs_T, metrics = np.empty(0, np.float32), {"policy/tokens": 0.0}
         if batch.num_datums > 0:
             logprobs_T, metrics = self._add_gradient(batch, step, substep, on_policy)
@@ -110,7 +110,7 @@ class Policy:
         """The optimizer's step, where there is anything to apply."""
         optim = self.config.rl.optim.at(step - 1, self.config.rl.steps)
         metrics = {"policy/learning_rate": optim.learning_rate}
-        if self.learner.has_gradient(self.run_id):
+        if self.learner.runs.has_gradient(self.run_id):
             norm = self.learner.optim_step(self.run_id, optim)["grad_norm"]
             before, self._last_update = self._last_update, _update(step, optim, norm)
             if norm == 0.0 and self._must_move:
@@ -122,11 +122,11 @@ class Policy:
             metrics["policy/grad_norm"] = norm
         every = self.config.rl.advantages.reference_refresh_steps
         if every and step % every == 0 and substep == self.config.rl.substeps - 1:
-            self.learner.copy_run(self.run_id, self._reference)
+            self.learner.runs.copy(self.run_id, self._reference)
         budget = self.learner.token_budget
         if budget.tokens < budget.most:  # it gave way to memory
             metrics["policy/token_budget"] = float(budget.tokens)
-        return metrics | {"policy/version": float(self.learner.version(self.run_id))}
+        return metrics | {"policy/version": float(self.learner.runs.version(self.run_id))}
 
     def reference(self, rollouts: Rollouts) -> Array:
         """(T,) float32 log-probabilities of the completions' tokens under the reference: the policy as it was when last
@@ -185,19 +185,19 @@ class Policy:
             unpack_folder(of_run, Path(scratch) / "run")
             load_run(self.learner, self.run_id, Path(scratch) / "run", with_optimizer=OPTIMIZER in of_run)
             if self._has_reference:
-                self.learner.drop_run(self._reference)
+                self.learner.runs.drop(self._reference)
             if of_reference:
                 restore_run(self.learner, self._reference, Path(scratch) / "reference", with_optimizer=False)
-        self._last_update = f"was restored at version {self.learner.version(self.run_id)}"
+        self._last_update = f"was restored at version {self.learner.runs.version(self.run_id)}"
         self._canary_published = self._canary.base
 
     def digest(self) -> str:
         """A hash of the adapter as it is trained (fp32): equal on all ranks after every step."""
-        return digest_tensors(sorted(self.learner.run_state(self.run_id).weights.items()))
+        return digest_tensors(sorted(self.learner.runs.state(self.run_id).weights.items()))
 
     @property
     def _has_reference(self) -> bool:
-        return self._reference in self.learner.run_ids
+        return self._reference in self.learner.runs.ids
 
     @property
     def _needs_copy_before(self) -> bool:

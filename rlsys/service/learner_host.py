@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from rlsys.client.backend import About, ModelHandle, SnapshotHandle, TrainAnswer
+from rlsys.client.backend import About, ModelHandle, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.paths import Kind, folder_of, new_folder_of, path_of
 from rlsys.config import LoraSection
 from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, LossError
 from rlsys.learner.adapter_checkpoint import load_run, restore_run, save_run
-from rlsys.learner.learner import BatchResult, Learner
+from rlsys.learner.learner import Learner
 from rlsys.losses import Loss
-from rlsys.types import AdamParams, Array, Datum
+from rlsys.types import AdamParams, Array, BatchResult, Datum
 from rlsys.weight_sync.canary import LONG_TOKENS, Canary, StartupProbe
 
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
@@ -65,52 +65,52 @@ class TrainingHost:
 
     def create(self, model_id: str, lora: LoraSection, seed: int) -> ModelHandle:
         self._refuse_unservable(lora)
-        self.learner.create_run(model_id, lora, seed)
+        self.learner.runs.create(model_id, lora, seed)
         return ModelHandle(model_id, lora)
 
     def restore(self, model_id: str, path: str, optimizer: bool) -> ModelHandle:
         restore_run(self.learner, model_id, self._folder(path), optimizer)
         try:
-            self._refuse_unservable(self.learner.lora(model_id))
+            self._refuse_unservable(self.learner.runs.lora(model_id))
         except ConfigError:
             self.drop(model_id)
             raise
-        return ModelHandle(model_id, self.learner.lora(model_id))
+        return ModelHandle(model_id, self.learner.runs.lora(model_id))
 
     def drop(self, model_id: str) -> None:
         self._published.pop(model_id, None)
-        if model_id in self.learner.run_ids:
-            self.learner.drop_run(model_id)
+        if model_id in self.learner.runs.ids:
+            self.learner.runs.drop(model_id)
 
     def open(self, path: str) -> SnapshotHandle:
         """A saved adapter as something that samplers can attest."""
         run_id = f"rlsys.opened{next(self._temporary)}"
         restore_run(self.learner, run_id, self._folder(path), False)
         try:
-            self._refuse_unservable(self.learner.lora(run_id))
+            self._refuse_unservable(self.learner.runs.lora(run_id))
             return self._handle(run_id, path, self._canary.base)
         finally:
-            self.learner.drop_run(run_id)
+            self.learner.runs.drop(run_id)
 
     def probe(self) -> StartupProbe:
         """See `rlsys.learner.policy.Policy.probe`."""
         lora = LoraSection(rank=min(8, self.spec.max_lora_rank), alpha=self.spec.lora_alpha)
-        self.learner.create_run(PROBE_RUN, lora, 0)
+        self.learner.runs.create(PROBE_RUN, lora, 0)
         try:
             return self._canary.startup(PROBE_RUN)
         finally:
-            self.learner.drop_run(PROBE_RUN)
+            self.learner.runs.drop(PROBE_RUN)
 
-    def _forward(self, model_id: str, batch: DatumBatch, loss: Loss) -> TrainAnswer:
-        return _answer(self.learner.forward(model_id, batch, loss))
+    def _forward(self, model_id: str, batch: DatumBatch, loss: Loss) -> BatchResult:
+        return self.learner.forward(model_id, batch, loss)
 
-    def _forward_backward(self, model_id: str, batch: DatumBatch, loss: Loss) -> TrainAnswer:
-        return _answer(self.learner.forward_backward(model_id, batch, loss))
+    def _forward_backward(self, model_id: str, batch: DatumBatch, loss: Loss) -> BatchResult:
+        return self.learner.forward_backward(model_id, batch, loss)
 
     def _forward_backward_custom(
         self, model_id: str, batch: DatumBatch, data: Sequence[Datum], shipped: bytes
-    ) -> TrainAnswer:
-        return _answer(self.learner.forward_backward_custom(model_id, batch, data, _unshipped(shipped)))
+    ) -> BatchResult:
+        return self.learner.forward_backward_custom(model_id, batch, data, _unshipped(shipped))
 
     def _optim_step(self, model_id: str, adam: AdamParams) -> dict[str, float]:
         return self.learner.optim_step(model_id, adam)
@@ -194,7 +194,3 @@ def _unshipped(shipped: bytes) -> Callable[..., Any]:
 def _arch(files: Mapping[str, bytes]) -> str:
     names = json.loads(files["config.json"]).get("architectures") or [""]
     return str(names[0])
-
-
-def _answer(result: BatchResult) -> TrainAnswer:
-    return TrainAnswer(result.loss_sum, dict(result.metrics), result.logprobs)
