@@ -20,6 +20,7 @@ from rlsys.modeling.base_model import pack_folder, unpack_folder
 from rlsys.rollouts import Rollouts, offsets_of, spans
 from rlsys.types import AdamParams, Array
 from rlsys.weight_sync.canary import Canary, StartupProbe
+from rlsys.weight_sync.publisher import AdapterPublisher
 from rlsys.weight_sync.update import WeightUpdate, digest_tensors
 
 METRICS = {
@@ -57,8 +58,7 @@ class Policy:
         self._must_move = False  # something in the gradient that adds up has an advantage and is not clipped
         learner.runs.create(self.run_id, config.lora, config.run.seed)
         self._last_update = "made no step yet"
-        self._canary = Canary(learner, config.model.dtype, canary_tokens)
-        self._canary_published = self._canary.base  # before anything is published, the base stands for "previous"
+        self._publisher = AdapterPublisher(Canary(learner, config.model.dtype, canary_tokens))
 
     def learn(
         self, batch: DatumBatch, step: int, substep: int, *, first: bool, last: bool, on_policy: bool
@@ -136,26 +136,20 @@ class Policy:
         return self.learner.logprobs(run_id, tokens, offsets, self.temperature, only=sampled)[sampled]
 
     def publish(self) -> WeightUpdate:
-        """The adapter as it is now, with the canary under it and under the version published before.
+        """The current adapter for samplers. See ``AdapterPublisher.publish``.
 
         Raises:
-            DivergedError: the policy's log-probabilities are not finite; samplers keep the version before.
+            DivergedError: the policy's log-probabilities are not finite. Samplers keep the version before.
         """
-        current = self._canary.score(self.run_id)
-        if not np.isfinite(current).all():
-            raise DivergedError(
-                f"the policy gives {np.count_nonzero(~np.isfinite(current))} of {len(current)} canary tokens no finite "
-                f"log-probability; it {self._last_update}. Nothing of it reached a sampler. Lower "
-                "rl.optim.learning_rate, or bound the step with rl.optim.grad_clip_norm=1.0; without any step, look at "
-                "the base and model.dtype"
-            )
-        previous, self._canary_published = self._canary_published, current
-        return self._canary.update(self.run_id, current, previous)
+        advice = (
+            "Lower rl.optim.learning_rate, or bound the step with rl.optim.grad_clip_norm=1.0; before the first step, "
+            "check the base and model.dtype"
+        )
+        return self._publisher.publish(self.run_id, self._last_update, advice)
 
     def probe(self) -> StartupProbe:
-        """The base at early and late positions, and an adapter with a large B: a sampler whose forward pass ignores
-        adapters cannot follow it."""
-        return self._canary.startup(self.run_id)
+        """See ``AdapterPublisher.probe``."""
+        return self._publisher.probe(self.run_id)
 
     def state_files(self) -> dict[str, bytes]:
         """The run up to its last step, optimizer included, as a packed checkpoint folder; files of a reference that is
@@ -167,11 +161,11 @@ class Policy:
         return files
 
     def restore(self, files: Mapping[str, bytes]) -> None:
-        """Go on from ``state_files`` of a run of the same section on the same base. What is published next is told from
-        the base, as at a start: which version the samplers hold, if any, is not known here.
+        """Continue from ``state_files`` of a run of the same section on the same base. The next version published is
+        compared with the base, as at a start, because the samplers' version is unknown here.
 
         Raises:
-            CheckpointError: the files are damaged, of another base or of another section; the run is as before.
+            CheckpointError: the files are damaged, of another base or of another section. The run is unchanged.
         """
         of_reference = {
             name.removeprefix(REFERENCE_PREFIX): content
@@ -189,7 +183,7 @@ class Policy:
             if of_reference:
                 restore_run(self.learner, self._reference, Path(scratch) / "reference", with_optimizer=False)
         self._last_update = f"was restored at version {self.learner.runs.version(self.run_id)}"
-        self._canary_published = self._canary.base
+        self._publisher.reset(self.run_id)
 
     def digest(self) -> str:
         """A hash of the adapter as it is trained (fp32): equal on all ranks after every step."""
@@ -211,7 +205,7 @@ class Policy:
 
     def _refuse_mismatch(self, metrics: Mapping[str, float], step: int, must_agree: bool) -> None:
         found = metrics["policy/logprob_diff_mean"]
-        bound = self.config.checks.max_mean_logprob_diff or self._canary.bound
+        bound = self.config.checks.max_mean_logprob_diff or self._publisher.bound
         if not np.isfinite(found):
             raise DivergedError(
                 f"step {step}: learner or sampler gives sampled tokens no finite log-probability; the policy "

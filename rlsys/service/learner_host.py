@@ -10,7 +10,6 @@ import itertools
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,12 @@ from rlsys.errors import ConfigError, LossError
 from rlsys.learner.adapter_checkpoint import load_run, restore_run, save_run
 from rlsys.learner.learner import Learner
 from rlsys.losses import Loss
-from rlsys.types import AdamParams, Array, BatchResult, Datum
+from rlsys.types import AdamParams, BatchResult, Datum
 from rlsys.weight_sync.canary import LONG_TOKENS, Canary, StartupProbe
+from rlsys.weight_sync.publisher import AdapterPublisher
 
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 PROBE_RUN = "rlsys.probe"
-
-
-@dataclass(slots=True)
-class _Published:
-    canary: Array  # (C - 1,) under the version published last
 
 
 class TrainingHost:
@@ -44,8 +39,8 @@ class TrainingHost:
         self.spec = spec
         self.learner = Learner(folder, spec.model, spec.learner, base_name=spec.model.path)
         self.about = self._about(folder)
-        self._canary = Canary(self.learner, spec.model.dtype, np.arange(LONG_TOKENS) * 7919 % self.learner.vocab_size)
-        self._published: dict[str, _Published] = {}
+        tokens = np.arange(LONG_TOKENS) * 7919 % self.learner.vocab_size
+        self._publisher = AdapterPublisher(Canary(self.learner, spec.model.dtype, tokens))
         self._temporary = itertools.count()
         self._ops: Mapping[str, Callable[..., Any]] = {
             "forward": self._forward,
@@ -78,7 +73,7 @@ class TrainingHost:
         return ModelHandle(model_id, self.learner.runs.lora(model_id))
 
     def drop(self, model_id: str) -> None:
-        self._published.pop(model_id, None)
+        self._publisher.reset(model_id)
         if model_id in self.learner.runs.ids:
             self.learner.runs.drop(model_id)
 
@@ -88,16 +83,16 @@ class TrainingHost:
         restore_run(self.learner, run_id, self._folder(path), False)
         try:
             self._refuse_unservable(self.learner.runs.lora(run_id))
-            return self._handle(run_id, path, self._canary.base)
+            return self._handle(run_id, path)
         finally:
-            self.learner.runs.drop(run_id)
+            self.drop(run_id)
 
     def probe(self) -> StartupProbe:
-        """See `rlsys.learner.policy.Policy.probe`."""
+        """See ``AdapterPublisher.probe``."""
         lora = LoraSection(rank=min(8, self.spec.max_lora_rank), alpha=self.spec.lora_alpha)
         self.learner.runs.create(PROBE_RUN, lora, 0)
         try:
-            return self._canary.startup(PROBE_RUN)
+            return self._publisher.probe(PROBE_RUN)
         finally:
             self.learner.runs.drop(PROBE_RUN)
 
@@ -132,13 +127,12 @@ class TrainingHost:
 
     def _snapshot(self, model_id: str, name: str | None = None) -> SnapshotHandle:
         path = None if name is None else self._save_weights_for_sampler(model_id, name, False)
-        previous = self._published.get(model_id)
-        handle = self._handle(model_id, path, self._canary.base if previous is None else previous.canary)
-        self._published[model_id] = _Published(handle.ref.canary_new)
-        return handle
+        return self._handle(model_id, path)
 
-    def _handle(self, run_id: str, path: str | None, previous: Array) -> SnapshotHandle:
-        update = self._canary.update(run_id, self._canary.score(run_id), previous)
+    def _handle(self, run_id: str, path: str | None) -> SnapshotHandle:
+        steps = self.learner.runs.version(run_id)
+        advice = "Lower AdamParams.learning_rate, or bound the step with AdamParams.grad_clip_norm=1.0"
+        update = self._publisher.publish(run_id, f"has applied {steps} optimizer steps", advice)
         snapshot, name = update.snapshot, path or run_id
         # Versions may repeat after load_state, so the digest is part of the key: the same key is the same bits.
         key = f"{name}@{snapshot.version}#{snapshot.digest[:12]}"
