@@ -12,6 +12,7 @@ import ray
 
 from rlsys.client.backend import About, ModelHandle, SnapshotHandle
 from rlsys.client.config import HostSpec
+from rlsys.client.requests import Drop, Request
 from rlsys.config import LoraSection
 from rlsys.errors import ConfigError
 from rlsys.service.call_order import CallOrder
@@ -50,12 +51,12 @@ class ServiceLearner:
     async def restore_model(self, model_id: str, path: str, optimizer: bool) -> ModelHandle:
         return await self._made(model_id, self.host.restore, path, optimizer)
 
-    async def submit(self, model_id: str, seq: int, op: str, args: list[Any]) -> Any:
+    async def submit(self, model_id: str, seq: int, request: Request[Any]) -> Any:
         if model_id not in self.turns:
             raise ConfigError(f"training client {model_id}: its run is not on this learner; it was dropped")
-        async with self.turns[model_id].turn(seq, f"training client {model_id}: {op}"):
-            answer = await self._run(self.host.do, op, model_id, args)
-        if op == "drop":
+        async with self.turns[model_id].turn(seq, f"training client {model_id}: {request.op}"):
+            answer = await self._run(self.host.do, model_id, request)
+        if isinstance(request, Drop):
             del self.turns[model_id]
         return _published(answer)
 

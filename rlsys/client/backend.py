@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rlsys.config import LoraSection
 from rlsys.types import Array, SamplingParams
+
+if TYPE_CHECKING:  # requests import the handles below
+    from rlsys.client.requests import Request
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +72,8 @@ class Deployment(Protocol):
     def create_model(self, lora: LoraSection, seed: int) -> Future[ModelHandle]: ...
     def restore_model(self, path: str, optimizer: bool) -> Future[ModelHandle]: ...
 
-    def submit(self, model_id: str, seq: int, op: str, args: Sequence[Any]) -> Future[Any]:
-        """Have a learner do `op` of `rlsys.service.learner_host` once all smaller `seq` of this model are done."""
+    def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
+        """Send a request, which the learner executes after all smaller `seq` of this model."""
 
     def ship(self, fn: Callable[..., Any]) -> bytes:
         """A function as bytes that `host` can load. Raises LossError, naming the object that cannot travel."""

@@ -1,30 +1,26 @@
-"""What happens at the learner's end: each operation of a training client by name, on one `Learner`.
-
-Not safe for several threads; a door runs one operation at a time. An operation's arguments are those that
-`rlsys.client.training` submits.
-"""
+"""Executes requests of training clients (rlsys/client/requests.py) on one `Learner`. Not thread-safe: the learner actor
+runs one request at a time."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rlsys.client import requests
 from rlsys.client.backend import About, ModelHandle, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.paths import Kind, folder_of, new_folder_of, path_of
+from rlsys.client.requests import Request
 from rlsys.config import LoraSection
-from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, LossError
 from rlsys.learner.adapter_checkpoint import load_run, restore_run, save_run
 from rlsys.learner.learner import Learner
-from rlsys.losses import Loss
-from rlsys.types import AdamParams, BatchResult, Datum
 from rlsys.weight_sync.canary import LONG_TOKENS, Canary, StartupProbe
 from rlsys.weight_sync.publisher import AdapterPublisher
 
@@ -42,21 +38,32 @@ class TrainingHost:
         tokens = np.arange(LONG_TOKENS) * 7919 % self.learner.vocab_size
         self._publisher = AdapterPublisher(Canary(self.learner, spec.model.dtype, tokens))
         self._temporary = itertools.count()
-        self._ops: Mapping[str, Callable[..., Any]] = {
-            "forward": self._forward,
-            "forward_backward": self._forward_backward,
-            "forward_backward_custom": self._forward_backward_custom,
-            "optim_step": self._optim_step,
-            "save_state": self._save_state,
-            "load_state": self._load_state,
-            "snapshot": self._snapshot,
-            "save_weights_for_sampler": self._save_weights_for_sampler,
-            "drop": self.drop,
-            "skip": lambda model_id: None,  # a call that was refused before it was sent still takes its turn
-        }
 
-    def do(self, op: str, model_id: str, args: Sequence[Any]) -> Any:
-        return self._ops[op](model_id, *args)
+    def do(self, model_id: str, request: Request[Any]) -> Any:  # Any: each request has its own answer's type
+        """Execute a request of the run `model_id`."""
+        match request:
+            case requests.Forward(batch, loss):
+                return self.learner.forward(model_id, batch, loss)
+            case requests.ForwardBackward(batch, loss):
+                return self.learner.forward_backward(model_id, batch, loss)
+            case requests.ForwardBackwardCustom(batch, data, fn):
+                return self.learner.forward_backward_custom(model_id, batch, data, _unshipped(fn))
+            case requests.OptimStep(adam):
+                return self.learner.optim_step(model_id, adam)
+            case requests.SaveState(name, overwrite):
+                return self._save(model_id, "weights", name, True, overwrite)
+            case requests.SaveWeightsForSampler(name, overwrite):
+                return self._save(model_id, "sampler_weights", name, False, overwrite)
+            case requests.LoadState(path, optimizer):
+                load_run(self.learner, model_id, self._folder(path), optimizer)
+                return path
+            case requests.TakeSnapshot(name):
+                return self._snapshot(model_id, name)
+            case requests.Drop():
+                return self.drop(model_id)
+            case requests.Skip():
+                return None
+        raise TypeError(f"{type(request).__name__}: found a request that this learner does not know")
 
     def create(self, model_id: str, lora: LoraSection, seed: int) -> ModelHandle:
         self._refuse_unservable(lora)
@@ -96,37 +103,13 @@ class TrainingHost:
         finally:
             self.learner.runs.drop(PROBE_RUN)
 
-    def _forward(self, model_id: str, batch: DatumBatch, loss: Loss) -> BatchResult:
-        return self.learner.forward(model_id, batch, loss)
-
-    def _forward_backward(self, model_id: str, batch: DatumBatch, loss: Loss) -> BatchResult:
-        return self.learner.forward_backward(model_id, batch, loss)
-
-    def _forward_backward_custom(
-        self, model_id: str, batch: DatumBatch, data: Sequence[Datum], shipped: bytes
-    ) -> BatchResult:
-        return self.learner.forward_backward_custom(model_id, batch, data, _unshipped(shipped))
-
-    def _optim_step(self, model_id: str, adam: AdamParams) -> dict[str, float]:
-        return self.learner.optim_step(model_id, adam)
-
-    def _save_state(self, model_id: str, name: str, overwrite: bool) -> str:
-        return self._save(model_id, "weights", name, True, overwrite)
-
-    def _load_state(self, model_id: str, path: str, optimizer: bool) -> str:
-        load_run(self.learner, model_id, self._folder(path), optimizer)
-        return path
-
-    def _save_weights_for_sampler(self, model_id: str, name: str, overwrite: bool) -> str:
-        return self._save(model_id, "sampler_weights", name, False, overwrite)
-
     def _save(self, model_id: str, kind: Kind, name: str, optimizer: bool, overwrite: bool) -> str:
         folder = new_folder_of(Path(self.spec.checkpoints), model_id, kind, name)
         save_run(self.learner, model_id, folder, optimizer, overwrite)
         return path_of(model_id, kind, name)
 
-    def _snapshot(self, model_id: str, name: str | None = None) -> SnapshotHandle:
-        path = None if name is None else self._save_weights_for_sampler(model_id, name, False)
+    def _snapshot(self, model_id: str, name: str | None) -> SnapshotHandle:
+        path = None if name is None else self._save(model_id, "sampler_weights", name, False, False)
         return self._handle(model_id, path)
 
     def _handle(self, run_id: str, path: str | None) -> SnapshotHandle:

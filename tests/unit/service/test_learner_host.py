@@ -9,6 +9,7 @@ import pytest
 
 from rlsys import losses
 from rlsys.client.config import HostSpec
+from rlsys.client.requests import TakeSnapshot
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.errors import DivergedError
 from rlsys.service.learner_host import TrainingHost
@@ -42,9 +43,9 @@ def step(host: TrainingHost, model_id: str, learning_rate: float) -> None:
 def test_snapshots_of_one_run_are_compared_with_each_other_and_opened_ones_with_the_base(host: TrainingHost) -> None:
     for model_id in ("a", "b"):
         host.create(model_id, LORA, seed=1)
-    first = host.do("snapshot", "a", ())
+    first = host.do("a", TakeSnapshot())
     step(host, "a", 1e-2)
-    second, other = host.do("snapshot", "a", ("saved",)), host.do("snapshot", "b", ())
+    second, other = host.do("a", TakeSnapshot("saved")), host.do("b", TakeSnapshot())
     assert np.array_equal(second.ref.canary_previous, first.ref.canary_new)
     assert np.array_equal(other.ref.canary_previous, first.ref.canary_previous)
     for _ in range(2):
@@ -58,4 +59,4 @@ def test_weights_that_give_no_finite_logprobs_become_no_snapshot(host: TrainingH
     host.create("a", LORA, seed=1)
     step(host, "a", 1e30)
     with pytest.raises(DivergedError, match=r"run 'a' gives .*it has applied 1 optimizer steps.*AdamParams\.learning"):
-        host.do("snapshot", "a", ())
+        host.do("a", TakeSnapshot())
