@@ -1,4 +1,4 @@
-"""One run's policy on a learner: an update from a batch of datums, and the adapter as something samplers can attest."""
+"""The policy of a job: one run on a learner, updated from batches of datums and published to samplers."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ REFERENCE_PREFIX = "reference."  # of the names of its files in a checkpoint
 
 
 class Policy:
-    """A run's adapter with its loss, its optimizer settings and its canary.
+    """A run's adapter with its loss, optimizer settings and publisher.
 
-    ``canary_tokens``: (C,) int32, a fixed sequence of the task's kind (rlsys/weight_sync/canary.py). Of several
-    learner ranks each has a policy, and all make the same calls; ``state_files`` and ``digest`` only look.
+    ``canary_tokens``: (C,) int32, a fixed sequence of the task's kind (rlsys/weight_sync/canary.py). Each learner rank
+    has a policy, and all ranks make the same calls, except ``state_files`` and ``digest``, which only read.
     """
 
     def __init__(self, learner: Learner, config: JobConfig, canary_tokens: Array) -> None:
@@ -54,8 +54,11 @@ class Policy:
         self.run_id = config.run.name
         self.loss = losses.resolve(config.rl.loss.name, config.rl.loss.params)
         self.temperature = config.rl.sampling.temperature
-        self._reference, self._before = f"{self.run_id}/reference", f"{self.run_id}/before"  # runs, where needed
-        self._must_move = False  # something in the gradient that adds up has an advantage and is not clipped
+        self._reference, self._before = (
+            f"{self.run_id}/reference",
+            f"{self.run_id}/before",
+        )  # run ids of copies, made if needed
+        self._must_move = False  # a token of the accumulated gradient has an advantage and is not clipped
         learner.runs.create(self.run_id, config.lora, config.run.seed)
         self._last_update = "made no step yet"
         self._publisher = AdapterPublisher(Canary(learner, config.model.dtype, canary_tokens))
@@ -63,19 +66,19 @@ class Policy:
     def learn(
         self, batch: DatumBatch, step: int, substep: int, *, first: bool, last: bool, on_policy: bool
     ) -> tuple[Array, dict[str, float]]:
-        """A piece of an optimizer step: ((T,) float32, p of its targets before any update that it is part of, facts).
+        """Learn from a minibatch: ((T,) float32, p of its targets before the update that it contributes to, metrics).
 
-        Gradients of a substep's pieces, from its `first` on, add up; after its `last` the optimizer steps once. Where
-        no piece had a datum (all groups agreed) nothing changes. `on_policy`: the weights are those that drew every
-        token, so that p must equal q: then this is the check at learning rate 0, made at every step's beginning.
+        Gradients of a substep's minibatches accumulate from the `first`; after the `last` the optimizer steps once. If
+        no minibatch has a datum (all groups have constant rewards), nothing changes. `on_policy`: every token was
+        sampled from the present weights, so p must equal q, which is checked in the first substep.
 
         Raises:
-            DivergedError: log-probabilities are not finite, or groups disagree and yet the gradient is exactly 0.
+            DivergedError: log-probabilities are not finite, or rewards differ within groups but the gradient is 0.
             MismatchError: `on_policy`, in the first substep, and mean |p - q| is above checks.max_mean_logprob_diff.
-            GradientError: the gradient is not finite; the weights are as before.
+            GradientError: the gradient is not finite. The weights are unchanged.
         """
         if first:
-            self.learner.runs.forget_gradient(self.run_id)  # of a substep that was given up
+            self.learner.runs.forget_gradient(self.run_id)  # of an abandoned substep
             self._must_move = False
             if substep == 0 and self._needs_copy_before:
                 self.learner.runs.copy(self.run_id, self._before)
@@ -102,12 +105,12 @@ class Policy:
         metrics = {**found, **metrics, "loss/sum": result.loss_sum, **gap_by_position(sampled, result.logprobs)}
         if cap is None:
             self._refuse_mismatch(metrics, step, must_agree)
-        if must_agree or self.loss.name != "ppo":  # whose clip may rightly silence every token
+        if must_agree or self.loss.name != "ppo":  # whose clip may zero the gradient of every token
             self._must_move |= bool(np.any(batch.columns["advantages"] * batch.columns["weights"]))
         return result.logprobs, metrics
 
     def _finish(self, step: int, substep: int) -> dict[str, float]:
-        """The optimizer's step, where there is anything to apply."""
+        """The optimizer step, if a gradient has accumulated."""
         optim = self.config.rl.optim.at(step - 1, self.config.rl.steps)
         metrics = {"policy/learning_rate": optim.learning_rate}
         if self.learner.runs.has_gradient(self.run_id):
@@ -116,7 +119,7 @@ class Policy:
             if norm == 0.0 and self._must_move:
                 raise DivergedError(
                     f"step {step}: rewards differ within groups, yet the gradient is exactly 0: the policy is so "
-                    f"certain of every token that nothing moves it any more. Before, it {before}; lower "
+                    f"certain of every token that no gradient changes it. Before, it {before}; lower "
                     "rl.optim.learning_rate"
                 )
             metrics["policy/grad_norm"] = norm
@@ -124,13 +127,13 @@ class Policy:
         if every and step % every == 0 and substep == self.config.rl.substeps - 1:
             self.learner.runs.copy(self.run_id, self._reference)
         budget = self.learner.token_budget
-        if budget.tokens < budget.most:  # it gave way to memory
+        if budget.tokens < budget.most:  # it was reduced after out-of-memory
             metrics["policy/token_budget"] = float(budget.tokens)
         return metrics | {"policy/version": float(self.learner.runs.version(self.run_id))}
 
     def reference(self, rollouts: Rollouts) -> Array:
-        """(T,) float32 log-probabilities of the completions' tokens under the reference: the policy as it was when last
-        it was made the reference (rl.advantages.reference_refresh_steps), else the base, the adapter being off."""
+        """(T,) float32 log-probabilities of the completions' tokens under the reference: the policy at the last refresh
+        (rl.advantages.reference_refresh_steps), before any refresh the base with the adapter off."""
         tokens, offsets, sampled = join_prompts(rollouts)
         run_id = self._reference if self._has_reference else None
         return self.learner.logprobs(run_id, tokens, offsets, self.temperature, only=sampled)[sampled]
@@ -152,8 +155,8 @@ class Policy:
         return self._publisher.probe(self.run_id)
 
     def state_files(self) -> dict[str, bytes]:
-        """The run up to its last step, optimizer included, as a packed checkpoint folder; files of a reference that is
-        not the base are named apart."""
+        """The run after its last step, with optimizer state, as a packed checkpoint folder. Files of a reference other
+        than the base have the prefix REFERENCE_PREFIX."""
         files = self._packed(self.run_id, with_optimizer=True)
         if self._has_reference:
             packed = self._packed(self._reference, with_optimizer=False)
@@ -186,7 +189,7 @@ class Policy:
         self._publisher.reset(self.run_id)
 
     def digest(self) -> str:
-        """A hash of the adapter as it is trained (fp32): equal on all ranks after every step."""
+        """Hash of the fp32 adapter: equal on all ranks after every step."""
         return digest_tensors(sorted(self.learner.runs.state(self.run_id).weights.items()))
 
     @property
@@ -195,7 +198,7 @@ class Policy:
 
     @property
     def _needs_copy_before(self) -> bool:
-        """Later substeps compare with the weights from before the step's first update."""
+        """Later substeps compare with the weights before the step's first update."""
         return self.config.rl.loss.importance_cap is not None and self.config.rl.substeps > 1
 
     def _packed(self, run_id: str, with_optimizer: bool) -> dict[str, bytes]:
@@ -209,7 +212,7 @@ class Policy:
         if not np.isfinite(found):
             raise DivergedError(
                 f"step {step}: learner or sampler gives sampled tokens no finite log-probability; the policy "
-                f"{self._last_update}. Nothing of this was applied. Lower rl.optim.learning_rate, or bound the step "
+                f"{self._last_update}. This batch was not applied. Lower rl.optim.learning_rate, or bound the step "
                 "with rl.optim.grad_clip_norm=1.0"
             )
         if must_agree and found > bound:
@@ -227,7 +230,7 @@ def _update(step: int, optim: AdamParams, norm: float) -> str:
 
 
 def cap_importance(batch: DatumBatch, old_logprobs_T: Array, cap: float) -> tuple[DatumBatch, float]:
-    """(a batch whose loss compares with p_old instead of q, the share of tokens whose correction is cut).
+    """(batch whose loss compares with p_old instead of q, share of tokens whose correction is capped).
 
     A token's weight is multiplied by min(exp(p_old - q), cap), and p_old takes the place of q: truncated importance
     sampling, Yao et al. 2025, fengyao.notion.site/off-policy-rl.
@@ -235,7 +238,7 @@ def cap_importance(batch: DatumBatch, old_logprobs_T: Array, cap: float) -> tupl
     weights_T, q_T = batch.columns["weights"], batch.columns["logprobs"]
     counts_T = weights_T != 0
     gap_T = np.where(counts_T, old_logprobs_T.astype(np.float64) - q_T, 0.0)
-    correction_T = np.exp(np.minimum(gap_T, math.log(cap)))  # no exponential of what is above the cap: it may overflow
+    correction_T = np.exp(np.minimum(gap_T, math.log(cap)))  # exp of a value above the cap may overflow
     columns = {
         **batch.columns,
         "weights": (weights_T * correction_T).astype(np.float32),
@@ -250,7 +253,7 @@ def gap_by_position(batch: DatumBatch, logprobs_T: Array) -> dict[str, float]:
     """Mean and max |p - q| of the tokens that count, by their position in the sequence, prompt included.
 
     Metrics `policy/logprob_diff_<first>_<end>_mean` and `_max`; a range without tokens has none. A difference that
-    grows with the position is a fault of positions, not noise.
+    grows with the position is an error in positions, not noise.
     """
     counts_T = batch.columns["weights"] != 0
     position_T = (np.arange(len(logprobs_T)) - np.repeat(batch.offsets[:-1], batch.lengths) + 1)[counts_T]

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch
-from rlsys.distributed.ranks import local
 from rlsys.learner.learner import Learner
 from rlsys.types import Datum, ModelInput
 
@@ -139,7 +139,8 @@ def run_bytes(learner: Learner, run_id: str) -> RunBytes:
 
 def base_bytes(learner: Learner) -> int:
     """Of the base's weights that are in this process."""
-    return _bytes(local(weight) for name, weight in learner._model.named_parameters() if ".lora_" not in name)
+    base = [weight for name, weight in learner._model.named_parameters() if ".lora_" not in name]
+    return _bytes(weight.to_local() if isinstance(weight, DTensor) else weight for weight in base)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -545,5 +545,5 @@ def test_two_ranks_on_one_gpu_are_a_fault_of_placement_and_no_death() -> None:
         raise dist.DistBackendError(DUPLICATE)
     assert not isinstance(caught.value, ActorDiedError), "another rank would be started in vain"
     gone = "NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed"
-    with pytest.raises(ActorDiedError, match=r"another rank is gone.*NCCL_DEBUG=INFO"), Ranks(0, 2).guard("the sum"):
+    with pytest.raises(ActorDiedError, match=r"another rank has died.*NCCL_DEBUG=INFO"), Ranks(0, 2).guard("the sum"):
         raise dist.DistBackendError(gone)

@@ -34,7 +34,7 @@ def actor(base: Path, **section: object) -> LearnerActor:
     config = job(base)
     learner = LearnerSection.model_validate(section)
     made = LearnerActor(config.model_copy(update={"learner": learner}), 0)
-    made.policy = policy_of(base)
+    made.started = policy_of(base)
     return made
 
 
