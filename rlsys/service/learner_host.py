@@ -85,7 +85,7 @@ class TrainingHost:
             self.learner.runs.drop(model_id)
 
     def open(self, path: str) -> SnapshotHandle:
-        """A saved adapter as something that samplers can attest."""
+        """A snapshot of a saved adapter."""
         run_id = f"rlsys.opened{next(self._temporary)}"
         restore_run(self.learner, run_id, self._folder(path), False)
         try:
@@ -113,9 +113,9 @@ class TrainingHost:
         return self._handle(model_id, path)
 
     def _handle(self, run_id: str, path: str | None) -> SnapshotHandle:
-        steps = self.learner.runs.version(run_id)
+        last_update = f"is at optimizer step {self.learner.runs.version(run_id)}"
         advice = "Lower AdamParams.learning_rate, or bound the step with AdamParams.grad_clip_norm=1.0"
-        update = self._publisher.publish(run_id, f"has applied {steps} optimizer steps", advice)
+        update = self._publisher.publish(run_id, last_update, advice)
         snapshot, name = update.snapshot, path or run_id
         # Versions may repeat after load_state, so the digest is part of the key: the same key is the same bits.
         key = f"{name}@{snapshot.version}#{snapshot.digest[:12]}"
@@ -160,10 +160,10 @@ class TrainingHost:
 def _unshipped(shipped: bytes) -> Callable[..., Any]:
     try:
         fn: Callable[..., Any] = pickle.loads(shipped)
-    except Exception as error:  # whatever the function refers to may fail to load here
+    except Exception as error:  # anything that the function imports may fail
         raise LossError(
-            f"custom loss: it came to the learner and does not load there: {type(error).__name__}: {error}. Install "
-            "what it needs on the learner's node, or pass where='caller'"
+            f"custom loss: the function cannot be loaded on the learner's node: {type(error).__name__}: {error}. "
+            "Install what it needs there, or pass where='caller'"
         ) from error
     return fn
 
