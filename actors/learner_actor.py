@@ -36,7 +36,7 @@ class LearnerActor:
     def __init__(self, config: JobConfig, rank: int) -> None:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the job has a progress bar of its own
+        logging.disable_progress_bar()  # the job shows its own progress
         self.config, self.rank = config, rank
         self.supervised: list[Metrics] = []
         self.started: Policy | None = None
