@@ -236,7 +236,7 @@ class RayDeployment:
         self._unneeded.append(lambda: [sampler.release.remote(snapshot.key) for sampler in self._samplers])
 
     def drop_model(self, model_id: str, seq: int) -> None:
-        """As `release`, for a run; it has its turn among the run's calls."""
+        """Queue the removal of a run, as `release` does; `seq` orders it among the run's calls."""
         self._unneeded.append(lambda: self._learner.submit.remote(model_id, seq, Drop()))
 
     def _held(self, answer: Future[SnapshotHandle]) -> Future[SnapshotHandle]:

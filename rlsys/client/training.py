@@ -57,7 +57,7 @@ class TrainingClient(Ready):
         return self._model.model_id
 
     def forward(self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None) -> Result:
-        """The loss and per-token log-probabilities (nats), without gradients. Raises as `forward_backward` does."""
+        """Compute the loss and per-token log-probabilities (nats) without gradients. Raises as `forward_backward`."""
         return self._pass(requests.Forward, data, loss_fn, loss_fn_config)
 
     async def forward_async(
@@ -146,7 +146,7 @@ class TrainingClient(Ready):
         return self.load_state(path)
 
     def load_state_with_optimizer(self, path: str) -> ApiFuture[LoadWeightsResponse]:
-        """As `load_state`, with the optimizer's state to the bit."""
+        """As `load_state`, and also load the saved optimizer state."""
         return self._call(requests.LoadState(given(path), True), LoadWeightsResponse)
 
     async def load_state_with_optimizer_async(self, path: str) -> ApiFuture[LoadWeightsResponse]:
@@ -236,7 +236,7 @@ class TrainingClient(Ready):
                 answer = backward.result()
                 metrics = result_metrics(surrogate.loss, surrogate.metrics, 2)
                 result.set_result(BatchResult(surrogate.loss, metrics, answer.logprobs))
-            except BaseException as error:  # the process edge of a thread: it goes to whoever holds the future
+            except BaseException as error:  # edge of a thread: the error belongs to the holder of the future
                 if not submitted:
                     self._skip(second)
                 result.set_exception(error)
@@ -255,7 +255,7 @@ class TrainingClient(Ready):
     def _call(
         self, request: Request[Answer] | Callable[[], Request[Answer]], read: Callable[[Answer], Response]
     ) -> ApiFuture[Response]:
-        """Take a number, then prepare, then send; a call that is refused before it was sent still takes its turn."""
+        """Take a sequence number, prepare the request, send. If preparing fails, a Skip uses up the number."""
         with self._entering:
             self._check_open()
             seq = next(self._numbers)
@@ -284,7 +284,7 @@ def _drop(deployment: Deployment, model_id: str, numbers: Iterator[int]) -> None
 def _batch(
     deployment: Deployment, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None
 ) -> tuple[DatumBatch, Loss]:
-    """Checked against loss and model. torch is loaded here, at the first pass."""
+    """The batch and its loss, validated against loss and model. Imports torch at the first call."""
     from rlsys import datums, losses
 
     loss = losses.resolve(loss_fn, loss_fn_config)
