@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -151,7 +151,7 @@ class LearnerActor:
             )
 
     @ray.method(num_returns=2)
-    def publish(self) -> tuple[WeightUpdate, dict[str, Any]]:  # Any: numbers, and the digest's text
+    def publish(self) -> tuple[WeightUpdate, dict[str, int | str]]:
         with self._on_its_share():
             update = self.policy.publish()
         snapshot = update.snapshot

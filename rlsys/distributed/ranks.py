@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlparse
 
 import numpy as np
@@ -250,7 +250,7 @@ _OUT_OF_MEMORY_TEXTS = (  # of errors without a class in torch
 _MISPLACED = ("Duplicate GPU detected", "no socket interface found")  # no rank has died, and a restart would not help
 
 
-def _is_of_transport(error: Any) -> bool:
+def _is_of_transport(error: RuntimeError) -> bool:
     text = str(error).lower()
     return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from rlsys.datums import DatumBatch, collate
 from rlsys.errors import LossError
 from rlsys.losses import Loss
-from rlsys.types import Array, Datum, to_array
+from rlsys.types import Array, Datum, TensorData, to_array
 
 CustomLoss = Callable[[Sequence[Datum], list[Tensor]], tuple[Tensor, Mapping[str, float]]]
 
@@ -88,7 +88,7 @@ def compute_custom_loss(fn: CustomLoss, data: Sequence[Datum], logprobs: Sequenc
     return CustomLossValue(float(loss.detach()), metrics, slopes)
 
 
-def surrogate_weights(data: Sequence[Datum], logprobs: Sequence[Any], fn: CustomLoss) -> Surrogate:
+def surrogate_weights(data: Sequence[Datum], logprobs: Sequence[TensorData | Array], fn: CustomLoss) -> Surrogate:
     """Weights for a caller's cross_entropy, from a forward's log-probabilities. Errors as `compute_custom_loss`."""
     tensors = [torch.from_numpy(np.array(to_array(logp), np.float32)) for logp in logprobs]
     found = compute_custom_loss(fn, data, tensors)
@@ -108,14 +108,14 @@ def result_metrics(loss: float, metrics: Mapping[str, float], passes: int) -> di
     return {**metrics, LOSS: loss, PASSES: float(passes)}
 
 
-def _only_targets(datum: Any) -> Any:
+def _only_targets(datum: Any) -> Any:  # Any: users may pass other objects, which collate refuses
     if not isinstance(datum, Datum):
         return datum  # collate refuses it and names its index
     inputs = datum.loss_fn_inputs
     return Datum(datum.model_input, {key: inputs[key] for key in inputs if key == "target_tokens"})
 
 
-def _checked(name: str, returned: Any) -> tuple[Tensor, dict[str, float]]:
+def _checked(name: str, returned: object) -> tuple[Tensor, dict[str, float]]:
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         raise LossError(f"{name}: returned {_kind(returned)}; wanted a tuple (loss, metrics)")
     loss, metrics = returned
@@ -137,7 +137,7 @@ def _checked(name: str, returned: Any) -> tuple[Tensor, dict[str, float]]:
     return loss, numbers
 
 
-def _number(name: str, key: Any, value: Any) -> float:
+def _number(name: str, key: object, value: Any) -> float:  # Any: float() takes what it can convert
     if not isinstance(key, str):
         raise LossError(f"{name}: metrics: found the name {key!r}; wanted a string")
     try:
@@ -148,7 +148,7 @@ def _number(name: str, key: Any, value: Any) -> float:
         raise LossError(f"{name}: metrics[{key!r}] is {_kind(value)}; wanted a number") from None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     size = f" of {len(value)}" if isinstance(value, tuple | list) else ""

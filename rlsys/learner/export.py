@@ -6,12 +6,11 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError, ConfigError
@@ -105,7 +104,7 @@ def export_merged(base: Path | str, checkpoint: Path, out: Path) -> None:
             file.chmod(0o644)  # safetensors writes 0600
 
 
-def _merge(model: Any, lora: LoraSection, adapter: dict[str, Tensor]) -> None:
+def _merge(model: PreTrainedModel, lora: LoraSection, adapter: dict[str, Tensor]) -> None:
     modules = dict(model.named_modules())
     paths = sorted({name.rpartition(".")[0] for name in adapter})
     for path in paths:

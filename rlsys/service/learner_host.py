@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rlsys.client.requests import Request
 from rlsys.config import LoraSection
 from rlsys.errors import ConfigError, LossError
 from rlsys.learner.adapter_checkpoint import load_run, restore_run, save_run
+from rlsys.learner.custom_loss import CustomLoss
 from rlsys.learner.learner import Learner
 from rlsys.weight_sync.canary import LONG_TOKENS, Canary, StartupProbe
 from rlsys.weight_sync.publisher import AdapterPublisher
@@ -157,9 +158,9 @@ class TrainingHost:
         )
 
 
-def _unshipped(shipped: bytes) -> Callable[..., Any]:
+def _unshipped(shipped: bytes) -> CustomLoss:
     try:
-        fn: Callable[..., Any] = pickle.loads(shipped)
+        fn: CustomLoss = pickle.loads(shipped)
     except Exception as error:  # anything that the function imports may fail
         raise LossError(
             f"custom loss: the function cannot be loaded on the learner's node: {type(error).__name__}: {error}. "

@@ -61,7 +61,7 @@ class SnapshotEngine(Sampler):
         return ids, np.array([row[1] for row in rows], np.float32).reshape(-1, k)
 
 
-def _topk_params(k: int) -> Any:
+def _topk_params(k: int) -> Any:  # vllm.SamplingParams, which this module does not load before an engine runs
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
@@ -76,7 +76,7 @@ def _topk_params(k: int) -> Any:
     )
 
 
-def _best(found: Any, position: int, k: int) -> tuple[list[int], list[float]]:
+def _best(found: Any, position: int, k: int) -> tuple[list[int], list[float]]:  # vllm.logprobs.FlatLogprobs
     """vLLM lists the prompt's token first, then the k likeliest, which may include that token again."""
     start, end = found.start_indices[position], found.end_indices[position]
     ids, values = found.token_ids[start:end], found.logprobs[start:end]

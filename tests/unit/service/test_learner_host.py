@@ -9,12 +9,12 @@ import pytest
 
 from rlsys import losses
 from rlsys.client.config import HostSpec
-from rlsys.client.requests import TakeSnapshot
+from rlsys.client.requests import Drop, Request, Skip, TakeSnapshot
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.errors import DivergedError
 from rlsys.service.learner_host import TrainingHost
 from rlsys.types import AdamParams
-from tests.unit.tiny_learner import Models, draw
+from tests.unit.tiny_learner import Models, assert_same_bits, draw, state
 
 LORA = LoraSection(rank=4, alpha=8.0)
 
@@ -60,3 +60,21 @@ def test_weights_that_give_no_finite_logprobs_become_no_snapshot(host: TrainingH
     step(host, "a", 1e30)
     with pytest.raises(DivergedError, match=r"run 'a' gives .*it is at optimizer step 1.*AdamParams\.learning"):
         host.do("a", TakeSnapshot())
+
+
+def test_a_dropped_run_is_gone_and_a_skipped_call_changes_nothing(host: TrainingHost) -> None:
+    for model_id in ("a", "b"):
+        host.create(model_id, LORA, seed=1)
+    step(host, "a", 1e-2)
+    before = state(host.learner, "a")
+    assert host.do("a", Skip()) is None and host.do("b", Drop()) is None
+    assert host.learner.runs.ids == ["a"]
+    assert_same_bits(state(host.learner, "a"), before)
+
+
+def test_a_request_that_the_learner_does_not_know_is_refused_by_its_name(host: TrainingHost) -> None:
+    class Merge(Request[None]):
+        op = "merge"
+
+    with pytest.raises(TypeError, match="Merge"):
+        host.do("a", Merge())
