@@ -169,7 +169,7 @@ async def scored(
     logprobs = {SAMPLER: q, LEARNER: learner.logprobs(RUN, tokens, offsets)}
     logprobs[BASE] = learner.logprobs(None, tokens, offsets)
     with tempfile.TemporaryDirectory(prefix="rlsys-agreement-") as adapter:
-        learner.save_adapter(RUN, Path(adapter))
+        learner.runs.save_adapter(RUN, Path(adapter))
         for kernel in (SDPA, EAGER):
             logprobs[kernel] = by_transformers(model, Path(adapter), dtype, kernel, tokens, offsets)
     return Scored(version, tokens, offsets, sampled, logprobs)

@@ -51,8 +51,8 @@ def datums(batch: DatumBatch) -> list[Datum]:
 
 
 def gradient(learner: Learner) -> Tensor:
-    found = torch.cat([weight.grad.flatten() for weight in learner._runs["run"].parameters.values()])  # type: ignore[union-attr]
-    learner.forget_gradient("run")
+    found = torch.cat([weight.grad.flatten() for weight in learner.runs["run"].parameters.values()])  # type: ignore[union-attr]
+    learner.runs.forget_gradient("run")
     return found
 
 
@@ -69,7 +69,7 @@ def measure(learner: Learner, batch: DatumBatch, what: str, dtype: str, threads:
     by_loss = gradient(learner)
     assert (by_custom - by_loss).norm() <= 1e-3 * by_loss.norm()
     found = by_turns({name: seconds(side) for name, side in sides.items()}, repeats, warmups=0)
-    learner.forget_gradient("run")
+    learner.runs.forget_gradient("run")
     return Row(
         f"custom_loss_{what}",
         f"custom loss, batch {'that fits the budget' if what == 'fits' else 'of several micro-batches'}, {dtype}",

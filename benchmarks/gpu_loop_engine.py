@@ -109,7 +109,7 @@ class Loop:
             tokens=every,
             seconds=round(seconds, 3),
         )
-        bound = self.policy._canary.bound
+        bound = self.policy._publisher.bound
         self.notes.check(f"step {number}: mean |p - q|", found["policy/logprob_diff_mean"], bound, unit="nats")
         for name, value in found.items():
             if name.startswith("policy/logprob_diff_") and name.count("_") > 3:

@@ -45,8 +45,9 @@ from benchmarks.shapes import TINY
 from rlsys import losses
 from rlsys.architectures.precision import multiplies_bfloat16
 from rlsys.datums import DatumBatch
-from rlsys.learner.learner import Learner, RunState
+from rlsys.learner.learner import Learner
 from rlsys.learner.packing import prefix_groups
+from rlsys.learner.runs import RunState
 from rlsys.modeling.attention import packed_attention
 from rlsys.modeling.logprobs import token_logprobs
 from rlsys.modeling.prefix_layout import ALONE, Segments
@@ -430,18 +431,18 @@ def steps(bench: Bench) -> Iterator[Check]:
     ends, norms = [], []
     for learner in (bench.exact, bench.single):
         settle(learner, token_budget=1000, share_prompts=True)
-        learner.copy_run(RUN, "stepping")
-        begun = {name: weight.cpu().double().clone() for name, weight in learner.run_state("stepping").weights.items()}
+        learner.runs.copy(RUN, "stepping")
+        begun = {name: weight.cpu().double().clone() for name, weight in learner.runs.state("stepping").weights.items()}
         for _ in range(3):
             learner.forward_backward("stepping", bench.batch, SMOOTH, where="weighted")
             norms.append(learner.optim_step("stepping", adam)["grad_norm"])
-        ended = learner.run_state("stepping").weights
+        ended = learner.runs.state("stepping").weights
         ends.append({name: weight.cpu().double() - begun[name] for name, weight in ended.items()})
         if learner is bench.single:
-            state = learner.run_state("stepping")
+            state = learner.runs.state("stepping")
             kept = RunState(state.version, _copies(state.weights), _copies(state.optimizer or {}))
             again = [_stepped(learner, kept, bench.batch, adam) for _ in range(2)]
-        learner.drop_run("stepping")
+        learner.runs.drop("stepping")
     yield Check("fp32, optim_step: the step after a restored state", _distance(again[1], again[0]), FP32)
     worst = max(_relative(ours, exact) for exact, ours in zip(norms[:3], norms[3:], strict=True))
     yield Check("fp32, optim_step: gradient norms of three steps", worst, 1e-4)
@@ -451,10 +452,10 @@ def steps(bench: Bench) -> Iterator[Check]:
 
 def _stepped(learner: Learner, state: RunState, batch: DatumBatch, adam: AdamParams) -> dict[str, Tensor]:
     """What one step from this state makes of the weights, on the CPU."""
-    learner.restore("stepping", state)
+    learner.runs.restore("stepping", state)
     learner.forward_backward("stepping", batch, SMOOTH, where="weighted")
     learner.optim_step("stepping", adam)
-    return _copies(learner.run_state("stepping").weights)
+    return _copies(learner.runs.state("stepping").weights)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -463,7 +464,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def snapshot(bench: Bench) -> Iterator[Check]:
     """What samplers would be given, alpha / r folded into B, is bit for bit what a CPU learner gives."""
-    ours, cpu = (learner._adapters.scaled("a0") for learner in (bench.single, bench.made("cpu", torch.float32)))
+    ours, cpu = (learner.runs._adapters.scaled("a0") for learner in (bench.single, bench.made("cpu", torch.float32)))
     same = all(torch.equal(ours[name].cpu().bfloat16(), tensor.bfloat16()) for name, tensor in cpu.items())
     yield Check("adapter as samplers get it, in bfloat16: the same bits as on the CPU", float(same), 1.0, ">=")
 

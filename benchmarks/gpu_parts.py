@@ -20,11 +20,12 @@ from torch import Tensor
 from benchmarks.gpu_journal import DONE, FAILED, Journal
 from rlsys.datums import DatumBatch
 from rlsys.distributed.ranks import ALONE
-from rlsys.learner.learner import BatchResult, Learner, RunState
+from rlsys.learner.learner import Learner
+from rlsys.learner.runs import RunState
 from rlsys.learner.token_budget import TokenBudget
 from rlsys.losses import Loss
 from rlsys.rollouts import offsets_of, spans
-from rlsys.types import Array, Datum, ModelInput
+from rlsys.types import Array, BatchResult, Datum, ModelInput
 
 RUN = "run"
 QUICK = {  # 0.3 million parameters
@@ -139,15 +140,15 @@ def learner_of(
     """With one run; a bold one's B is as large as makes a difference, and the same whatever the device."""
     model = ModelValues(path=str(base), dtype=saved, max_length=max_length)
     learner = Learner(base, model, section, dtype=dtype)  # type: ignore[arg-type]
-    learner.create_run(RUN, lora, seed=1)  # type: ignore[arg-type]
+    learner.runs.create(RUN, lora, seed=1)  # type: ignore[arg-type]
     if bold:
         generator = torch.Generator().manual_seed(2)
-        state = learner.run_state(RUN)
+        state = learner.runs.state(RUN)
         weights = {
             name: _drawn(weight, generator) if name.endswith(".lora_B") else weight.clone()
             for name, weight in sorted(state.weights.items())
         }
-        learner.restore(RUN, RunState(0, weights, None))
+        learner.runs.restore(RUN, RunState(0, weights, None))
     return learner
 
 
@@ -157,17 +158,17 @@ def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def settle(learner: Learner, **changed: Any) -> None:
     """Other settings for a learner that is loaded already, and a token budget that nothing has reduced."""
-    learner._section = replace(learner._section, **changed)  # type: ignore[type-var]
-    learner._budget = TokenBudget(learner._section.token_budget, ALONE)
+    learner._forward.section = replace(learner._forward.section, **changed)  # type: ignore[type-var]
+    learner._forward.budget = TokenBudget(learner._forward.section.token_budget, ALONE)
 
 
 def gradient(learner: Learner) -> dict[str, Tensor]:
     """What has accumulated, in float64 on the CPU; it is forgotten in the learner."""
     found = {}
-    for name, weight in learner._runs[RUN].parameters.items():
+    for name, weight in learner.runs[RUN].parameters.items():
         assert weight.grad is not None, f"{name} has no gradient"
         found[name] = weight.grad.detach().cpu().double()
-    learner.forget_gradient(RUN)
+    learner.runs.forget_gradient(RUN)
     return found
 
 

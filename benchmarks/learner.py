@@ -173,7 +173,7 @@ def padded_batches(lengths: Any, order: Any, budget: int) -> list[Any]:
 def ours(folder: Path, dtype: str, threads: int, share: bool = False) -> Learner:
     section = LearnerSection(threads=threads, token_budget=BUDGET, share_prompts=share)
     learner = Learner(folder, ModelSection(path=str(folder), dtype=dtype, max_length=1024), section)  # type: ignore[arg-type]
-    learner.create_run("run", LORA, seed=0)
+    learner.runs.create("run", LORA, seed=0)
     return learner
 
 
@@ -242,7 +242,7 @@ def measure(model: str, dtype: str, threads: int, options: argparse.Namespace) -
     }
     # Before any step both are the bare base: the losses have to be the same number.
     first = learner.forward_backward("run", batch, loss).loss_sum, padded.forward_backward(batch, True)
-    learner.forget_gradient("run")
+    learner.runs.forget_gradient("run")
     padded.optimizer.zero_grad(set_to_none=True)
     bound = 1e-3 if dtype == "float32" else 3e-2
     assert abs(first[0] - first[1]) <= bound * float(np.abs(batch.columns["advantages"]).sum()), first

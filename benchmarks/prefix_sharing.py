@@ -63,7 +63,7 @@ def measure(name: str, dtype: str, batch: DatumBatch, about: str, options: argpa
         def learner(share: bool) -> Learner:
             section = LearnerSection(threads=options.threads, token_budget=options.budget, share_prompts=share)
             made = Learner(base, model, section)
-            made.create_run(RUN, LoraSection(rank=16), 0)
+            made.runs.create(RUN, LoraSection(rank=16), 0)
             return made
 
         shared, apart = learner(True), learner(False)
@@ -97,10 +97,10 @@ def difference(one: Learner, other: Learner, batch: DatumBatch) -> float:
     for learner in (one, other):
         learner.forward_backward(RUN, batch, LOSS, where="weighted")
         learner.optim_step(RUN, AdamParams(1e-3))
-        learner.restore(RUN, one.run_state(RUN))
+        learner.runs.restore(RUN, one.runs.state(RUN))
         learner.forward_backward(RUN, batch, LOSS, where="weighted")
-        found.append(torch.cat([weight.grad.reshape(-1) for weight in learner._runs[RUN].parameters.values()]))
-        learner.forget_gradient(RUN)
+        found.append(torch.cat([weight.grad.reshape(-1) for weight in learner.runs[RUN].parameters.values()]))
+        learner.runs.forget_gradient(RUN)
     return float((found[0] - found[1]).norm() / found[1].norm())
 
 

@@ -66,7 +66,7 @@ class MeasuredLearner(LearnerActor):
 
     def canary(self) -> float:
         began = time.perf_counter()
-        self.policy._canary(RUN)
+        self.policy._publisher._canary.score(RUN)
         return time.perf_counter() - began
 
     def snapshot(self) -> float:

@@ -350,6 +350,16 @@ class AdamParams:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchResult:
+    """Result of a pass over a batch, learner -> training client. ``loss_sum`` is ``metrics["loss:sum"]``, summed in
+    float64."""
+
+    loss_sum: float
+    metrics: Mapping[str, float]
+    logprobs: Array  # (T,) float32 nats of the targets, datums end to end
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBackwardOutput:
     """``loss`` equals ``metrics["loss:sum"]``; ``loss_fn_outputs[i]["logprobs"]`` is ``(N,)`` in nats."""
 

@@ -27,9 +27,10 @@ from actors.service.placement import dtype_of, refuse_shortfall, sections
 from actors.service.sampler_service import ServiceSampler
 from rlsys.architectures.model_shape import max_positions, read_config
 from rlsys.architectures.support import refuse_unsupported, serves_unembedding
-from rlsys.client.backend import About, ModelHandle, SampleAnswer, SnapshotHandle
+from rlsys.client.backend import About, Answer, ModelHandle, SampleAnswer, SnapshotHandle
 from rlsys.client.config import HostSpec, SamplerSpec, ServiceConfig
 from rlsys.client.paths import folder_of
+from rlsys.client.requests import Drop, Request, TakeSnapshot
 from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
 from rlsys.config.gpu_shares import may_share, start_in_order
 from rlsys.errors import ConfigError
@@ -194,11 +195,13 @@ class RayDeployment:
         call = self._learner.restore_model.remote(self._model_id(), path, optimizer)
         return future_of(call, f"learner: restoring {path}")
 
-    def submit(self, model_id: str, seq: int, op: str, args: Sequence[Any]) -> Future[Any]:
+    def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
         self._let_go()
-        what = f"training client {model_id}: {op}"
-        answer = future_of(self._learner.submit.remote(model_id, seq, op, list(args)), what)
-        return self._held(answer) if op == "snapshot" else answer
+        what = f"training client {model_id}: {request.op}"
+        answer: Future[Any] = future_of(self._learner.submit.remote(model_id, seq, request), what)  # Ray gives no type
+        if isinstance(request, TakeSnapshot):
+            answer = self._held(answer)
+        return answer
 
     def ship(self, fn: Callable[..., Any]) -> bytes:
         return ship(fn)
@@ -233,8 +236,8 @@ class RayDeployment:
         self._unneeded.append(lambda: [sampler.release.remote(snapshot.key) for sampler in self._samplers])
 
     def drop_model(self, model_id: str, seq: int) -> None:
-        """As `release`, for a run; it has its turn among the run's calls."""
-        self._unneeded.append(lambda: self._learner.submit.remote(model_id, seq, "drop", []))
+        """Queue the removal of a run, as `release` does; `seq` orders it among the run's calls."""
+        self._unneeded.append(lambda: self._learner.submit.remote(model_id, seq, Drop()))
 
     def _held(self, answer: Future[SnapshotHandle]) -> Future[SnapshotHandle]:
         """Every sampler knows the snapshot before the caller does: an async actor does not keep calls in order."""

@@ -1,4 +1,4 @@
-"""Door onto a learner that many training clients share."""
+"""Actor of a deployment's learner, which many training clients share."""
 
 from __future__ import annotations
 
@@ -6,42 +6,54 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import ray
 
-from rlsys.client.backend import About, ModelHandle, SnapshotHandle
+from rlsys.client.backend import About, Answer, ModelHandle, SnapshotHandle
 from rlsys.client.config import HostSpec
+from rlsys.client.requests import Drop, Request
 from rlsys.config import LoraSection
 from rlsys.errors import ConfigError
 from rlsys.service.call_order import CallOrder
 from rlsys.utils import gpu_memory
 
+if TYPE_CHECKING:  # loaded with torch, in the actor
+    from rlsys.service.learner_host import TrainingHost
+    from rlsys.weight_sync.canary import StartupProbe
+
+Args = TypeVarTuple("Args")
+Result = TypeVar("Result")
+
 
 class ServiceLearner:
-    """Async, so that calls can wait for their turn; the learner itself runs on one thread of its own."""
+    """Async, so that calls can wait for their turn; the learner runs on one separate thread."""
 
     def __init__(self, spec: HostSpec, gap_timeout_s: float) -> None:
         self.spec, self.gap_timeout_s = spec, gap_timeout_s
         self.thread = ThreadPoolExecutor(1, "learner")
         self.turns: dict[str, CallOrder] = {}
         self.open_for_clients = asyncio.Event()
+        self.started: TrainingHost | None = None
+
+    @property
+    def host(self) -> TrainingHost:
+        assert self.started is not None, "the deployment calls start() first"
+        return self.started
 
     async def start(self) -> About:
-        self.host = await self._run(_load, self.spec)
-        about: About = self.host.about
-        return about
+        self.started = await self._run(_load, self.spec)
+        return self.host.about
 
     async def announce(self) -> None:
-        """Samplers have proved themselves; from now on others may join."""
+        """Samplers are attested: let other clients join."""
         self.open_for_clients.set()
 
     async def about(self) -> About:
         await self.open_for_clients.wait()
-        about: About = self.host.about
-        return about
+        return self.host.about
 
-    async def probe(self) -> Any:
+    async def probe(self) -> StartupProbe:
         return await self._run(self.host.probe)
 
     async def create_model(self, model_id: str, lora: LoraSection, seed: int) -> ModelHandle:
@@ -50,32 +62,31 @@ class ServiceLearner:
     async def restore_model(self, model_id: str, path: str, optimizer: bool) -> ModelHandle:
         return await self._made(model_id, self.host.restore, path, optimizer)
 
-    async def submit(self, model_id: str, seq: int, op: str, args: list[Any]) -> Any:
+    async def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Answer:
         if model_id not in self.turns:
             raise ConfigError(f"training client {model_id}: its run is not on this learner; it was dropped")
-        async with self.turns[model_id].turn(seq, f"training client {model_id}: {op}"):
-            answer = await self._run(self.host.do, op, model_id, args)
-        if op == "drop":
+        async with self.turns[model_id].turn(seq, f"training client {model_id}: {request.op}"):
+            answer: Answer = await self._run(self.host.do, model_id, request)
+        if isinstance(request, Drop):
             del self.turns[model_id]
-        return _published(answer)
+        return _in_object_store(answer)
 
     async def stop(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
 
     async def open(self, path: str) -> SnapshotHandle:
-        opened: SnapshotHandle = _published(await self._run(self.host.open, path))
-        return opened
+        return _in_object_store(await self._run(self.host.open, path))
 
-    async def _made(self, model_id: str, make: Callable[..., Any], *args: Any) -> ModelHandle:
-        handle: ModelHandle = await self._run(make, model_id, *args)
+    async def _made(self, model_id: str, make: Callable[[str, *Args], ModelHandle], *args: *Args) -> ModelHandle:
+        handle = await self._run(make, model_id, *args)
         self.turns[model_id] = CallOrder(self.gap_timeout_s)
         return handle
 
-    async def _run(self, work: Callable[..., Any], *args: Any) -> Any:
+    async def _run(self, work: Callable[[*Args], Result], *args: *Args) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.thread, work, *args)
 
 
-def _load(spec: HostSpec) -> Any:
+def _load(spec: HostSpec) -> TrainingHost:
     from transformers.utils import logging
 
     from actors.cluster.base_folder import local_folder
@@ -87,10 +98,10 @@ def _load(spec: HostSpec) -> Any:
     gpu_memory.limit(section.device, section.num_gpus)
     with local_folder(spec.model.path) as folder:
         host = TrainingHost(folder, spec)
-    gpu_memory.give_back(section.device, section.num_gpus)  # an engine that starts on the same GPU wants its part free
+    gpu_memory.give_back(section.device, section.num_gpus)  # an engine that starts on the same GPU needs free memory
     return host
 
 
-def _published(answer: Any) -> Any:
-    """A snapshot's weights go to the object store; who holds the handle keeps them there."""
+def _in_object_store(answer: Result) -> Result:
+    """Put a snapshot's weights into the object store, where its handle keeps them alive. Other answers pass through."""
     return replace(answer, ref=[ray.put(answer.ref)]) if isinstance(answer, SnapshotHandle) else answer

@@ -23,7 +23,8 @@ from rlsys.config import JobConfig, SupervisedSection
 from rlsys.data.problems import Epochs, Problem
 from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, QualityError
-from rlsys.learner.learner import BASE_RUN, Learner
+from rlsys.learner.learner import Learner
+from rlsys.learner.runs import BASE_RUN
 from rlsys.modeling.base_model import initial_model, new_folder
 from rlsys.rollouts import offsets_of, spans
 from rlsys.tasks import ConversationTask, TeachableTask

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from rlsys.config import LoraSection
 from rlsys.types import Array, SamplingParams
+
+if TYPE_CHECKING:  # requests import the handles below
+    from rlsys.client.requests import Request
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +52,6 @@ class SnapshotHandle:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainAnswer:
-    """What a pass over a batch gives back; ``logprobs`` is (T,) float32 nats of the targets, datums end to end."""
-
-    loss_sum: float
-    metrics: Mapping[str, float]
-    logprobs: Array
-
-
-@dataclass(frozen=True, slots=True)
 class SampleAnswer:
     """n completions end to end, and what was asked about the prompt of N tokens; its first has no log-probability."""
 
@@ -76,8 +72,8 @@ class Deployment(Protocol):
     def create_model(self, lora: LoraSection, seed: int) -> Future[ModelHandle]: ...
     def restore_model(self, path: str, optimizer: bool) -> Future[ModelHandle]: ...
 
-    def submit(self, model_id: str, seq: int, op: str, args: Sequence[Any]) -> Future[Any]:
-        """Have a learner do `op` of `rlsys.service.learner_host` once all smaller `seq` of this model are done."""
+    def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
+        """Send a request, which the learner executes after all smaller `seq` of this model."""
 
     def ship(self, fn: Callable[..., Any]) -> bytes:
         """A function as bytes that `host` can load. Raises LossError, naming the object that cannot travel."""

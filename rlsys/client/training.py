@@ -12,14 +12,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
-from rlsys.client.backend import Deployment, ModelHandle, TrainAnswer
+from rlsys.client import requests
+from rlsys.client.backend import Answer, Deployment, ModelHandle, SnapshotHandle
 from rlsys.client.containers import outputs
 from rlsys.client.futures import ApiFuture, Ready
 from rlsys.client.paths import given
+from rlsys.client.requests import Request
 from rlsys.client.results import (
     GetInfoResponse,
     LoadWeightsResponse,
@@ -30,9 +32,14 @@ from rlsys.client.results import (
 from rlsys.client.sampling import SamplingClient
 from rlsys.client.tokenizing import tokenizer_of
 from rlsys.errors import ConfigError
-from rlsys.types import AdamParams, Datum, ForwardBackwardOutput, OptimStepResponse
+from rlsys.types import AdamParams, BatchResult, Datum, ForwardBackwardOutput, OptimStepResponse
+
+if TYPE_CHECKING:
+    from rlsys.datums import DatumBatch
+    from rlsys.losses import Loss
 
 Where = Literal["learner", "caller"]
+Response = TypeVar("Response")
 Result = ApiFuture[ForwardBackwardOutput]
 
 
@@ -50,8 +57,8 @@ class TrainingClient(Ready):
         return self._model.model_id
 
     def forward(self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None) -> Result:
-        """The loss and per-token log-probabilities (nats), without gradients. Raises as `forward_backward` does."""
-        return self._pass("forward", data, loss_fn, loss_fn_config)
+        """Compute the loss and per-token log-probabilities (nats) without gradients. Raises as `forward_backward`."""
+        return self._pass(requests.Forward, data, loss_fn, loss_fn_config)
 
     async def forward_async(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
@@ -68,7 +75,7 @@ class TrainingClient(Ready):
             MissingInputError: a datum lacks an input of the loss.
             DatumError: a datum is wrong: its index, the key, what was found and what was wanted. Nothing is applied.
         """
-        return self._pass("forward_backward", data, loss_fn, loss_fn_config)
+        return self._pass(requests.ForwardBackward, data, loss_fn, loss_fn_config)
 
     async def forward_backward_async(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
@@ -106,7 +113,7 @@ class TrainingClient(Ready):
         """
         if not isinstance(adam_params, AdamParams):
             raise ConfigError(f"adam_params: found a {type(adam_params).__name__}; wanted AdamParams(...)")
-        return self._call("optim_step", (adam_params,), OptimStepResponse)
+        return self._call(requests.OptimStep(adam_params), OptimStepResponse)
 
     async def optim_step_async(self, adam_params: AdamParams) -> ApiFuture[OptimStepResponse]:
         return self.optim_step(adam_params)
@@ -120,7 +127,7 @@ class TrainingClient(Ready):
             CheckpointError: the name is taken or no plain name.
         """
         _note_ttl(ttl_seconds)
-        return self._call("save_state", (name, overwrite), SaveWeightsResponse)
+        return self._call(requests.SaveState(name, overwrite), SaveWeightsResponse)
 
     async def save_state_async(
         self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
@@ -133,14 +140,14 @@ class TrainingClient(Ready):
         Raises, in the future:
             CheckpointError: damaged, foreign, or of another rank or other targets. The run is as before.
         """
-        return self._call("load_state", (given(path), False), LoadWeightsResponse)
+        return self._call(requests.LoadState(given(path), False), LoadWeightsResponse)
 
     async def load_state_async(self, path: str) -> ApiFuture[LoadWeightsResponse]:
         return self.load_state(path)
 
     def load_state_with_optimizer(self, path: str) -> ApiFuture[LoadWeightsResponse]:
-        """As `load_state`, with the optimizer's state to the bit."""
-        return self._call("load_state", (given(path), True), LoadWeightsResponse)
+        """As `load_state`, and also load the saved optimizer state."""
+        return self._call(requests.LoadState(given(path), True), LoadWeightsResponse)
 
     async def load_state_with_optimizer_async(self, path: str) -> ApiFuture[LoadWeightsResponse]:
         return self.load_state_with_optimizer(path)
@@ -150,7 +157,7 @@ class TrainingClient(Ready):
     ) -> ApiFuture[SaveWeightsForSamplerResponse]:
         """The weights for ``create_sampling_client(model_path=...)``. Raises as `save_state` does."""
         _note_ttl(ttl_seconds)
-        return self._call("save_weights_for_sampler", (name, overwrite), SaveWeightsForSamplerResponse)
+        return self._call(requests.SaveWeightsForSampler(name, overwrite), SaveWeightsForSamplerResponse)
 
     async def save_weights_for_sampler_async(
         self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
@@ -176,35 +183,42 @@ class TrainingClient(Ready):
     async def get_info_async(self) -> GetInfoResponse:
         return self.get_info()
 
-    def _pass(self, op: str, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None) -> Result:
-        def arguments() -> tuple[Any, ...]:
-            return _batch(self._deployment, kept, loss_fn, loss_fn_config)
+    def _pass(
+        self,
+        kind: type[requests.Forward | requests.ForwardBackward],
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+    ) -> Result:
+        def request() -> Request[BatchResult]:
+            return kind(*_batch(self._deployment, kept, loss_fn, loss_fn_config))
 
         kept = list(data)
-        return self._call(op, arguments, lambda answer: _output(kept, answer))
+        return self._call(request, lambda answer: _output(kept, answer))
 
     def _custom_at_learner(self, data: list[Datum], fn: Callable[..., Any]) -> Result:
-        def arguments() -> tuple[Any, ...]:
+        def request() -> Request[BatchResult]:
             from rlsys.learner.custom_loss import collate_custom
 
             about = self._deployment.about
             batch = collate_custom(data, vocab_size=about.vocab_size, max_length=about.max_length)
-            return batch, data, self._deployment.ship(fn)
+            return requests.ForwardBackwardCustom(batch, data, self._deployment.ship(fn))
 
-        return self._call("forward_backward_custom", arguments, lambda answer: _output(data, answer))
+        return self._call(request, lambda answer: _output(data, answer))
 
     def _custom_at_caller(self, data: list[Datum], fn: Callable[..., Any]) -> Result:
         """Two turns are taken at once, so that whatever is entered next comes after both."""
         from rlsys.learner.custom_loss import collate_custom, result_metrics, surrogate_data, surrogate_weights
 
-        about, result = self._deployment.about, Future[TrainAnswer]()
+        about, result = self._deployment.about, Future[BatchResult]()
         with self._entering:
             self._check_open()
             first, second = next(self._numbers), next(self._numbers)
         try:
             collate_custom(data, vocab_size=about.vocab_size, max_length=about.max_length)
             plain = surrogate_data(data, [np.ones(datum.model_input.length, np.float32) for datum in data])
-            forward = self._submit(first, "forward", _batch(self._deployment, plain, "cross_entropy", None))
+            unweighted = requests.Forward(*_batch(self._deployment, plain, "cross_entropy", None))
+            forward = self._submit(first, unweighted)
         except BaseException:
             self._skip(first)
             self._skip(second)
@@ -217,49 +231,50 @@ class TrainingClient(Ready):
                 logprobs = [row["logprobs"] for row in outputs(plain, passed.logprobs)]
                 surrogate = surrogate_weights(data, logprobs, fn)
                 weighted = surrogate_data(data, surrogate.weights)
-                arguments = _batch(self._deployment, weighted, "cross_entropy", None)
-                backward, submitted = self._submit(second, "forward_backward", arguments), True
+                request = requests.ForwardBackward(*_batch(self._deployment, weighted, "cross_entropy", None))
+                backward, submitted = self._submit(second, request), True
                 answer = backward.result()
                 metrics = result_metrics(surrogate.loss, surrogate.metrics, 2)
-                result.set_result(TrainAnswer(surrogate.loss, metrics, answer.logprobs))
-            except BaseException as error:  # the process edge of a thread: it goes to whoever holds the future
+                result.set_result(BatchResult(surrogate.loss, metrics, answer.logprobs))
+            except BaseException as error:  # edge of a thread: the error belongs to the holder of the future
                 if not submitted:
                     self._skip(second)
                 result.set_exception(error)
 
         threading.Thread(target=between, name="rlsys-custom-loss", daemon=True).start()
-        return ApiFuture(result, self._named("forward_backward_custom"), lambda answer: _output(data, answer), self)
+        return ApiFuture(
+            result, self._named(requests.ForwardBackwardCustom), lambda answer: _output(data, answer), self
+        )
 
     def _snapshot(self, name: str | None) -> ApiFuture[SamplingClient]:
-        def client(snapshot: Any) -> SamplingClient:
+        def client(snapshot: SnapshotHandle) -> SamplingClient:
             return SamplingClient(self._deployment, snapshot, self._check_open)
 
-        if name is None:
-            return self._call("snapshot", (), client)
-        return self._call("snapshot", (name,), client)
+        return self._call(requests.TakeSnapshot(name), client)
 
     def _call(
-        self, op: str, arguments: tuple[Any, ...] | Callable[[], tuple[Any, ...]], read: Callable[[Any], Any]
-    ) -> ApiFuture[Any]:
-        """Take a number, then prepare, then send; a call that is refused before it was sent still takes its turn."""
+        self, request: Request[Answer] | Callable[[], Request[Answer]], read: Callable[[Answer], Response]
+    ) -> ApiFuture[Response]:
+        """Take a sequence number, prepare the request, send. If preparing fails, a Skip uses up the number."""
         with self._entering:
             self._check_open()
             seq = next(self._numbers)
         try:
-            answer = self._submit(seq, op, arguments() if callable(arguments) else arguments)
+            ready = request if isinstance(request, Request) else request()
+            answer = self._submit(seq, ready)
         except BaseException:
             self._skip(seq)
             raise
-        return ApiFuture(answer, self._named(op), read, self)
+        return ApiFuture(answer, self._named(type(ready)), read, self)
 
-    def _submit(self, seq: int, op: str, arguments: tuple[Any, ...]) -> Future[Any]:
-        return self._deployment.submit(self.model_id, seq, op, arguments)
+    def _submit(self, seq: int, request: Request[Answer]) -> Future[Answer]:
+        return self._deployment.submit(self.model_id, seq, request)
 
     def _skip(self, seq: int) -> None:
-        self._submit(seq, "skip", ())
+        self._submit(seq, requests.Skip())
 
-    def _named(self, op: str) -> str:
-        return f"training client {self.model_id}: {op}"
+    def _named(self, kind: type[Request[Any]]) -> str:
+        return f"training client {self.model_id}: {kind.op}"
 
 
 def _drop(deployment: Deployment, model_id: str, numbers: Iterator[int]) -> None:
@@ -268,8 +283,8 @@ def _drop(deployment: Deployment, model_id: str, numbers: Iterator[int]) -> None
 
 def _batch(
     deployment: Deployment, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None
-) -> tuple[Any, Any]:
-    """(DatumBatch, Loss), checked against loss and model. torch is loaded here, at the first pass."""
+) -> tuple[DatumBatch, Loss]:
+    """The batch and its loss, validated against loss and model. Imports torch at the first call."""
     from rlsys import datums, losses
 
     loss = losses.resolve(loss_fn, loss_fn_config)
@@ -277,7 +292,7 @@ def _batch(
     return datums.collate(data, loss, vocab_size=about.vocab_size, max_length=about.max_length), loss
 
 
-def _output(data: Sequence[Datum], answer: TrainAnswer) -> ForwardBackwardOutput:
+def _output(data: Sequence[Datum], answer: BatchResult) -> ForwardBackwardOutput:
     return ForwardBackwardOutput(answer.loss_sum, dict(answer.metrics), outputs(data, answer.logprobs))
 
 

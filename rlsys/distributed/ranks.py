@@ -1,11 +1,11 @@
-"""Data-parallel learner ranks: who takes which datums, sums over ranks, and a base shared out among them (FSDP2).
+"""Data-parallel learner ranks: shares of a batch, sums over ranks, and a base sharded over them (FSDP2).
 
-Every rank is given the same whole batch and does the same calls in the same order. It works on its share, and what the
-ranks found is put together as sums of arrays that are zero where a rank has nothing:
+Every rank gets the same batch and makes the same calls in the same order. It computes its share, and results are
+combined by summing arrays that are zero outside a rank's share:
 
     rank 0   p p p . . . p p        rank 1   . . . p p p . .        both, afterwards   p p p p p p p p
 
-All of torch.distributed is here. A process is in one group at a time; it may leave and join another.
+All use of torch.distributed is in this module. A process is in one group at a time; it may leave and join another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlparse
 
 import numpy as np
@@ -42,29 +42,29 @@ _FORWARD = "rlsys_forward"  # a method of the sharded model that counts as its f
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 
-_FAILED, _OUT_OF_MEMORY = 1, 2  # what a rank tells the others of its share
+_FAILED, _OUT_OF_MEMORY = 1, 2  # status of a rank's share, summed over ranks
 
 
 class _OutOfMemoryThereError(ActorFailedError):
-    """Another rank is."""
+    """Another rank is out of memory."""
 
 
 class Ranks:
-    """One process's place among the ranks. `ALONE` is the only one of a single process and communicates with nobody."""
+    """One process among the ranks. `ALONE` is a single process, which communicates with no other."""
 
     def __init__(self, rank: int = 0, size: int = 1, device: str = "cpu", timeout_s: float = 0.0) -> None:
         self.rank = rank
         self.size = size
-        self.shards = False  # whether forward passes communicate, so that all ranks have to run as many
+        self.shards = False  # whether forward passes communicate, so that all ranks must run equally many
         self._device = torch.device(device)
         self._timeout_s = timeout_s
 
     @classmethod
     def join(cls, address: str, rank: int, size: int, device: str, timeout_s: float) -> Ranks:
-        """Meet the other ranks at ``tcp://ip:port``, which rank 0 opens; blocks until all are there.
+        """Join the other ranks at ``tcp://ip:port``, which rank 0 opens; blocks until all have joined.
 
-        `timeout_s` bounds the meeting and, later, every wait for the others. gloo on cpu, nccl on cuda (not measured).
-        A process that has failed to join cannot join again: torch goes on counting from the group that never was.
+        `timeout_s` limits joining and every later wait for other ranks. gloo on cpu, nccl on cuda (not measured). A
+        process that failed to join cannot join again: torch keeps counting from the group that was not formed.
 
         Raises:
             StalledError: not all ranks came within `timeout_s`.
@@ -72,7 +72,7 @@ class Ranks:
         """
         ranks = cls(rank, size, device, timeout_s)
         if ranks._device.type == "cuda":
-            set_default("TORCH_NCCL_BLOCKING_WAIT", "1")  # an exception at the timeout, not the end of all
+            set_default("TORCH_NCCL_BLOCKING_WAIT", "1")  # raise at the timeout instead of aborting the process
         else:
             _bind_gloo(urlparse(address).hostname or "")
         began = time.monotonic()
@@ -94,15 +94,15 @@ class Ranks:
         return ranks
 
     def leave(self) -> None:
-        """Give up the group; harmless when alone or gone already."""
+        """Leave the group. Does nothing without a group."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
     def shares(self, lengths_D: Array) -> list[Array]:
-        """(n,) int64 datum numbers of each rank, ascending; every datum is in one share, which may be empty.
+        """(n,) int64 datum numbers of each rank, ascending. Every datum is in one share; a share may be empty.
 
-        The longest first, each to the rank with the fewest tokens so far: the same on all ranks, as nothing else
-        decides.
+        The longest datum first, each to the rank with the fewest tokens so far: a function of the lengths alone, so
+        all ranks get the same result.
         """
         if self.size == 1:
             return [np.arange(len(lengths_D), dtype=np.int64)]
@@ -115,15 +115,15 @@ class Ranks:
         return [np.sort(np.asarray(datums, np.int64)) for datums in members]
 
     def share(self, lengths_D: Array) -> Array:
-        """(n,) int64 datum numbers of this rank."""
+        """(n,) int64 datum numbers of this rank's share."""
         return self.shares(lengths_D)[self.rank]
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum over ranks, in place, in one all_reduce; the same bits on all ranks. Tensors are of one dtype.
+        """Sum over ranks, in place, in one all_reduce; the same bits on all ranks. All tensors have one dtype.
 
         Raises:
-            StalledError: another rank did not come within the timeout.
-            ActorDiedError: another rank is gone.
+            StalledError: another rank did not join the sum within the timeout.
+            ActorDiedError: another rank has died.
         """
         if self.size == 1:
             return
@@ -135,7 +135,7 @@ class Ranks:
 
     @contextmanager
     def joint(self, *arrays: Array) -> Iterator[None]:
-        """Arrays of one dtype, zero where others work: the block fills its part, then every rank has them whole.
+        """Sum zero-initialized arrays of one dtype over ranks after the block, which fills this rank's share.
 
         Raises:
             ActorFailedError: the block failed on another rank, which raises its own error.
@@ -148,13 +148,13 @@ class Ranks:
         try:
             yield
         except Exception as error:
-            # Sharded ranks are in the midst of a forward pass and would take this sum for a part of it.
+            # Sharded ranks are in the middle of a forward pass and would take this sum for a part of it.
             if not self.shards:
                 failed[self.rank] = _OUT_OF_MEMORY if is_out_of_memory(error) else _FAILED
                 with contextlib.suppress(StalledError, ActorFailedError):
                     self.sum_(parts)
                 if is_out_of_memory(error) and (failed == _FAILED).any():
-                    raise self._share_failed(failed) from error  # no rank begins anew without the others
+                    raise self._share_failed(failed) from error  # ranks retry together or not at all
             raise
         self.sum_(parts)
         if failed.any():
@@ -164,12 +164,12 @@ class Ranks:
         ranks = ", ".join(map(str, np.flatnonzero(failed)))
         where = f"learner rank {self.rank} of {self.size}: rank {ranks}"
         if (failed == _FAILED).any():
-            return ActorFailedError(f"{where} failed in its share of the batch; its own error says why")
+            return ActorFailedError(f"{where} failed in its share of the batch; see the error of that rank")
         return _OutOfMemoryThereError(f"{where} is out of memory in its share of the batch")
 
     @contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """Errors of communication inside the block as ours."""
+        """Translate errors of communication in the block into those of rlsys/errors.py."""
         began = time.monotonic()
         try:
             yield
@@ -179,21 +179,21 @@ class Ranks:
             waited = f"learner rank {self.rank} of {self.size}: {what}: after {time.monotonic() - began:.1f} s"
             if "timed out" in str(error).lower() or "timeout" in str(error).lower():
                 raise StalledError(
-                    f"{waited} another rank had not come (limit {self._timeout_s:g} s): {first_line(error)}"
+                    f"{waited} another rank had not arrived (limit {self._timeout_s:g} s): {first_line(error)}"
                 ) from error
             if any(text in str(error) for text in _MISPLACED):
                 raise ActorFailedError(f"{waited} {advised(first_line(error), str(error), 'learner')}") from error
             raise ActorDiedError(
-                f"{waited} another rank is gone: {advised(first_line(error), str(error), 'learner')}"
+                f"{waited} another rank has died: {advised(first_line(error), str(error), 'learner')}"
             ) from error
 
     def shard(
         self, model: nn.Module, layers: Sequence[nn.Module], forward: Callable[..., Found]
     ) -> Callable[..., Found]:
-        """Leave each rank its part of every parameter (FSDP2); returns `forward` as it has to be called from now on.
+        """Shard every parameter over the ranks (FSDP2). Returns the function to call in place of `forward`.
 
-        A layer's parameters are whole only while it runs, those outside of layers during the whole of `forward`.
-        Parameters added to the model later stay whole on every rank.
+        A layer's parameters are gathered only while the layer runs, parameters outside of layers during all of
+        `forward`. Parameters added to the model later are complete on every rank.
         """
         if self.size == 1:
             raise ConfigError("learner.shard_base: found one rank; wanted learner.num_workers of 2 or more")
@@ -210,38 +210,25 @@ class Ranks:
 ALONE = Ranks()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that is on this rank: all of it where it is not sharded."""
-    part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part
-
-
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; a sharded one is gathered, for which all ranks have to ask."""
+    """The complete tensor. A sharded tensor is gathered, so all ranks must call this."""
     everything: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return everything
 
 
-def free_address(ip: str) -> str:
-    """``tcp://ip:port`` with a port of this machine that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((ip, 0))
-        return f"tcp://{ip}:{probe.getsockname()[1]}"
-
-
 def _bind_gloo(host: str) -> None:
-    """Let gloo use the interface that leads to `host`: by itself it takes the machine's name for its address, which
-    may be the loopback."""
+    """Make gloo use the interface that leads to `host`. By default it resolves the machine's name, which may give the
+    loopback."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # sends nothing
-            own = probe.getsockname()[0]
+            address = probe.getsockname()[0]
     except OSError:
-        return  # no such route or an IPv6 address: gloo's own choice stands, and joining says what is wrong
+        return  # no route, or an IPv6 address: gloo chooses, and joining reports errors
     if env_variable("GLOO_SOCKET_IFNAME") is not None:
         return
     for _, name in socket.if_nameindex():
-        if _address_of(name) == own:
+        if _address_of(name) == address:
             os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
@@ -250,26 +237,26 @@ def _address_of(interface: str) -> str | None:
         try:
             reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
         except OSError:
-            return None  # it has no IPv4 address
+            return None  # no IPv4 address
     return socket.inet_ntoa(reply[20:24])
 
 
-_OUT_OF_MEMORY_TEXTS = (  # where torch has no error of its own
+_OUT_OF_MEMORY_TEXTS = (  # of errors without a class in torch
     "DefaultCPUAllocator: can't allocate memory",
-    "CUDA error: out of memory",  # of CUDA itself, beside torch's allocator
+    "CUDA error: out of memory",  # from CUDA, not from torch's allocator
     "CUBLAS_STATUS_ALLOC_FAILED",
     "Triton Error [CUDA]: out of memory",
 )
-_MISPLACED = ("Duplicate GPU detected", "no socket interface found")  # no rank has died, and a new one would not help
+_MISPLACED = ("Duplicate GPU detected", "no socket interface found")  # no rank has died, and a restart would not help
 
 
-def _is_of_transport(error: Any) -> bool:
+def _is_of_transport(error: RuntimeError) -> bool:
     text = str(error).lower()
     return isinstance(error, dist.DistError) or "gloo" in text or "nccl" in text
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of this process or of another rank's."""
+    """Whether this process or another rank is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError | _OutOfMemoryThereError):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY_TEXTS)

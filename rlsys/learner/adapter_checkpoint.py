@@ -31,7 +31,7 @@ from torch import Tensor
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError
 from rlsys.learner.base_fingerprint import BaseFingerprint
-from rlsys.learner.learner import RunState
+from rlsys.learner.runs import RunState
 from rlsys.modeling.base_model import new_folder
 from rlsys.utils.atomic_files import sync_folder
 
@@ -77,10 +77,10 @@ def save_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool, ov
         raise CheckpointError(f"{path}: is already there; wanted another name, or overwrite")
     if path.exists() and not (path / MANIFEST).is_file():
         raise CheckpointError(f"{path}: is no checkpoint of rlsys, and only such a one is overwritten")
-    state = learner.run_state(run_id)
+    state = learner.runs.state(run_id)
     try:
         with _replacing(path, overwrite) as folder:
-            learner.save_adapter(run_id, folder)
+            learner.runs.save_adapter(run_id, folder)
             if with_optimizer:
                 assert state.optimizer is not None
                 save_file({key: value.cpu().contiguous() for key, value in state.optimizer.items()}, folder / OPTIMIZER)
@@ -90,7 +90,7 @@ def save_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool, ov
                 "format_version": FORMAT_VERSION,
                 "run_id": run_id,
                 "version": state.version,
-                "lora": learner.lora(run_id).model_dump(),
+                "lora": learner.runs.lora(run_id).model_dump(),
                 "base_name": learner.base_name,
                 "base": asdict(learner.identity),
                 "files": {name: _fact(_synced(folder / name)) for name in names},
@@ -111,13 +111,13 @@ def load_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool) ->
     """
     info, state = _read(Path(path), with_optimizer)
     where = f"{path}: cannot be loaded into run {run_id!r}"
-    if info.lora != learner.lora(run_id):
+    if info.lora != learner.runs.lora(run_id):
         raise CheckpointError(
-            f"{where}: found {_format_lora(info.lora)}; wanted the run's {_format_lora(learner.lora(run_id))}"
+            f"{where}: found {_format_lora(info.lora)}; wanted the run's {_format_lora(learner.runs.lora(run_id))}"
         )
     require_base(where, info.base, learner.identity)
     try:
-        learner.restore(run_id, state)
+        learner.runs.restore(run_id, state)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from error
 
@@ -125,11 +125,11 @@ def load_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool) ->
 def restore_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool) -> CheckpointInfo:
     """A new run as the checkpoint has it; none on failure. Errors as `load_run`."""
     info = read_info(path)
-    learner.create_run(run_id, info.lora, seed=0)  # its weights are replaced at once
+    learner.runs.create(run_id, info.lora, seed=0)  # its weights are replaced at once
     try:
         load_run(learner, run_id, path, with_optimizer)
     except BaseException:
-        learner.drop_run(run_id)
+        learner.runs.drop(run_id)
         raise
     return info
 

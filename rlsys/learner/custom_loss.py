@@ -1,12 +1,12 @@
-"""A loss of the user's own, on the log-probabilities of several datums at once.
+"""A user's own loss on the log-probabilities of several datums at once.
 
-C is any differentiable function of the log-probabilities p. The function sees p as leaves, so the way back through the
-model needs dC/dp alone, and there are two ways with the same gradient (chain rule):
+C is any differentiable function of the log-probabilities p. The function gets p as leaves, so the backward pass through
+the model needs only dC/dp. Two ways give the same gradient (chain rule):
 
     one pass     the model's graph is kept (rlsys/learner/graph_cache.py), and dC/dp is sent back through it
     two passes   p without a graph; then cross_entropy with weights w = -dC/dp, whose gradient is that of sum -w p
 
-Two passes fit any batch in micro-batches, and need no code of the user's where the model is.
+Two passes fit any batch in micro-batches, and the user's code need not run on the learner's node.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from rlsys.datums import DatumBatch, collate
 from rlsys.errors import LossError
 from rlsys.losses import Loss
-from rlsys.types import Array, Datum, to_array
+from rlsys.types import Array, Datum, TensorData, to_array
 
 CustomLoss = Callable[[Sequence[Datum], list[Tensor]], tuple[Tensor, Mapping[str, float]]]
 
@@ -51,7 +51,7 @@ class Surrogate:
 
 
 def collate_custom(data: Sequence[Datum], *, vocab_size: int, max_length: int) -> DatumBatch:
-    """The datums as one batch; only their target_tokens are read, all other inputs are the function's own."""
+    """The datums as one batch. Only target_tokens are read; all other inputs are for the function."""
     bare = [_only_targets(datum) for datum in data]
     return collate(bare, Loss("custom", frozenset()), vocab_size=vocab_size, max_length=max_length)
 
@@ -60,15 +60,15 @@ def compute_custom_loss(fn: CustomLoss, data: Sequence[Datum], logprobs: Sequenc
     """Call `fn` on leaves with the values of `logprobs`.
 
     Raises:
-        LossError: `fn` raised, or what it returned is no finite scalar that depends on the log-probabilities, with
-            metrics that are numbers.
+        LossError: `fn` raised, or did not return a finite scalar that depends on the log-probabilities, and metrics
+            that are numbers.
     """
     leaves = [logp.detach().cpu().requires_grad_() for logp in logprobs]
     name = f"custom loss {getattr(fn, '__qualname__', type(fn).__name__)!r}"
     with torch.enable_grad():
         try:
             returned = fn(data, list(leaves))
-        except Exception as error:  # the user's code: any error of it is answered as one of ours
+        except Exception as error:  # the user's code may raise anything
             raise LossError(f"{name} raised {_format_value(error)}") from error
         loss, metrics = _checked(name, returned)
         try:
@@ -88,8 +88,8 @@ def compute_custom_loss(fn: CustomLoss, data: Sequence[Datum], logprobs: Sequenc
     return CustomLossValue(float(loss.detach()), metrics, slopes)
 
 
-def surrogate_weights(data: Sequence[Datum], logprobs: Sequence[Any], fn: CustomLoss) -> Surrogate:
-    """What the caller's way sends back for the log-probabilities that a forward returned; errors as `evaluate`."""
+def surrogate_weights(data: Sequence[Datum], logprobs: Sequence[TensorData | Array], fn: CustomLoss) -> Surrogate:
+    """Weights for a caller's cross_entropy, from a forward's log-probabilities. Errors as `compute_custom_loss`."""
     tensors = [torch.from_numpy(np.array(to_array(logp), np.float32)) for logp in logprobs]
     found = compute_custom_loss(fn, data, tensors)
     return Surrogate(found.loss, found.metrics, [-slope.numpy() for slope in found.slopes])
@@ -104,18 +104,18 @@ def surrogate_data(data: Sequence[Datum], weights: Sequence[Array]) -> list[Datu
 
 
 def result_metrics(loss: float, metrics: Mapping[str, float], passes: int) -> dict[str, float]:
-    """The user's metrics under their own names beside the two of ours."""
+    """The user's metrics, and the two that rlsys adds."""
     return {**metrics, LOSS: loss, PASSES: float(passes)}
 
 
-def _only_targets(datum: Any) -> Any:
+def _only_targets(datum: Any) -> Any:  # Any: users may pass other objects, which collate refuses
     if not isinstance(datum, Datum):
-        return datum  # which collate refuses, with its number
+        return datum  # collate refuses it and names its index
     inputs = datum.loss_fn_inputs
     return Datum(datum.model_input, {key: inputs[key] for key in inputs if key == "target_tokens"})
 
 
-def _checked(name: str, returned: Any) -> tuple[Tensor, dict[str, float]]:
+def _checked(name: str, returned: object) -> tuple[Tensor, dict[str, float]]:
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         raise LossError(f"{name}: returned {_kind(returned)}; wanted a tuple (loss, metrics)")
     loss, metrics = returned
@@ -137,7 +137,7 @@ def _checked(name: str, returned: Any) -> tuple[Tensor, dict[str, float]]:
     return loss, numbers
 
 
-def _number(name: str, key: Any, value: Any) -> float:
+def _number(name: str, key: object, value: Any) -> float:  # Any: float() takes what it can convert
     if not isinstance(key, str):
         raise LossError(f"{name}: metrics: found the name {key!r}; wanted a string")
     try:
@@ -148,7 +148,7 @@ def _number(name: str, key: Any, value: Any) -> float:
         raise LossError(f"{name}: metrics[{key!r}] is {_kind(value)}; wanted a number") from None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
     size = f" of {len(value)}" if isinstance(value, tuple | list) else ""

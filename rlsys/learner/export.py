@@ -1,4 +1,4 @@
-"""A checkpoint for other programs: the adapter alone, or the base with the adapter added to its weights."""
+"""Exports a checkpoint for other programs: the adapter, or the base with the adapter merged into its weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError, ConfigError
@@ -28,15 +27,15 @@ UNTIE = (
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.index.json", "*.pt", "*.pth", "*.gguf")
 
 
-# model_type -> fused modules that vLLM's own loader wants as adapters of their parts, where PEFT has one of the whole
+# model_type -> fused modules, for which vLLM's loader expects one adapter per part, and PEFT one per fused module
 CUT_IN_VLLM = {"glm4": {"gate_up_proj": ("gate_proj", "up_proj")}}
 
 
 def export_adapter(checkpoint: Path, out: Path, for_vllm: bool = False) -> tuple[str, ...]:
-    """The new folder `out` with the two files that PEFT and ``vllm serve --enable-lora`` load.
+    """Write the new folder `out` with the two files that PEFT and ``vllm serve --enable-lora`` load.
 
-    `for_vllm`: in the form that vLLM loads and PEFT does not, where they differ (CUT_IN_VLLM). Returns warnings of what
-    other programs would make of the adapter.
+    `for_vllm`: in vLLM's form, which PEFT does not load, for models where the forms differ (CUT_IN_VLLM). Returns
+    warnings about programs that would compute another model with the adapter.
     """
     files = read_files(checkpoint)
     _require_new(out)
@@ -58,35 +57,35 @@ def _warnings(checkpoint: Path, out: Path) -> tuple[str, ...]:
     base = () if tied else ("--base", "BASE")
     return (
         f"{out}: the adapter changes the output layer, which the base {info.base_name} {ties}. Loaded as an adapter it "
-        "computes what was trained. PEFT's merge_and_unload() adds it to the embeddings as well, which makes another "
+        "computes the trained model. PEFT's merge_and_unload() adds it to the embeddings as well, which gives another "
         f"model. For a merged model: `{command('rlsys', 'export', checkpoint, merged, '--merged', *base)}`. Or in "
         f"Python, before PeftModel.from_pretrained: {UNTIE}",
     )
 
 
 def _cut(folder: Path, tensors: dict[str, Tensor], cuts: Mapping[str, tuple[str, ...]]) -> None:
-    """Rewrite an adapter's files: the parts of a fused module get its A, and each its rows of B."""
-    found = {}
+    """Rewrite an adapter's files: each part of a fused module gets its A and the part's rows of B."""
+    adapters = {}
     for name, tensor in tensors.items():
         path, side = name.removesuffix(".weight").rsplit(".", 1)
         parts = cuts.get(path.rpartition(".")[2])
         if parts is None:
-            found[name] = tensor
+            adapters[name] = tensor
             continue
         pieces = tensor.chunk(len(parts)) if side == "lora_B" else [tensor.clone() for _ in parts]
         for part, piece in zip(parts, pieces, strict=True):
-            found[f"{path.rpartition('.')[0]}.{part}.{side}.weight"] = piece.contiguous()
-    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+            adapters[f"{path.rpartition('.')[0]}.{part}.{side}.weight"] = piece.contiguous()
+    save_file(adapters, folder / WEIGHTS, metadata={"format": "pt"})
     config = json.loads((folder / CONFIG).read_text())
-    config["target_modules"] = sorted({part for one in config["target_modules"] for part in cuts.get(one, (one,))})
+    config["target_modules"] = sorted({part for name in config["target_modules"] for part in cuts.get(name, (name,))})
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
 def export_merged(base: Path | str, checkpoint: Path, out: Path) -> None:
-    """The new folder `out`: a whole model in Hugging Face format, in the base's dtype, with the base's tokenizer.
+    """Write the new folder `out`: a complete model in Hugging Face format, in the base's dtype, with its tokenizer.
 
-    W + (alpha / r) B A is computed in float32 and then rounded to that dtype. Where the base ties its output layer to
-    its embeddings and the adapter changes the output alone, the merged model has both.
+    W + (alpha / r) B A is computed in float32 and then rounded to that dtype. If the base ties its output layer to its
+    embeddings and the adapter changes the output layer, the merged model has separate weights for both.
     """
     info, adapter = read_adapter(checkpoint)
     _require_new(out)
@@ -105,7 +104,7 @@ def export_merged(base: Path | str, checkpoint: Path, out: Path) -> None:
             file.chmod(0o644)  # safetensors writes 0600
 
 
-def _merge(model: Any, lora: LoraSection, adapter: dict[str, Tensor]) -> None:
+def _merge(model: PreTrainedModel, lora: LoraSection, adapter: dict[str, Tensor]) -> None:
     modules = dict(model.named_modules())
     paths = sorted({name.rpartition(".")[0] for name in adapter})
     for path in paths:
@@ -114,14 +113,14 @@ def _merge(model: Any, lora: LoraSection, adapter: dict[str, Tensor]) -> None:
             raise CheckpointError(f"the base has no linear module {path}, which the adapter changes")
         if module is model.get_output_embeddings() and module.weight is model.get_input_embeddings().weight:
             module.weight = nn.Parameter(module.weight.clone())
-            for config in (model.config, model.config.get_text_config()):  # programs differ in which of them they read
+            for config in (model.config, model.config.get_text_config()):  # programs read one or the other
                 config.tie_word_embeddings = False
         delta = adapter[f"{path}.lora_B"].float() @ adapter[f"{path}.lora_A"].float() * (lora.alpha / lora.rank)
         module.weight.copy_(module.weight.float() + delta)
 
 
 def _copy_tokenizer(base: Path | str, folder: Path) -> None:
-    """All else that a base folder holds; of a hub's base the tokenizer."""
+    """Copy the other files of a base folder; of a base from the hub, the tokenizer."""
     if not Path(base).is_dir():
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
         return

@@ -1,7 +1,7 @@
-"""Graphs that a loss over several micro-batches keeps, so that they need not run forward again.
+"""Autograd graphs that a custom loss keeps between its forward and backward passes.
 
-Such a loss needs all log-probabilities before any gradient. Each graph that is still there then saves a forward pass,
-and costs what autograd keeps of its micro-batch; how much that is shows on the first one.
+A custom loss needs the log-probabilities of all micro-batches before any gradient. Each graph that is kept saves a
+second forward pass and costs the tensors that autograd saves for its micro-batch, measured on the first one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class GraphCache:
-    """At most `allowed` bytes of them at once, the one counted that has to run again meanwhile.
+    """Keeps graphs of at most `allowed` bytes in total, with room for one graph that is recomputed.
 
-    What `resident` tensors hold is there anyway: the model's weights.
+    `resident` tensors, the model's weights, are not counted.
     """
 
     def __init__(self, allowed: int, resident: Iterable[Tensor]) -> None:
@@ -24,7 +24,7 @@ class GraphCache:
         self._per_token = 0.0
 
     def forward(self, work: Callable[[], Tensor], tokens: int) -> Tensor:
-        """What `work` gives of a micro-batch of so many tokens: with its graph where that fits, else without."""
+        """Result of `work` on a micro-batch of `tokens` tokens: with its graph if that fits, else without."""
         if self._left <= 0 or 2 * self._per_token * tokens > self._left:
             with torch.no_grad():
                 return work()

@@ -1,8 +1,8 @@
 """Scaling of losses for a model that computes in float16, whose smallest number is 6e-8 and whose largest is 65,504.
 
-A loss is multiplied by a power of two ahead of the backward pass, and gradients, which are float32, are divided by it:
-both are exact. The power is chosen for each micro-batch from its own dL/dp and lowered where a gradient overflows, so
-that nothing is carried from step to step: a step that is resumed or replayed has the same scale.
+A loss is multiplied by a power of two before the backward pass, and the float32 gradients are divided by it: both are
+exact. The power is chosen per micro-batch from its dL/dp, and lowered after an overflow. No state is kept between
+steps, so a resumed or replayed step has the same scale.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 LARGEST = 64.0  # |dL/dp| after scaling: a gradient of B sums thousands of tokens, one of A is times a B that is small
 LOWER = 16.0  # after an overflow
-LEAST = 2.0**-12  # of the first scale: below, it is not the scale that makes numbers infinite
+LEAST = 2.0**-12  # of the first scale; gradients that overflow below it are not finite at any scale
 
 
 def first_scale(slope_T: Tensor) -> float:
-    """By which the slopes dL/dp of a micro-batch are multiplied at first."""
+    """First factor for the slopes dL/dp of a micro-batch."""
     largest = float(slope_T.abs().max()) if len(slope_T) else 0.0
     if largest == 0.0 or not math.isfinite(largest):
         return 1.0

@@ -1,4 +1,4 @@
-"""Optimizers whose settings come with every step, and the gradient norm that decides whether there is a step at all."""
+"""Optimizers that take their settings with every step, and the gradient norm."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Stepper:
         }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from copies of these; from the start where there are none.
+        """Load copies of a state; parameters without one start from zero moments.
 
         Raises:
-            CheckpointError: they are not of this optimizer and these parameters; nothing has changed then.
+            CheckpointError: the state is not of this optimizer and these parameters. The optimizer is unchanged.
         """
         begun = {name.rpartition(".")[0] for name in state}
         wanted = {
@@ -74,14 +74,14 @@ class Stepper:
 
 
 def require_like(what: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Names, shapes and dtypes have to be those wanted.
+    """Require the names, shapes and dtypes of `wanted`.
 
     Raises:
-        CheckpointError: with the first that is not.
+        CheckpointError: with the first difference.
     """
     odd = sorted(found.keys() ^ wanted.keys())
     if odd:
-        raise CheckpointError(f"{what}: {odd[0]} is {'no tensor of it' if odd[0] in found else 'missing'}")
+        raise CheckpointError(f"{what}: {odd[0]} is {'not expected' if odd[0] in found else 'missing'}")
     for name, tensor in wanted.items():
         given, asked = (f"{tuple(t.shape)} {t.dtype}" for t in (found[name], tensor))
         if given != asked:

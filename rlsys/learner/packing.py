@@ -1,13 +1,13 @@
-"""A batch as packed micro-batches: sequences end to end, no padding, at most ``token_budget`` tokens at once.
+"""Packs a batch into micro-batches: sequences end to end, no padding, at most ``token_budget`` tokens each.
 
-Losses are sums over tokens, so how sequences are packed changes neither values nor gradients; only speed and memory.
-Neighbours that begin alike, such as the completions of a group with their prompt, may share that beginning: it is
-in the pack once, and the model runs over it once, forward and backward.
+Losses are sums over tokens, so packing changes neither values nor gradients, only speed and memory. Neighbours with the
+same first tokens, such as completions of one prompt, may share them as a prefix group: the prefix is in the pack once,
+and the model runs over it once, forward and backward.
 
     datums       p p a a a    p p b        ->   tokens    p p | a a a | b       reads  - 0 0
     wanted         ^ ^ ^ ^      ^ ^             rows      1 2 3 4   1 5         of the hidden states
 
-Log-probabilities are computed where they are wanted and nowhere else: prompts need none.
+Log-probabilities are computed only where `wanted_T` says: prompts need none.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from rlsys.modeling.prefix_layout import ALONE, Segments
 from rlsys.rollouts import offsets_of, spans
 from rlsys.types import Array
 
-LEAST_SAVED = 16  # tokens that a family has to save: below, one more attention call costs more
+LEAST_SAVED = 16  # tokens; a prefix group that saves fewer costs more by its additional attention call
 
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
-    """Datums that stay together and share their first tokens; one datum alone shares nothing."""
+    """Datums in one pack that share their first tokens; a single datum shares none."""
 
     datums: Array  # (n,) int64, ascending
     shared: int  # tokens
@@ -38,19 +38,24 @@ class PrefixGroup:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """U tokens as a model with packed attention reads them, and the T positions of the batch that are predicted."""
+    """U tokens packed for the model, and the T positions of the batch that they predict."""
 
-    index: Array  # (T,) int64, the batch's position of each prediction; empty for a filler, which is of no batch
+    index: Array  # (T,) int64, position in the batch of each prediction; empty for a filler
     tokens: Tensor  # (1, U) int64
     positions: Tensor  # (1, U) int64, from 0 within each sequence
-    rows: Tensor | None  # (T,) int64, which token predicts; None: each in turn
+    rows: Tensor | None  # (T,) int64, token that makes each prediction; None: all in order
     targets: Tensor  # (T,) int64
     segments: Segments
 
+    def scatter(self, column_T: Array, values: Tensor) -> None:
+        """Write the micro-batch's values to their positions in the batch's column; a filler has none."""
+        if len(self.index):
+            column_T[self.index] = values.detach().cpu().numpy()
+
 
 def prefix_groups(batch: DatumBatch, wanted_T: Array | None, limit: int, *, share: bool) -> list[PrefixGroup]:
-    """All datums in which anything is wanted (None: everything is), none of more than `limit` tokens, but for a
-    sequence that is longer."""
+    """Groups of all datums with a wanted position (None: all positions). A group has at most `limit` tokens, unless a
+    single sequence is longer."""
     wanted = batch.lengths > 0
     if wanted_T is not None:
         before = offsets_of(wanted_T)
@@ -75,7 +80,7 @@ def prefix_groups(batch: DatumBatch, wanted_T: Array | None, limit: int, *, shar
 
 
 def _common_beginnings(batch: DatumBatch, datums: Array) -> Array:
-    """(D - 1,) tokens with which neighbours both begin; each keeps at least one token of its own."""
+    """(D - 1,) number of first tokens that neighbours share; each keeps at least one token unshared."""
     starts = batch.offsets[datums]
     common: Array = np.minimum(batch.lengths[datums][:-1], batch.lengths[datums][1:]) - 1
     compared = offsets_of(common)
@@ -104,7 +109,7 @@ def _runs(common: Array) -> list[tuple[int, int, int]]:
 
 
 def _even_cuts(sizes: Array, limit: int) -> Array:
-    """Where to cut a list so that its parts have about the same sum, at most `limit` as far as single sizes allow."""
+    """Where to cut a list into parts of about the same sum, at most `limit` unless a single size exceeds it."""
     sums = np.cumsum(sizes)
     parts = -(-int(sums[-1]) // max(1, limit))
     while parts < len(sizes):
@@ -117,7 +122,7 @@ def _even_cuts(sizes: Array, limit: int) -> Array:
 
 
 def bins(costs: Array, token_budget: int) -> list[Array]:
-    """Numbers per bin, the largest first (first-fit decreasing). What costs nothing is in none."""
+    """Indices per bin, by first-fit decreasing. Indices with cost 0 are in no bin."""
     members: list[list[int]] = []
     room: list[int] = []
     for number in np.argsort(-costs, kind="stable"):
@@ -137,13 +142,13 @@ def bins(costs: Array, token_budget: int) -> list[Array]:
 def micro_batch(
     batch: DatumBatch, members: Sequence[PrefixGroup], wanted_T: Array | None = None, device: torch.device | str = "cpu"
 ) -> MicroBatch:
-    """These families as one pack."""
-    datums = np.concatenate([family.datums for family in members])
-    counts = np.array([len(family.datums) for family in members])
-    shared = np.array([family.shared for family in members])
+    """Prefix groups as one pack."""
+    datums = np.concatenate([group.datums for group in members])
+    counts = np.array([len(group.datums) for group in members])
+    shared = np.array([group.shared for group in members])
     lengths, starts, shared_D = batch.lengths[datums], batch.offsets[datums], np.repeat(shared, counts)
 
-    # Segments, family by family: what it shares (no tokens where it is one datum), then each datum's own part.
+    # Segments, group by group: the shared prefix (empty for a single datum), then the rest of each datum.
     first_datum = np.cumsum(counts) - counts
     order = np.insert(np.arange(len(datums)) + len(members), first_datum, np.arange(len(members)))
     sizes = np.concatenate([shared, lengths - shared_D])[order]
@@ -183,7 +188,7 @@ def micro_batch(
 
 
 def filler(device: torch.device | str = "cpu") -> MicroBatch:
-    """One token that counts nothing: ranks that share a base run as many micro-batches as the busiest of them."""
+    """A micro-batch of one token without predictions: ranks of a sharded base must run equally many micro-batches."""
     zero = np.zeros(1, np.int64)
     one = Segments(zero + 1, zero + ALONE, device)
     return MicroBatch(zero[:0], _ids(zero, device)[None], _ids(zero, device)[None], None, _ids(zero, device), one)

@@ -1,4 +1,4 @@
-"""One run's policy on a learner: an update from a batch of datums, and the adapter as something samplers can attest."""
+"""The policy of a job: one run on a learner, updated from batches of datums and published to samplers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rlsys.modeling.base_model import pack_folder, unpack_folder
 from rlsys.rollouts import Rollouts, offsets_of, spans
 from rlsys.types import AdamParams, Array
 from rlsys.weight_sync.canary import Canary, StartupProbe
+from rlsys.weight_sync.publisher import AdapterPublisher
 from rlsys.weight_sync.update import WeightUpdate, digest_tensors
 
 METRICS = {
@@ -41,10 +42,10 @@ REFERENCE_PREFIX = "reference."  # of the names of its files in a checkpoint
 
 
 class Policy:
-    """A run's adapter with its loss, its optimizer settings and its canary.
+    """A run's adapter with its loss, optimizer settings and publisher.
 
-    ``canary_tokens``: (C,) int32, a fixed sequence of the task's kind (rlsys/weight_sync/canary.py). Of several
-    learner ranks each has a policy, and all make the same calls; ``state_files`` and ``digest`` only look.
+    ``canary_tokens``: (C,) int32, a fixed sequence of the task's kind (rlsys/weight_sync/canary.py). Each learner rank
+    has a policy, and all ranks make the same calls, except ``state_files`` and ``digest``, which only read.
     """
 
     def __init__(self, learner: Learner, config: JobConfig, canary_tokens: Array) -> None:
@@ -53,32 +54,34 @@ class Policy:
         self.run_id = config.run.name
         self.loss = losses.resolve(config.rl.loss.name, config.rl.loss.params)
         self.temperature = config.rl.sampling.temperature
-        self._reference, self._before = f"{self.run_id}/reference", f"{self.run_id}/before"  # runs, where needed
-        self._must_move = False  # something in the gradient that adds up has an advantage and is not clipped
-        learner.create_run(self.run_id, config.lora, config.run.seed)
+        self._reference, self._before = (
+            f"{self.run_id}/reference",
+            f"{self.run_id}/before",
+        )  # run ids of copies, made if needed
+        self._must_move = False  # a token of the accumulated gradient has an advantage and is not clipped
+        learner.runs.create(self.run_id, config.lora, config.run.seed)
         self._last_update = "made no step yet"
-        self._canary = Canary(learner, config.model.dtype, canary_tokens)
-        self._canary_published = self._canary.base  # before anything is published, the base stands for "previous"
+        self._publisher = AdapterPublisher(Canary(learner, config.model.dtype, canary_tokens))
 
     def learn(
         self, batch: DatumBatch, step: int, substep: int, *, first: bool, last: bool, on_policy: bool
     ) -> tuple[Array, dict[str, float]]:
-        """A piece of an optimizer step: ((T,) float32, p of its targets before any update that it is part of, facts).
+        """Learn from a minibatch: ((T,) float32, p of its targets before the update that it contributes to, metrics).
 
-        Gradients of a substep's pieces, from its `first` on, add up; after its `last` the optimizer steps once. Where
-        no piece had a datum (all groups agreed) nothing changes. `on_policy`: the weights are those that drew every
-        token, so that p must equal q: then this is the check at learning rate 0, made at every step's beginning.
+        Gradients of a substep's minibatches accumulate from the `first`; after the `last` the optimizer steps once. If
+        no minibatch has a datum (all groups have constant rewards), nothing changes. `on_policy`: every token was
+        sampled from the present weights, so p must equal q, which is checked in the first substep.
 
         Raises:
-            DivergedError: log-probabilities are not finite, or groups disagree and yet the gradient is exactly 0.
+            DivergedError: log-probabilities are not finite, or rewards differ within groups but the gradient is 0.
             MismatchError: `on_policy`, in the first substep, and mean |p - q| is above checks.max_mean_logprob_diff.
-            GradientError: the gradient is not finite; the weights are as before.
+            GradientError: the gradient is not finite. The weights are unchanged.
         """
         if first:
-            self.learner.forget_gradient(self.run_id)  # of a substep that was given up
+            self.learner.runs.forget_gradient(self.run_id)  # of an abandoned substep
             self._must_move = False
             if substep == 0 and self._needs_copy_before:
-                self.learner.copy_run(self.run_id, self._before)
+                self.learner.runs.copy(self.run_id, self._before)
         logprobs_T, metrics = np.empty(0, np.float32), {"policy/tokens": 0.0}
         if batch.num_datums > 0:
             logprobs_T, metrics = self._add_gradient(batch, step, substep, on_policy)
@@ -102,64 +105,58 @@ class Policy:
         metrics = {**found, **metrics, "loss/sum": result.loss_sum, **gap_by_position(sampled, result.logprobs)}
         if cap is None:
             self._refuse_mismatch(metrics, step, must_agree)
-        if must_agree or self.loss.name != "ppo":  # whose clip may rightly silence every token
+        if must_agree or self.loss.name != "ppo":  # whose clip may zero the gradient of every token
             self._must_move |= bool(np.any(batch.columns["advantages"] * batch.columns["weights"]))
         return result.logprobs, metrics
 
     def _finish(self, step: int, substep: int) -> dict[str, float]:
-        """The optimizer's step, where there is anything to apply."""
+        """The optimizer step, if a gradient has accumulated."""
         optim = self.config.rl.optim.at(step - 1, self.config.rl.steps)
         metrics = {"policy/learning_rate": optim.learning_rate}
-        if self.learner.has_gradient(self.run_id):
+        if self.learner.runs.has_gradient(self.run_id):
             norm = self.learner.optim_step(self.run_id, optim)["grad_norm"]
             before, self._last_update = self._last_update, _update(step, optim, norm)
             if norm == 0.0 and self._must_move:
                 raise DivergedError(
                     f"step {step}: rewards differ within groups, yet the gradient is exactly 0: the policy is so "
-                    f"certain of every token that nothing moves it any more. Before, it {before}; lower "
+                    f"certain of every token that no gradient changes it. Before, it {before}; lower "
                     "rl.optim.learning_rate"
                 )
             metrics["policy/grad_norm"] = norm
         every = self.config.rl.advantages.reference_refresh_steps
         if every and step % every == 0 and substep == self.config.rl.substeps - 1:
-            self.learner.copy_run(self.run_id, self._reference)
+            self.learner.runs.copy(self.run_id, self._reference)
         budget = self.learner.token_budget
-        if budget.tokens < budget.most:  # it gave way to memory
+        if budget.tokens < budget.most:  # it was reduced after out-of-memory
             metrics["policy/token_budget"] = float(budget.tokens)
-        return metrics | {"policy/version": float(self.learner.version(self.run_id))}
+        return metrics | {"policy/version": float(self.learner.runs.version(self.run_id))}
 
     def reference(self, rollouts: Rollouts) -> Array:
-        """(T,) float32 log-probabilities of the completions' tokens under the reference: the policy as it was when last
-        it was made the reference (rl.advantages.reference_refresh_steps), else the base, the adapter being off."""
+        """(T,) float32 log-probabilities of the completions' tokens under the reference: the policy at the last refresh
+        (rl.advantages.reference_refresh_steps), before any refresh the base with the adapter off."""
         tokens, offsets, sampled = join_prompts(rollouts)
         run_id = self._reference if self._has_reference else None
         return self.learner.logprobs(run_id, tokens, offsets, self.temperature, only=sampled)[sampled]
 
     def publish(self) -> WeightUpdate:
-        """The adapter as it is now, with the canary under it and under the version published before.
+        """The current adapter for samplers. See ``AdapterPublisher.publish``.
 
         Raises:
-            DivergedError: the policy's log-probabilities are not finite; samplers keep the version before.
+            DivergedError: the policy's log-probabilities are not finite. Samplers keep the version before.
         """
-        current = self._canary.score(self.run_id)
-        if not np.isfinite(current).all():
-            raise DivergedError(
-                f"the policy gives {np.count_nonzero(~np.isfinite(current))} of {len(current)} canary tokens no finite "
-                f"log-probability; it {self._last_update}. Nothing of it reached a sampler. Lower "
-                "rl.optim.learning_rate, or bound the step with rl.optim.grad_clip_norm=1.0; without any step, look at "
-                "the base and model.dtype"
-            )
-        previous, self._canary_published = self._canary_published, current
-        return self._canary.update(self.run_id, current, previous)
+        advice = (
+            "Lower rl.optim.learning_rate, or bound the step with rl.optim.grad_clip_norm=1.0; before the first step, "
+            "check the base and model.dtype"
+        )
+        return self._publisher.publish(self.run_id, self._last_update, advice)
 
     def probe(self) -> StartupProbe:
-        """The base at early and late positions, and an adapter with a large B: a sampler whose forward pass ignores
-        adapters cannot follow it."""
-        return self._canary.startup(self.run_id)
+        """See ``AdapterPublisher.probe``."""
+        return self._publisher.probe(self.run_id)
 
     def state_files(self) -> dict[str, bytes]:
-        """The run up to its last step, optimizer included, as a packed checkpoint folder; files of a reference that is
-        not the base are named apart."""
+        """The run after its last step, with optimizer state, as a packed checkpoint folder. Files of a reference other
+        than the base have the prefix REFERENCE_PREFIX."""
         files = self._packed(self.run_id, with_optimizer=True)
         if self._has_reference:
             packed = self._packed(self._reference, with_optimizer=False)
@@ -167,11 +164,11 @@ class Policy:
         return files
 
     def restore(self, files: Mapping[str, bytes]) -> None:
-        """Go on from ``state_files`` of a run of the same section on the same base. What is published next is told from
-        the base, as at a start: which version the samplers hold, if any, is not known here.
+        """Continue from ``state_files`` of a run of the same section on the same base. The next version published is
+        compared with the base, as at a start, because the samplers' version is unknown here.
 
         Raises:
-            CheckpointError: the files are damaged, of another base or of another section; the run is as before.
+            CheckpointError: the files are damaged, of another base or of another section. The run is unchanged.
         """
         of_reference = {
             name.removeprefix(REFERENCE_PREFIX): content
@@ -185,23 +182,23 @@ class Policy:
             unpack_folder(of_run, Path(scratch) / "run")
             load_run(self.learner, self.run_id, Path(scratch) / "run", with_optimizer=OPTIMIZER in of_run)
             if self._has_reference:
-                self.learner.drop_run(self._reference)
+                self.learner.runs.drop(self._reference)
             if of_reference:
                 restore_run(self.learner, self._reference, Path(scratch) / "reference", with_optimizer=False)
-        self._last_update = f"was restored at version {self.learner.version(self.run_id)}"
-        self._canary_published = self._canary.base
+        self._last_update = f"was restored at version {self.learner.runs.version(self.run_id)}"
+        self._publisher.reset(self.run_id)
 
     def digest(self) -> str:
-        """A hash of the adapter as it is trained (fp32): equal on all ranks after every step."""
-        return digest_tensors(sorted(self.learner.run_state(self.run_id).weights.items()))
+        """Hash of the fp32 adapter: equal on all ranks after every step."""
+        return digest_tensors(sorted(self.learner.runs.state(self.run_id).weights.items()))
 
     @property
     def _has_reference(self) -> bool:
-        return self._reference in self.learner.run_ids
+        return self._reference in self.learner.runs.ids
 
     @property
     def _needs_copy_before(self) -> bool:
-        """Later substeps compare with the weights from before the step's first update."""
+        """Later substeps compare with the weights before the step's first update."""
         return self.config.rl.loss.importance_cap is not None and self.config.rl.substeps > 1
 
     def _packed(self, run_id: str, with_optimizer: bool) -> dict[str, bytes]:
@@ -211,11 +208,11 @@ class Policy:
 
     def _refuse_mismatch(self, metrics: Mapping[str, float], step: int, must_agree: bool) -> None:
         found = metrics["policy/logprob_diff_mean"]
-        bound = self.config.checks.max_mean_logprob_diff or self._canary.bound
+        bound = self.config.checks.max_mean_logprob_diff or self._publisher.bound
         if not np.isfinite(found):
             raise DivergedError(
                 f"step {step}: learner or sampler gives sampled tokens no finite log-probability; the policy "
-                f"{self._last_update}. Nothing of this was applied. Lower rl.optim.learning_rate, or bound the step "
+                f"{self._last_update}. This batch was not applied. Lower rl.optim.learning_rate, or bound the step "
                 "with rl.optim.grad_clip_norm=1.0"
             )
         if must_agree and found > bound:
@@ -233,7 +230,7 @@ def _update(step: int, optim: AdamParams, norm: float) -> str:
 
 
 def cap_importance(batch: DatumBatch, old_logprobs_T: Array, cap: float) -> tuple[DatumBatch, float]:
-    """(a batch whose loss compares with p_old instead of q, the share of tokens whose correction is cut).
+    """(batch whose loss compares with p_old instead of q, share of tokens whose correction is capped).
 
     A token's weight is multiplied by min(exp(p_old - q), cap), and p_old takes the place of q: truncated importance
     sampling, Yao et al. 2025, fengyao.notion.site/off-policy-rl.
@@ -241,7 +238,7 @@ def cap_importance(batch: DatumBatch, old_logprobs_T: Array, cap: float) -> tupl
     weights_T, q_T = batch.columns["weights"], batch.columns["logprobs"]
     counts_T = weights_T != 0
     gap_T = np.where(counts_T, old_logprobs_T.astype(np.float64) - q_T, 0.0)
-    correction_T = np.exp(np.minimum(gap_T, math.log(cap)))  # no exponential of what is above the cap: it may overflow
+    correction_T = np.exp(np.minimum(gap_T, math.log(cap)))  # exp of a value above the cap may overflow
     columns = {
         **batch.columns,
         "weights": (weights_T * correction_T).astype(np.float32),
@@ -256,7 +253,7 @@ def gap_by_position(batch: DatumBatch, logprobs_T: Array) -> dict[str, float]:
     """Mean and max |p - q| of the tokens that count, by their position in the sequence, prompt included.
 
     Metrics `policy/logprob_diff_<first>_<end>_mean` and `_max`; a range without tokens has none. A difference that
-    grows with the position is a fault of positions, not noise.
+    grows with the position is an error in positions, not noise.
     """
     counts_T = batch.columns["weights"] != 0
     position_T = (np.arange(len(logprobs_T)) - np.repeat(batch.offsets[:-1], batch.lengths) + 1)[counts_T]

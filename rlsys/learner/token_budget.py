@@ -1,5 +1,5 @@
-"""The learner's token budget, which gives way where memory does not suffice: an update that ran out of memory is made
-again in smaller micro-batches, with the same sum as its result, and the budget stays at that size."""
+"""Token budget per micro-batch. After out-of-memory the update is retried with half the budget: the result is the same
+sum, and the smaller budget is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlsys.distributed.ranks import Ranks, is_out_of_memory
 from rlsys.errors import ActorFailedError
 from rlsys.utils.text_files import first_line
 
-LEAST = 64  # tokens; smaller micro-batches save nothing beside the chunk of logits
+LEAST = 64  # tokens; below, the chunk of logits takes most memory
 _logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
@@ -27,11 +27,11 @@ class TokenBudget:
         self._ranks = ranks
 
     def fitting(self, work: Callable[[], Result], instead: Callable[[], bool] = lambda: False) -> Result:
-        """What `work` gives, which leaves nothing behind where it fails. Ranks are out of memory together, so that all
-        of them begin anew. `instead` of a smaller budget may give up memory of its own, and says whether it did.
+        """Call `work` until it fits in memory. `work` must have no effect if it fails. If one rank runs out of memory,
+        all ranks retry. `instead` is tried before a smaller budget: it may free memory, and returns whether it did.
 
         Raises:
-            ActorFailedError: a smaller budget would not help, or ranks that share a base are in the midst of a pass.
+            ActorFailedError: a smaller budget would not help, or ranks of a sharded base are in the middle of a pass.
         """
         while True:
             try:
@@ -40,20 +40,20 @@ class TokenBudget:
                 if not is_out_of_memory(error):
                     raise
                 if instead():
-                    _logger.warning("out of memory: a custom loss keeps no graphs from now on, and runs forward twice")
+                    _logger.warning("out of memory: custom losses keep no more graphs and run forward twice")
                 else:
                     smaller = self._smaller(error)
-                    _logger.warning("out of memory: token budget %d -> %d from now on", self.tokens, smaller)
+                    _logger.warning("out of memory: token budget reduced from %d to %d", self.tokens, smaller)
                     self.tokens = smaller
-            gc.collect()  # the error's frames held on to tensors until here
+            gc.collect()  # tensors referenced by the error's frames
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     def _smaller(self, error: Exception) -> int:
         if self._ranks.shards:
             raise ActorFailedError(
-                f"learner: out of memory with a token budget of {self.tokens}, in the midst of a pass that all ranks "
-                f"share; wanted a smaller learner.token_budget: {first_line(error)}"
+                f"learner: out of memory with a token budget of {self.tokens}, in a pass that all ranks share, so it "
+                f"cannot be retried; wanted a smaller learner.token_budget: {first_line(error)}"
             ) from error
         if self.tokens <= LEAST:
             raise ActorFailedError(

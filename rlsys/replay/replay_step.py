@@ -97,7 +97,7 @@ def replay(run_dir: Path, step: int, device: Literal["cpu", "cuda"] | None = Non
     metrics: Metrics = {}
     for at in range(started + 1, step + 1):
         recorded = load_step(run_dir, at)
-        _refuse_other_history(run_dir, recorded, policy.learner.version(policy.run_id), started)
+        _refuse_other_history(run_dir, recorded, policy.learner.runs.version(policy.run_id), started)
         metrics, pieces = _learn(policy, recorded)
     written = _written(run_dir, step)
     notes = tuple(_notes(run_dir, config, recorded, started, bool(written)))

@@ -1,4 +1,4 @@
-"""Calls of one client in the order in which they were entered, whatever the order in which they arrive."""
+"""Executes one client's calls in the order in which they were entered, in whatever order they arrive."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlsys.errors import StalledError
 
 
 class CallOrder:
-    """Number 1 goes first; every number is taken once, and must be taken even by a call that does nothing."""
+    """Calls are numbered from 1. Every number must be used once, if need be by a call that does nothing."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
@@ -20,10 +20,10 @@ class CallOrder:
 
     @asynccontextmanager
     async def turn(self, seq: int, what: str) -> AsyncIterator[None]:
-        """Inside, all smaller numbers are done and no other of this client runs.
+        """In the block, all smaller numbers are done and no other call of this client runs.
 
         Raises:
-            StalledError: a smaller number did not arrive within the limit. It counts from the last that was done.
+            StalledError: a smaller number did not arrive within the limit, counted from the end of the last call.
         """
         while seq > self._next:
             event = self._waiting.setdefault(seq, asyncio.Event())

@@ -1,40 +1,32 @@
-"""What happens at the learner's end: each operation of a training client by name, on one `Learner`.
-
-Not safe for several threads; a door runs one operation at a time. An operation's arguments are those that
-`rlsys.client.training` submits.
-"""
+"""Executes requests of training clients (rlsys/client/requests.py) on one `Learner`. Not thread-safe: the learner actor
+runs one request at a time."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rlsys.client.backend import About, ModelHandle, SnapshotHandle, TrainAnswer
+from rlsys.client import requests
+from rlsys.client.backend import About, ModelHandle, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.paths import Kind, folder_of, new_folder_of, path_of
+from rlsys.client.requests import Request
 from rlsys.config import LoraSection
-from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, LossError
 from rlsys.learner.adapter_checkpoint import load_run, restore_run, save_run
-from rlsys.learner.learner import BatchResult, Learner
-from rlsys.losses import Loss
-from rlsys.types import AdamParams, Array, Datum
+from rlsys.learner.custom_loss import CustomLoss
+from rlsys.learner.learner import Learner
 from rlsys.weight_sync.canary import LONG_TOKENS, Canary, StartupProbe
+from rlsys.weight_sync.publisher import AdapterPublisher
 
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 PROBE_RUN = "rlsys.probe"
-
-
-@dataclass(slots=True)
-class _Published:
-    canary: Array  # (C - 1,) under the version published last
 
 
 class TrainingHost:
@@ -44,101 +36,87 @@ class TrainingHost:
         self.spec = spec
         self.learner = Learner(folder, spec.model, spec.learner, base_name=spec.model.path)
         self.about = self._about(folder)
-        self._canary = Canary(self.learner, spec.model.dtype, np.arange(LONG_TOKENS) * 7919 % self.learner.vocab_size)
-        self._published: dict[str, _Published] = {}
+        tokens = np.arange(LONG_TOKENS) * 7919 % self.learner.vocab_size
+        self._publisher = AdapterPublisher(Canary(self.learner, spec.model.dtype, tokens))
         self._temporary = itertools.count()
-        self._ops: Mapping[str, Callable[..., Any]] = {
-            "forward": self._forward,
-            "forward_backward": self._forward_backward,
-            "forward_backward_custom": self._forward_backward_custom,
-            "optim_step": self._optim_step,
-            "save_state": self._save_state,
-            "load_state": self._load_state,
-            "snapshot": self._snapshot,
-            "save_weights_for_sampler": self._save_weights_for_sampler,
-            "drop": self.drop,
-            "skip": lambda model_id: None,  # a call that was refused before it was sent still takes its turn
-        }
 
-    def do(self, op: str, model_id: str, args: Sequence[Any]) -> Any:
-        return self._ops[op](model_id, *args)
+    def do(self, model_id: str, request: Request[Any]) -> Any:  # Any: each request has its own answer's type
+        """Execute a request of the run `model_id`."""
+        match request:
+            case requests.Forward(batch, loss):
+                return self.learner.forward(model_id, batch, loss)
+            case requests.ForwardBackward(batch, loss):
+                return self.learner.forward_backward(model_id, batch, loss)
+            case requests.ForwardBackwardCustom(batch, data, fn):
+                return self.learner.forward_backward_custom(model_id, batch, data, _unshipped(fn))
+            case requests.OptimStep(adam):
+                return self.learner.optim_step(model_id, adam)
+            case requests.SaveState(name, overwrite):
+                return self._save(model_id, "weights", name, True, overwrite)
+            case requests.SaveWeightsForSampler(name, overwrite):
+                return self._save(model_id, "sampler_weights", name, False, overwrite)
+            case requests.LoadState(path, optimizer):
+                load_run(self.learner, model_id, self._folder(path), optimizer)
+                return path
+            case requests.TakeSnapshot(name):
+                return self._snapshot(model_id, name)
+            case requests.Drop():
+                return self.drop(model_id)
+            case requests.Skip():
+                return None
+        raise TypeError(f"{type(request).__name__}: found a request that this learner does not know")
 
     def create(self, model_id: str, lora: LoraSection, seed: int) -> ModelHandle:
         self._refuse_unservable(lora)
-        self.learner.create_run(model_id, lora, seed)
+        self.learner.runs.create(model_id, lora, seed)
         return ModelHandle(model_id, lora)
 
     def restore(self, model_id: str, path: str, optimizer: bool) -> ModelHandle:
         restore_run(self.learner, model_id, self._folder(path), optimizer)
         try:
-            self._refuse_unservable(self.learner.lora(model_id))
+            self._refuse_unservable(self.learner.runs.lora(model_id))
         except ConfigError:
             self.drop(model_id)
             raise
-        return ModelHandle(model_id, self.learner.lora(model_id))
+        return ModelHandle(model_id, self.learner.runs.lora(model_id))
 
     def drop(self, model_id: str) -> None:
-        self._published.pop(model_id, None)
-        if model_id in self.learner.run_ids:
-            self.learner.drop_run(model_id)
+        self._publisher.reset(model_id)
+        if model_id in self.learner.runs.ids:
+            self.learner.runs.drop(model_id)
 
     def open(self, path: str) -> SnapshotHandle:
-        """A saved adapter as something that samplers can attest."""
+        """A snapshot of a saved adapter."""
         run_id = f"rlsys.opened{next(self._temporary)}"
         restore_run(self.learner, run_id, self._folder(path), False)
         try:
-            self._refuse_unservable(self.learner.lora(run_id))
-            return self._handle(run_id, path, self._canary.base)
+            self._refuse_unservable(self.learner.runs.lora(run_id))
+            return self._handle(run_id, path)
         finally:
-            self.learner.drop_run(run_id)
+            self.drop(run_id)
 
     def probe(self) -> StartupProbe:
-        """See `rlsys.learner.policy.Policy.probe`."""
+        """See ``AdapterPublisher.probe``."""
         lora = LoraSection(rank=min(8, self.spec.max_lora_rank), alpha=self.spec.lora_alpha)
-        self.learner.create_run(PROBE_RUN, lora, 0)
+        self.learner.runs.create(PROBE_RUN, lora, 0)
         try:
-            return self._canary.startup(PROBE_RUN)
+            return self._publisher.probe(PROBE_RUN)
         finally:
-            self.learner.drop_run(PROBE_RUN)
-
-    def _forward(self, model_id: str, batch: DatumBatch, loss: Loss) -> TrainAnswer:
-        return _answer(self.learner.forward(model_id, batch, loss))
-
-    def _forward_backward(self, model_id: str, batch: DatumBatch, loss: Loss) -> TrainAnswer:
-        return _answer(self.learner.forward_backward(model_id, batch, loss))
-
-    def _forward_backward_custom(
-        self, model_id: str, batch: DatumBatch, data: Sequence[Datum], shipped: bytes
-    ) -> TrainAnswer:
-        return _answer(self.learner.forward_backward_custom(model_id, batch, data, _unshipped(shipped)))
-
-    def _optim_step(self, model_id: str, adam: AdamParams) -> dict[str, float]:
-        return self.learner.optim_step(model_id, adam)
-
-    def _save_state(self, model_id: str, name: str, overwrite: bool) -> str:
-        return self._save(model_id, "weights", name, True, overwrite)
-
-    def _load_state(self, model_id: str, path: str, optimizer: bool) -> str:
-        load_run(self.learner, model_id, self._folder(path), optimizer)
-        return path
-
-    def _save_weights_for_sampler(self, model_id: str, name: str, overwrite: bool) -> str:
-        return self._save(model_id, "sampler_weights", name, False, overwrite)
+            self.learner.runs.drop(PROBE_RUN)
 
     def _save(self, model_id: str, kind: Kind, name: str, optimizer: bool, overwrite: bool) -> str:
         folder = new_folder_of(Path(self.spec.checkpoints), model_id, kind, name)
         save_run(self.learner, model_id, folder, optimizer, overwrite)
         return path_of(model_id, kind, name)
 
-    def _snapshot(self, model_id: str, name: str | None = None) -> SnapshotHandle:
-        path = None if name is None else self._save_weights_for_sampler(model_id, name, False)
-        previous = self._published.get(model_id)
-        handle = self._handle(model_id, path, self._canary.base if previous is None else previous.canary)
-        self._published[model_id] = _Published(handle.ref.canary_new)
-        return handle
+    def _snapshot(self, model_id: str, name: str | None) -> SnapshotHandle:
+        path = None if name is None else self._save(model_id, "sampler_weights", name, False, False)
+        return self._handle(model_id, path)
 
-    def _handle(self, run_id: str, path: str | None, previous: Array) -> SnapshotHandle:
-        update = self._canary.update(run_id, self._canary.score(run_id), previous)
+    def _handle(self, run_id: str, path: str | None) -> SnapshotHandle:
+        last_update = f"is at optimizer step {self.learner.runs.version(run_id)}"
+        advice = "Lower AdamParams.learning_rate, or bound the step with AdamParams.grad_clip_norm=1.0"
+        update = self._publisher.publish(run_id, last_update, advice)
         snapshot, name = update.snapshot, path or run_id
         # Versions may repeat after load_state, so the digest is part of the key: the same key is the same bits.
         key = f"{name}@{snapshot.version}#{snapshot.digest[:12]}"
@@ -180,13 +158,13 @@ class TrainingHost:
         )
 
 
-def _unshipped(shipped: bytes) -> Callable[..., Any]:
+def _unshipped(shipped: bytes) -> CustomLoss:
     try:
-        fn: Callable[..., Any] = pickle.loads(shipped)
-    except Exception as error:  # whatever the function refers to may fail to load here
+        fn: CustomLoss = pickle.loads(shipped)
+    except Exception as error:  # anything that the function imports may fail
         raise LossError(
-            f"custom loss: it came to the learner and does not load there: {type(error).__name__}: {error}. Install "
-            "what it needs on the learner's node, or pass where='caller'"
+            f"custom loss: the function cannot be loaded on the learner's node: {type(error).__name__}: {error}. "
+            "Install what it needs there, or pass where='caller'"
         ) from error
     return fn
 
@@ -194,7 +172,3 @@ def _unshipped(shipped: bytes) -> Callable[..., Any]:
 def _arch(files: Mapping[str, bytes]) -> str:
     names = json.loads(files["config.json"]).get("architectures") or [""]
     return str(names[0])
-
-
-def _answer(result: BatchResult) -> TrainAnswer:
-    return TrainAnswer(result.loss_sum, dict(result.metrics), result.logprobs)

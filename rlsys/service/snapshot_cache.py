@@ -1,4 +1,4 @@
-"""Which snapshots are in an engine: loaded when asked for, the longest idle leaves first, never under a request."""
+"""LRU cache of the snapshots in an engine: loaded on request, never evicted while in use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Resident:
 
 
 class SnapshotCache:
-    """At most `bound` at once. `load` and `unload` take a snapshot's key; one of them runs at a time."""
+    """At most `bound` snapshots at once. `load` and `unload` take a snapshot's key; only one of them runs at a time."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class SnapshotCache:
         limit_s: float,
     ) -> None:
         self._bound, self._load, self._unload, self._limit_s = bound, load, unload, limit_s
-        self._resident: dict[str, _Resident] = {}  # the one used longest ago first
+        self._resident: dict[str, _Resident] = {}  # least recently used first
         self._moving = asyncio.Lock()
         self._idle = asyncio.Condition()
 
@@ -36,7 +36,7 @@ class SnapshotCache:
 
     @asynccontextmanager
     async def using(self, key: str) -> AsyncIterator[None]:
-        """Inside, `key` is in the engine and stays there.
+        """In the block, `key` is loaded and stays loaded.
 
         Raises:
             StalledError: the engine is full of snapshots in use, and none became idle within the limit.
@@ -51,7 +51,7 @@ class SnapshotCache:
                     self._idle.notify_all()
 
     async def leave(self, key: str) -> None:
-        """Take a snapshot out that nobody will ask for again, once its requests are done."""
+        """Unload a snapshot that is no longer needed, after its requests are done."""
         async with self._moving:
             resident = self._resident.get(key)
             if resident is None:
@@ -65,7 +65,7 @@ class SnapshotCache:
         resident = self._resident.get(key)
         if resident is None:
             async with self._moving:
-                resident = self._resident.get(key)  # another request may have had it loaded meanwhile
+                resident = self._resident.get(key)  # another request may have loaded it meanwhile
                 if resident is None:
                     await self._make_room(key)
                     await self._load(key)

@@ -1,4 +1,4 @@
-"""One engine under many snapshots, each known by its key: one prompt per request, and its log-probabilities."""
+"""A sampler engine for snapshots of many runs, addressed by key. Each request has one prompt."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ ONE = np.zeros(1, np.int64)
 
 
 class SnapshotEngine(Sampler):
-    """Versions of different runs may have the same number, and one run's may repeat, so the key stands for both."""
+    """Run id and version do not identify a snapshot: numbers repeat between runs and after load_state. The key does."""
 
     def own_seed(self) -> int:
-        """From the system: a client that names no seed draws anew in each call and in each session."""
+        """A random seed from the system: calls without a seed differ between calls and sessions."""
         return secrets.randbits(63)
 
     async def serve(self, key: str, update: WeightUpdate, bound: float | None) -> Attestation:
@@ -50,7 +50,7 @@ class SnapshotEngine(Sampler):
         return await self.logprobs(tokens, np.array([0, len(tokens)], np.int64), key, version)
 
     async def likeliest(self, key: str | None, tokens: Array, k: int) -> tuple[Array, Array]:
-        """(N - 1, k) ids and nats of what the model thought likeliest in place of tokens 1..N-1, best first."""
+        """(N - 1, k) ids and nats of the k likeliest tokens in place of tokens 1..N-1, best first."""
         offsets = np.array([0, len(tokens)], np.int64)
         check_sequences("prompt", [0], tokens, offsets, 0, self._model.max_length, self._about.vocab_size)
         with self._using(key, BASE_VERSION if key is None else 0, 1) as adapter:
@@ -61,12 +61,12 @@ class SnapshotEngine(Sampler):
         return ids, np.array([row[1] for row in rows], np.float32).reshape(-1, k)
 
 
-def _topk_params(k: int) -> Any:
+def _topk_params(k: int) -> Any:  # vllm.SamplingParams, which this module does not load before an engine runs
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
     return vllm.SamplingParams(
-        max_tokens=1,  # vLLM cannot generate none
+        max_tokens=1,  # vLLM generates at least one token
         temperature=0.0,
         ignore_eos=True,
         detokenize=False,
@@ -76,8 +76,8 @@ def _topk_params(k: int) -> Any:
     )
 
 
-def _best(found: Any, position: int, k: int) -> tuple[list[int], list[float]]:
-    """vLLM lists the prompt's own token first and then the k likeliest, which may be the same token again."""
+def _best(found: Any, position: int, k: int) -> tuple[list[int], list[float]]:  # vllm.logprobs.FlatLogprobs
+    """vLLM lists the prompt's token first, then the k likeliest, which may include that token again."""
     start, end = found.start_indices[position], found.end_indices[position]
     ids, values = found.token_ids[start:end], found.logprobs[start:end]
     return ids[1 : k + 1], values[1 : k + 1]

@@ -20,7 +20,7 @@ def distance(a: Array, b: Array) -> float:
 def attest_base(sampler: str, base: BaseCanary, scored: Array, noise: float, bound: float | None) -> None:
     """Judge log-probabilities `scored` (K,) of the long canary under the base, depth by depth.
 
-    `noise`: nats, how far this engine strays from itself. `bound`: nats, in the place of the canary's own bounds.
+    `noise`: nats between two scores of one sequence by this engine. `bound`: nats, replaces the canary's bounds.
 
     Raises:
         WeightSyncError: the engine computes another function than the learner, and at which positions.
@@ -28,16 +28,16 @@ def attest_base(sampler: str, base: BaseCanary, scored: Array, noise: float, bou
     parts = by_depth(base.positions)
     found = [distance(scored[part], base.logprobs[part]) for *_, part in parts]
     wanted = [bound or max(each, BOUND_FACTOR * noise) for each in base.bounds]
-    if all(one <= most for one, most in zip(found, wanted, strict=True)):  # a NaN fails
+    if all(gap <= most for gap, most in zip(found, wanted, strict=True)):  # a NaN fails
         return
     table = "; ".join(
-        f"positions {first}-{last - 1}: {one:.3g} (at most {most:.3g})"
-        for (first, last, _), one, most in zip(parts, found, wanted, strict=True)
+        f"positions {first}-{last - 1}: {gap:.3g} (at most {most:.3g})"
+        for (first, last, _), gap, most in zip(parts, found, wanted, strict=True)
     )
     raise WeightSyncError(
         f"sampler {sampler}: the base model's log-probabilities differ from the learner's. Mean |sampler - learner| in "
         f"nats by position: {table}. A difference that grows with the position comes from rotary embeddings, sliding "
-        "windows or scaled positions; one at all positions comes from other weights or another precision. Set "
+        "windows or scaled positions; a difference at all positions comes from other weights or another precision. Set "
         "checks.max_canary_diff if this engine is known to be that far from the learner"
     )
 
@@ -47,12 +47,12 @@ def attest(
 ) -> Attestation:
     """Judge the canary's log-probabilities `scored` (C - 1,) under the version just installed.
 
-    `noise` is how far this engine lies from a learner that holds the same weights. An engine on the new version is
-    within noise of it and, by the triangle inequality, at least separation - noise from the previous one: it is
-    nearer to the new one for certain only where separation > 2 noise. Elsewhere the canary proves nothing.
+    `noise`: distance of this engine from a learner with the same weights. An engine on the new version is within noise
+    of that version and, by the triangle inequality, at least separation - noise from the previous one. So it is surely
+    nearer to the new version only if separation > 2 noise. Otherwise the canary proves nothing.
 
     Raises:
-        WeightSyncError: another digest, further than `bound` from the learner, or nearer to the previous version.
+        WeightSyncError: another digest, more than `bound` from the learner, or nearer to the previous version.
     """
     snapshot = update.snapshot
     where = f"sampler {sampler}, run {snapshot.run_id!r}, version {snapshot.version}"

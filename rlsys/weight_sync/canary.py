@@ -1,13 +1,13 @@
 """Canaries: fixed token sequences whose log-probabilities show whether learner and sampler compute the same model.
 
-    short   64 tokens, scored at every weight sync: tells one version of an adapter from the next
-    long    up to 1,536 tokens, scored once at the start under the base model: differences that grow with the position
-            (rotary embeddings, sliding windows, scaled positions) are invisible in the first 64
+    short   64 tokens, scored at every weight sync: separates one version of an adapter from the next
+    long    up to 1,536 tokens, scored once at the start under the base model: shows differences that grow with the
+            position (rotary embeddings, sliding windows, scaled positions), which the first 64 tokens do not
 
-How far learner and sampler may differ is derived from this model, not from one constant. Two attention kernels of one
-bfloat16 model differ by 1e-3 nats on a model of three layers and by 4e-2 on one of thirty, since each rounding is
-amplified by the layers behind it. The learner scores its canary with two kernels, packed attention and transformers'
-eager attention; the sampler scores a sequence alone and within a batch. `bound` allows a multiple of the larger.
+The allowed difference between learner and sampler is derived from the model, not from a constant. Two attention kernels
+differ by 1e-3 nats on a bfloat16 model of three layers and by 4e-2 on a model of thirty, because later layers amplify
+each rounding. The learner scores its canary with two kernels, packed attention and transformers' eager attention; the
+sampler scores a sequence alone and within a batch. `bound` allows a multiple of the larger difference.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from rlsys.data.problems import ProblemSet
 from rlsys.types import Array
 from rlsys.weight_sync.update import AdapterSnapshot, WeightUpdate
 
-SHORT_TOKENS = 64  # enough for a steady mean, little beside a step
+SHORT_TOKENS = 64  # enough for a stable mean, cheap compared with a step
 LONG_TOKENS = 1536
 DEPTHS = (64, 256, 512, 1024, LONG_TOKENS)  # the long canary is compared in the last positions before each
 POSITIONS_PER_DEPTH = 16
 
 BOUND_FACTOR = 4.0  # of the noise; clean runs measured up to 1.6 (docs/numerics.md)
-# Sizes of the probe's deltas over the weights that they change, and what the bound may be of the change that they make.
+# Sizes of the probe's deltas relative to the weights, and the bound's largest share of the change that they make.
 PROBE_SIZES = (0.25, 0.06, 0.015)
 PROBE_SHARE = 0.25
-# Least bounds, mean nats. Single tokens of a model that is unsure of its text stray by far more than the mean.
+# Least bounds, mean nats. Single tokens of a model with high entropy differ by far more than the mean.
 LEAST_BOUND = {"float32": 1e-3, "float16": 5e-3, "bfloat16": 1e-2}
 # For a learner that computes a bfloat16 model in float32 (rlsys/architectures/precision.py): its noise is not the
 # sampler's.
@@ -42,9 +42,9 @@ class BaseCanary:
     """The long canary under the base model, as the learner computes it.
 
     tokens    (L,) int32
-    positions (K,) int64, of the tokens that are compared; grouped by depth, ascending
+    positions (K,) int64, positions of the compared tokens; grouped by depth, ascending
     logprobs  (K,) float32 nats, of those tokens given all tokens before them
-    bounds    mean nats by which a sampler may differ, one of each depth
+    bounds    mean nats by which a sampler may differ, per depth
     """
 
     tokens: Array
@@ -55,10 +55,10 @@ class BaseCanary:
 
 @dataclass(frozen=True, slots=True)
 class StartupProbe:
-    """What a sampler has to prove before it serves: the same base, and adapters that reach its forward pass."""
+    """What a sampler must prove before it serves: the same base, and adapters that reach its forward pass."""
 
     base: BaseCanary
-    update: WeightUpdate  # of an adapter whose deltas are of the size of the weights
+    update: WeightUpdate  # of an adapter with large deltas
 
 
 class Scorer(Protocol):
@@ -80,7 +80,7 @@ class Scorer(Protocol):
 
 
 class Canary:
-    """Scores one learner's canaries. `tokens`: (C,) int32 of the model's vocabulary, as long as there are."""
+    """Scores one learner's canaries. `tokens`: (C,) int32 of the model's vocabulary, cut to LONG_TOKENS."""
 
     def __init__(self, learner: Scorer, dtype: str, tokens: Array) -> None:
         self._learner, self._dtype = learner, dtype
@@ -94,25 +94,25 @@ class Canary:
         return self._learner.logprobs(run_id, self.tokens, np.array([0, len(self.tokens)]))[1:]
 
     def update(self, run_id: str, current: Array, previous: Array) -> WeightUpdate:
-        """`current` and `previous`: the short canary under the run's version and under the one published before."""
+        """`current` and `previous`: the short canary under the run's version and under the version published before."""
         eager = self._learner.eager_logprobs(run_id, self.tokens)[1:]
         self.bound = self._bound(float(np.abs(eager - current).mean()))
         snapshot = self._learner.snapshot(run_id, self._dtype)
         return WeightUpdate(snapshot, self.tokens, current, previous, self.bound)
 
     def startup(self, run_id: str) -> StartupProbe:
-        """`run_id`: the run whose adapter's shape the probe has."""
+        """The probe adapter has the shape of the run's adapter."""
         tokens, positions = self._long, compared(len(self._long))
         packed = self._learner.logprobs(None, tokens, np.array([0, len(tokens)]))[positions]
         eager = self._learner.eager_logprobs(None, tokens)[positions]
         bounds = [self._bound(float(np.abs(eager - packed)[part].mean())) for *_, part in by_depth(positions)]
-        overall = self._bound(float(np.abs(eager - packed).mean()))  # steadier than that of one depth
+        overall = self._bound(float(np.abs(eager - packed).mean()))  # more stable than the bound of one depth
         base = BaseCanary(tokens, positions, packed, tuple(max(overall, each) for each in bounds))
         return StartupProbe(base, self._probe(run_id))
 
     def _probe(self, run_id: str) -> WeightUpdate:
-        """The largest adapter under which this model is not yet chaotic: with deltas as large as its weights, two
-        kernels of a deep model in bfloat16 differ by a quarter of what the whole adapter changes."""
+        """The largest adapter whose effect is well above the noise: with deltas as large as the weights, two kernels of
+        a deep bfloat16 model differ by a quarter of the adapter's effect."""
         tried: list[tuple[float, WeightUpdate]] = []
         for size in PROBE_SIZES:
             snapshot, packed, eager = self._learner.probe(run_id, self._dtype, self.tokens, size)
@@ -129,16 +129,16 @@ class Canary:
 
 
 def bound(noise: float, dtype: str, computing_dtype: str) -> float:
-    """Mean |sampler - learner| in nats that is still noise, where one of the two has `noise` by itself.
+    """Largest mean |sampler - learner| in nats that counts as noise, if one of the two has `noise` between its kernels.
 
-    `dtype` is the model's, `computing_dtype` what the learner computes in.
+    `dtype` is the model's, `computing_dtype` the learner's.
     """
     least = LEAST_BOUND[dtype] if dtype == computing_dtype else LEAST_BOUND_ACROSS_PRECISIONS
     return max(least, BOUND_FACTOR * noise)
 
 
 def compared(length: int) -> Array:
-    """(K,) int64 positions of a canary of `length` tokens that are compared: the last ones before each depth."""
+    """(K,) int64 compared positions of a canary of `length` tokens: the last ones before each depth."""
     depths = [depth for depth in DEPTHS if depth < length] + [length]
     windows = [np.arange(max(1, depth - POSITIONS_PER_DEPTH), depth) for depth in depths]
     return np.unique(np.concatenate(windows)).astype(np.int64)
@@ -151,6 +151,5 @@ def by_depth(positions: Array) -> list[tuple[int, int, Array]]:
 
 
 def canary_tokens(problems: ProblemSet) -> Array:
-    """(C,) int32: the first prompts end to end, repeated where they are short; any fixed text of the task's kind would
-    do."""
+    """(C,) int32: the first prompts end to end, repeated up to LONG_TOKENS. Any fixed text of the task's kind works."""
     return np.resize(problems.prompt_tokens[:LONG_TOKENS], LONG_TOKENS).astype(np.int32)

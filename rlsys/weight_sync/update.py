@@ -1,8 +1,8 @@
-"""An adapter as one flat buffer: what the learner publishes and every sampler attests.
+"""An adapter as one flat buffer, learner -> samplers, and a sampler's attestation of it.
 
-The tensors lie end to end in one uint8 array in the order of ``layout``, already in the sampler's dtype and with the
-LoRA scale (alpha / r) folded into B. So what an engine holds in its slots is bit for bit what was hashed, and a hash
-over tensors read back from the engine proves that they arrived.
+The tensors lie end to end in one uint8 array in the order of ``layout``, in the sampler's dtype and with the LoRA scale
+(alpha / r) folded into B. An engine's slots therefore hold exactly the bits that were hashed, and a hash over tensors
+read back from the engine proves that they arrived.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ class AdapterSnapshot:
     run_id: str
     version: int
     rank: int
-    dtype: str  # of all tensors, as model.dtype
+    dtype: str  # of all tensors, named as in model.dtype
     layout: tuple[TensorSlot, ...]  # sorted by name
     buffer: Array  # (nbytes,) uint8
     digest: str  # digest_tensors of the tensors in layout order
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """name -> tensor, views onto the buffer (read-only when it came through Ray)."""
-        whole = torch.from_numpy(self.buffer)
+        buffer = torch.from_numpy(self.buffer)
         dtype = getattr(torch, self.dtype)
         return {
-            slot.name: whole[slot.offset : slot.offset + slot.nbytes].view(dtype).reshape(slot.shape)
+            slot.name: buffer[slot.offset : slot.offset + slot.nbytes].view(dtype).reshape(slot.shape)
             for slot in self.layout
         }
 
 
 @dataclass(frozen=True, slots=True)
 class WeightUpdate:
-    """A snapshot with what a sampler needs to prove that it serves it.
+    """A snapshot, and what a sampler needs to prove that it serves the snapshot.
 
     The canary is a fixed token sequence, (C,) int32; its log-probabilities are (C - 1,) float32 nats of tokens 1..C-1
-    under the learner's new version and under the one published before, which is the base for the first. `bound` is the
-    mean |sampler - learner| that this model's own noise explains (rlsys/weight_sync/canary.py).
+    under the learner's new version and under the version published before (the base for the first version). `bound` is
+    the mean |sampler - learner| that this model's noise explains (rlsys/weight_sync/canary.py).
     """
 
     snapshot: AdapterSnapshot
@@ -67,7 +67,7 @@ class WeightUpdate:
 
 @dataclass(frozen=True, slots=True)
 class Attestation:
-    """What a sampler answers once it serves a version: hash of its own slots and distances of its canary, in nats."""
+    """A sampler's proof that it serves a version: hash of its slots, and distances of its canary in nats."""
 
     sampler: str
     run_id: str
@@ -76,7 +76,7 @@ class Attestation:
     distance_new: float  # mean |sampler - learner's new version|
     distance_previous: float  # mean |sampler - learner's previous version|
     separation: float  # mean |learner's new - learner's previous|
-    has_power: bool  # False where the versions are closer than the engine's noise: the canary proves nothing then
+    has_power: bool  # False if the versions are closer than the engine's noise, so that the canary proves nothing
     seconds: float
 
 
@@ -98,10 +98,10 @@ def snapshot_of(
 
 def digest_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A hash over names, shapes, dtypes and bytes, in the order given."""
-    from blake3 import blake3  # not above: only who publishes or serves needs it, and the learner runs without
+    from blake3 import blake3  # imported here: only publishing and serving need it
 
-    found = blake3()
+    digest = blake3()
     for name, tensor in named:
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest(length=DIGEST_BYTES)
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest(length=DIGEST_BYTES)

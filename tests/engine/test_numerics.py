@@ -30,8 +30,8 @@ def test_learner_and_sampler_give_sampled_tokens_the_same_log_probability(
     def canary(run_id: str | None) -> np.ndarray[Any, Any]:
         return learner.logprobs(run_id, CANARY, np.array([0, len(CANARY)]))[1:]
 
-    learner.create_run("run", LoraSection(rank=8, train_unembed=True), seed=1)
-    learner._adapters.enlarge("a0", size=0.2, seed=3)
+    learner.runs.create("run", LoraSection(rank=8, train_unembed=True), seed=1)
+    learner.runs.enlarge("run", size=0.2, seed=3)
     update = WeightUpdate(learner.snapshot("run", dtype), CANARY, canary("run"), canary(None), bound)
     assert np.abs(update.canary_new - update.canary_previous).mean() > 0.1
     random = np.random.default_rng(0)

@@ -40,8 +40,8 @@ def learner(reference: Reference) -> Learner:
     model = ModelSection(path=str(reference.folder), max_length=MAX_LENGTH)
     made, draw = Learner(reference.folder, model, LearnerSection()), torch.Generator().manual_seed(1)
     for run, section in SECTIONS.items():
-        made.create_run(run, section, 1)
-        for name, weight in made.run_state(run).weights.items():
+        made.runs.create(run, section, 1)
+        for name, weight in made.runs.state(run).weights.items():
             if name.endswith("lora_B"):
                 weight.copy_(0.15 * torch.randn(weight.shape, generator=draw))
     return made

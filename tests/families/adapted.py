@@ -57,8 +57,8 @@ def adapted(name: str, place: Path) -> Adapted:
     lora = LoraSection(rank=8, alpha=16.0, train_mlp=family not in MIXTURES, train_unembed=serves_output)
     draw = torch.Generator().manual_seed(2)
     for run, section in (("run", lora), ("inner", lora.model_copy(update={"train_unembed": False}))):
-        learner.create_run(run, section, seed=1)
-        for key, weight in learner.run_state(run).weights.items():
+        learner.runs.create(run, section, seed=1)
+        for key, weight in learner.runs.state(run).weights.items():
             if key.endswith("lora_B"):
                 weight.copy_(0.1 * torch.randn(weight.shape, generator=draw))
         save_run(learner, run, place / "checkpoints" / run, with_optimizer=False)

@@ -64,7 +64,7 @@ def test_an_export_warns_of_tied_outputs_alone_and_a_merged_model_ties_nothing_a
 ) -> None:
     base = load_whole(trained.folder, dtype=torch.float32)
     is_tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
-    outputs = [key for key in trained.learner.run_state("run").weights if key.startswith("lm_head.")]
+    outputs = [key for key in trained.learner.runs.state("run").weights if key.startswith("lm_head.")]
     warnings = export_adapter(trained.checkpoints / "run", tmp_path / "adapter")
     assert len(warnings) == (is_tied and bool(outputs))
     assert export_adapter(trained.checkpoints / "inner", tmp_path / "inner") == ()
@@ -80,7 +80,7 @@ def test_experts_are_refused_with_the_way_out(family: Family, tmp_path: Path) ->
     folder = family.save(tmp_path / "base")
     learner = Learner(folder, ModelSection(path=str(folder), max_length=LENGTH), LearnerSection())
     with pytest.raises(ConfigError, match=r"is a mixture of experts .* set lora\.train_mlp=false"):
-        learner.create_run("run", LoraSection(), seed=1)
+        learner.runs.create("run", LoraSection(), seed=1)
 
 
 @pytest.mark.parametrize(("name", "is_cut"), [("glm4", True), ("phi3", False)])
@@ -112,8 +112,8 @@ def test_a_text_part_is_the_whole_model_without_its_towers(composite: Composite,
         assert torch.allclose(part(tokens).logits, whole(tokens).logits, rtol=0, atol=1e-4)
     assert not any("vision" in name for name, _ in part.named_modules())
     learner = Learner(folder, ModelSection(path=str(folder), max_length=LENGTH), LearnerSection())
-    learner.create_run("run", LoraSection(rank=2), seed=1)
-    assert all(name.startswith("model.language_model.layers.") for name in learner.run_state("run").weights)
+    learner.runs.create("run", LoraSection(rank=2), seed=1)
+    assert all(name.startswith("model.language_model.layers.") for name in learner.runs.state("run").weights)
     (greedy,) = learner.greedy([TOKENS[:40]], 3, [])
     with torch.no_grad():
         assert greedy[0] == int(whole(tokens[:, :40]).logits[0, -1].argmax())

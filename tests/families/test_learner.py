@@ -22,7 +22,8 @@ from rlsys.config import LearnerSection, ModelSection
 from rlsys.datums import DatumBatch
 from rlsys.distributed.ranks import ALONE
 from rlsys.errors import ConfigError
-from rlsys.learner.learner import BASE_RUN, Learner
+from rlsys.learner.learner import Learner
+from rlsys.learner.runs import BASE_RUN
 from rlsys.learner.token_budget import TokenBudget
 from tests.families.tiny_models import DENSE, FAMILIES, MAX_POSITIONS, VOCAB_SIZE, WINDOW
 
@@ -106,11 +107,11 @@ def groups() -> DatumBatch:
 
 def update(learner: Learner, batch: DatumBatch, budget: int, *, share: bool) -> tuple[np.ndarray, dict[str, Tensor]]:
     """Log-probabilities, and the gradient of every weight."""
-    learner._section = LearnerSection(share_prompts=share, token_budget=budget)
-    learner._budget = TokenBudget(budget, ALONE)
+    learner._forward.section = LearnerSection(share_prompts=share, token_budget=budget)
+    learner._forward.budget = TokenBudget(budget, ALONE)
     result = learner.forward_backward(BASE_RUN, batch, losses.resolve("importance_sampling"))
-    found = {name: weight.grad.clone() for name, weight in learner._runs[BASE_RUN].parameters.items()}  # type: ignore[union-attr]
-    learner.forget_gradient(BASE_RUN)
+    found = {name: weight.grad.clone() for name, weight in learner.runs[BASE_RUN].parameters.items()}  # type: ignore[union-attr]
+    learner.runs.forget_gradient(BASE_RUN)
     return result.logprobs, found
 
 

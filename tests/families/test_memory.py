@@ -31,7 +31,7 @@ def test_activations_are_what_autograd_keeps(
     job = f"run: {{name: a}}\nmodel: {{path: {tmp_path}, dtype: {dtype}}}\nlora: {{train_mlp: {not mixture}}}"
     config = parse_config(job)
     learner, dims = Learner(tmp_path, config.model, config.learner), model_shape(config.model)
-    learner.create_run("a", config.lora, 0)
+    learner.runs.create("a", config.lora, 0)
     own = [*learner._model.parameters(), *learner._model.buffers()]
     weights = {tensor.untyped_storage().data_ptr() for tensor in own}
     kept: dict[int, torch.Tensor] = {}
@@ -50,4 +50,4 @@ def test_activations_are_what_autograd_keeps(
         learner.forward_backward("a", batch, losses.resolve("importance_sampling", {}))
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert activations(config, dims, tokens) == pytest.approx(found, rel=0.05)
-    assert sum(p.numel() for p in learner._runs["a"].parameters.values()) == adapter_parameters(config.lora, dims)
+    assert sum(p.numel() for p in learner.runs["a"].parameters.values()) == adapter_parameters(config.lora, dims)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from rlsys.config import LearnerSection, LoraSection, ModelSection
@@ -86,9 +88,9 @@ def preference(data: Sequence[Datum], logprobs: list[Tensor]) -> tuple[Tensor, d
 
 def with_run(learner: Learner, lora: LoraSection = ALL_TARGETS, run: str = "run", seed: int = 1) -> Learner:
     """A run whose B is not zero, so that A's gradient is not either."""
-    learner.create_run(run, lora, seed)
+    learner.runs.create(run, lora, seed)
     generator = torch.Generator().manual_seed(seed)
-    for name, weight in learner._runs[run].parameters.items():
+    for name, weight in learner.runs[run].parameters.items():
         if name.endswith(".lora_B"):
             weight.data = 0.1 * torch.randn(weight.shape, generator=generator, dtype=torch.float64).to(weight.dtype)
     return learner
@@ -96,23 +98,53 @@ def with_run(learner: Learner, lora: LoraSection = ALL_TARGETS, run: str = "run"
 
 def gradients(learner: Learner, run: str = "run") -> dict[str, Tensor]:
     found = {}
-    for name, weight in learner._runs[run].parameters.items():
+    for name, weight in learner.runs[run].parameters.items():
         assert weight.grad is not None
         found[name] = weight.grad.clone()
     return found
 
 
 def weights(learner: Learner, run: str = "run") -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in learner._runs[run].parameters.items()}
+    return {name: weight.detach().clone() for name, weight in learner.runs[run].parameters.items()}
 
 
 def state(learner: Learner, run: str) -> list[Tensor]:
     """All that a run owns: weights, accumulated gradients, optimizer state."""
     owned = list(weights(learner, run).values())
-    owned += [weight.grad.clone() for weight in learner._runs[run].parameters.values() if weight.grad is not None]
-    for part in learner._runs[run].stepper.parts:
+    owned += [weight.grad.clone() for weight in learner.runs[run].parameters.values() if weight.grad is not None]
+    for part in learner.runs[run].stepper.parts:
         owned += [value.clone() for entry in part.state.values() for value in entry.values()]
     return owned
+
+
+@dataclass(frozen=True, slots=True)
+class RunBytes:
+    """Memory of one run; 0 for what it does not hold. `gradient` doubles during a forward_backward that adds to it."""
+
+    weights: int
+    gradient: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradient + self.optimizer
+
+
+def run_bytes(learner: Learner, run_id: str) -> RunBytes:
+    """What the run holds in memory now, without the base."""
+    run = learner.runs[run_id]
+    grads = [weight.grad for weight in run.parameters.values() if weight.grad is not None]
+    return RunBytes(_bytes(run.parameters.values()), _bytes(grads), _bytes(run.stepper.state().values()))
+
+
+def base_bytes(learner: Learner) -> int:
+    """Of the base's weights that are in this process."""
+    base = [weight for name, weight in learner._model.named_parameters() if ".lora_" not in name]
+    return _bytes(weight.to_local() if isinstance(weight, DTensor) else weight for weight in base)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def assert_same_bits(found: list[Tensor] | Mapping[str, Tensor], wanted: list[Tensor] | Mapping[str, Tensor]) -> None:

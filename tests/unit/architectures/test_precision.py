@@ -61,7 +61,7 @@ def test_whatever_it_computes_in_a_learner_has_the_weights_of_its_dtype(
 ) -> None:
     path = tiny_model(True)
     learner = Learner(path, ModelSection(path=str(path), dtype=dtype, max_length=64), LearnerSection())
-    learner.create_run("run", LoraSection(rank=4), seed=0)
+    learner.runs.create("run", LoraSection(rank=4), seed=0)
     assert learner.computing_dtype == computing_dtype(dtype, "cpu")
     tokens = np.random.default_rng(0).integers(0, learner.vocab_size, 40).astype(np.int32)
     found = learner.logprobs("run", tokens, np.array([0, 40]))[1:]

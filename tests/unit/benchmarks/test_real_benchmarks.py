@@ -83,12 +83,12 @@ def test_sequences_of_a_grpo_step_share_their_groups_prompt_and_count_completion
 
 def test_transformers_scores_the_tokens_that_the_learner_scores(tiny_model: Models, tmp_path: Path) -> None:
     learner = make(tiny_model(True))
-    learner.create_run("run", LoraSection(rank=4), 0)
-    state = learner.run_state("run")
+    learner.runs.create("run", LoraSection(rank=4), 0)
+    state = learner.runs.state("run")
     for name, weight in state.weights.items():
         if name.endswith("lora_B"):
             weight += torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.1
-    learner.save_adapter("run", tmp_path)
+    learner.runs.save_adapter("run", tmp_path)
     tokens = np.random.default_rng(0).integers(1, 60, 40).astype(np.int32)
     offsets = np.array([0, 25, 40])
     p, base = learner.logprobs("run", tokens, offsets), learner.logprobs(None, tokens, offsets)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch, take
-from rlsys.distributed.ranks import ALONE, Ranks, free_address
+from rlsys.distributed.ranks import ALONE, Ranks
 from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, ConfigError, GradientError, StalledError
 from rlsys.learner.adapter_checkpoint import load_run, save_run
 from rlsys.learner.custom_loss import PASSES
@@ -30,7 +31,17 @@ from rlsys.learner.learner import Learner
 from rlsys.learner.packing import bins
 from rlsys.learner.token_budget import TokenBudget
 from rlsys.types import AdamParams, Array
-from tests.unit.tiny_learner import ALL_TARGETS, Models, datums_of, draw, gradients, preference, weights, with_run
+from tests.unit.tiny_learner import (
+    ALL_TARGETS,
+    Models,
+    base_bytes,
+    datums_of,
+    draw,
+    gradients,
+    preference,
+    weights,
+    with_run,
+)
 from tests.waiting import cpu_of, slowdown, until
 
 PROCESSES = 4
@@ -39,6 +50,13 @@ PATIENCE_S = 600.0
 SHORT_S = 2.0 * round(slowdown())  # of ranks that wait in vain
 BUDGET = 30  # tokens of a micro-batch
 Task = Callable[..., Any]
+
+
+def free_address(ip: str) -> str:
+    """``tcp://ip:port`` with a port of this machine that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((ip, 0))
+        return f"tcp://{ip}:{probe.getsockname()[1]}"
 
 
 @dataclass
@@ -127,8 +145,8 @@ def found_gradients(ranks: Ranks, path: Path, batch: DatumBatch, loss: str, shar
     else:
         result = learner.forward_backward("run", batch, losses.resolve(loss), temperature=0.9)
     own, total = gradients(learner), {}
-    step = learner._runs["run"].stepper.step
-    learner._runs["run"].stepper.step = lambda adam: (total.update(gradients(learner)), step(adam))
+    step = learner.runs["run"].stepper.step
+    learner.runs["run"].stepper.step = lambda adam: (total.update(gradients(learner)), step(adam))
     learner.optim_step("run", AdamParams())
     return result, arrays(total), not any(torch.equal(own[name], total[name]) for name in own)
 
@@ -250,7 +268,7 @@ def trained(ranks: Ranks, path: Path, batches: list[DatumBatch], shard: bool = F
         for part in (np.arange(0, batch.num_datums, 2), np.arange(1, batch.num_datums, 2)):
             learner.forward_backward("run", take(batch, part), losses.resolve("ppo"))
         norms.append(learner.optim_step("run", AdamParams(1e-2, weight_decay=0.1, grad_clip_norm=1.0))["grad_norm"])
-    state = learner.run_state("run")
+    state = learner.runs.state("run")
     logprobs = learner.logprobs("run", batches[0].tokens, batches[0].offsets)
     owned = {**state.weights, **(state.optimizer or {})}
     return norms, arrays({name: value.clone() for name, value in owned.items()}), logprobs
@@ -427,7 +445,7 @@ def sharded_facts(ranks: Ranks, path: Path, batch: DatumBatch, shard: bool, scra
     probe, canary, _ = learner.probe("run", "float32", batch.tokens[:12])
     folder = scratch / f"rank-{ranks.rank}-of-{ranks.size}"
     save_run(learner, "run", folder, with_optimizer=True)
-    learner.create_run("other", ALL_TARGETS, 5)
+    learner.runs.create("other", ALL_TARGETS, 5)
     load_run(learner, "other", folder, with_optimizer=True)
     facts = {
         "of the base": learner.logprobs(None, batch.tokens, batch.offsets),
@@ -436,9 +454,9 @@ def sharded_facts(ranks: Ranks, path: Path, batch: DatumBatch, shard: bool, scra
         "of the probe": canary,
         "greedy": np.concatenate(learner.greedy([batch.tokens[:5], batch.tokens[:2]], 6, [63], "run")),
     }
-    learner.drop_run("other")
+    learner.runs.drop("other")
     snapshot = learner.snapshot("run", "float32")
-    return facts, snapshot, probe, learner.identity, learner.base_bytes, sorted(p.name for p in folder.iterdir())
+    return facts, snapshot, probe, learner.identity, base_bytes(learner), sorted(p.name for p in folder.iterdir())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -527,5 +545,5 @@ def test_two_ranks_on_one_gpu_are_a_fault_of_placement_and_no_death() -> None:
         raise dist.DistBackendError(DUPLICATE)
     assert not isinstance(caught.value, ActorDiedError), "another rank would be started in vain"
     gone = "NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed"
-    with pytest.raises(ActorDiedError, match=r"another rank is gone.*NCCL_DEBUG=INFO"), Ranks(0, 2).guard("the sum"):
+    with pytest.raises(ActorDiedError, match=r"another rank has died.*NCCL_DEBUG=INFO"), Ranks(0, 2).guard("the sum"):
         raise dist.DistBackendError(gone)

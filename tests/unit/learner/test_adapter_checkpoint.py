@@ -32,6 +32,7 @@ from tests.unit.tiny_learner import (
     draw,
     make,
     reference,
+    run_bytes,
     state,
     weights,
     with_run,
@@ -66,24 +67,24 @@ def test_three_steps_saved_and_three_more_are_six_to_the_bit(tiny_model: Models,
     assert_same_bits(state(second, "resumed"), state(first, "run"))
     train(second, range(3, 6), "resumed")
     assert_same_bits(state(second, "resumed"), state(straight, "run"))
-    assert second.version("resumed") == 6
+    assert second.runs.version("resumed") == 6
 
 
 def test_weights_alone_start_the_moments_anew(tiny_model: Models, saved: Path) -> None:
     learner = train(with_run(make(tiny_model(True))), range(5))
     learner.forward_backward("run", draw(), LOSS)
     load_run(learner, "run", saved, with_optimizer=False)
-    assert not learner.has_gradient("run")
+    assert not learner.runs.has_gradient("run")
     fresh = make(tiny_model(True))
     restore_run(fresh, "run", saved, with_optimizer=False)
     train(learner, range(7, 8))
     assert_same_bits(state(learner, "run"), state(train(fresh, range(7, 8)), "run"))
-    assert learner.version("run") == fresh.version("run") == 3
+    assert learner.runs.version("run") == fresh.runs.version("run") == 3
 
 
 def test_a_run_without_steps_comes_back_without_moments(tiny_model: Models, tmp_path: Path) -> None:
     learner = make(tiny_model(True))
-    learner.create_run("new", SMALL, 3)
+    learner.runs.create("new", SMALL, 3)
     save_run(learner, "new", tmp_path / "new", with_optimizer=True)
     restore_run(learner, "again", tmp_path / "new", with_optimizer=True)
     assert_same_bits(state(train(learner, range(1), "again"), "again"), state(train(learner, range(1), "new"), "new"))
@@ -96,7 +97,7 @@ def test_saving_changes_nothing_and_leaves_accumulated_gradients_out(tiny_model:
     owned = state(learner, "run")
     save_run(learner, "run", tmp_path / "after", with_optimizer=True)
     assert_same_bits(state(learner, "run"), owned)
-    assert learner.has_gradient("run")
+    assert learner.runs.has_gradient("run")
     for file in ("adapter_model.safetensors", "optimizer.safetensors", "rlsys-checkpoint.json"):
         assert (tmp_path / "before" / file).read_bytes() == (tmp_path / "after" / file).read_bytes()
 
@@ -184,7 +185,7 @@ def test_a_save_that_fails_leaves_what_was_there(
     monkeypatch.undo()
     assert [entry.name for entry in saved.parent.iterdir()] == ["saved"]
     load_run(learner, "run", saved, with_optimizer=True)
-    assert learner.version("run") == 2
+    assert learner.runs.version("run") == 2
 
 
 def test_every_file_and_the_folder_are_on_disk_before_the_name_appears(
@@ -314,10 +315,10 @@ def test_what_is_damaged_or_foreign_is_refused_and_the_run_is_as_before(
         load_run(learner, "run", saved, with_optimizer=True)
     assert str(saved) in str(raised.value)
     assert_same_bits(state(learner, "run"), before)
-    assert (learner.version("run"), learner.has_gradient("run")) == (1, True)
+    assert (learner.runs.version("run"), learner.runs.has_gradient("run")) == (1, True)
     with pytest.raises(CheckpointError):
         restore_run(learner, "new", saved, with_optimizer=True)
-    assert learner.run_ids == ["run"]
+    assert learner.runs.ids == ["run"]
 
 
 def test_a_checkpoint_of_another_base_or_another_section_is_refused(
@@ -331,7 +332,7 @@ def test_a_checkpoint_of_another_base_or_another_section_is_refused(
     with pytest.raises(CheckpointError, match=r"same shape .* with other weights"):
         restore_run(make(tmp_path / "trained on"), "run", saved, with_optimizer=True)
     learner = make(tiny_model(True))
-    learner.create_run("run", SMALL, 0)
+    learner.runs.create("run", SMALL, 0)
     with pytest.raises(CheckpointError, match=r"found rank 4, alpha 8.0.*; wanted the run's rank 2, alpha 3.0"):
         load_run(learner, "run", saved, with_optimizer=True)
 
@@ -382,7 +383,7 @@ def test_an_exported_model_is_base_and_adapter(tiny_model: Models, tied: bool, t
     assert np.abs(bare - wanted).mean() > 0.1
     assert (tmp_path / "merged" / "tokenizer.json").read_text() == "{}"
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
-    learner.create_run("inner", SMALL, 0)
+    learner.runs.create("inner", SMALL, 0)
     save_run(train(learner, range(1), "inner"), "inner", tmp_path / "inner", with_optimizer=False)
     export_merged(base, tmp_path / "inner", tmp_path / "kept")  # an adapter that leaves the output alone
     assert json.loads((tmp_path / "kept" / "config.json").read_text())["tie_word_embeddings"] is tied
@@ -406,16 +407,16 @@ def test_a_further_run_takes_its_adapter_its_gradient_and_its_moments_and_no_mor
     learner = train(with_run(make(tiny_model(True)), run="first"), range(1), "first")
     for run, section in (("small", SMALL), ("large", ALL_TARGETS)):
         before = held_bytes()
-        learner.create_run(run, section, 1)
+        learner.runs.create(run, section, 1)
         size = sum(weight.nbytes for weight in weights(learner, run).values())
-        assert learner.run_bytes(run).total == size
+        assert run_bytes(learner, run).total == size
         train(learner, range(2), run)
         learner.forward_backward(run, draw(), LOSS)
-        found = learner.run_bytes(run)
+        found = run_bytes(learner, run)
         steps = 4 * len(weights(learner, run))  # AdamW counts steps in a float per tensor
         assert (found.weights, found.gradient, found.optimizer) == (size, size, 2 * size + steps)
         assert held_bytes() - before == found.total
-    learner.drop_run("large")
+    learner.runs.drop("large")
     assert held_bytes() == before
 
 

@@ -76,16 +76,16 @@ def test_the_more_graphs_fit_the_fewer_forward_passes_and_no_bit_differs(
 ) -> None:
     batch = draw(16)
     learner = with_run(make(tiny_model(True), budget=25, gradient_checkpointing=checkpointing))
-    micros = len(learner._micro_batches(batch))
+    micros = len(learner._forward.micro_batches(batch))
     moved, found = [], []
     for kib in (0, 16, 64, 128, 256, 512, 1024, 2048, 2**30):
-        learner._section = learner._section.model_copy(update={"custom_graph_gb": kib / 2**20})
+        learner._forward.section = learner._forward.section.model_copy(update={"custom_graph_gb": kib / 2**20})
         before = learner.progress()
         result = learner.forward_backward_custom("run", batch, datums_of(batch), preference)
         moved.append((learner.progress() - before - micros) // 2)  # forward passes
         assert result.metrics[PASSES] == (1.0 if moved[-1] == micros else 2.0)
         found.append((gradients(learner), result.logprobs))
-        learner.forget_gradient("run")
+        learner.runs.forget_gradient("run")
     assert moved == sorted(moved, reverse=True) and len(set(moved)) >= 4
     assert moved[0] == 2 * micros - 1 and moved[-1] == micros
     for gradient, logp in found[1:]:
@@ -227,8 +227,8 @@ def test_a_failure_on_a_run_without_a_gradient_leaves_none(tiny_model: Models) -
     learner = with_run(make(tiny_model(True)))
     with pytest.raises(LossError):
         learner.forward_backward_custom("run", draw(), datums_of(draw()), raising)
-    assert not learner.has_gradient("run")
-    assert all(weight.grad is None for weight in learner._runs["run"].parameters.values())
+    assert not learner.runs.has_gradient("run")
+    assert all(weight.grad is None for weight in learner.runs["run"].parameters.values())
     assert weights(learner)
 
 

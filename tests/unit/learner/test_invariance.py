@@ -16,7 +16,8 @@ from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection
 from rlsys.datums import DatumBatch, take
 from rlsys.distributed.ranks import ALONE
-from rlsys.learner.learner import BASE_RUN, Learner
+from rlsys.learner.learner import Learner
+from rlsys.learner.runs import BASE_RUN
 from rlsys.learner.token_budget import TokenBudget
 from rlsys.modeling import prefix_layout
 from rlsys.types import Array
@@ -79,12 +80,12 @@ def submit(learner: Learner, run: str, batch: DatumBatch, loss: str) -> None:
 
 def gradient_by(learner: Learner, run: str, loss: str) -> Callable[..., dict[str, Tensor]]:
     def gradient(budget: int, batches: list[DatumBatch], chunk: int = 1000) -> dict[str, Tensor]:
-        learner._section = LearnerSection(token_budget=budget, logprob_chunk_tokens=chunk)
-        learner._budget = TokenBudget(budget, ALONE)
+        learner._forward.section = LearnerSection(token_budget=budget, logprob_chunk_tokens=chunk)
+        learner._forward.budget = TokenBudget(budget, ALONE)
         for part in batches:
             submit(learner, run, part, loss)
         found = gradients(learner, run)
-        learner._runs[run].take_gradients()
+        learner.runs[run].take_gradients()
         return found
 
     return gradient
@@ -130,7 +131,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_submitted(
 def test_a_tensor_without_gradient_has_none_however_the_batch_is_cut(tiny_model: Models, loss: str) -> None:
     """B of a new adapter is 0, so A's gradient is exactly 0: no rounding of a split may fill it."""
     learner = make(tiny_model(True))
-    learner.create_run("run", ALL_TARGETS, 1)
+    learner.runs.create("run", ALL_TARGETS, 1)
     gradient = gradient_by(learner, "run", loss)
     for found in (gradient(1000, [draw()]), gradient(25, [draw()], chunk=4)):
         assert all((value.norm() == 0) == name.endswith("lora_A") for name, value in found.items())

@@ -15,7 +15,8 @@ from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch, concatenate, take
 from rlsys.errors import ConfigError, GradientError
-from rlsys.learner.learner import BASE_RUN, Learner
+from rlsys.learner.learner import Learner
+from rlsys.learner.runs import BASE_RUN
 from rlsys.types import AdamParams
 from tests.unit.tiny_learner import (
     ALL_TARGETS,
@@ -23,6 +24,7 @@ from tests.unit.tiny_learner import (
     alone,
     assert_close,
     assert_same_bits,
+    base_bytes,
     draw,
     gradients,
     make,
@@ -59,7 +61,7 @@ def test_the_gradient_is_that_of_finite_differences(tiny_model: Models) -> None:
     batch, loss_fn = draw(), losses.resolve("importance_sampling")
     learner.forward_backward("run", batch, loss_fn, temperature=0.8)
     generator = torch.Generator().manual_seed(0)
-    for name, weight in learner._runs["run"].parameters.items():
+    for name, weight in learner.runs["run"].parameters.items():
         assert weight.grad is not None
         direction = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
         step, kept, values = 1e-5, weight.data.clone(), []
@@ -103,7 +105,7 @@ def test_a_new_adapter_and_no_adapter_are_the_base_to_the_bit(tiny_model: Models
     batch = draw()
     bare = make(tiny_model(True)).logprobs(None, batch.tokens, batch.offsets)
     learner = make(tiny_model(True))
-    learner.create_run("new", ALL_TARGETS, 1)
+    learner.runs.create("new", ALL_TARGETS, 1)
     with_run(learner, run="other")
     assert np.array_equal(learner.logprobs(None, batch.tokens, batch.offsets), bare)
     assert np.array_equal(learner.logprobs("new", batch.tokens, batch.offsets), bare)
@@ -132,7 +134,7 @@ def test_a_step_is_adamw_in_closed_form(tiny_model: Models) -> None:
             update = (m / unbias1) / ((v / unbias2).sqrt() + adam.eps)
             wanted = before[name] * (1 - adam.learning_rate * adam.weight_decay) - adam.learning_rate * update
             torch.testing.assert_close(after, wanted, rtol=1e-9, atol=1e-12)
-    assert learner.version("run") == 2
+    assert learner.runs.version("run") == 2
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -146,10 +148,10 @@ def test_learning_rate_zero_changes_nothing(tiny_model: Models, optimizer: str) 
 
 def test_muon_takes_the_matrices_between_hidden_states_and_adamw_the_rest(tiny_model: Models) -> None:
     learner = make(tiny_model(False), trainable="all", optimizer="muon")
-    names = {id(weight): name for name, weight in learner._runs[BASE_RUN].parameters.items()}
+    names = {id(weight): name for name, weight in learner.runs[BASE_RUN].parameters.items()}
     taken = {
         type(part).__name__: {names[id(weight)] for group in part.param_groups for weight in group["params"]}
-        for part in learner._runs[BASE_RUN].stepper.parts
+        for part in learner.runs[BASE_RUN].stepper.parts
     }
     assert taken["Muon"] | taken["AdamW"] == set(names.values())
     assert {name.rsplit(".", 2)[-2] for name in taken["Muon"]} == {
@@ -183,7 +185,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_leaves_every_bit(tiny_mode
     with pytest.raises(GradientError, match=r"run 'run', step 1: the gradient norm is (nan|inf).*learning rate"):
         learner.optim_step("run", AdamParams(grad_clip_norm=1.0))
     assert_same_bits(state(learner, "run"), before)
-    assert learner.version("run") == 1
+    assert learner.runs.version("run") == 1
     with pytest.raises(GradientError, match="no forward_backward since"):
         learner.optim_step("run", AdamParams())
 
@@ -226,7 +228,7 @@ def test_a_step_of_one_run_leaves_every_bit_of_another(tiny_model: Models) -> No
     learner.forward_backward("two", batch, loss_fn)
     learner.optim_step("two", AdamParams(1e-2))
     learner.probe("two", "float32", batch.tokens[:9])
-    learner.drop_run("two")
+    learner.runs.drop("two")
     assert_same_bits(state(learner, "one"), before)
 
 
@@ -235,7 +237,7 @@ def test_runs_side_by_side_end_as_each_alone(tiny_model: Models) -> None:
 
     def train(learner: Learner, runs: list[str]) -> None:
         for run in runs:
-            learner.create_run(run, sections[run], 3)
+            learner.runs.create(run, sections[run], 3)
         for step in range(3):
             for run in runs:
                 learner.forward_backward(run, draw(seed=step), losses.resolve("ppo"))
@@ -253,13 +255,13 @@ def test_runs_side_by_side_end_as_each_alone(tiny_model: Models) -> None:
 def test_the_same_seed_is_the_same_adapter_whatever_else_was_drawn(tiny_model: Models) -> None:
     learner = make(tiny_model(True))
     torch.manual_seed(1)
-    learner.create_run("a", ALL_TARGETS, 5)
+    learner.runs.create("a", ALL_TARGETS, 5)
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    learner.create_run("b", ALL_TARGETS, 5)
+    learner.runs.create("b", ALL_TARGETS, 5)
     assert torch.equal(torch.get_rng_state(), before)
-    learner.create_run("c", ALL_TARGETS, 6)
-    learner.create_run("attention only", LoraSection(rank=4, alpha=8.0, train_mlp=False), 5)
+    learner.runs.create("c", ALL_TARGETS, 6)
+    learner.runs.create("attention only", LoraSection(rank=4, alpha=8.0, train_mlp=False), 5)
     assert_same_bits(weights(learner, "a"), weights(learner, "b"))
     of_a, of_c, part = weights(learner, "a"), weights(learner, "c"), weights(learner, "attention only")
     assert all(torch.equal(of_a[name], part[name]) for name in part)
@@ -275,28 +277,28 @@ def test_targets_are_what_the_section_says(tiny_model: Models) -> None:
         ("train_unembed", {"lm_head"}),
     ):
         chosen = {"train_attn": False, "train_mlp": False, "train_unembed": False, field: True}
-        learner.create_run(field, LoraSection(**chosen), 0)  # type: ignore[arg-type]
+        learner.runs.create(field, LoraSection(**chosen), 0)  # type: ignore[arg-type]
         assert {name.rsplit(".", 2)[-2] for name in weights(learner, field)} == wanted
     with pytest.raises(ConfigError, match="none of train_attn, train_mlp, train_unembed"):
-        learner.create_run("x", LoraSection(train_attn=False, train_mlp=False), 0)
+        learner.runs.create("x", LoraSection(train_attn=False, train_mlp=False), 0)
 
 
 def test_runs_that_exist_or_do_not_are_named(tiny_model: Models) -> None:
     learner = make(tiny_model(True))
     with pytest.raises(ConfigError, match="'a' does not exist; no run exists yet"):
-        learner.version("a")
-    learner.create_run("a", ALL_TARGETS, 0)
-    learner.create_run("b", ALL_TARGETS, 0)
+        learner.runs.version("a")
+    learner.runs.create("a", ALL_TARGETS, 0)
+    learner.runs.create("b", ALL_TARGETS, 0)
     with pytest.raises(ConfigError, match="'a' exists already; known: a, b"):
-        learner.create_run("a", ALL_TARGETS, 0)
-    learner.drop_run("a")
-    for call in (learner.version, learner.drop_run, lambda run: learner.snapshot(run, "float32")):
+        learner.runs.create("a", ALL_TARGETS, 0)
+    learner.runs.drop("a")
+    for call in (learner.runs.version, learner.runs.drop, lambda run: learner.snapshot(run, "float32")):
         with pytest.raises(ConfigError, match="'a' does not exist; known: b"):
             call("a")
-    learner.create_run("a", ALL_TARGETS, 0)
+    learner.runs.create("a", ALL_TARGETS, 0)
     all_weights = make(tiny_model(True), trainable="all")
     with pytest.raises(ConfigError, match="no adapters"):
-        all_weights.create_run("a", ALL_TARGETS, 0)
+        all_weights.runs.create("a", ALL_TARGETS, 0)
     with pytest.raises(ConfigError, match="has no adapter"):
         all_weights.snapshot(BASE_RUN, "float32")
 
@@ -320,7 +322,7 @@ def test_a_saved_adapter_gives_peft_the_same_logprobs(tiny_model: Models, tied: 
     learner = with_run(make(tiny_model(tied)))
     batch = take(draw(), [0])
     wanted = learner.logprobs("run", batch.tokens, batch.offsets)
-    learner.save_adapter("run", tmp_path / "adapter")
+    learner.runs.save_adapter("run", tmp_path / "adapter")
     assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -378,7 +380,7 @@ def test_a_probe_is_far_from_the_base_and_leaves_no_trace(tiny_model: Models) ->
     again, *_ = learner.probe("run", "float32", tokens)
     assert again.digest == snapshot.digest
     assert_same_bits(state(learner, "run"), before)
-    assert learner.run_ids == ["run"]
+    assert learner.runs.ids == ["run"]
 
 
 def test_greedy_takes_the_likeliest_token_each_time(tiny_model: Models) -> None:
@@ -424,8 +426,8 @@ def test_progress_counts_micro_batches_and_steps(tiny_model: Models) -> None:
 def test_the_base_has_the_bytes_of_its_weights_whatever_runs_on_it(tiny_model: Models) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model(True))
     wanted = sum(weight.numel() * 4 for weight in model.parameters())
-    assert make(tiny_model(True)).base_bytes == wanted
-    assert with_run(make(tiny_model(True))).base_bytes == wanted
+    assert base_bytes(make(tiny_model(True))) == wanted
+    assert base_bytes(with_run(make(tiny_model(True)))) == wanted
 
 
 def test_batches_of_the_same_datums_add_up(tiny_model: Models) -> None:

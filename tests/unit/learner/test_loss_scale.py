@@ -23,7 +23,7 @@ LORA = LoraSection(rank=4, alpha=8.0)
 
 def learner_in(path: Models, dtype: torch.dtype, budget: int = 64) -> Learner:
     learner = with_run(make(path(True), dtype, budget=budget), LORA)
-    for name, weight in learner._runs["run"].parameters.items():
+    for name, weight in learner.runs["run"].parameters.items():
         if name.endswith(".lora_B"):
             weight.data *= 1e-3  # as after the first steps
     return learner
@@ -64,7 +64,7 @@ def update(learner: Learner, batch: DatumBatch, custom: bool) -> tuple[dict[str,
     else:
         result = learner.forward_backward("run", batch, losses.resolve("importance_sampling"))
     found = gradients(learner)
-    learner.forget_gradient("run")
+    learner.runs.forget_gradient("run")
     return found, dict(result.metrics)
 
 

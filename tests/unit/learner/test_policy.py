@@ -16,7 +16,7 @@ from rlsys.learner.learner import Learner
 from rlsys.learner.policy import Policy, cap_importance, join_prompts
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array
-from tests.unit.tiny_learner import assert_close, assert_same_bits, state
+from tests.unit.tiny_learner import assert_close, assert_same_bits, run_bytes, state
 
 CANARY = np.arange(1, 17, dtype=np.int32)
 LENGTH = 12
@@ -91,7 +91,7 @@ def test_sampled_logprobs_that_are_not_finite_are_a_divergence_and_finite_ones_a
     batch.columns["logprobs"][3] = np.nan
     with pytest.raises(DivergedError, match="step 2: learner or sampler gives sampled tokens no finite"):
         learned(policy, batch, 2)
-    assert policy.learner.version(policy.run_id) == 0, "nothing was applied"
+    assert policy.learner.runs.version(policy.run_id) == 0, "nothing was applied"
 
 
 @pytest.mark.parametrize("steps_before", [0, 2])
@@ -109,7 +109,7 @@ def test_a_policy_restored_from_its_files_goes_on_to_the_bit(
     for policy in (straight, restored):
         learned(policy, on_policy(policy, advantages), steps_before + 1)
     assert_same_bits(state(restored.learner, "unit"), state(straight.learner, "unit"))
-    assert restored.learner.version("unit") == steps_before + 1
+    assert restored.learner.runs.version("unit") == steps_before + 1
     assert restored.digest() == straight.digest() != digest
     assert restored.state_files() == straight.state_files()
     assert np.array_equal(restored.publish().canary_new, straight.publish().canary_new)
@@ -141,13 +141,13 @@ def test_gradients_of_pieces_add_up_to_the_one_of_the_whole_batch(
     pieces = [on_policy(whole, advantages, seed) for seed in (1, 2)]
     of_whole = learned(whole, concatenate(pieces), 1)
     logprobs, metrics = cut.learn(pieces[0], 1, 0, first=True, last=False, on_policy=True)
-    assert "policy/grad_norm" not in metrics and cut.learner.version("unit") == 0
+    assert "policy/grad_norm" not in metrics and cut.learner.runs.version("unit") == 0
     np.testing.assert_allclose(logprobs, pieces[0].columns["logprobs"], atol=1e-6)
     _, last = cut.learn(pieces[1], 1, 0, first=False, last=True, on_policy=True)
     assert last["policy/grad_norm"] == pytest.approx(of_whole["policy/grad_norm"], rel=1e-5)
     assert metrics["loss/sum"] + last["loss/sum"] == pytest.approx(of_whole["loss/sum"], rel=1e-5)
     assert metrics["policy/tokens"] + last["policy/tokens"] == of_whole["policy/tokens"] == 2 * LENGTH
-    assert_close(cut.learner.run_state("unit").weights, whole.learner.run_state("unit").weights, 1e-4)
+    assert_close(cut.learner.runs.state("unit").weights, whole.learner.runs.state("unit").weights, 1e-4)
 
 
 def test_a_substep_without_datums_is_no_step_and_one_whose_last_piece_has_none_is(
@@ -159,11 +159,11 @@ def test_a_substep_without_datums_is_no_step_and_one_whose_last_piece_has_none_i
         batch.tokens[:0], batch.targets[:0], np.zeros(1, np.int64), dict.fromkeys(batch.columns, advantages[:0])
     )
     logprobs, metrics = policy.learn(nothing, 1, 0, first=True, last=True, on_policy=True)
-    assert len(logprobs) == 0 and policy.learner.version("unit") == 0
+    assert len(logprobs) == 0 and policy.learner.runs.version("unit") == 0
     assert metrics == {"policy/tokens": 0, "policy/learning_rate": pytest.approx(1e-2), "policy/version": 0}
     policy.learn(batch, 2, 0, first=True, last=False, on_policy=True)
     _, metrics = policy.learn(nothing, 2, 0, first=False, last=True, on_policy=True)
-    assert policy.learner.version("unit") == 1 and metrics["policy/grad_norm"] > 0
+    assert policy.learner.runs.version("unit") == 1 and metrics["policy/grad_norm"] > 0
 
 
 def test_what_a_substep_that_was_given_up_left_behind_counts_no_more(
@@ -294,7 +294,7 @@ def test_a_reference_costs_its_weights_alone(tiny_model: Callable[[bool], Path],
     policy = policy_of(tiny_model(True), *REFRESHED)
     for step in (1, 2):
         learned(policy, on_policy(policy, advantages), step)
-    own, reference = (policy.learner.run_bytes(run_id) for run_id in ("unit", "unit/reference"))
+    own, reference = (run_bytes(policy.learner, run_id) for run_id in ("unit", "unit/reference"))
     assert (reference.weights, reference.gradient, reference.optimizer) == (own.weights, 0, 0)
 
 

@@ -18,9 +18,11 @@ from rlsys import losses
 from rlsys.config import LearnerSection
 from rlsys.datums import DatumBatch
 from rlsys.distributed.ranks import ALONE
-from rlsys.learner.learner import BASE_RUN, BatchResult, Learner
+from rlsys.learner.learner import Learner
+from rlsys.learner.runs import BASE_RUN
 from rlsys.learner.token_budget import TokenBudget
 from rlsys.rollouts import spans
+from rlsys.types import BatchResult
 from tests.unit.tiny_learner import LOSSES, Models, datums_of, gradients, make, preference, with_run
 
 CUSTOM = "custom"
@@ -66,15 +68,15 @@ def groups(draw: st.DrawFn) -> DatumBatch:
 def update(
     learner: Learner, batch: DatumBatch, loss: str, where: Where, *, share: bool, budget: int = 1000, chunk: int = 1000
 ) -> tuple[BatchResult, dict[str, Tensor]]:
-    run = BASE_RUN if BASE_RUN in learner.run_ids else "run"
-    learner._section = LearnerSection(share_prompts=share, token_budget=budget, logprob_chunk_tokens=chunk)
-    learner._budget = TokenBudget(budget, ALONE)
+    run = BASE_RUN if BASE_RUN in learner.runs.ids else "run"
+    learner._forward.section = LearnerSection(share_prompts=share, token_budget=budget, logprob_chunk_tokens=chunk)
+    learner._forward.budget = TokenBudget(budget, ALONE)
     if loss == CUSTOM:
         result = learner.forward_backward_custom(run, batch, datums_of(batch), preference)
     else:
         result = learner.forward_backward(run, batch, losses.resolve(loss), where=where)
     found = gradients(learner, run)
-    learner.forget_gradient(run)
+    learner.runs.forget_gradient(run)
     return result, found
 
 

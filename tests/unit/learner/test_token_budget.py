@@ -94,7 +94,7 @@ batch = DatumBatch(
 )
 section = LearnerSection(token_budget=budget, custom_graph_gb=100)
 learner = Learner(path, ModelSection(path=path, max_length=512), section)
-learner.create_run("run", LoraSection(rank=4), 0)
+learner.runs.create("run", LoraSection(rank=4), 0)
 loss = losses.resolve("cross_entropy")
 few = DatumBatch(batch.tokens[:400], batch.targets[:400], offsets[:2], {"weights": batch.columns["weights"][:400]})
 learner.forward_backward("run", few, loss)  # kernels and thread pools are made

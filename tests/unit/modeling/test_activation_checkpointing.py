@@ -8,7 +8,8 @@ import torch
 
 from rlsys import losses
 from rlsys.config import LearnerSection, ModelSection
-from rlsys.learner.learner import BASE_RUN, Learner
+from rlsys.learner.learner import Learner
+from rlsys.learner.runs import BASE_RUN
 from rlsys.modeling.logprobs import BLOCK, CHUNK_BYTES
 from rlsys.planning.memory import LOGIT_BLOCK, LOGIT_BYTES
 from tests.unit.tiny_learner import Models, assert_same_bits, draw, gradients, plain, with_run
@@ -32,7 +33,7 @@ def kept_bytes(learner: Learner, run: str) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         learner.forward_backward(run, draw(), losses.resolve("ppo"))
-    learner.forget_gradient(run)
+    learner.runs.forget_gradient(run)
     return sum(kept.values())
 
 
@@ -44,7 +45,7 @@ def test_layers_that_run_again_give_the_same_bits_and_keep_less(tiny_model: Mode
         learner = learner_of(tiny_model(True), trainable, gradient_checkpointing=checkpointed)
         result = learner.forward_backward(run, draw(), losses.resolve("importance_sampling"))
         found[checkpointed] = (result, gradients(learner, run))
-        learner.forget_gradient(run)
+        learner.runs.forget_gradient(run)
         found[checkpointed] += (kept_bytes(learner, run),)
     assert found[True][0].loss_sum == found[False][0].loss_sum
     assert np.array_equal(found[True][0].logprobs, found[False][0].logprobs)

@@ -173,7 +173,7 @@ def test_an_adapter_added_later_or_dropped_leaves_the_others_as_they_were(tiny_m
     other = learner.forward("other", batch, loss).logprobs
     bare = learner.forward(None, batch, loss).logprobs
     assert (learner.forward("run", batch, loss).logprobs == before).all()
-    learner.drop_run("run")
+    learner.runs.drop("run")
     assert (learner.forward("other", batch, loss).logprobs == other).all()
     assert (learner.forward(None, batch, loss).logprobs == bare).all()
     assert abs(before - bare).max() > 1e-3 < abs(other - bare).max()

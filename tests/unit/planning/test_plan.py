@@ -107,7 +107,7 @@ def test_activations_are_what_autograd_keeps(dtype: str, tmp_path: Path, monkeyp
     assert config.model.make
     initial_model(config.model.make, build_tokenizer(["1 + 2 = 3"], 320), 128, 0, tmp_path / "base")
     learner = Learner(tmp_path / "base", config.model, config.learner)
-    learner.create_run("a", config.lora, 0)
+    learner.runs.create("a", config.lora, 0)
     weights = {parameter.untyped_storage().data_ptr() for parameter in learner._model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -123,7 +123,7 @@ def test_activations_are_what_autograd_keeps(dtype: str, tmp_path: Path, monkeyp
     batch = DatumBatch(ids, ids, offsets, columns)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         learner.forward_backward("a", batch, losses.resolve("importance_sampling", {}))
-    assert sum(p.numel() for p in learner._runs["a"].parameters.values()) == adapter_parameters(
+    assert sum(p.numel() for p in learner.runs["a"].parameters.values()) == adapter_parameters(
         config.lora, model_shape(config.model)
     )
     found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

@@ -57,7 +57,7 @@ def sample(policy: Policy, problems: int, seed: tuple[int, ...], lag: int) -> Ro
     R = problems * SAMPLES
     prompt_offsets, offsets = offsets_of(random.integers(2, 8, problems)), offsets_of(random.integers(1, 12, R))
     T = int(offsets[-1])
-    newest = policy.learner.version(policy.run_id)
+    newest = policy.learner.runs.version(policy.run_id)
     lag = min(lag, newest)
     drawn = Rollouts(
         problems=random.integers(0, 40, problems),
@@ -119,7 +119,7 @@ def train(base: Path, folder: Path, *overrides: str, rewards: Callable[[int], fl
             store.save(0, policy.state_files(), ledger)
             for step in range(1, STEP_COUNT + 1):
                 ledger.draw(step, PROBLEMS)
-                version = learner.version(policy.run_id)
+                version = learner.runs.version(policy.run_id)
                 parts = []
                 for i, share in enumerate(np.array_split(np.arange(PROBLEMS), pieces if overlapped else 1)):
                     rollouts = sample(policy, len(share), (step, i), lag=(step + i) % 2 if overlapped else 0)

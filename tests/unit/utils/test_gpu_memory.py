@@ -34,7 +34,7 @@ def actor(base: Path, **section: object) -> LearnerActor:
     config = job(base)
     learner = LearnerSection.model_validate(section)
     made = LearnerActor(config.model_copy(update={"learner": learner}), 0)
-    made.policy = policy_of(base)
+    made.started = policy_of(base)
     return made
 
 
@@ -49,7 +49,7 @@ def test_after_all_that_computes_the_memory_that_torch_keeps_is_given_back(
         work()
         assert asked == ["limit 0.4", "empty"]
     asked.clear()
-    door.policy.learner.forget_gradient(door.policy.run_id)
+    door.policy.learner.runs.forget_gradient(door.policy.run_id)
     with pytest.raises(GradientError), door._on_its_share():
         door.policy.learner.optim_step(door.policy.run_id, door.config.rl.optim.at(0, 1))
     assert asked == ["limit 0.4", "empty"]  # after an error too

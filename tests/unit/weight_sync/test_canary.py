@@ -31,7 +31,7 @@ def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def learner_of(folder: Path, dtype: Any) -> Learner:
     learner = Learner(folder, ModelSection(path=str(folder), dtype=dtype, max_length=2048), LearnerSection())
-    learner.create_run("run", LoraSection(rank=4), seed=0)
+    learner.runs.create("run", LoraSection(rank=4), seed=0)
     return learner
 
 

@@ -21,6 +21,7 @@ from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch
 from rlsys.learner import learner as module
+from rlsys.learner.packing import MicroBatch
 from rlsys.modeling import attention, load_checks, rms_norm
 from rlsys.modeling.prefix_layout import ALONE, Segments
 from rlsys.types import AdamParams, Array
@@ -116,13 +117,13 @@ def without_values() -> None:
         rms_norm.replace_norms(model)
         return model
 
-    def put(column: Array, micro: Any, values: torch.Tensor) -> None:
+    def scatter(micro: MicroBatch, column: Array, values: torch.Tensor) -> None:
         """In the place of the copy into numpy."""
         assert values.device.type == "cuda" and values.shape == (max(1, len(micro.index)),)
         values.detach().cpu()
 
-    module._load = load  # type: ignore[assignment]  # loads files and proves packing by their gradients
-    module._put = put  # type: ignore[assignment]
+    module.load_model = load  # type: ignore[assignment]  # loads files and proves packing by their gradients
+    MicroBatch.scatter = scatter  # type: ignore[method-assign]
     module.fingerprint_of = lambda model: None  # type: ignore[assignment]  # hashes weights
     module.logit_transform = lambda model: load_checks.AS_THEY_ARE  # type: ignore[assignment]  # compares logits
     nn.Module.to = moved  # type: ignore[assignment]
@@ -138,19 +139,19 @@ def learner_case(dtype: str, **section: Any) -> dict[str, Any]:
         unembed = section.pop("train_unembed", False)
         given = LearnerSection(device="cuda", num_gpus=1, token_budget=400, **section)
         learner = module.Learner("x", ModelSection(path="x", dtype=dtype, max_length=2048), given)
-        learner.create_run("run", LoraSection(rank=8, train_unembed=unembed), seed=1)
+        learner.runs.create("run", LoraSection(rank=8, train_unembed=unembed), seed=1)
         data = batch()
         for name, where in itertools.product(LOSSES, ("all", "weighted")):
             learner.forward_backward("run", data, losses.resolve(name, {}), 0.7, where=where)  # type: ignore[arg-type]
-        parameters = learner._runs["run"].parameters
+        parameters = learner.runs["run"].parameters
         for parameter in parameters.values():
             assert parameter.grad is not None
             assert parameter.grad.is_cuda and parameter.grad.dtype == parameter.dtype == torch.float32
         learner.optim_step("run", AdamParams(1e-3, weight_decay=0.01, grad_clip_norm=0.5))
         learner.logprobs("run", data.tokens, data.offsets)
         learner.logprobs(None, data.tokens, data.offsets)
-        learner.restore("run", learner.run_state("run"))
-        assert all(parameter.is_cuda for parameter in learner._runs["run"].parameters.values())
+        learner.runs.restore("run", learner.runs.state("run"))
+        assert all(parameter.is_cuda for parameter in learner.runs["run"].parameters.values())
     return {"learner": f"{dtype} {section} unembed {unembed}", "seen": dict(watched.seen)}
 
 
