@@ -17,8 +17,6 @@ from rlsys.config import JobConfig, LearnerSection, SamplerSection, gpu_shares
 from rlsys.errors import ClusterError, StalledError
 from rlsys.planning.plan import needs
 
-# Rewards and advantages run while learner and sampler wait, so they hold no core of their own.
-LIGHT = {"num_cpus": 0}
 POLL_S = 0.2
 TOLD_AFTER_S = 5.0  # of waiting for resources that others hold
 ROOM_S = 10.0  # for what is free already: a running job waits no longer for one more sampler

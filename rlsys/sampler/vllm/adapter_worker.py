@@ -143,9 +143,6 @@ class AdapterExtension:
                     raise ValueError(f"the engine's slot of {slot.module} holds values outside of shape (0, 0)")
         return digest_tensors(found.items())
 
-    def rlsys_live_adapters(self) -> list[int]:
-        return sorted(adapter for adapter in self._rlsys_manager().lora_index_to_id if adapter is not None)
-
     def _rlsys_manager(self) -> Any:
         return self.model_runner.lora_manager._adapter_manager
 
