@@ -95,7 +95,7 @@ class ReplayingSampler:
     async def prove(self, probe: Weights, bound: float | None) -> Attested:
         return self._attested(probe)
 
-    async def load(self, update: Weights, bound: float | None, anew: bool = False) -> Attested:
+    async def load(self, update: Weights, bound: float | None, reload: bool = False) -> Attested:
         return self._attested(update)
 
     async def set(self, longer: int, pace: float) -> None:
@@ -122,7 +122,7 @@ class ReplayingRewards(RewardActor):
     """The real door with recorded grades behind it."""
 
     def start(self, base: Recording) -> None:
-        self.grading: Any = RecordedGrades(base)
+        self.started: Any = RecordedGrades(base)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,10 +24,10 @@ from rlsys.weight_sync.update import Attestation
 class ForgetfulSampler(SamplerActor):
     """Sampler 1 skips the sync of version 1 and answers with what it attested before."""
 
-    async def load(self, update: Any, bound: float, anew: bool = False) -> Attestation:
+    async def load(self, update: Any, bound: float, reload: bool = False) -> Attestation:
         if self.index == 1 and update.snapshot.version == 1:
             return self.last
-        self.last = await super().load(update, bound, anew)
+        self.last = await super().load(update, bound, reload)
         return self.last
 
 
@@ -46,12 +46,12 @@ def test_one_of_two_samplers_that_skips_a_sync_stops_the_run_and_is_named(
 class DyingSampler(SamplerActor):
     """Its engine's process is killed before version 1 is loaded."""
 
-    async def load(self, update: Any, bound: float, anew: bool = False) -> Attestation:
+    async def load(self, update: Any, bound: float, reload: bool = False) -> Attestation:
         if update.snapshot.version == 1:
             for process in psutil.Process().children(recursive=True):
                 if "EngineCore" in process.name() + "".join(process.cmdline()):
                     process.kill()
-        return await super().load(update, bound, anew)
+        return await super().load(update, bound, reload)
 
 
 @pytest.mark.soak

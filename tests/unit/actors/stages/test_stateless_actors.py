@@ -50,7 +50,7 @@ class Seen:
 
 def test_completions_are_shown_with_their_own_advantages_where_pieces_were_centred_one_by_one() -> None:
     config, actor = job(), RewardActor(job())
-    actor.grading = Seen()
+    actor.started = Seen()
     parts, rewards = [groups(0, 2), groups(2, 1)], [np.array([0.0, 1.0, 1.0, 1.0]), np.array([1.0, 0.0])]
     datums, refs, rows, logprobs = [], [], [], []
     for part, rewards_R in zip(parts, rewards, strict=True):
