@@ -15,9 +15,23 @@ from rlsys.weight_sync.canary import StartupProbe
 from rlsys.weight_sync.update import Attestation, WeightUpdate
 
 if TYPE_CHECKING:
+    from actors.cluster.base_folder import Base
     from rlsys.data.problems import ProblemSet
     from rlsys.environments.multi_turn import Conversations
+    from rlsys.rollouts import Rollouts
     from rlsys.sampler.engine import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Groups of one call."""
+
+    split: str
+    problems: Array  # (P,)
+    occurrence: Array  # (P,) of each problem among all that are sampled under the seed
+    n: int  # completions of each
+    params: SamplingParams
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +57,7 @@ class SamplerActor:
 
         engine.preload(self.config.sampler_device)
 
-    async def start(self, base: Any, train: Any, held_out: Any) -> None:
+    async def start(self, base: Base, train: ProblemSet, held_out: ProblemSet) -> None:
         from actors.cluster.base_folder import local_folder
         from actors.machine.gpus import refuse_dtype
         from rlsys.environments.multi_turn import Conversations
@@ -68,9 +82,9 @@ class SamplerActor:
 
     async def replace(
         self,
-        base: Any,
-        train: Any,
-        held_out: Any,
+        base: Base,
+        train: ProblemSet,
+        held_out: ProblemSet,
         probe: StartupProbe,
         update: WeightUpdate | None,
         bound: float | None,
@@ -82,20 +96,18 @@ class SamplerActor:
         return None if update is None else await self.load(update, bound)
 
     @ray.method(num_returns=2)
-    async def sample(
-        self, split: str, problems: Array, occurrence: Array, n: int, params: SamplingParams, version: int
-    ) -> Any:
+    async def sample(self, request: SampleRequest) -> tuple[Rollouts, dict[str, float]]:
         started, run = self._running, self.config.run.name
-        known = started.problems[split]
-        moves = self.config.overlap.continue_on_new_weights and split == "train"  # an evaluation is of one version
+        known, problems = started.problems[request.split], request.problems
+        # an evaluation is of one version
+        moves = self.config.overlap.continue_on_new_weights and request.split == "train"
         tokens, offsets = known.select(problems)
+        how = request.n, request.params, run, request.version, moves, request.occurrence
         if started.conversations is None:
-            rollouts = await self.sampler.sample(problems, tokens, offsets, n, params, run, version, moves, occurrence)
+            rollouts = await started.sampler.sample(problems, tokens, offsets, *how)
             return rollouts, rollouts.counts()
         answers = [known.answers[i] for i in problems]
-        rollouts, counts = await started.conversations.sample(
-            problems, tokens, offsets, answers, n, params, run, version, moves, occurrence
-        )
+        rollouts, counts = await started.conversations.sample(problems, tokens, offsets, answers, *how)
         return rollouts, {**rollouts.counts(), **counts}
 
     async def load(self, update: WeightUpdate, bound: float | None, reload: bool = False) -> Attestation:
