@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from actors.control import Control
 from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
 from actors.job_actors import job_actors
+from actors.job_observer import JobObserver
 from actors.stages.learner_group import LearnerGroup
 from actors.stages.stateless_actors import GraderActors
 from rlsys import async_loop, loop, losses
@@ -30,25 +31,19 @@ from rlsys.config.relative_paths import resolve_paths
 from rlsys.data.problems import Epochs
 from rlsys.errors import RlsysError, RunExistsError, StorageError
 from rlsys.learner.adapter_checkpoint import CONFIG, MANIFEST, WEIGHTS
-from rlsys.metrics import Metrics
 from rlsys.modeling.base_model import pack_folder
 from rlsys.planning.model_folder import check_job
-from rlsys.protocols import Ref, RewardsRef, RolloutsRef, Stages, TrainedStep
+from rlsys.protocols import Ref, Stages
 from rlsys.report.page import write_report
-from rlsys.run_state.jsonl import ERRORS, RolloutRow, read_metrics
+from rlsys.run_state.jsonl import ERRORS, read_metrics
 from rlsys.run_state.ledger import Ledger
 from rlsys.run_state.run_dir import RunStore
 from rlsys.run_state.saved_rollouts import delete_after
-from rlsys.tracking.learning_checks import LearningChecks, see_records
-from rlsys.tracking.progress import Progress, stage_times
-from rlsys.tracking.system_metrics import SystemMetrics
+from rlsys.tracking.progress import Progress
 from rlsys.tracking.tracker import Tracker
 from rlsys.utils.atomic_files import refusal
 from rlsys.utils.env_variables import env_variable
 from rlsys.utils.text_files import first_line
-
-WATCH_EVERY = 10  # steps between two searches for the actors' processes
-EVAL_ROWS = 12  # completions of the held-out problems in the report, before and after
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,97 +277,3 @@ def _outcome_of_finished(store: RunStore, progress: Progress) -> Outcome:
         wandb_dir=None,
         wandb_url=None,
     )
-
-
-class JobObserver:
-    """Passes the loop's reports on to tracker and progress."""
-
-    def __init__(
-        self,
-        config: JobConfig,
-        tracker: Tracker,
-        progress: Progress,
-        failures: Failures,
-        accuracies: dict[int, float],
-        graders: GraderActors,
-        pids: Callable[[], dict[str, int]],
-    ) -> None:
-        self.config, self.tracker, self.progress, self.failures = config, tracker, progress, failures
-        self.accuracies = accuracies
-        self.run_dir = config.run_dir
-        self.system = SystemMetrics(self.run_dir, progress.note)
-        self.graders, self.pids = graders, pids
-        self._look_at = 0
-        self.checks = LearningChecks(config.model_dump(mode="json"))
-        see_records(self.checks, read_metrics(self.run_dir))  # of a resumed run: reported already
-
-    def on_supervised(self, news: list[dict[str, float]]) -> None:
-        for figures in news:
-            step = int(figures["sft/step"])
-            self.tracker.log(step, {name: value for name, value in figures.items() if name != "sft/step"})
-        if news:
-            last = news[-1]
-            accuracy = next((new["sft/gate_accuracy"] for new in reversed(news) if "sft/gate_accuracy" in new), None)
-            self.progress.update(
-                int(last["sft/step"]), loss=last["sft/loss"], tokens_per_s=last["sft/tokens_per_s"], accuracy=accuracy
-            )
-
-    def on_task(self, metrics: Metrics) -> None:
-        self.tracker.log(0, metrics)
-        self._check(0, metrics)
-
-    def on_rollback(self, step: int) -> None:
-        self.tracker.roll_back(step)
-        delete_after(self.run_dir, step)
-        self.accuracies = {at: accuracy for at, accuracy in self.accuracies.items() if at <= step}
-        self.checks.roll_back(step)
-
-    def on_step(self, step: int, metrics: Metrics, trained: TrainedStep) -> None:
-        self.failures.forget()
-        if step >= self._look_at:  # finding the processes takes longer than reading their memory
-            self.system.watch(self.pids())
-            self._look_at = step + WATCH_EVERY
-        self.tracker.log(step, {**metrics, **self.system.figures()})
-        self._check(step, metrics)
-        rewards, samples = trained.rewards, self.config.rl.samples_per_problem
-        self.tracker.groups(
-            step, trained.problems.tolist(), (rewards.passed / samples).tolist(), rewards.grade.tolist()
-        )
-        if self.config.tracking.rollout_steps:
-            self.graders.record(str(self.run_dir.absolute()), step, trained)
-        count = self.config.tracking.rollouts_per_step
-        self._show("train", "train", step, count, trained.rollouts, trained.rewards, trained)
-        self.progress.update(
-            step,
-            reward=metrics["reward/mean"],
-            tokens_per_s=metrics["sampler/tokens_per_s"],
-            times=stage_times(metrics),
-        )
-
-    def on_eval(self, step: int, metrics: Metrics, rollouts: RolloutsRef, rewards: RewardsRef) -> None:
-        self.tracker.log(step, metrics)
-        self._check(step, metrics)
-        self.accuracies[step] = metrics["eval/accuracy"]
-        self.progress.update(step, accuracy=metrics["eval/accuracy"])
-        if step in (0, self.config.rl.steps):
-            phase = "before" if step == 0 else "after"
-            self._show("eval", phase, step, EVAL_ROWS, rollouts, rewards)
-
-    def _check(self, step: int, metrics: Metrics) -> None:
-        """Note signs that the run cannot learn, once each."""
-        for text in self.checks.see(step, metrics):
-            self.progress.note(f"rlsys: step {step}: {text}")
-
-    def _show(
-        self,
-        split: str,
-        phase: Any,
-        step: int,
-        rows: int,
-        rollouts: RolloutsRef,
-        rewards: RewardsRef,
-        trained: TrainedStep | None = None,
-    ) -> None:
-        if rows:
-            shown = self.graders.show(split, rows, rollouts, rewards, trained)
-            self.tracker.rollouts(step, [RolloutRow(step=step, phase=phase, **asdict(row)) for row in shown])

@@ -37,8 +37,9 @@ from actors.cluster.placement import Placement
 from actors.cluster.ray_cluster import cluster
 from actors.control import Control
 from actors.faults.actor_logs import Failures
-from actors.job import JobObserver, train
+from actors.job import train
 from actors.job_actors import JobActors, PolicyActors
+from actors.job_observer import JobObserver
 from actors.stages.checkpointer import BackgroundCheckpointer
 from actors.stages.learner_group import LearnerGroup, LearnerInit
 from actors.stages.sampler_pool import membership
