@@ -1,4 +1,4 @@
-"""Door onto one rank of the learner: makes the base if asked, then trains one run's adapter on it."""
+"""Actor of one learner rank: trains one run's adapter, and before that the base if it is made from scratch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -16,20 +16,30 @@ from rlsys.config import JobConfig
 from rlsys.types import Array
 from rlsys.utils import gpu_memory
 
+if TYPE_CHECKING:
+    from actors.cluster.base_folder import Base
+    from rlsys.data.problems import ProblemSet
+    from rlsys.datums import DatumBatch
+    from rlsys.learner.policy import Policy
+    from rlsys.protocols import MinibatchPosition
+    from rlsys.rollouts import Rollouts
+    from rlsys.weight_sync.canary import StartupProbe
+    from rlsys.weight_sync.update import WeightUpdate
+
 Metrics = dict[str, float]
-WATCH = "watch"  # the concurrency group of what may be asked while the learner works
+WATCH = "watch"  # concurrency group of methods that answer while the learner works
 
 
 class LearnerActor:
-    """What changes weights runs in one thread, in the order of the calls; every rank gets the same calls."""
+    """Methods that change weights run in one thread, in the order of the calls. Every rank gets the same calls."""
 
     def __init__(self, config: JobConfig, rank: int) -> None:
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # the job has a progress bar of its own
+        logging.disable_progress_bar()  # the job shows its own progress bar
         self.config, self.rank = config, rank
         self.supervised: list[Metrics] = []
-        self.policy: Any = None
+        self.started: Policy | None = None
 
     def make_base(self) -> tuple[dict[str, bytes], Metrics]:
         from rlsys.bootstrap.supervised import make_base
@@ -51,8 +61,8 @@ class LearnerActor:
 
     @ray.method(concurrency_group=WATCH)
     def progress(self) -> Any:
-        """Changes whenever the rank moves."""
-        return (len(self.supervised), self.policy and self.policy.learner.progress())
+        """Changes with the rank's work."""
+        return len(self.supervised), self.started and self.started.learner.progress()
 
     def meeting_point(self) -> str:
         """An address on this node where the ranks can meet."""
@@ -61,13 +71,15 @@ class LearnerActor:
             probe.bind((address, 0))
             return f"tcp://{address}:{probe.getsockname()[1]}"
 
-    def start(self, base: Any, train: Any, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
-        """Load the base, meet the other ranks, and begin the run, or go on with it where `files` say. Returns the
-        precision that the base is computed in."""
+    def start(self, base: Base, train: ProblemSet, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
+        """Load the base, meet the other ranks, and begin the run, or resume it from `files`. Returns the precision that
+        the base is computed in."""
         with self._on_its_share():
             return self._start(base, train, meeting_point, files)
 
-    def _start(self, base: Any, train: Any, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
+    def _start(
+        self, base: Base, train: ProblemSet, meeting_point: str | None, files: Mapping[str, bytes] | None
+    ) -> str:
         from actors.cluster.base_folder import local_folder
         from actors.machine.gpus import refuse_dtype
         from rlsys.architectures.model_shape import hidden_size, read_config
@@ -84,22 +96,22 @@ class LearnerActor:
         pin(section.cores, "learner.cores")
         ranks = ALONE
         if meeting_point is not None:
-            limit = 2 * self.config.watchdog.learn_s  # the driver's watchdog speaks first: it sees which rank is stuck
+            limit = 2 * self.config.watchdog.learn_s  # the driver's watchdog ends first: it sees which rank is stuck
             ranks = Ranks.join(meeting_point, self.rank, section.num_workers, section.device, limit)
         if section.device == "cuda":
             refuse_dtype(self.config.model.dtype, f"learner rank {self.rank}")
         with local_folder(base) as folder:
-            found = read_config(folder)
+            model_config = read_config(folder)
             if self.config.model.path is not None:
                 refuse_unsupported(
-                    found,
+                    model_config,
                     self.config.model.path,
                     max_length=self.config.model.max_length,
                     lora=self.config.lora,
                     sampler=self.config.sampler,
                     device=self.config.sampler_device,
                 )
-            bound_growth(hidden_size(found))
+            bound_growth(hidden_size(model_config))
             name = self.config.model.path or str(
                 (self.config.run_dir / "base").absolute()
             )  # as adapter_config.json says
@@ -107,22 +119,22 @@ class LearnerActor:
         policy = Policy(learner, self.config, canary_tokens(train))
         if files is not None:
             policy.restore(files)
-        self.policy = policy
+        self.started = policy
         return learner.computing_dtype
 
-    def probe(self) -> Any:
+    def probe(self) -> StartupProbe:
         with self._on_its_share():
             return self.policy.probe()
 
     @ray.method(num_returns=2)
-    def reference(self, *rollouts: Any) -> tuple[Array, Metrics]:
+    def reference(self, *rollouts: Rollouts) -> tuple[Array, Metrics]:
         from rlsys.rollouts import concatenate
 
         with self._on_its_share():
             return self.policy.reference(concatenate(rollouts)), {}
 
     @ray.method(num_returns=2)
-    def learn(self, datums: Any, position: Any) -> tuple[Array, Metrics]:
+    def learn(self, datums: DatumBatch, position: MinibatchPosition) -> tuple[Array, Metrics]:
         with self._on_its_share():
             return self.policy.learn(
                 datums,
@@ -134,25 +146,30 @@ class LearnerActor:
             )
 
     @ray.method(num_returns=2)
-    def publish(self) -> tuple[Any, dict[str, Any]]:
+    def publish(self) -> tuple[WeightUpdate, dict[str, Any]]:
         with self._on_its_share():
             update = self.policy.publish()
         snapshot = update.snapshot
         return update, {"version": snapshot.version, "digest": snapshot.digest, "nbytes": snapshot.buffer.nbytes}
 
     def digest(self) -> str:
-        """Of the adapter in the learner's own precision: the same on every rank."""
+        """Hash of the adapter in the learner's precision, which must be the same on every rank."""
         return self.policy.digest()
 
     def state_files(self) -> dict[str, bytes]:
-        """A checkpoint's files: what a learner that is started with them goes on from."""
+        """The files of a checkpoint, from which `start` resumes."""
         with self._on_its_share():
             return self.policy.state_files()
 
+    @property
+    def policy(self) -> Policy:
+        assert self.started is not None, "start comes first"
+        return self.started
+
     @contextmanager
     def _on_its_share(self) -> Iterator[None]:
-        """What computes on the GPU: within the part of its memory that plan and placement count with, and with nothing
-        kept afterwards that an engine on the same GPU needs to start or to wake."""
+        """Limit GPU memory to the share that plan and placement count with, and free the cache afterwards for an engine
+        on the same GPU."""
         section = self.config.learner
         gpu_memory.limit(section.device, section.num_gpus)
         try:
