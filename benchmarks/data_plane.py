@@ -173,13 +173,13 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         ledger = Ledger(Epochs(config.rl.problems_per_step, config.rl.problems_per_step, config.run.seed))
         control = Control(config.run.name, {})
         ending.callback(control.close)
-        membership.SamplerActor = ReplayingSampler  # type: ignore[assignment, misc]
+        membership.SamplerActor = ReplayingSampler  # type: ignore[attr-defined]
         samplers = SamplerPool(
             config, placement, failures, progress.note, _refuse_renewal, control.listen, ledger.resampled
         )
         ending.callback(samplers.close)
         samplers.membership.launch(sampler_seats)
-        base, nothing = Ref(ray.put(recording)), Ref(None)
+        base, nothing = Ref[Any](ray.put(recording)), Ref[Any](None)
         graders.start(base)
         samplers.membership.begin(base, nothing, nothing)
         learner.start(LearnerInit(base, nothing))

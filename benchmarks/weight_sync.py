@@ -118,8 +118,8 @@ class MeasuredSampler(SamplerActor):
 @contextmanager
 def stages(config: JobConfig) -> Iterator[tuple[LearnerGroup, SamplerPool]]:
     """The job's, with nothing but a learner and a sampler."""
-    actors.stages.learner_group.LearnerActor = MeasuredLearner  # type: ignore[misc]
-    actors.stages.sampler_pool.membership.SamplerActor = MeasuredSampler  # type: ignore[misc]
+    actors.stages.learner_group.LearnerActor = MeasuredLearner  # type: ignore[attr-defined]
+    actors.stages.sampler_pool.membership.SamplerActor = MeasuredSampler  # type: ignore[attr-defined]
     failures, note = Failures(), print
     placement = Placement(config, note)
     learner = LearnerGroup(config, Loaded(None), failures, note)
@@ -129,7 +129,7 @@ def stages(config: JobConfig) -> Iterator[tuple[LearnerGroup, SamplerPool]]:
         learner.launch(rank_seats)
         samplers.membership.launch(sampler_seats)
         assert config.model.path is not None
-        base, problems = config.model.path, Ref(ray.put(random_problems(8, 40, 1000)))
+        base, problems = config.model.path, Ref[Any](ray.put(random_problems(8, 40, 1000)))
         samplers.membership.begin(base, problems, problems)
         learner.start(LearnerInit(base, problems))
         samplers.membership.start(SamplerInit(base, problems, problems, learner.probe()))

@@ -132,7 +132,7 @@ class Membership:
         joining = self._joining()
         if not joining:
             return
-        # Without the watchdog: while others work, nobody has to wait for a member that is joining.
+        # Without the watchdog: while others work, a member may take its time to join.
         ready = ray.wait([waiting.ref for waiting in joining], num_returns=len(joining), timeout=0)[0]
         for waiting, member in joining.items():
             if waiting.ref in ready:
@@ -152,7 +152,7 @@ class Membership:
             if lacking and waited > self.config.watchdog.sample_s:
                 raise StalledError(
                     f"sample: no sampler serves, and {member.name} has waited {waited:.0f} s (watchdog.sample_s) for "
-                    f"a placement: {lacking}. {self.failures.first()}"
+                    f"a place: {lacking}. {self.failures.first()}"
                 )
 
     def is_current(self, version: int, digest: str) -> bool:

@@ -64,7 +64,7 @@ class SamplerPool:
             while ticket in self.dispatcher.batches:
                 self._advance(POLL_S)
         finally:
-            self.dispatcher.batches.pop(ticket, None)  # after an error nobody waits for it
+            self.dispatcher.batches.pop(ticket, None)  # after an error: no longer waited for
         rollouts = self.dispatcher.finished.pop(ticket)
         if self._shares_gpus:
             self._all("sleep", "giving the GPU's memory to the learner")

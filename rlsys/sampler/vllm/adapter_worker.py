@@ -3,7 +3,7 @@
 A module of the learner's model and its slots in the engine:
 
     k_proj          one of the three that vLLM packs into qkv_proj
-    o_proj          a layer of its own, as qkv_proj of Phi-3 is, which its checkpoints hold fused
+    o_proj          a separate layer, as qkv_proj of Phi-3 is, which its checkpoints hold fused
     gate_up_proj    of GLM-4: fused in the learner, two slots here. Both get A, and each its rows of B
 """
 
