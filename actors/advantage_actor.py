@@ -1,31 +1,37 @@
-"""Door onto the group advantages."""
+"""Actor around the group advantages."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from actors.cluster.column_refs import split
+from actors.cluster.column_refs import unpack_columns
 from rlsys.config import RlSection
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageRequest:
+    num_minibatches: int
+    lengths: tuple[int, ...]  # of the columns beside the request: rollouts, rewards, reference
 
 
 class GroupAdvantageActor:
     def __init__(self, section: RlSection) -> None:
         self.section = section
 
-    def compute_advantages(self, num_minibatches: int, sizes: Sequence[int], *columns: Any) -> Any:
-        """The pieces' datums, whose completions they are, and (facts, outcomes)."""
+    def compute_advantages(self, request: AdvantageRequest, *columns: Any) -> Any:
+        """Datums of each minibatch, the completions that they come from, and (metrics, outcomes)."""
         import numpy as np
 
         from rlsys.advantages import to_minibatches
         from rlsys.rollouts import concatenate
 
-        rollouts, rewards, reference = split(sizes, columns)
+        rollouts, rewards, reference = unpack_columns(request.lengths, columns)
         logprobs = np.concatenate(reference) if reference else None
         batches, rows, metrics, outcomes = to_minibatches(
-            concatenate(rollouts), np.concatenate(rewards), self.section, num_minibatches, logprobs
+            concatenate(rollouts), np.concatenate(rewards), self.section, request.num_minibatches, logprobs
         )
         return *batches, *rows, (metrics, outcomes)
 
     def progress(self) -> None:
-        """Nothing to tell: a call is one pass over arrays."""
+        """No progress within a call, which is one pass over arrays."""

@@ -1,4 +1,4 @@
-"""One training job from configuration to report: puts the parts together, runs the loop, leaves nothing behind."""
+"""One training job from configuration to report: starts the actors, runs the loop, and cleans up."""
 
 from __future__ import annotations
 
@@ -6,50 +6,44 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
 
-from actors.cluster.placement import Placement
+from actors.cluster.column_refs import BaseRef
 from actors.cluster.processors import refuse_absent_cores
 from actors.cluster.ray_cluster import cluster, refuse_other_builds
 from actors.control import Control
-from actors.faults.actor_logs import Failures, process_of
+from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
-from actors.stages.checkpointer import BackgroundCheckpointer
-from actors.stages.learner_group import LearnerGroup, LearnerInit
-from actors.stages.sampler_pool import SamplerInit, SamplerPool
-from actors.stages.stateless_actors import AdvantageActors, GraderActors
+from actors.job_actors import job_actors
+from actors.job_observer import JobObserver
+from actors.stages.learner_group import LearnerGroup
+from actors.stages.stateless_actors import GraderActors
 from rlsys import async_loop, loop, losses
 from rlsys.architectures.support import refuse_unsupported_job
 from rlsys.config import JobConfig
-from rlsys.config.gpu_shares import may_share, start_in_order
+from rlsys.config.gpu_shares import may_share
 from rlsys.config.relative_paths import resolve_paths
 from rlsys.data.problems import Epochs
 from rlsys.errors import RlsysError, RunExistsError, StorageError
 from rlsys.learner.adapter_checkpoint import CONFIG, MANIFEST, WEIGHTS
-from rlsys.metrics import Metrics
 from rlsys.modeling.base_model import pack_folder
 from rlsys.planning.model_folder import check_job
-from rlsys.protocols import BatchRef, PublishedAdapter, RewardsRef, RolledBack, Stages, TrainedStep
+from rlsys.protocols import Ref, Stages
 from rlsys.report.page import write_report
-from rlsys.run_state.jsonl import ERRORS, RolloutRow, read_metrics
+from rlsys.run_state.jsonl import ERRORS, read_metrics
 from rlsys.run_state.ledger import Ledger
 from rlsys.run_state.run_dir import RunStore
 from rlsys.run_state.saved_rollouts import delete_after
-from rlsys.tracking.learning_checks import LearningChecks, see_records
-from rlsys.tracking.progress import Progress, stage_times
-from rlsys.tracking.system_metrics import SystemMetrics
+from rlsys.tracking.progress import Progress
 from rlsys.tracking.tracker import Tracker
 from rlsys.utils.atomic_files import refusal
 from rlsys.utils.env_variables import env_variable
 from rlsys.utils.text_files import first_line
-
-WATCH_EVERY = 10  # steps between two looks for the actors' processes
-EVAL_ROWS = 12  # completions of the held-out problems in the report, before and after
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +61,13 @@ class Outcome:
 
 
 def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome:
-    """Begin a run or go on with it, to its end. Whatever this raises, wandb is closed, actors are gone, and adapter and
-    report are those of the last step that was whole.
+    """Start a run or resume it. Whatever this raises, wandb is closed, actors are gone, and adapter and report are
+    those of the last finished step.
 
     Raises:
-        RunExistsError: the run directory holds something else, or another driver is at work there.
-        RlsysError: whatever stopped the job, as one readable cause.
-        KeyboardInterrupt: interrupted where there was no step to finish, or twice.
+        RunExistsError: the run directory holds something else, or another driver uses it.
+        RlsysError: the error that stopped the job.
+        KeyboardInterrupt: interrupted before the first step, or twice.
     """
     started = time.monotonic()
     losses.resolve(config.rl.loss.name, config.rl.loss.params)  # wrong parameters are refused before any work
@@ -84,33 +78,30 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
         progress.note(f"rlsys: {note}")
     with RunStore.open(config, fresh, progress.note) as store:
         config = resolve_paths(store.config)  # which has the run's own date
-        accuracies = _accuracies(store)
         if store.finished:
-            return _as_it_was(store, accuracies, progress)
+            return _outcome_of_finished(store, progress)
         delete_after(store.run_dir, -1 if store.resume is None else store.resume.step)
         failures = Failures(store.run_dir / ERRORS)
         interrupts = Interrupts(progress.note)
         tracker = _tracker(store.config, store, progress)
-        observer = JobObserver(config, tracker, progress, failures, accuracies)
         with (
             _results(store, failures, progress.note),
             interrupts.watched(),
             tracker,
             cluster(config.cluster) as where,
-            # Again once Ray is up: it puts its own handler of SIGTERM in place, which aborts the process.
+            # Again once Ray is up: it installs its own handler of SIGTERM, which aborts the process.
             interrupts.watched(),
         ):
             _announce(config, store, where, progress)
-            with job_actors(config, store, failures, progress) as actors:
-                steps = _run(config, actors, store, observer, interrupts, progress)
+            steps, accuracies = _run(config, store, failures, tracker, interrupts, progress)
             save_adapter(store)
             tracker.adapter(store.run_dir / "adapter")
         return Outcome(
             run_dir=store.run_dir,
             steps=steps,
             interrupted=interrupts.requested,
-            accuracy_before=observer.accuracies.get(0, float("nan")),
-            accuracy_after=observer.accuracies.get(steps, float("nan")),
+            accuracy_before=accuracies.get(0, float("nan")),
+            accuracy_after=accuracies.get(steps, float("nan")),
             seconds=time.monotonic() - started,
             wandb_dir=tracker.wandb_dir,
             wandb_url=tracker.wandb_url,
@@ -119,11 +110,11 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
 
 @contextmanager
 def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -> Iterator[None]:
-    """Leave adapter and report, however the block ends. Where it fails, what fails here too is only told beside it.
+    """Write adapter and report, however the block ends. After an error of the block, an error here is only noted.
 
     Raises:
-        StorageError: the disk takes no more of the run.
-        RlsysError: what the block raised, with the error that came first.
+        StorageError: the disk is full or refuses writes.
+        RlsysError: the block's error, with the first error of any actor.
     """
     try:
         yield
@@ -135,9 +126,9 @@ def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -
             reported = StorageError(refused)
         elif isinstance(error, RlsysError):
             reported = type(error)(failures.report(error))
-        for what, leave in (("adapter", lambda: save_adapter(store)), ("report", lambda: write_report(store.run_dir))):
+        for what, write in (("adapter", lambda: save_adapter(store)), ("report", lambda: write_report(store.run_dir))):
             try:
-                leave()
+                write()
             except Exception as failure:
                 note(f"{store.run_dir}: the {what} cannot be written: {first_line(failure)}")
         if reported is error:
@@ -146,79 +137,49 @@ def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -
 
 
 def save_adapter(store: RunStore) -> None:
-    """The adapter of the newest checkpoint, where people look for it."""
+    """Copy the adapter of the newest checkpoint to `adapter/`."""
     latest = store.latest()
     if latest is not None:
         store.put("adapter", {name: latest.files[name] for name in (CONFIG, WEIGHTS, MANIFEST)})
 
 
-@dataclass(frozen=True, slots=True)
-class JobActors:
-    """The stages of a job on its cluster."""
-
-    learner: LearnerGroup
-    samplers: SamplerPool
-    graders: GraderActors
-    advantages: AdvantageActors
-    checkpointer: BackgroundCheckpointer
-
-    def pids(self) -> dict[str, int]:
-        """Processes of the actors that live on the driver's node, by name; engines under their sampler's."""
-        here = ray.get_runtime_context().get_node_id()
-        actors = {f"sampler{member.index}": member.actor for member in self.samplers.members}
-        actors |= {f"learner{rank}": actor for rank, actor in enumerate(self.learner.ranks)}
-        actors |= {"rewards": self.graders.actor}
-        found = {name: process_of(actor) for name, actor in actors.items()}
-        return {name: process.pid for name, process in found.items() if process and process.node == here}
-
-
-@contextmanager
-def job_actors(config: JobConfig, store: RunStore, failures: Failures, progress: Progress) -> Iterator[JobActors]:
-    """Every actor of the job; gone when the block ends, engines first."""
-    note = progress.note
-    with ExitStack() as stack:
-        placement = Placement(config, note)
-        stack.callback(placement.release)
-        rank_slots, sampler_slots = placement.reserve()
-        learner = LearnerGroup(config, store, failures, note)
-        checkpointer = BackgroundCheckpointer(config, store, learner)
-        stack.callback(checkpointer.close)
-        stack.callback(learner.close)
-        stack.callback(checkpointer.finish)
-        learner.launch(rank_slots)
-        graders = GraderActors(config, failures, note)
-        stack.callback(graders.close)
-        advantages = AdvantageActors(config, failures, note)
-        stack.callback(advantages.close)
-        samplers = SamplerPool(config, placement, failures, note)
-        stack.callback(samplers.close)
-        samplers.launch(sampler_slots)
-        yield JobActors(learner, samplers, graders, advantages, checkpointer)
-
-
 def _run(
     config: JobConfig,
-    actors: JobActors,
     store: RunStore,
-    observer: JobObserver,
+    failures: Failures,
+    tracker: Tracker,
     interrupts: Interrupts,
     progress: Progress,
-) -> int:
-    handlers = {"scale": actors.samplers.resize, "stop": lambda _: interrupts.request()}
-    control = Control(config.run.name, handlers)
-    actors.samplers.between = control.listen
-    try:
-        base = _base(config, actors, store, observer, progress)
+) -> tuple[int, dict[int, float]]:
+    """From the base to the last checkpoint. Returns the last step, and the accuracy of each evaluation by step."""
+    with ExitStack() as stack:
+        # The actors and the ledger exist before anything is asked for or sampled again.
+        handlers: dict[str, Callable[[Any], str]] = {
+            "scale": lambda wanted: actors.policy.samplers.membership.resize(wanted),
+            "stop": lambda _: interrupts.request(),
+        }
+        control = Control(config.run.name, handlers)
+        stack.callback(control.close)
+        actors = stack.enter_context(
+            job_actors(
+                config,
+                store,
+                failures,
+                progress.note,
+                between=control.listen,
+                resampled=lambda problems: ledger.resampled(problems),
+            )
+        )
+        policy = actors.policy
+        observer = JobObserver(config, tracker, progress, failures, _accuracies(store), policy.graders, actors.pids)
+        base = _base(config, policy.learner, store, observer, progress)
         with progress.stage("starting engines", None):
-            actors.graders.start(base)
-            counts = _task_facts(actors, store, observer)
-            _start(actors, base)
-        observer.graders = actors.graders
-        observer.pids = actors.pids
+            policy.graders.start(base)
+            counts = _task_facts(policy.graders, store, observer)
+            policy.start(base, learner_first=may_share(config.learner, config.sampler))
         epochs = Epochs(counts["train"], config.rl.problems_per_step, config.run.seed)
         ledger = Ledger(epochs) if store.resume is None else Ledger.from_bytes(store.resume.ledger, epochs)
-        actors.samplers.resampled = ledger.resampled
-        stages = Stages(actors.samplers, actors.graders, actors.advantages, actors.learner, actors.checkpointer)
+        stages = Stages(policy.samplers, policy.graders, actors.advantages, policy.learner, actors.checkpointer)
         held_out = np.arange(counts["eval"])
         run = loop.run if config.overlap.max_policy_lag is None else async_loop.run
         with progress.stage("reinforcement learning", config.rl.steps), interrupts.between_steps() as requested:
@@ -229,48 +190,31 @@ def _run(
 
             steps = run(config, stages, ledger, held_out, observer, should_stop)
         actors.checkpointer.flush()
-        return steps
-    finally:
-        control.close()
+        return steps, observer.accuracies
 
 
-def _base(config: JobConfig, actors: JobActors, store: RunStore, observer: JobObserver, progress: Progress) -> Any:
-    """What actors load the base from: a folder or hub name, or a reference to the packed folder that this run made."""
+def _base(
+    config: JobConfig, learner: LearnerGroup, store: RunStore, observer: JobObserver, progress: Progress
+) -> BaseRef:
+    """A folder or hub name, or a reference to the packed folder of the base that this run trained from scratch."""
     make = config.model.make
     if make is None:
+        assert config.model.path is not None
         return config.model.path
     if store.base is None:
         with progress.stage("supervised: making the base", make.supervised.max_steps):
-            store.put("base", actors.learner.make_base(observer.on_supervised))
+            store.put("base", learner.make_base(observer.on_supervised))
     assert store.base is not None
-    return ray.put(pack_folder(store.base))
+    return Ref(ray.put(pack_folder(store.base)))
 
 
-def _start(actors: JobActors, base: Any) -> None:
-    """Load the base everywhere, and have every sampler prove that adapters reach its forward pass."""
-    train, held_out = (actors.graders.problems(split) for split in ("train", "eval"))
-    shared = may_share(actors.learner.config.learner, actors.samplers.config.sampler)
-    start_in_order(
-        shared,
-        lambda: actors.learner.start(LearnerInit(base, train)),
-        lambda: actors.samplers.begin(base, train, held_out),
-    )
-    actors.samplers.start(SamplerInit(base, train, held_out, _probe(actors.learner)))
-
-    def renew() -> tuple[SamplerInit, PublishedAdapter]:
-        train, held_out = (actors.graders.problems(split) for split in ("train", "eval"))
-        return SamplerInit(base, train, held_out, actors.learner.probe()), actors.learner.publish()
-
-    actors.samplers.renew = renew
-
-
-def _task_facts(actors: JobActors, store: RunStore, observer: JobObserver) -> dict[str, int]:
-    """How many problems each split has; written down, and compared where the run goes on, before any engine starts.
+def _task_facts(graders: GraderActors, store: RunStore, observer: JobObserver) -> dict[str, int]:
+    """Number of problems of each split; noted in the run directory, and compared on resume, before any engine starts.
 
     Raises:
-        RunExistsError: the problems are others than those that the run began with.
+        RunExistsError: the run began with other problems.
     """
-    metrics, digest = actors.graders.metrics(), actors.graders.digest()
+    metrics, digest = graders.metrics(), graders.digest()
     before = store.info.get("problems")
     if before not in (None, digest) and store.resume is not None:
         raise RunExistsError(
@@ -279,18 +223,10 @@ def _task_facts(actors: JobActors, store: RunStore, observer: JobObserver) -> di
             "start over with --fresh"
         )
     store.note(problems=digest, train_problems=int(metrics["task/train_problems"]))
-    actors.graders.write_problems(str(store.run_dir.absolute()))
+    graders.write_problems(str(store.run_dir.absolute()))
     if store.resume is None:
         observer.on_task(metrics)
     return {split: int(metrics[f"task/{split}_problems"]) for split in ("train", "eval")}
-
-
-def _probe(learner: LearnerGroup) -> Any:
-    while True:
-        try:
-            return learner.probe()
-        except RolledBack:  # nothing has been done yet that would have to be done again
-            continue
 
 
 def _tracker(config: JobConfig, store: RunStore, progress: Progress) -> Tracker:
@@ -307,8 +243,8 @@ def _tracker(config: JobConfig, store: RunStore, progress: Progress) -> Tracker:
 
 
 def _announce(config: JobConfig, store: RunStore, where: str, progress: Progress) -> None:
-    """Say where the run is, to the user and to `rlsys scale` and `rlsys stop`."""
-    after = "" if store.resume is None else f", going on after step {store.resume.step}"
+    """Tell the user, `rlsys scale` and `rlsys stop` where the run is."""
+    after = "" if store.resume is None else f", resuming after step {store.resume.step}"
     progress.note(f"rlsys: run {config.run.name!r} on {where}, writing to {store.run_dir}{after}")
     store.note(
         cluster=ray.get_runtime_context().gcs_address, auth_mode=env_variable("RAY_AUTH_MODE") or "", pid=os.getpid()
@@ -316,18 +252,18 @@ def _announce(config: JobConfig, store: RunStore, where: str, progress: Progress
 
 
 def _accuracies(store: RunStore) -> dict[int, float]:
-    """Of the evaluations that are part of the run by now."""
+    """Accuracy of each evaluation up to the last checkpoint, by step."""
     done = -1 if store.resume is None else store.resume.step
     lines = read_metrics(store.run_dir)
     return {line["step"]: line["eval/accuracy"] for line in lines if "eval/accuracy" in line and line["step"] <= done}
 
 
-def _as_it_was(store: RunStore, accuracies: dict[int, float], progress: Progress) -> Outcome:
+def _outcome_of_finished(store: RunStore, progress: Progress) -> Outcome:
     assert store.resume is not None
-    steps = store.resume.step
+    steps, accuracies = store.resume.step, _accuracies(store)
     progress.note(
-        f"{store.run_dir}: this run has made all of its {steps} steps; raise rl.steps to go on with it, or start over "
-        "with --fresh"
+        f"{store.run_dir}: this run has finished all of its {steps} steps; raise rl.steps to continue it, or start "
+        "over with --fresh"
     )
     save_adapter(store)
     write_report(store.run_dir)
@@ -341,96 +277,3 @@ def _as_it_was(store: RunStore, accuracies: dict[int, float], progress: Progress
         wandb_dir=None,
         wandb_url=None,
     )
-
-
-class JobObserver:
-    """Takes what the loop reports to tracker and progress."""
-
-    def __init__(
-        self,
-        config: JobConfig,
-        tracker: Tracker,
-        progress: Progress,
-        failures: Failures,
-        accuracies: dict[int, float],
-    ) -> None:
-        self.config, self.tracker, self.progress, self.failures = config, tracker, progress, failures
-        self.accuracies = accuracies
-        self.run_dir = config.run_dir
-        self.system = SystemMetrics(self.run_dir, progress.note)
-        self.graders: GraderActors  # set once the actors are up; nothing is observed before
-        self.pids: Callable[[], dict[str, int]] = dict
-        self._look_at = 0
-        self.checks = LearningChecks(config.model_dump(mode="json"))
-        see_records(self.checks, read_metrics(self.run_dir))  # of a run that goes on: told already
-
-    def on_supervised(self, news: list[dict[str, float]]) -> None:
-        for figures in news:
-            step = int(figures["sft/step"])
-            self.tracker.log(step, {name: value for name, value in figures.items() if name != "sft/step"})
-        if news:
-            last = news[-1]
-            accuracy = next((new["sft/gate_accuracy"] for new in reversed(news) if "sft/gate_accuracy" in new), None)
-            self.progress.update(
-                int(last["sft/step"]), loss=last["sft/loss"], tokens_per_s=last["sft/tokens_per_s"], accuracy=accuracy
-            )
-
-    def on_task(self, metrics: Metrics) -> None:
-        self.tracker.log(0, metrics)
-        self._check(0, metrics)
-
-    def on_rollback(self, step: int) -> None:
-        self.tracker.roll_back(step)
-        delete_after(self.run_dir, step)
-        self.accuracies = {at: accuracy for at, accuracy in self.accuracies.items() if at <= step}
-        self.checks.roll_back(step)
-
-    def on_step(self, step: int, metrics: Metrics, trained: TrainedStep) -> None:
-        self.failures.forget()
-        if step >= self._look_at:  # asking who runs where takes longer than reading their memory
-            self.system.watch(self.pids())
-            self._look_at = step + WATCH_EVERY
-        self.tracker.log(step, {**metrics, **self.system.figures()})
-        self._check(step, metrics)
-        rewards, samples = trained.rewards, self.config.rl.samples_per_problem
-        self.tracker.groups(
-            step, trained.problems.tolist(), (rewards.passed / samples).tolist(), rewards.grade.tolist()
-        )
-        if self.config.tracking.rollout_steps:
-            self.graders.record(str(self.run_dir.absolute()), step, trained)
-        count = self.config.tracking.rollouts_per_step
-        self._show("train", "train", step, count, trained.rollouts, trained.rewards, trained)
-        self.progress.update(
-            step,
-            reward=metrics["reward/mean"],
-            tokens_per_s=metrics["sampler/tokens_per_s"],
-            times=stage_times(metrics),
-        )
-
-    def on_eval(self, step: int, metrics: Metrics, rollouts: BatchRef, rewards: RewardsRef) -> None:
-        self.tracker.log(step, metrics)
-        self._check(step, metrics)
-        self.accuracies[step] = metrics["eval/accuracy"]
-        self.progress.update(step, accuracy=metrics["eval/accuracy"])
-        if step in (0, self.config.rl.steps):
-            phase = "before" if step == 0 else "after"
-            self._show("eval", phase, step, EVAL_ROWS, rollouts, rewards)
-
-    def _check(self, step: int, metrics: Metrics) -> None:
-        """Tell the user what keeps the run from learning, once."""
-        for text in self.checks.see(step, metrics):
-            self.progress.note(f"rlsys: step {step}: {text}")
-
-    def _show(
-        self,
-        split: str,
-        phase: Any,
-        step: int,
-        rows: int,
-        rollouts: BatchRef,
-        rewards: BatchRef,
-        trained: TrainedStep | None = None,
-    ) -> None:
-        if rows:
-            shown = self.graders.show(split, rows, rollouts, rewards, trained)
-            self.tracker.rollouts(step, [RolloutRow(step=step, phase=phase, **asdict(row)) for row in shown])

@@ -1,76 +1,123 @@
-"""Door onto the graders, and the one place that turns completions into text."""
+"""Actor around the graders: the only place that turns completions into text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.cluster.column_refs import split as parts_of
+from actors.cluster.column_refs import unpack_columns
 from rlsys.config import JobConfig
 from rlsys.types import Array
+
+if TYPE_CHECKING:
+    from actors.cluster.base_folder import Base
+    from rlsys.data.problems import ProblemSet
+    from rlsys.grading.grader import Grader
+    from rlsys.grading.samples import RolloutSample
+    from rlsys.rollouts import Rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class ShowRequest:
+    """Some completions as text."""
+
+    split: str
+    count: int
+    first_rows: tuple[int, ...]  # of each minibatch: the completion of the step that its rows call 0
+    lengths: tuple[int, ...]  # of the columns beside the request: rollouts, rewards, datums, rows, learner's p
+
+
+@dataclass(frozen=True, slots=True)
+class RecordRequest:
+    """A step's rollouts for `rlsys replay`."""
+
+    run_dir: str
+    step: int
+    version: int  # of the learner when the step began
+    num_minibatches: int
+    lengths: tuple[int, ...]  # of the columns beside the request: rollouts, rewards, reference
 
 
 class RewardActor:
     def __init__(self, config: JobConfig) -> None:
         self.config = config
+        self.started: Grader | None = None
 
-    def start(self, base: Any) -> None:
+    def start(self, base: Base) -> None:
         from actors.cluster.base_folder import local_folder
         from rlsys.grading.grader import Grader
 
         with local_folder(base) as folder:
-            self.grading = Grader.start(self.config, folder)
+            self.started = Grader.start(self.config, folder)
 
-    def problems(self, split: str) -> Any:
-        return self.grading.problems[split]
+    def problems(self, split: str) -> ProblemSet:
+        return self._grader.problems[split]
 
     def task_facts(self) -> dict[str, float]:
-        return dict(self.grading.metrics)
+        return dict(self._grader.metrics)
 
     def digest(self) -> str:
-        return self.grading.problems["train"].digest
+        return self._grader.problems["train"].digest
 
-    def grade(self, split: str, *rollouts: Any) -> tuple[Array, Any]:
+    def grade(self, split: str, *rollouts: Rollouts) -> tuple[Array, Any]:
         from rlsys.rollouts import concatenate
 
-        grades = self.grading.grade(split, concatenate(rollouts))
+        grades = self._grader.grade(split, concatenate(rollouts))
         return grades.rewards, (grades.metrics, grades.failure, grades.grade, grades.passed, grades.idle)
 
-    def show(self, split: str, rows: int, firsts: Sequence[int], sizes: Sequence[int], *columns: Any) -> list[Any]:
-        """`firsts`: what to add to each piece's numbers of completions to have those of the step."""
+    def show(self, request: ShowRequest, *columns: Any) -> list[RolloutSample]:
         import numpy as np
 
         from rlsys.rollouts import concatenate
 
-        rollouts, rewards, datums, rows_of, logprobs = parts_of(sizes, columns)
-        of_step = [numbers + first for numbers, first in zip(rows_of, firsts, strict=True)]
-        whole, rewards_R = concatenate(rollouts), np.concatenate(rewards)
-        return self.grading.show(split, rows, whole, rewards_R, datums, of_step, logprobs)
+        rollouts, rewards, datums, rows_of, logprobs = unpack_columns(request.lengths, columns)
+        of_step = [rows + first for rows, first in zip(rows_of, request.first_rows, strict=True)]
+        return self._grader.show(
+            request.split,
+            request.count,
+            concatenate(rollouts),
+            np.concatenate(rewards),
+            datums,
+            of_step,
+            logprobs,
+        )
 
     def write_problems(self, run_dir: str) -> None:
-        """The training problems' texts, beside what is told of them by number."""
-        self.grading.write_problems(Path(run_dir))
+        """Write the texts of the training problems; metrics and rollouts name problems by number."""
+        self._grader.write_problems(Path(run_dir))
 
-    def record(self, run_dir: str, step: int, version: int, pieces: int, sizes: Sequence[int], *columns: Any) -> None:
+    def record(self, request: RecordRequest, *columns: Any) -> None:
         import numpy as np
 
         from rlsys.rollouts import concatenate
         from rlsys.run_state.saved_rollouts import SavedStep, save_step
 
-        rollouts, rewards, reference = parts_of(sizes, columns)
+        rollouts, rewards, reference = unpack_columns(request.lengths, columns)
         logprobs = np.concatenate(reference) if reference else None
-        recorded = SavedStep(step, version, pieces, concatenate(rollouts), np.concatenate(rewards), logprobs)
-        save_step(Path(run_dir), recorded, self.config.tracking.rollout_steps)
+        saved = SavedStep(
+            request.step,
+            request.version,
+            request.num_minibatches,
+            concatenate(rollouts),
+            np.concatenate(rewards),
+            logprobs,
+        )
+        save_step(Path(request.run_dir), saved, self.config.tracking.rollout_steps)
 
     @ray.method(concurrency_group="watch")
     def progress(self) -> Any:
-        """Changes whenever a grade has come in."""
-        return self.grading.pool.progress() if hasattr(self, "grading") else None
+        """Changes with every grade; None before `start` is done."""
+        return None if self.started is None else self.started.pool.progress()
 
     def stop(self) -> None:
-        """Also where `start` was never reached."""
-        if hasattr(self, "grading"):
-            self.grading.close()
+        """Stop the grader processes, if they were started."""
+        if self.started is not None:
+            self.started.close()
+
+    @property
+    def _grader(self) -> Grader:
+        assert self.started is not None, "start comes first"
+        return self.started

@@ -1,8 +1,10 @@
-"""Door onto one vLLM engine."""
+"""Actor around one vLLM engine."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -12,9 +14,35 @@ from rlsys.types import Array, SamplingParams
 from rlsys.weight_sync.canary import StartupProbe
 from rlsys.weight_sync.update import Attestation, WeightUpdate
 
+if TYPE_CHECKING:
+    from actors.cluster.base_folder import Base
+    from rlsys.data.problems import ProblemSet
+    from rlsys.environments.multi_turn import Conversations
+    from rlsys.rollouts import Rollouts
+    from rlsys.sampler.engine import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """Groups of one call."""
+
+    split: str
+    problems: Array  # (P,)
+    occurrence: Array  # (P,) of each problem among all that are sampled under the seed
+    n: int  # completions of each
+    params: SamplingParams
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    sampler: Sampler
+    problems: Mapping[str, ProblemSet]  # by split
+    conversations: Conversations | None  # of a task with several turns
+
 
 class SamplerActor:
-    """Async: many calls at once, which is how the engine batches them."""
+    """Async: the engine batches concurrent calls."""
 
     def __init__(self, config: JobConfig, index: int) -> None:
         from rlsys.sampler import engine
@@ -22,13 +50,14 @@ class SamplerActor:
         pin(config.sampler.cores, "sampler.cores")  # the engine's processes inherit it
         engine.prepare_environment(config.sampler, config.sampler_device)
         self.config, self.index = config, index
+        self.started: Started | None = None
 
     async def preload(self) -> None:
         from rlsys.sampler import engine
 
         engine.preload(self.config.sampler_device)
 
-    async def start(self, base: Any, train: Any, held_out: Any) -> None:
+    async def start(self, base: Base, train: ProblemSet, held_out: ProblemSet) -> None:
         from actors.cluster.base_folder import local_folder
         from actors.machine.gpus import refuse_dtype
         from rlsys.environments.multi_turn import Conversations
@@ -37,10 +66,8 @@ class SamplerActor:
         config = self.config
         if config.sampler_device == "cuda":
             refuse_dtype(config.model.dtype, f"sampler {self.index}")
-        self.problems = {"train": train, "eval": held_out}
-        self.moves = config.overlap.continue_on_new_weights
         with local_folder(base) as folder:
-            self.sampler = Sampler(
+            sampler = Sampler(
                 name=str(self.index),
                 base=folder,
                 model=config.model,
@@ -48,42 +75,44 @@ class SamplerActor:
                 seed=config.run.seed * 1000 + self.index,
                 device=config.sampler_device,
             )
-            self.conversations = Conversations.start(config, folder, self.sampler)
-            await self.sampler.start()
+            conversations = Conversations.start(config, folder, sampler)
+            # Before the engine starts: its progress is watched, and it can be stopped, while it starts.
+            self.started = Started(sampler, {"train": train, "eval": held_out}, conversations)
+            await sampler.start()
 
     async def replace(
         self,
-        base: Any,
-        train: Any,
-        held_out: Any,
+        base: Base,
+        train: ProblemSet,
+        held_out: ProblemSet,
         probe: StartupProbe,
         update: WeightUpdate | None,
         bound: float | None,
     ) -> Attestation | None:
-        """Start in a job that is under way: everything that the samplers of its beginning had to prove, in one call."""
+        """Start in a running job: start the engine, prove that adapters reach its forward pass, load the current
+        version."""
         await self.start(base, train, held_out)
         await self.prove(probe, bound)
         return None if update is None else await self.load(update, bound)
 
     @ray.method(num_returns=2)
-    async def sample(
-        self, split: str, problems: Array, occurrence: Array, n: int, params: SamplingParams, version: int
-    ) -> Any:
-        known, run = self.problems[split], self.config.run.name
-        moves = self.moves and split == "train"  # an evaluation is of one version
+    async def sample(self, request: SampleRequest) -> tuple[Rollouts, dict[str, float]]:
+        started, run = self._running, self.config.run.name
+        known, problems = started.problems[request.split], request.problems
+        # an evaluation is of one version
+        moves = self.config.overlap.continue_on_new_weights and request.split == "train"
         tokens, offsets = known.select(problems)
-        if self.conversations is None:
-            rollouts = await self.sampler.sample(problems, tokens, offsets, n, params, run, version, moves, occurrence)
+        how = request.n, request.params, run, request.version, moves, request.occurrence
+        if started.conversations is None:
+            rollouts = await started.sampler.sample(problems, tokens, offsets, *how)
             return rollouts, rollouts.counts()
         answers = [known.answers[i] for i in problems]
-        rollouts, counts = await self.conversations.sample(
-            problems, tokens, offsets, answers, n, params, run, version, moves, occurrence
-        )
+        rollouts, counts = await started.conversations.sample(problems, tokens, offsets, answers, *how)
         return rollouts, {**rollouts.counts(), **counts}
 
-    async def load(self, update: WeightUpdate, bound: float | None, anew: bool = False) -> Attestation:
-        """`anew`: forget every version of the run first; the learner went back, and numbers come a second time."""
-        if anew:
+    async def load(self, update: WeightUpdate, bound: float | None, reload: bool = False) -> Attestation:
+        """`reload`: unload every version of the run first. The learner was rolled back, so version numbers repeat."""
+        if reload:
             await self.sampler.roll_back(self.config.run.name)
         return await self.sampler.load(update, bound)
 
@@ -97,15 +126,25 @@ class SamplerActor:
         await self.sampler.wake()
 
     async def progress(self) -> Any:
-        """Changes whenever the engine moves; nothing yet before it has started."""
-        if not hasattr(self, "conversations"):  # the last thing before the engine starts
+        """Changes with the engine's work; None before the engine starts."""
+        if self.started is None:
             return None
-        replies = 0 if self.conversations is None else self.conversations.progress()
-        return *await self.sampler.progress(), replies
+        conversations = self.started.conversations
+        return *await self.started.sampler.progress(), 0 if conversations is None else conversations.progress()
 
     async def stop(self) -> None:
-        """Also where `start` was never reached."""
-        if hasattr(self, "conversations"):
-            if self.conversations is not None:
-                self.conversations.close()
-            await self.sampler.stop()
+        """Stop environments and engine, if they were started."""
+        if self.started is None:
+            return
+        if self.started.conversations is not None:
+            self.started.conversations.close()
+        await self.started.sampler.stop()
+
+    @property
+    def _running(self) -> Started:
+        assert self.started is not None, "start comes first"
+        return self.started
+
+    @property
+    def sampler(self) -> Sampler:
+        return self._running.sampler

@@ -33,14 +33,18 @@ import ray
 from rich.console import Console
 
 from actors.cluster.column_refs import by_reference
-from actors.cluster.placement import Placement, Slot
+from actors.cluster.placement import Placement
 from actors.cluster.ray_cluster import cluster
 from actors.control import Control
 from actors.faults.actor_logs import Failures
-from actors.job import JobActors, JobObserver, train
+from actors.job import train
+from actors.job_actors import JobActors, PolicyActors
+from actors.job_observer import JobObserver
 from actors.stages.checkpointer import BackgroundCheckpointer
 from actors.stages.learner_group import LearnerGroup, LearnerInit
-from actors.stages.sampler_pool import SamplerInit, SamplerPool
+from actors.stages.sampler_pool import membership
+from actors.stages.sampler_pool.membership import SamplerInit
+from actors.stages.sampler_pool.pool import SamplerPool
 from actors.stages.stateless_actors import AdvantageActors, GraderActors, RestartingActor, driver_node_options
 from benchmarks.metering import Meter, Peaks, growth
 from benchmarks.replaying import WATCH, Recording, ReplayingLearner, ReplayingRewards, ReplayingSampler
@@ -49,7 +53,7 @@ from rlsys import async_loop, loop
 from rlsys.config import JobConfig, load_config
 from rlsys.data.problems import Epochs
 from rlsys.metrics import Metrics
-from rlsys.protocols import Stages, TrainedStep
+from rlsys.protocols import Ref, Stages, TrainedStep
 from rlsys.run_state.ledger import Ledger
 from rlsys.run_state.run_dir import RunStore
 from rlsys.run_state.saved_rollouts import load_step, recorded_steps
@@ -72,12 +76,6 @@ SIDES: dict[str, tuple[int | None, int]] = {
     "overlapped": (1, 1),
     "overlapped, 10x longer": (1, 10),
 }
-
-
-class ReplayedPool(SamplerPool):
-    def _actor(self, index: int, seat: Slot) -> Any:
-        options = ray.remote(ReplayingSampler).options(max_concurrency=1000, **by_reference(seat.ray_options()))
-        return options.remote(self.config.run.name)
 
 
 class ReplayedGraders(GraderActors):
@@ -128,7 +126,7 @@ class Bench:
         overlapping = self.config.overlap.model_copy(update={"max_policy_lag": lag})
         of_rl = self.config.rl.model_copy(update={"steps": until})
         config = self.config.model_copy(update={"overlap": overlapping, "rl": of_rl})
-        self.cast.samplers.config = config
+        self.cast.policy.samplers.dispatcher.config = config
         run = loop.run if lag is None else async_loop.run
         before, tokens = self.observer.meter.read(), self.observer.tokens
         assert run(config, self.stages, self.ledger, np.arange(HELD_OUT), self.observer) == until
@@ -140,13 +138,17 @@ class Bench:
 
     def _set(self, longer: int) -> None:
         if longer != self.longer:
-            ray.get([member.actor.set.remote(longer, PACE_S) for member in self.cast.samplers.members])
+            ray.get([member.actor.set.remote(longer, PACE_S) for member in self.cast.policy.samplers.members])
             self.longer = longer
+
+
+def _refuse_renewal() -> Any:
+    raise RuntimeError("an object of this benchmark was lost; run it again")
 
 
 @contextmanager
 def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
-    """The crew of a job, as `actors.job.job_actors` puts it together, with replaying actors."""
+    """The actors of a job, as `actors.job_actors.job_actors` puts it together, with replaying actors."""
     progress = Progress(Console(stderr=True, highlight=False))
     with ExitStack() as ending:
         store = ending.enter_context(RunStore.open(config, note=progress.note))
@@ -168,23 +170,24 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         ending.callback(graders.close)
         advantages = AdvantageActors(config, failures, progress.note)
         ending.callback(advantages.close)
-        samplers = ReplayedPool(config, placement, failures, progress.note)
-        ending.callback(samplers.close)
-        samplers.launch(sampler_seats)
-        base = ray.put(recording)
-        graders.start(base)
-        samplers.begin(base, None, None)
-        learner.start(LearnerInit(base, None))
-        samplers.start(SamplerInit(base, None, None, learner.probe()))
-        ray.get([member.actor.set.remote(1, PACE_S) for member in samplers.members])
         ledger = Ledger(Epochs(config.rl.problems_per_step, config.rl.problems_per_step, config.run.seed))
-        samplers.resampled = ledger.resampled
         control = Control(config.run.name, {})
         ending.callback(control.close)
-        samplers.between = control.listen
-        observer = Watching(config, tracker, progress, failures, {})
-        cast = JobActors(learner, samplers, graders, advantages, keeper)
-        observer.graders, observer.pids, observer.meter = graders, cast.pids, Meter()
+        membership.SamplerActor = ReplayingSampler  # type: ignore[attr-defined]
+        samplers = SamplerPool(
+            config, placement, failures, progress.note, _refuse_renewal, control.listen, ledger.resampled
+        )
+        ending.callback(samplers.close)
+        samplers.membership.launch(sampler_seats)
+        base, nothing = Ref[Any](ray.put(recording)), Ref[Any](None)
+        graders.start(base)
+        samplers.membership.begin(base, nothing, nothing)
+        learner.start(LearnerInit(base, nothing))
+        samplers.membership.start(SamplerInit(base, nothing, nothing, learner.probe()))
+        ray.get([member.actor.set.remote(1, PACE_S) for member in samplers.members])
+        cast = JobActors(PolicyActors(learner, samplers, graders), advantages, keeper)
+        observer = Watching(config, tracker, progress, failures, {}, graders, cast.pids)
+        observer.meter = Meter()
         stages = Stages(samplers, graders, advantages, learner, keeper)
         keeper.done = max(keeper.done, 0)  # no evaluation before the first step
         ending.enter_context(progress.stage("replaying", config.rl.steps))

@@ -16,7 +16,9 @@ import numpy as np
 import ray
 
 from actors.reward_actor import RewardActor
+from actors.sampler_actor import SampleRequest
 from rlsys.advantages import zero_variance_groups
+from rlsys.config import JobConfig
 from rlsys.rollouts import Rollouts, offsets_of, spans
 from rlsys.types import Array
 
@@ -81,10 +83,10 @@ class Attested:
 
 
 class ReplayingSampler:
-    """SamplerActor's door."""
+    """SamplerActor's methods."""
 
-    def __init__(self, run_id: str) -> None:
-        self.run_id, self.longer, self.pace, self.done = run_id, 1, 0.0, 0
+    def __init__(self, config: JobConfig, index: int) -> None:
+        self.run_id, self.longer, self.pace, self.done = config.run.name, 1, 0.0, 0
 
     async def preload(self) -> None:
         """There is nothing to import."""
@@ -95,15 +97,15 @@ class ReplayingSampler:
     async def prove(self, probe: Weights, bound: float | None) -> Attested:
         return self._attested(probe)
 
-    async def load(self, update: Weights, bound: float | None, anew: bool = False) -> Attested:
+    async def load(self, update: Weights, bound: float | None, reload: bool = False) -> Attested:
         return self._attested(update)
 
     async def set(self, longer: int, pace: float) -> None:
         self.longer, self.pace = longer, pace
 
     @ray.method(num_returns=2)
-    async def sample(self, split: str, problems: Array, occurrence: Array, n: int, params: Any, version: int) -> Any:
-        rollouts = self.recording.answers(problems, n, self.longer, version)
+    async def sample(self, request: SampleRequest) -> Any:
+        rollouts = self.recording.answers(request.problems, request.n, self.longer, request.version)
         await asyncio.sleep(float(rollouts.lengths.max()) / self.longer * self.pace)
         self.done += 1
         return rollouts, rollouts.counts()
@@ -122,7 +124,7 @@ class ReplayingRewards(RewardActor):
     """The real door with recorded grades behind it."""
 
     def start(self, base: Recording) -> None:
-        self.grading: Any = RecordedGrades(base)
+        self.started: Any = RecordedGrades(base)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
 
 import actors.stages.learner_group
-import actors.stages.sampler_pool
+import actors.stages.sampler_pool.membership
 from actors.cluster.placement import Placement
 from actors.cluster.ray_cluster import cluster
 from actors.evaluation import Loaded
@@ -37,13 +38,15 @@ from actors.faults.actor_logs import Failures
 from actors.learner_actor import LearnerActor
 from actors.sampler_actor import SamplerActor
 from actors.stages.learner_group import LearnerGroup, LearnerInit
-from actors.stages.sampler_pool import SamplerInit, SamplerPool
+from actors.stages.sampler_pool.membership import SamplerInit
+from actors.stages.sampler_pool.pool import SamplerPool
 from benchmarks.adapters import random_problems, write_adapter
 from benchmarks.rows import Row, Target, finish, spread
 from benchmarks.shapes import S54, TINY, write_model
 from rlsys import losses
 from rlsys.config import ClusterSection, JobConfig, LoraSection, ModelSection, RunSection, SamplerSection
 from rlsys.datums import DatumBatch
+from rlsys.protocols import Ref
 from rlsys.types import AdamParams, SamplingParams
 from rlsys.weight_sync.update import WeightUpdate
 
@@ -115,26 +118,31 @@ class MeasuredSampler(SamplerActor):
 @contextmanager
 def stages(config: JobConfig) -> Iterator[tuple[LearnerGroup, SamplerPool]]:
     """The job's, with nothing but a learner and a sampler."""
-    actors.stages.learner_group.LearnerActor, actors.stages.sampler_pool.SamplerActor = MeasuredLearner, MeasuredSampler  # type: ignore[misc]
+    actors.stages.learner_group.LearnerActor = MeasuredLearner  # type: ignore[attr-defined]
+    actors.stages.sampler_pool.membership.SamplerActor = MeasuredSampler  # type: ignore[attr-defined]
     failures, note = Failures(), print
     placement = Placement(config, note)
     learner = LearnerGroup(config, Loaded(None), failures, note)
-    samplers = SamplerPool(config, placement, failures, note)
+    samplers = SamplerPool(config, placement, failures, note, renew=_refuse_renewal)
     try:
         rank_seats, sampler_seats = placement.reserve()
         learner.launch(rank_seats)
-        samplers.launch(sampler_seats)
+        samplers.membership.launch(sampler_seats)
         assert config.model.path is not None
-        base, problems = config.model.path, ray.put(random_problems(8, 40, 1000))
-        samplers.begin(base, problems, problems)
+        base, problems = config.model.path, Ref[Any](ray.put(random_problems(8, 40, 1000)))
+        samplers.membership.begin(base, problems, problems)
         learner.start(LearnerInit(base, problems))
-        samplers.start(SamplerInit(base, problems, problems, learner.probe()))
+        samplers.membership.start(SamplerInit(base, problems, problems, learner.probe()))
         samplers.load(learner.publish())
         yield learner, samplers
     finally:
         samplers.close()
         learner.close()
         placement.release()
+
+
+def _refuse_renewal() -> Any:
+    raise RuntimeError("an object of this benchmark was lost; run it again")
 
 
 def measure(name: str, dtype: str, rank: int, repeats: int) -> Row:
@@ -187,7 +195,7 @@ def once(learner: LearnerGroup, samplers: SamplerPool, folder: Path, number: int
     first = SamplingParams(max_tokens=1, seed=number, stop=[])
     samplers.sample("train", np.array([number % 8]), 1, first)
     token = time.perf_counter()
-    update = ray.get(published.ref)
+    update = ray.get(published.ref.value)
     write_adapter(update.snapshot, folder)
     wait(sampler.make_room.remote(), LIMIT_S, "sampler: making room")
     add_lora = wait(sampler.add_lora.remote(str(folder), number), LIMIT_S, "sampler: add_lora")
@@ -199,10 +207,10 @@ def once(learner: LearnerGroup, samplers: SamplerPool, folder: Path, number: int
         "its first half, until published": halfway - began,
         "its second half, load": done - halfway,
         "time to first token, after it": token - done,
-        "copy of the bytes": wait(trainer.copy.remote(published.ref), LIMIT_S, "learner: copying"),
+        "copy of the bytes": wait(trainer.copy.remote(published.ref.value), LIMIT_S, "learner: copying"),
         "vLLM's add_lora": add_lora,
         "empty Ray call": answered - asked,
-        "canary in the engine": wait(sampler.canary.remote(published.ref), LIMIT_S, "sampler: canary"),
+        "canary in the engine": wait(sampler.canary.remote(published.ref.value), LIMIT_S, "sampler: canary"),
         "canary in the learner": wait(trainer.canary.remote(), LIMIT_S, "learner: canary"),
         "snapshot in the learner": wait(trainer.snapshot.remote(), LIMIT_S, "learner: snapshot"),
     }, published.nbytes

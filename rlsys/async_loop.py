@@ -27,17 +27,19 @@ from rlsys.data.problems import occurrences
 from rlsys.loop import evaluate, is_eval_step, training_params, with_refill_metrics
 from rlsys.metrics import Metrics, reduce_metrics
 from rlsys.protocols import (
-    BatchRef,
     DatumsRef,
+    LogprobsRef,
     MinibatchPosition,
     Observer,
     PublishedAdapter,
     RewardsRef,
     RolledBack,
+    RolloutsRef,
     Stages,
     TrainedStep,
-    concatenate_batches,
+    concatenate_logprobs,
     concatenate_rewards,
+    concatenate_rollouts,
 )
 from rlsys.run_state.ledger import Ledger
 from rlsys.types import Array
@@ -73,7 +75,7 @@ class Minibatch:
 
     position: MinibatchPosition
     problems: list[Array] = field(default_factory=list)
-    rollouts: list[BatchRef] = field(default_factory=list)  # one of each round of sampling
+    rollouts: list[RolloutsRef] = field(default_factory=list)  # one of each round of sampling
     rewards: list[RewardsRef] = field(default_factory=list)
     graded_s: float = 0.0
     grading: Future[tuple[RewardsRef, float]] | None = None
@@ -85,9 +87,9 @@ class LearnedMinibatch:
     """What the learner's thread made of a piece, and of the step, if it was the step's last."""
 
     version: int  # of the learner when the step began
-    reference: BatchRef | None
+    reference: LogprobsRef | None
     datums: DatumsRef
-    update: BatchRef
+    update: LogprobsRef
     published: PublishedAdapter | None
     state: object
     seconds: Metrics
@@ -168,11 +170,11 @@ class Pipeline:
         count, params = self.config.rl.samples_per_problem, training_params(self.config, step)
         self.tickets[samplers.submit("train", problems, count, params, nth)] = minibatch
 
-    def _grade(self, minibatch: Minibatch, rollouts: BatchRef) -> None:
+    def _grade(self, minibatch: Minibatch, rollouts: RolloutsRef) -> None:
         minibatch.rollouts.append(rollouts)
         minibatch.grading = self.grading.submit(self._graded, rollouts)
 
-    def _graded(self, rollouts: BatchRef) -> tuple[RewardsRef, float]:
+    def _graded(self, rollouts: RolloutsRef) -> tuple[RewardsRef, float]:
         began = time.perf_counter()
         return self.stages.graders.grade("train", rollouts), time.perf_counter() - began
 
@@ -221,7 +223,7 @@ class Pipeline:
         parts = [part for minibatch in minibatches for part in minibatch.rollouts]
         rollouts = with_refill_metrics(self.config, parts, len(parts) - len(minibatches))
         rewards = concatenate_rewards([part for minibatch in minibatches for part in minibatch.rewards])
-        reference = concatenate_batches([one.reference for one in learned if one.reference is not None])
+        reference = concatenate_logprobs([one.reference for one in learned if one.reference is not None])
         outcomes = np.concatenate([one.datums.outcomes for one in learned])
         self.ledger.settle(step, outcomes)
         del self.steps[step]
@@ -275,7 +277,7 @@ class Pipeline:
         began = time.perf_counter()
         waited = began - self.ready_at
         learner, position = self.stages.learner, minibatch.position
-        rollouts, rewards = concatenate_batches(minibatch.rollouts), concatenate_rewards(minibatch.rewards)
+        rollouts, rewards = concatenate_rollouts(minibatch.rollouts), concatenate_rewards(minibatch.rewards)
         reference = learner.reference(rollouts) if self.config.rl.advantages.kl_coef > 0 else None
         referred = time.perf_counter()
         datums = self.stages.advantages.compute_advantages(rollouts, rewards, reference, 1)
@@ -284,7 +286,8 @@ class Pipeline:
         lag_mean = max(0.0, self.version - datums.metrics.get("sampler/version_mean", self.version))
         on_policy, version = position.substep == 0 and lag_max == 0, self.version
         update = learner.learn(
-            datums.refs[0], MinibatchPosition(position.step, position.substep, position.first, position.last, on_policy)
+            datums.batches[0],
+            MinibatchPosition(position.step, position.substep, position.first, position.last, on_policy),
         )
         published, state = None, None
         if position.last and position.substep == self.config.rl.substeps - 1:
@@ -300,7 +303,7 @@ class Pipeline:
             "time/learn_s": self.ready_at - computed,
         }
         return LearnedMinibatch(
-            version, reference, datums, BatchRef(update.refs, {**update.metrics, **lags}), published, state, seconds
+            version, reference, datums, LogprobsRef(update.refs, {**update.metrics, **lags}), published, state, seconds
         )
 
     # losses

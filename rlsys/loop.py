@@ -17,16 +17,17 @@ from rlsys.data.problems import occurrences
 from rlsys.evaluation.evaluate import evaluate_policy
 from rlsys.metrics import Metrics, reduce_metrics
 from rlsys.protocols import (
-    BatchRef,
     DatumsRef,
+    LogprobsRef,
     MinibatchPosition,
     Observer,
     RewardsRef,
     RolledBack,
+    RolloutsRef,
     Stages,
     TrainedStep,
-    concatenate_batches,
     concatenate_rewards,
+    concatenate_rollouts,
 )
 from rlsys.run_state.ledger import Ledger
 from rlsys.types import Array, SamplingParams
@@ -91,9 +92,9 @@ def train(config: JobConfig, stages: Stages, ledger: Ledger, held_out: Array, ob
 
 def sample_groups(
     config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: Clock
-) -> tuple[Array, BatchRef, RewardsRef]:
+) -> tuple[Array, RolloutsRef, RewardsRef]:
     """A batch of groups with their rewards; up to ``rl.refill_rounds`` rounds more replace those that teach nothing."""
-    problems, rollouts, rewards = list[Array](), list[BatchRef](), list[RewardsRef]()
+    problems, rollouts, rewards = list[Array](), list[RolloutsRef](), list[RewardsRef]()
     wanted, nothing = config.rl.problems_per_step, np.empty(0, np.int64)
     while wanted and len(rollouts) <= config.rl.refill_rounds:
         with clock("sample"):
@@ -111,18 +112,18 @@ def sample_groups(
     )
 
 
-def with_refill_metrics(config: JobConfig, parts: Sequence[BatchRef], refills: int) -> BatchRef:
+def with_refill_metrics(config: JobConfig, parts: Sequence[RolloutsRef], refills: int) -> RolloutsRef:
     """A batch's rollouts, saying how many rounds of refilling there were, where there may be any."""
-    whole = concatenate_batches(parts)
-    return (
-        BatchRef(whole.refs, {**whole.metrics, "sampler/refill_rounds": refills}) if config.rl.refill_rounds else whole
-    )
+    batch = concatenate_rollouts(parts)
+    if not config.rl.refill_rounds:
+        return batch
+    return RolloutsRef(batch.refs, {**batch.metrics, "sampler/refill_rounds": refills})
 
 
-def learn(stages: Stages, datums: DatumsRef, step: int) -> list[BatchRef]:
+def learn(stages: Stages, datums: DatumsRef, step: int) -> list[LogprobsRef]:
     """An optimizer step of each piece; what is lost after the first takes the learner back, as it is half way."""
-    learned = list[BatchRef]()
-    for k, minibatch in enumerate(datums.refs):
+    learned = list[LogprobsRef]()
+    for k, minibatch in enumerate(datums.batches):
         try:
             learned.append(
                 stages.learner.learn(minibatch, MinibatchPosition(step, k, first=True, last=True, on_policy=k == 0))

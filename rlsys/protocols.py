@@ -1,52 +1,80 @@
-"""What the loop is made of: the stages as Protocols, and what they hand on.
+"""Stages of the training loop as Protocols, and the references that travel between them.
 
-What a stage hands to the next is a reference to columnar data that stays where it was made; what it tells the loop is
-`facts`, a few numbers. The in-cluster implementations live in `actors/`.
+A stage returns references to columnar data, which stays in the cluster's object store, and `metrics`, a few numbers for
+the loop. The loop passes references on and never reads behind them. `actors/stages` implements the Protocols on Ray.
+
+    samplers --RolloutsRef--> graders --RewardsRef--> advantages --DatumsRef--> learner --PublishedAdapter--> samplers
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from rlsys.datums import DatumBatch
 from rlsys.metrics import Metrics, reduce_metrics
+from rlsys.rollouts import Rollouts
 from rlsys.run_state.ledger import Ledger
 from rlsys.types import Array, SamplingParams
 
+if TYPE_CHECKING:
+    from rlsys.weight_sync.update import WeightUpdate
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)  # no slots: with them Python 3.11 cannot make a `Ref[T](...)`
+class Ref(Generic[T]):
+    """Reference to a T in the object store. `value` is Ray's ObjectRef, which only `actors` may import."""
+
+    value: Any
+
 
 @dataclass(frozen=True, slots=True)
-class BatchRef:
-    """What a stage made: references to the data, which the loop only passes on, and a few facts about it."""
+class RolloutsRef:
+    """Samplers -> graders, advantages, learner: completions in parts, in the order of their problems."""
 
-    refs: tuple[Any, ...]
+    refs: tuple[Ref[Rollouts], ...]
     metrics: Metrics
 
 
 @dataclass(frozen=True, slots=True)
-class RewardsRef(BatchRef):
-    """(R,) rewards, and what of them the loop and its reports need of each of the P groups."""
+class RewardsRef:
+    """Graders -> advantages: (R,) rewards, and per group what the loop and its reports need of them."""
 
-    grade: Array  # (P,) float64, mean grade: the task's own, without other terms of the reward
+    refs: tuple[Ref[Array], ...]
+    metrics: Metrics
+    grade: Array  # (P,) float64, mean grade: the task's grade, without other terms of the reward
     passed: Array  # (P,) int64, completions whose grade is rewards.solved_at or more
-    idle: Array  # (P,) bool, the group teaches nothing: see rlsys.advantages.groups_without_gradient
+    idle: Array  # (P,) bool, no gradient comes from the group: see rlsys.advantages.groups_without_gradient
 
 
 @dataclass(frozen=True, slots=True)
-class DatumsRef(BatchRef):
-    """Datums: a reference to each piece, in the order in which they are learned from."""
+class LogprobsRef:
+    """Learner -> advantages, samples: log-probabilities of tokens, under the reference or under the learner (p)."""
 
-    rows: Any  # a reference to each piece's (D,) numbers of completions
-    outcomes: Array  # (P,) int8, what became of each group, as ``Ledger.settle`` takes it
+    refs: tuple[Ref[Array], ...]
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class DatumsRef:
+    """Advantages -> learner: one batch per minibatch, in the order in which the learner takes them."""
+
+    batches: tuple[Ref[DatumBatch], ...]
+    metrics: Metrics
+    rows: tuple[Ref[Array], ...]  # (D,) of each minibatch: the completion that each datum comes from
+    outcomes: Array  # (P,) int8, outcome of each group, as ``Ledger.settle`` takes it
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedAdapter:
-    """An adapter on its way to the samplers: a reference to the WeightUpdate, and what every sampler has to attest."""
+    """Learner -> samplers: an adapter, and what every sampler has to attest."""
 
-    ref: Any
+    ref: Ref[WeightUpdate]
     version: int
     digest: str
     nbytes: int
@@ -54,68 +82,68 @@ class PublishedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class TrainedStep:
-    """A step as an observer sees it. Groups are in the order drawn; ``learned`` holds the learner's p of each datum."""
+    """A step as an observer sees it. Groups are in the order sampled; ``learned`` has the learner's p of each datum."""
 
     version: int  # of the learner when the step began
     problems: Array  # (P,) ids
-    rollouts: BatchRef
+    rollouts: RolloutsRef
     rewards: RewardsRef
-    reference: BatchRef | None
+    reference: LogprobsRef | None
     datums: Sequence[DatumsRef]
-    learned: Sequence[BatchRef]
+    learned: Sequence[LogprobsRef]
 
 
 class Samplers(Protocol):
     @property
     def version(self) -> int:
-        """The one that is loaded."""
+        """The version that is loaded."""
 
     def sample(
         self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
-    ) -> BatchRef:
+    ) -> RolloutsRef:
         """(P,) problem ids -> Rollouts, n completions each, under the version that is loaded.
 
-        A draw is a function of `params.seed`, the problem and its occurrence, `occurrence` (P,) counting what was drawn
-        before under this seed; None: nothing was, so a problem's place among its like in `problems` counts.
+        A completion is a function of `params.seed`, the problem and its occurrence. `occurrence` (P,) counts how often
+        each problem was sampled before under this seed. None: never before, so only repeats in `problems` count.
         """
 
     def load(self, update: PublishedAdapter) -> Metrics:
-        """Serve the update's version from now on; every sampler attests it, or this raises WeightSyncError. What is
-        running goes on."""
+        """Serve the update's version from now on; running requests continue. Raises WeightSyncError unless every
+        sampler attests it."""
 
     def submit(
         self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
     ) -> int:
         """As `sample`, without waiting: a ticket. Each group starts on the version that is loaded when it starts."""
 
-    def collect(self, timeout_s: float) -> list[tuple[int, BatchRef]]:
-        """Tickets that are done; tends the samplers for at most that long, and returns at once when one is done."""
+    def collect(self, timeout_s: float) -> list[tuple[int, RolloutsRef]]:
+        """Tickets that are done; waits for the first one up to `timeout_s`."""
 
     def forget(self) -> None:
-        """Nobody waits for the tickets that are out any more."""
+        """Drop all outstanding tickets."""
 
 
 class Graders(Protocol):
-    def grade(self, split: str, rollouts: BatchRef) -> RewardsRef:
+    def grade(self, split: str, rollouts: RolloutsRef) -> RewardsRef:
         """Rollouts -> (R,) rewards."""
 
 
 class Advantages(Protocol):
     def compute_advantages(
-        self, rollouts: BatchRef, rewards: BatchRef, reference: BatchRef | None, num_minibatches: int
+        self, rollouts: RolloutsRef, rewards: RewardsRef, reference: LogprobsRef | None, num_minibatches: int
     ) -> DatumsRef:
-        """Rollouts and rewards (and log-probabilities of the reference, if a KL penalty is asked for) -> datums."""
+        """Rollouts and rewards (and log-probabilities of the reference, if there is a KL penalty) -> datums."""
 
 
 @dataclass(frozen=True, slots=True)
 class MinibatchPosition:
-    """Where a piece of a batch stands in its step."""
+    """Position of a minibatch in its step."""
 
     step: int  # 1, 2, ...
     substep: int  # 0 .. rl.substeps - 1
-    first: bool  # of the substep's pieces
+    first: bool  # of the substep's minibatches
     last: bool  # the optimizer steps after it
-    on_policy: bool  # the learner's weights are those that drew every token, so p must be q
+    on_policy: bool  # every token was sampled with the learner's present weights, so p must be q
 
     @property
     def begins_step(self) -> bool:
@@ -123,37 +151,38 @@ class MinibatchPosition:
 
 
 class Learner(Protocol):
-    def reference(self, rollouts: BatchRef) -> BatchRef:
+    def reference(self, rollouts: RolloutsRef) -> LogprobsRef:
         """(T,) log-probabilities of the completions' tokens under the reference."""
 
-    def learn(self, datums: Any, position: MinibatchPosition) -> BatchRef:
-        """forward_backward, and the optimizer's step after the last piece: (T,) the learner's p, and facts."""
+    def learn(self, datums: Ref[DatumBatch], position: MinibatchPosition) -> LogprobsRef:
+        """forward_backward, and the optimizer's step after the last minibatch: (T,) the learner's p."""
 
     def publish(self) -> PublishedAdapter:
-        """The adapter as it is now, as a WeightUpdate."""
+        """The present adapter as a WeightUpdate."""
 
     def state(self) -> Any:
-        """A reference to what a checkpoint keeps, as of now: later steps do not touch it."""
+        """Reference to the present state, for `Checkpointer.save` alone; later steps do not change it. Any: what it is
+        depends on the learner, and the loop only passes it on."""
 
     def restore(self) -> None:
-        """Go back to the last checkpoint.
+        """Roll back to the last checkpoint.
 
         Raises:
-            Rewound: always, with the step that the learner now stands after.
+            RolledBack: always, with the step of the checkpoint.
         """
 
 
 class Checkpointer(Protocol):
-    done: int  # the step of the last checkpoint; -1: not even the evaluation before the first step has one
+    done: int  # step of the last checkpoint; -1: none yet, not even of the evaluation before the first step
 
     def save(self, step: int, ledger: Ledger, state: Any) -> None:
-        """The last act of a step: what an interrupted run goes on from. May go on being written while others work."""
+        """Checkpoint a finished step: an interrupted run resumes there. May return before the files are written."""
 
 
 class Observer(Protocol):
     def on_rollback(self, step: int) -> None: ...
     def on_step(self, step: int, metrics: Metrics, trained: TrainedStep) -> None: ...
-    def on_eval(self, step: int, metrics: Metrics, rollouts: BatchRef, rewards: RewardsRef) -> None: ...
+    def on_eval(self, step: int, metrics: Metrics, rollouts: RolloutsRef, rewards: RewardsRef) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,20 +195,26 @@ class Stages:
 
 
 class RolledBack(Exception):
-    """Raised by a stage that lost something and is whole again: the learner stands after `step`, what came later is to
-    be done again. None: it stands where it stood, and only the step in hand is lost."""
+    """A stage lost state and has recovered. `step`: the learner was rolled back to this step; redo later ones. None:
+    the learner kept its state; redo the current step."""
 
     def __init__(self, step: int | None) -> None:
         super().__init__(step)
         self.step = step
 
 
-def concatenate_batches(parts: Sequence[BatchRef]) -> BatchRef:
-    """Parts of one batch, in the order drawn."""
-    return BatchRef(tuple(ref for part in parts for ref in part.refs), reduce_metrics([part.metrics for part in parts]))
+def concatenate_rollouts(parts: Sequence[RolloutsRef]) -> RolloutsRef:
+    """Parts of one batch, in the order sampled."""
+    refs = tuple(ref for part in parts for ref in part.refs)
+    return RolloutsRef(refs, reduce_metrics([part.metrics for part in parts]))
 
 
 def concatenate_rewards(parts: Sequence[RewardsRef]) -> RewardsRef:
-    whole = concatenate_batches(parts)
+    refs = tuple(ref for part in parts for ref in part.refs)
     columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("grade", "passed", "idle"))
-    return RewardsRef(whole.refs, whole.metrics, *columns)
+    return RewardsRef(refs, reduce_metrics([part.metrics for part in parts]), *columns)
+
+
+def concatenate_logprobs(parts: Sequence[LogprobsRef]) -> LogprobsRef:
+    refs = tuple(ref for part in parts for ref in part.refs)
+    return LogprobsRef(refs, reduce_metrics([part.metrics for part in parts]))

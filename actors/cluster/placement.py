@@ -1,4 +1,4 @@
-"""Where the actors of a job go: reserved as placement groups before any is made, or refused with the shortfall."""
+"""Placement of a job's actors: reserved as placement groups before any actor starts, or refused with the shortfall."""
 
 from __future__ import annotations
 
@@ -17,18 +17,16 @@ from rlsys.config import JobConfig, LearnerSection, SamplerSection, gpu_shares
 from rlsys.errors import ClusterError, StalledError
 from rlsys.planning.plan import needs
 
-# Rewards and advantages run while learner and sampler wait, so they hold no core of their own.
-LIGHT = {"num_cpus": 0}
 POLL_S = 0.2
-TOLD_AFTER_S = 5.0  # of waiting for resources that others hold
-ROOM_S = 10.0  # for what is free already: a running job waits no longer for one more sampler
+NOTED_AFTER_S = 5.0  # of waiting for resources that others hold
+ROOM_S = 10.0  # limit for one more sampler, whose resources are free already
 
 Needs = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A reserved place for one actor."""
+    """Reserved resources for one actor."""
 
     group: PlacementGroup
     bundle: int
@@ -47,11 +45,11 @@ class Placement:
         self._groups: list[PlacementGroup] = []
 
     def reserve(self) -> tuple[list[Slot], list[Slot]]:
-        """Seats of the learner's ranks and of the samplers.
+        """Slots of the learner's ranks and of the samplers.
 
         Raises:
             ClusterError: the cluster could not hold them even if it were idle.
-            StalledError: others hold what is needed, for longer than watchdog.start_s.
+            StalledError: others hold the resources for longer than watchdog.start_s.
         """
         refuse_shortfall(self.config)
         learner, sampler = self.config.learner, self.config.sampler
@@ -66,7 +64,7 @@ class Placement:
         return _slots(of_learner, learner, ranks), _slots(of_samplers, sampler, samplers)
 
     def another_sampler(self, index: int) -> Slot:
-        """A seat for a sampler beyond those of the beginning; raises as `reserve`."""
+        """A slot for a sampler beyond those of `reserve`; raises as `reserve`."""
         section = self.config.sampler
         wanted = [needs(section, index)]
         if gpu_shares.stacked(section.num_gpus):
@@ -85,12 +83,12 @@ class Placement:
             raise ClusterError(f"no room for one more sampler now: {'; '.join(short)}")
         try:
             group = self._group(wanted, "PACK", f"sampler {index}", ROOM_S)
-        except StalledError as error:  # what was said to be free had been taken by then
+        except StalledError as error:  # another job has taken the free resources since
             raise ClusterError(f"no room for one more sampler now: {error}") from error
         return _slots(group, section, wanted)[0]
 
     def lacking(self, slot: Slot) -> str | None:
-        """What a seat waits for whose node is gone; None where it has a place."""
+        """The resources that a slot waits for after its node was lost; None if it is placed."""
         table = placement_group_table(slot.group)
         if table["state"] == "CREATED":
             return None
@@ -107,12 +105,12 @@ class Placement:
         group = placement_group([dict(bundle) for bundle in bundles], strategy=strategy)
         self._groups.append(group)
         asked = ", ".join(_resources(bundle) for bundle in bundles[:4]) + (", ..." if len(bundles) > 4 else "")
-        began, told = time.monotonic(), False
+        began, noted = time.monotonic(), False
         while not group.wait(timeout_seconds=POLL_S):
             waited = time.monotonic() - began
             if placement_group_table(group)["stats"]["scheduling_state"] == "INFEASIBLE":
                 raise ClusterError(
-                    f"{what}: {len(bundles)} places ({asked}) with placement {strategy} can never be had on {_has()}"
+                    f"{what}: {len(bundles)} places ({asked}) with placement {strategy} do not fit on {_has()}"
                 )
             if waited > (limit_s or self.config.watchdog.start_s):
                 limit = f"{limit_s:g}" if limit_s else "watchdog.start_s"
@@ -122,8 +120,8 @@ class Placement:
                     f"{what}: waited {waited:.0f} s ({limit}) for {len(bundles)} places ({asked}) on {_has()}"
                     f"; free now: {_resources(ray.available_resources())}. Another job holds the rest"
                 )
-            if waited > TOLD_AFTER_S and not told:
-                told = True
+            if waited > NOTED_AFTER_S and not noted:
+                noted = True
                 self.note(
                     f"waiting for room for the {what} ({asked}); free now: {_resources(ray.available_resources())}"
                 )
@@ -131,7 +129,7 @@ class Placement:
 
 
 def refuse_shortfall(config: JobConfig) -> None:
-    """Compare what the job asks for with what the cluster has, before any actor could wait for it in silence.
+    """Compare the job's resources with the cluster's, before any actor could wait for them silently.
 
     Raises:
         ClusterError: the shortfall, and the keys that ask for it.
@@ -148,11 +146,11 @@ def refuse_shortfall(config: JobConfig) -> None:
             )
     for resource in dict.fromkeys(name for asked in (*asked_L, *asked_S) for name in asked):
         of_learner, of_samplers = (sum(one.get(resource, 0.0) for one in asked) for asked in (asked_L, asked_S))
-        asked, found = of_learner + of_samplers, has.get(resource, 0.0)
-        if asked > found and not math.isclose(asked, found):
+        asked, present = of_learner + of_samplers, has.get(resource, 0.0)
+        if asked > present and not math.isclose(asked, present):
             key = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(resource, "resources")
             raise ClusterError(
-                f"job asks for {asked:g} {resource}s, the cluster has {found:g}: "
+                f"job asks for {asked:g} {resource}s, the cluster has {present:g}: "
                 f"learner.num_workers {learner.num_workers} x learner.{key} {asked_L[0].get(resource, 0.0):g} + "
                 f"sampler.num_workers {sampler.num_workers} x sampler.{key} {asked_S[0].get(resource, 0.0):g}. Ask for "
                 "less (parts of a core are allowed: sampler.num_cpus=0.5), or join a larger cluster"
@@ -194,7 +192,7 @@ def _has() -> str:
 
 
 def _resources(amounts: Needs) -> str:
-    """Countable resources in words; memory and Ray's own labels are nobody's question here."""
+    """Countable resources in words, without memory and Ray's labels."""
     shown = {
         name: amount
         for name, amount in amounts.items()

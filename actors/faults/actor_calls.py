@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,19 +61,6 @@ def wait(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
         raise StalledError(f"{what}: no answer within {timeout_s:.0f} s") from None
     except RayError as error:
         raise as_raised(error, what) from None
-
-
-def wait_all(refs: Sequence[ray.ObjectRef], timeout_s: float, what: Sequence[str]) -> list[Any]:
-    """As ``wait``, for several at once: the first to fail is the one that is raised, in whichever order they stand."""
-    names = dict(zip(refs, what, strict=True))
-    pending = list(refs)
-    while pending:
-        ready, pending = ray.wait(pending, num_returns=1, timeout=timeout_s, fetch_local=False)
-        if not ready:
-            waiting = ", ".join(names[ref] for ref in pending)
-            raise StalledError(f"no answer within {timeout_s:.0f} s from: {waiting}")
-        wait(ready[0], timeout_s, names[ready[0]])
-    return list(ray.get(list(refs), timeout=timeout_s))
 
 
 def as_raised(error: BaseException, who: str, names: Mapping[str, str] | None = None) -> RlsysError:

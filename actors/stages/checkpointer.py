@@ -1,4 +1,4 @@
-"""Checkpoints while the samplers work: packed by the learner after a step, written by a thread of the driver."""
+"""Checkpoints in the background: packed by the learner after a step, written by a thread of the driver."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rlsys.run_state.ledger import Ledger
 from rlsys.run_state.run_dir import RunStore
 
 FINISH_S = 5.0
-LONG_GONE = -1  # a life of the learner that is not its present one
+EARLIER_LAUNCH = -1  # no launch of the learner has this number
 
 
 class BackgroundCheckpointer:
-    """The loop's ``Checkpointer``: at most one checkpoint is on its way, and the last one of a run is waited for."""
+    """The loop's ``Checkpointer``: at most one checkpoint is being written; `save` waits for the last one of a run."""
 
     def __init__(self, config: JobConfig, store: RunStore, learner: LearnerGroup) -> None:
         self.config, self.store, self.learner = config, store, learner
@@ -33,8 +33,8 @@ class BackgroundCheckpointer:
         try:
             with self._handing_over:
                 if not any(state.actor is rank for rank in self.learner.ranks):
-                    life = LONG_GONE  # another thread has seen it go back; what it stands after is older than this
-                    raise DataLostError(f"the checkpoint of step {step}: the learner has gone back since")
+                    life = EARLIER_LAUNCH  # another thread has rolled it back to an earlier step than this
+                    raise DataLostError(f"the checkpoint of step {step}: the learner was rolled back meanwhile")
                 self.flush()
                 self._writing = self._writer.submit(self._write, step, state, ledger.to_bytes())
                 self.done = step
@@ -45,18 +45,18 @@ class BackgroundCheckpointer:
             self.learner.recover(error, life)
 
     def flush(self) -> None:
-        """Wait until what is on its way is on the disk.
+        """Wait until a checkpoint that is being written is on the disk.
 
         Raises:
             CheckpointError: it cannot be written.
-            ActorDiedError, DataLostError: the learner died before it had handed it over.
+            ActorDiedError, DataLostError: the learner died before it had sent the files.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def flush_or_forget(self) -> None:
-        """As `flush`, where the learner is dead anyway: what it did not hand over is done again."""
+        """As `flush` after a death of the learner: a checkpoint that it did not send is dropped."""
         with self._handing_over:
             try:
                 self.flush()
@@ -64,16 +64,16 @@ class BackgroundCheckpointer:
                 self._forget()
 
     def finish(self) -> None:
-        """At the end of a job, however it came: give a checkpoint that is on its way a moment to arrive."""
+        """End of the job: wait a few seconds for a checkpoint that is being written."""
         if self._writing is not None:
             concurrent.futures.wait([self._writing], timeout=FINISH_S)
 
     def close(self) -> None:
-        """Once the learner is gone: what it did not hand over fails by that."""
+        """Stop the writer, after the learner is gone: a checkpoint that it did not send has failed."""
         self._writer.shutdown(wait=True)
 
     def _forget(self) -> None:
-        """What was on its way is lost."""
+        """The checkpoint that was being written is lost."""
         latest = self.store.latest()
         self.done = -1 if latest is None else latest.step
 

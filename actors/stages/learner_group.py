@@ -1,4 +1,4 @@
-"""The learner's ranks as one stage: every rank gets the same calls; where one dies, all come back from a checkpoint."""
+"""Learner ranks as one stage: every rank gets the same calls. When one dies, all restart from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -6,41 +6,47 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import ray
 
+from actors.cluster.column_refs import BaseRef, base_argument
 from actors.cluster.placement import Slot
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
 from actors.learner_actor import WATCH, LearnerActor
 from rlsys.config import JobConfig
+from rlsys.data.problems import ProblemSet
+from rlsys.datums import DatumBatch
 from rlsys.errors import ActorDiedError, DataLostError, RlsysError, WeightSyncError
-from rlsys.protocols import BatchRef, MinibatchPosition, PublishedAdapter, RolledBack
+from rlsys.protocols import LogprobsRef, MinibatchPosition, PublishedAdapter, Ref, RolledBack, RolloutsRef
 from rlsys.run_state.run_dir import Resume
 
+if TYPE_CHECKING:
+    from rlsys.weight_sync.canary import StartupProbe
+
 POLL_S = 0.5
-ROOT_CAUSE_S = 3.0  # for the rank that died to be heard, where another one first says that it lost a peer
+ROOT_CAUSE_S = 3.0  # for the death of a rank to be reported, after another rank reported the loss of its peer
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerInit:
-    """What a rank is started with: references."""
+    """Arguments that every rank starts with."""
 
-    base: Any
-    train: Any
+    base: BaseRef
+    train: Ref[ProblemSet]
 
 
 class CheckpointSource(Protocol):
-    """What the ranks come back from: a run's store, or what an evaluation was given."""
+    """Where ranks restart from: a run's store, or the checkpoint of an evaluation."""
 
     def latest(self) -> Resume | None: ...
 
 
 class LearnerGroup:
-    """The loop's ``Learner``. ``flush``: waits for the checkpoint that is being written, if one is.
+    """The loop's ``Learner``. ``flush``: waits for the checkpoint that is being written, if there is one.
 
-    Two threads may use it at once: one call is made at a time, and a death that two of them see is healed once.
+    Two threads may use it at once: calls are serialized, and a death that both see causes one restart.
     """
 
     def __init__(
@@ -50,13 +56,13 @@ class LearnerGroup:
         self.ranks: list[Any] = []
         self.slots: Sequence[Slot] = ()
         self.init: LearnerInit | None = None
-        self.deaths = 0  # since the last step that was made
+        self.deaths = 0  # since the last finished step
         self.flush: Callable[[], None] = lambda: None
-        self.lives = 0  # how often the ranks were made
+        self.lives = 0  # number of launches
         self.ended = False
         self._one_at_a_time = threading.RLock()
 
-    # the job's beginning and end
+    # start and end of the job
 
     def launch(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
@@ -65,7 +71,7 @@ class LearnerGroup:
         self.ranks = [remote.options(**slot.ray_options()).remote(self.config, i) for i, slot in enumerate(slots)]
 
     def make_base(self, on_news: Callable[[list[dict[str, float]]], None]) -> Mapping[str, bytes]:
-        """The packed folder of a base made from nothing; one rank makes it, and begins again should it die."""
+        """The packed folder of a base trained from scratch, by one rank; if it dies, training starts over."""
         while True:
             made, metrics = self.ranks[0].make_base.options(num_returns=2).remote()
             dog = Watchdog("base", self.config.watchdog.base_s, self.failures)
@@ -84,7 +90,7 @@ class LearnerGroup:
                 self._relaunch(error)
 
     def start(self, init: LearnerInit) -> None:
-        """Load the base everywhere and begin, or go on from the run's last checkpoint."""
+        """Load the base on every rank, and the run's last checkpoint if there is one."""
         self.init = init
         while True:
             try:
@@ -92,15 +98,19 @@ class LearnerGroup:
             except ActorDiedError as error:
                 self._relaunch(error)
 
-    def probe(self) -> Any:
-        """A reference to an adapter that no sampler can overlook. Raises Rewound where the learner had to come back."""
+    def probe(self) -> Ref[StartupProbe]:
+        """An adapter with a large B, to prove that adapters reach a sampler's forward pass.
+
+        Raises:
+            RolledBack: the learner had to restart.
+        """
         with self._one_at_a_time:
             refs = [rank.probe.remote() for rank in self.ranks]
             self._or_recover(refs, "start", "making the probe adapter")
-            return refs[0]
+            return Ref(refs[0])
 
     def close(self) -> None:
-        """At the job's end: from now on nobody brings it back."""
+        """End of the job: no thread restarts the ranks any more."""
         self.ended = True
         self._kill()
 
@@ -111,18 +121,19 @@ class LearnerGroup:
 
     # the loop's stages
 
-    def reference(self, rollouts: BatchRef) -> BatchRef:
+    def reference(self, rollouts: RolloutsRef) -> LogprobsRef:
         with self._one_at_a_time:
-            calls = [rank.reference.remote(*rollouts.refs) for rank in self.ranks]
+            parts = [ref.value for ref in rollouts.refs]
+            calls = [rank.reference.remote(*parts) for rank in self.ranks]
             self._or_recover([metrics for _, metrics in calls], "reference", "log-probabilities under the reference")
-            return BatchRef((calls[0][0],), {})
+            return LogprobsRef((Ref(calls[0][0]),), {})
 
-    def learn(self, datums: Any, position: MinibatchPosition) -> BatchRef:
+    def learn(self, datums: Ref[DatumBatch], position: MinibatchPosition) -> LogprobsRef:
         with self._one_at_a_time:
-            calls = [rank.learn.remote(datums, position) for rank in self.ranks]
+            calls = [rank.learn.remote(datums.value, position) for rank in self.ranks]
             metrics = self._or_recover([metrics for _, metrics in calls], "learn", f"step {position.step}")[0]
             self.deaths = 0
-            return BatchRef((calls[0][0],), metrics)
+            return LogprobsRef((Ref(calls[0][0]),), metrics)
 
     def publish(self) -> PublishedAdapter:
         with self._one_at_a_time:
@@ -131,10 +142,10 @@ class LearnerGroup:
             if len(self.ranks) > 1:
                 digests = self._or_recover([rank.digest.remote() for rank in self.ranks], "sync", "comparing adapters")
                 self._refuse_apart(digests, label["version"])
-            return PublishedAdapter(calls[0][0], **label)
+            return PublishedAdapter(Ref(calls[0][0]), **label)
 
     def state(self) -> Waiting:
-        """The checkpoint's files on their way, as of now."""
+        """The answer of a call that packs a checkpoint of the present state."""
         with self._one_at_a_time:
             ref = self.ranks[0].state_files.remote()
             return Waiting(ref, self._name(0), "packing a checkpoint", self.ranks[0])
@@ -143,11 +154,11 @@ class LearnerGroup:
         self.recover(DataLostError("the learner: is in the middle of a step whose data is lost"))
 
     def recover(self, error: ActorDiedError | DataLostError, life: int | None = None) -> NoReturn:
-        """Start every rank again from the last checkpoint; not where another thread has since the `life` that died.
+        """Restart every rank from the last checkpoint, unless another thread has done so since launch number `life`.
 
         Raises:
-            Rewound: always, with the step that the learner now stands after.
-            ActorDiedError: too many ranks died without a step in between, or the job is over.
+            RolledBack: always, with the step of the checkpoint.
+            ActorDiedError: too many ranks died without a finished step in between, or the job is over.
         """
         with self._one_at_a_time:
             if self.ended:
@@ -172,7 +183,8 @@ class LearnerGroup:
         meeting_point = None
         if len(self.ranks) > 1:
             meeting_point = self._ask(self.ranks[0].meeting_point.remote(), "start", "finding a free port")
-        refs = [rank.start.remote(self.init.base, self.init.train, meeting_point, files) for rank in self.ranks]
+        base, train = base_argument(self.init.base), self.init.train.value
+        refs = [rank.start.remote(base, train, meeting_point, files) for rank in self.ranks]
         wanted = self.config.model.dtype
         for computed in {*self._results(refs, "start", "loading the base")} - {wanted}:
             self.note(f"the learner's CPU has no kernels for {wanted}: {computed} is computed with {wanted}'s weights")
@@ -185,10 +197,9 @@ class LearnerGroup:
         if self.deaths > limit:
             raise self.failures.gone(f"learner ranks died {self.deaths} times without a step in between", limit)
         self.note(
-            f"the learner is started again from the last checkpoint ({self.deaths} of {limit}): "
-            f"{str(error).splitlines()[0]}"
+            f"the learner restarts from the last checkpoint ({self.deaths} of {limit}): {str(error).splitlines()[0]}"
         )
-        gone, self.ranks = self.ranks, []  # from here on nobody begins a checkpoint of what they were
+        gone, self.ranks = self.ranks, []  # from here on no checkpoint of them can begin
         self.flush()
         for rank in gone:
             ray.kill(rank)
@@ -200,17 +211,17 @@ class LearnerGroup:
         except ActorDiedError as error:
             self.recover(error)
         except DataLostError as error:
-            if len(self.ranks) > 1:  # some ranks may have had their copy, and wait for the others
+            if len(self.ranks) > 1:  # some ranks may have received their copy, and wait for the others
                 self.recover(error)
-            self.note(f"{stage}: done again, what it was to work on is lost: {error}")
+            self.note(f"{stage}: repeated, its input is lost: {error}")
             raise RolledBack(None) from error
 
     def _ask(self, ref: Any, stage: str, what: str) -> Any:
-        """Of the first rank alone."""
+        """The answer of the first rank alone."""
         return self._results([ref], stage, what)[0]
 
     def _results(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:
-        """Of all ranks; of several errors the one that explains the others."""
+        """The answers of all ranks; of several errors, raises the one that caused the others."""
         dog = Watchdog(stage, getattr(self.config.watchdog, f"{stage}_s"), self.failures)
         waits = [Waiting(ref, self._name(i), what, self.ranks[i], together="learner") for i, ref in enumerate(refs)]
         pending, errors, deadline = list(waits), list[RlsysError](), float("inf")
@@ -231,8 +242,8 @@ class LearnerGroup:
 
     def _refuse_apart(self, digests: Sequence[str], version: int) -> None:
         if len(set(digests)) > 1:
-            told = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
+            ranks = ", ".join(f"rank {rank} {digest}" for rank, digest in enumerate(digests))
             raise WeightSyncError(
-                f"learner: the ranks hold different adapters at version {version}: {told}. Each made the same step "
+                f"learner: the ranks hold different adapters at version {version}: {ranks}. Each made the same step "
                 "from the same summed gradient, so the adapters must be equal to the bit; the run stops here"
             )

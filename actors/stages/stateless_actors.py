@@ -1,37 +1,41 @@
-"""Graders and advantages as stages: actors without a state of their own, started again where they die."""
+"""Graders and advantages as stages: actors without state, restarted when they die."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.advantage_actor import GroupAdvantageActor
-from actors.cluster.column_refs import by_reference
+from actors.advantage_actor import AdvantageRequest, GroupAdvantageActor
+from actors.cluster.column_refs import BaseRef, base_argument, by_reference, pack_columns
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Watchdog, watched
-from actors.reward_actor import RewardActor
+from actors.reward_actor import RecordRequest, RewardActor, ShowRequest
 from rlsys.config import JobConfig
+from rlsys.data.problems import ProblemSet
 from rlsys.errors import ActorDiedError, DataLostError
-from rlsys.protocols import BatchRef, DatumsRef, RewardsRef, RolledBack, TrainedStep
+from rlsys.protocols import DatumsRef, LogprobsRef, Ref, RewardsRef, RolledBack, RolloutsRef, TrainedStep
+
+if TYPE_CHECKING:
+    from rlsys.grading.samples import RolloutSample  # imports transformers, which the driver can do without
 
 STOP_TIMEOUT_S = 5.0  # for the grader processes to end by themselves
 
 
 def driver_node_options() -> dict[str, Any]:
-    """They run while learner and samplers wait, so they hold no core of their own; and they live where the driver does,
-    since what they made is needed for as long as it lives. (Ray 2.60 does not heed soft affinity without a core.)"""
+    """Options of an actor on the driver's node without a core: it works while learner and samplers wait, and its
+    results are needed as long as the driver lives. (Ray 2.60 ignores soft affinity for actors without a core.)"""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 class RestartingActor:
-    """An actor that is made again when it dies, and its call repeated: nothing that it does is lost with it.
+    """An actor without state: when it dies, a new one is started and its call repeated.
 
-    Two threads may use it at once: a death that both see is healed once.
+    Two threads may use it at once: a death that both see starts one new actor.
     """
 
     def __init__(
@@ -39,16 +43,16 @@ class RestartingActor:
     ) -> None:
         self.who, self.make, self.config, self.failures, self.note = who, make, config, failures, note
         self.actor = make()
-        self.deaths = 0  # without a call that was answered in between
+        self.deaths = 0  # since the last call that was answered
         self.ended = False
         self._healing = threading.RLock()
 
     def call(self, stage: str, what: str, method: str, *arguments: Any, results: int = 2) -> tuple[list[Any], Any]:
-        """(references to all results but the last, the last result) of a method with so many.
+        """Of a method with so many results: (Ray's references to all but the last, the last one itself).
 
         Raises:
-            Rewound: what it was to work on is lost with its node; the step has to be done again.
-            ActorDiedError: it died more often than cluster.max_restarts allows.
+            RolledBack: its input is lost with a node; redo the step.
+            ActorDiedError: more deaths than cluster.max_restarts allows.
         """
         while True:
             actor = self._live_actor()
@@ -58,7 +62,7 @@ class RestartingActor:
             except ActorDiedError as error:
                 self._restart(error, actor)
             except DataLostError as error:
-                self.note(f"{self.who}: {what}: the step is done again, what it worked on is lost: {error}")
+                self.note(f"{self.who}: {what}: the step is repeated, its input is lost: {error}")
                 raise RolledBack(None) from error
             else:
                 self.deaths = 0
@@ -70,15 +74,15 @@ class RestartingActor:
         return self._wait(getattr(actor, method).remote(*arguments), stage, what, actor)
 
     def close(self) -> None:
-        """At the job's end: from now on nobody makes it again, whatever thread still waits for it."""
+        """End of the job: no thread that still waits restarts the actor."""
         self.ended = True
         ray.kill(self.actor)
 
     def started(self) -> None:
-        """Called once the actor has been made anew; what else it needs to be whole again."""
+        """Called with a new actor, before it gets calls."""
 
     def _live_actor(self) -> Any:
-        """The actor; where a thread is making it anew, once that is done."""
+        """The actor; waits while another thread restarts it."""
         with self._healing:
             return self.actor
 
@@ -87,7 +91,7 @@ class RestartingActor:
         return watched(ref, Watchdog(stage, limit, self.failures), self.who, what, actor)
 
     def _restart(self, error: ActorDiedError, dead: Any) -> None:
-        """In the place of the actor that died; not where another thread has made a new one since."""
+        """Start an actor in place of `dead`, unless another thread has done so."""
         with self._healing:
             while self.actor is dead:
                 if self.ended:
@@ -111,10 +115,10 @@ class GraderActors(RestartingActor):
     def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
         remote = ray.remote(concurrency_groups={"watch": 1})(RewardActor).options(**by_reference(driver_node_options()))
         super().__init__("rewards", lambda: remote.remote(config), config, failures, note)
-        self.base: Any = None
+        self.base: BaseRef | None = None
         self.reported_failures: set[str] = set()
 
-    def start(self, base: Any) -> None:
+    def start(self, base: BaseRef) -> None:
         self.base = base
         try:
             self.started()
@@ -122,31 +126,32 @@ class GraderActors(RestartingActor):
             self._restart(error, self.actor)
 
     def started(self) -> None:
-        self.ask("start", "starting", "start", self.base)
+        assert self.base is not None
+        self.ask("start", "starting", "start", base_argument(self.base))
 
-    def problems(self, split: str) -> Any:
-        """A reference to a problem set."""
-        return self.actor.problems.remote(split)
+    def problems(self, split: str) -> Ref[ProblemSet]:
+        return Ref(self.actor.problems.remote(split))
 
     def metrics(self) -> dict[str, float]:
-        """Of the task: problems, and those that were left out."""
+        """Numbers of problems of the task, and of problems that were left out."""
         metrics: dict[str, float] = self.ask("start", "counting problems", "task_facts")
         return metrics
 
     def digest(self) -> str:
-        """Of the problems that are trained on."""
+        """Hash of the training problems."""
         digest: str = self.ask("start", "hashing the problems", "digest")
         return digest
 
-    def grade(self, split: str, rollouts: BatchRef) -> RewardsRef:
-        rewards, (metrics, failure, *groups) = self.call("grade", "grading completions", "grade", split, *rollouts.refs)
+    def grade(self, split: str, rollouts: RolloutsRef) -> RewardsRef:
+        refs = [ref.value for ref in rollouts.refs]
+        rewards, (metrics, failure, *groups) = self.call("grade", "grading completions", "grade", split, *refs)
         self._note_failure(metrics, failure)
-        return RewardsRef(tuple(rewards), metrics, *groups)
+        return RewardsRef(tuple(Ref(reward) for reward in rewards), metrics, *groups)
 
     def _note_failure(self, metrics: Mapping[str, float], failure: str) -> None:
         """The first failure of each kind; metrics count them all."""
         last = failure.strip().rpartition("\n")
-        kind = last[2] if last[1] else failure.rpartition(": ")[2]  # without the problem that it was met at
+        kind = last[2] if last[1] else failure.rpartition(": ")[2]  # without the name of its problem
         if failure and kind not in self.reported_failures:
             self.reported_failures.add(kind)
             failed = metrics["reward/timeouts"] + metrics["reward/errors"]
@@ -156,32 +161,32 @@ class GraderActors(RestartingActor):
             )
 
     def show(
-        self, split: str, rows: int, rollouts: BatchRef, rewards: BatchRef, trained: TrainedStep | None = None
-    ) -> list[Any]:
-        """Some completions as text with reward and advantages: a few, for people. None where they are lost."""
-        columns = [rollouts.refs, rewards.refs, *(_minibatch_refs(trained) if trained else ((), (), ()))]
+        self, split: str, count: int, rollouts: RolloutsRef, rewards: RewardsRef, trained: TrainedStep | None = None
+    ) -> list[RolloutSample]:
+        """Some completions as text with reward and advantages, for people; an empty list where they are lost."""
+        columns = _minibatch_columns(trained) if trained else ((), (), ())
+        lengths, refs = pack_columns(rollouts.refs, rewards.refs, *columns)
         firsts = first_rows(trained, self.config.rl.samples_per_problem) if trained else []
-        shown = self._ask_or_note("shown", "show", split, rows, firsts, columns)
-        return shown or []
+        request = ShowRequest(split, count, tuple(firsts), lengths)
+        samples: list[RolloutSample] | None = self._ask_or_note("shown", "show", request, refs)
+        return samples or []
 
     def record(self, run_dir: str, step: int, trained: TrainedStep) -> None:
         """Have the step's rollouts written into the run directory, which is on this actor's machine."""
         reference = trained.reference.refs if trained.reference else ()
         num_minibatches = self.config.rl.substeps * self.config.overlap.minibatches
-        columns = [trained.rollouts.refs, trained.rewards.refs, reference]
-        self._ask_or_note("recorded", "record", run_dir, step, trained.version, num_minibatches, columns)
+        lengths, refs = pack_columns(trained.rollouts.refs, trained.rewards.refs, reference)
+        request = RecordRequest(run_dir, step, trained.version, num_minibatches, lengths)
+        self._ask_or_note("recorded", "record", request, refs)
 
     def write_problems(self, run_dir: str) -> None:
         self.ask("start", "writing the problems down", "write_problems", run_dir)
 
-    def _ask_or_note(self, what: str, method: str, *arguments: Any) -> Any:
-        """What a run can do without: said where it is lost. The last argument: tuples of references."""
-        *others, columns = arguments
-        sizes = [len(column) for column in columns]
-        flat = [ref for column in columns for ref in column]
+    def _ask_or_note(self, what: str, method: str, request: ShowRequest | RecordRequest, refs: Sequence[Any]) -> Any:
+        """A call that a run can do without: a loss is only noted."""
         actor = self.actor
         try:
-            return self.ask("grade", f"completions are {what}", method, *others, sizes, *flat)
+            return self.ask("grade", f"completions are {what}", method, request, *refs)
         except (ActorDiedError, DataLostError) as error:
             self.note(f"rewards: the rollouts of this step cannot be {what}: {error}")
             if isinstance(error, ActorDiedError):
@@ -202,36 +207,34 @@ class AdvantageActors(RestartingActor):
         super().__init__("advantages", lambda: remote.remote(config.rl), config, failures, note)
 
     def compute_advantages(
-        self, rollouts: BatchRef, rewards: BatchRef, reference: BatchRef | None, num_minibatches: int
+        self, rollouts: RolloutsRef, rewards: RewardsRef, reference: LogprobsRef | None, num_minibatches: int
     ) -> DatumsRef:
-        columns = [rollouts.refs, rewards.refs, reference.refs if reference else ()]
-        sizes = [len(column) for column in columns]
-        flat = [ref for column in columns for ref in column]
+        lengths, refs = pack_columns(rollouts.refs, rewards.refs, reference.refs if reference else ())
         made, (metrics, outcomes) = self.call(
             "advantage",
-            "centring rewards",
+            "computing advantages",
             "compute_advantages",
-            num_minibatches,
-            sizes,
-            *flat,
+            AdvantageRequest(num_minibatches, lengths),
+            *refs,
             results=2 * num_minibatches + 1,
         )
-        return DatumsRef(tuple(made[:num_minibatches]), metrics, tuple(made[num_minibatches:]), outcomes)
+        columns = [Ref[Any](ref) for ref in made]
+        return DatumsRef(tuple(columns[:num_minibatches]), metrics, tuple(columns[num_minibatches:]), outcomes)
 
 
 def first_rows(trained: TrainedStep, samples: int) -> list[int]:
-    """The step's number of the completion that each piece's rows call 0: they count within what was centred at once."""
+    """Of each minibatch: the completion of the step that its rows call 0. Rows count within one call for advantages."""
     firsts, before = list[int](), 0
-    for one in trained.datums:
-        firsts += [before] * len(one.refs)
-        before += len(one.outcomes) * samples
+    for datums in trained.datums:
+        firsts += [before] * len(datums.batches)
+        before += len(datums.outcomes) * samples
     return firsts
 
 
-def _minibatch_refs(trained: TrainedStep) -> list[tuple[Any, ...]]:
-    """References to the pieces' datums, to whose completions they are, and to the learner's p of them."""
-    return [
-        tuple(ref for one in trained.datums for ref in one.refs),
-        tuple(ref for one in trained.datums for ref in one.rows),
-        tuple(ref for one in trained.learned for ref in one.refs),
-    ]
+def _minibatch_columns(trained: TrainedStep) -> tuple[list[Ref[Any]], list[Ref[Any]], list[Ref[Any]]]:
+    """Datums, rows and the learner's p of each minibatch."""
+    return (
+        [ref for datums in trained.datums for ref in datums.batches],
+        [ref for datums in trained.datums for ref in datums.rows],
+        [ref for learned in trained.learned for ref in learned.refs],
+    )

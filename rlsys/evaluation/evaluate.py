@@ -9,21 +9,21 @@ from typing import Protocol
 from rlsys.config import JobConfig
 from rlsys.evaluation.statistics import Evaluation, evaluation_of
 from rlsys.metrics import Metrics
-from rlsys.protocols import BatchRef, Graders, RewardsRef
+from rlsys.protocols import Graders, RewardsRef, RolloutsRef
 from rlsys.types import Array, SamplingParams
 
 
 class Sampling(Protocol):
     """Of ``Samplers``, what is needed here."""
 
-    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> BatchRef: ...
+    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> RolloutsRef: ...
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
     evaluation: Evaluation
     metrics: Metrics
-    rollouts: BatchRef  # greedy, one of each problem
+    rollouts: RolloutsRef  # greedy, one of each problem
     grades: RewardsRef  # of those
     passed: Array | None  # (P,) int64, right ones among the eval.samples sampled completions; None: none were sampled
 
@@ -32,7 +32,7 @@ def evaluate_policy(config: JobConfig, samplers: Sampling, graders: Graders, hel
     """Under the version that is loaded. The same seed at every step, so that two versions differ by what they learned.
 
     Raises:
-        Rewound: something was lost; nothing has changed, and it can be done again.
+        RolledBack: something was lost; nothing has changed, so the call can be repeated.
     """
     began, section, stop = time.perf_counter(), config.eval, config.rl.sampling.stop or None
     greedy = SamplingParams(section.max_tokens, temperature=0.0, stop=stop)

@@ -1,4 +1,4 @@
-"""Which versions an engine holds: who works on each, which one is the newest, which one has to make room."""
+"""Adapter slots of an engine: which versions are loaded, their running requests, the newest per run, and eviction."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ BASE_VERSION = -1
 
 @dataclass(slots=True)
 class Adapter:
-    """One version in the engine. Its id is never used again, so no cached prefix can outlive it."""
+    """One version in the engine. Ids are never reused, so no cached prefix outlives its adapter."""
 
     id: int
     version: int
     request: Any  # vLLM's LoRARequest
     running: int = 0
     work: set[asyncio.Future[Any]] = field(default_factory=set)  # of its running calls
-    movable: set[str] = field(default_factory=set)  # ids of its engine requests that go on under a newer version
+    movable: set[str] = field(default_factory=set)  # ids of its engine requests that continue under a newer version
     overtaken: bool = False  # by a newer version of the run
     rolled_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterLease:
-    """What the requests of one call are served with."""
+    """The adapter that serves the requests of one call."""
 
     run_id: str | None
     version: int
@@ -57,7 +57,7 @@ class AdapterSlots:
         return tuple(self._live)
 
     def make(self, snapshot: AdapterSnapshot) -> Adapter:
-        """Not live yet."""
+        """A new adapter, which is not live yet."""
         from vllm.lora.request import LoRARequest
 
         number = next(self._ids)
@@ -66,7 +66,7 @@ class AdapterSlots:
         return Adapter(number, snapshot.version, request)
 
     def add(self, run_id: str, adapter: Adapter) -> list[str]:
-        """Ids of the engine requests that now have to move to this version."""
+        """Make an adapter live. Returns the ids of engine requests that must move to it."""
         older = [other for (run, _), other in self._live.items() if run == run_id]
         self._live[run_id, adapter.version] = adapter
         for other in older:
@@ -89,7 +89,7 @@ class AdapterSlots:
     def hold(self, run_id: str | None, version: int, moves: bool = False) -> AdapterLease:
         """
         Raises:
-            SamplingError: the version is not live, nor, where the call moves, a newer one.
+            SamplingError: neither the version nor, for a call that moves, a newer one is live.
         """
         if run_id is None and version != BASE_VERSION:
             raise SamplingError(f"version: found {version} without a run; the base is version {BASE_VERSION}")
@@ -99,10 +99,10 @@ class AdapterSlots:
         return AdapterLease(run_id, version, adapter, moves, self._rollbacks[run_id])
 
     def serving(self, hold: AdapterLease) -> Adapter | None:
-        """What the next request of a call is served with.
+        """The adapter that serves the next request of a call.
 
         Raises:
-            SamplingError: the run went back meanwhile; its versions may have come a second time, with other weights.
+            SamplingError: the run was rolled back meanwhile; its version numbers may now mean other weights.
         """
         if self._rollbacks[hold.run_id] != hold.rollbacks:
             raise self.rolled_back(hold.adapter)
@@ -128,7 +128,7 @@ class AdapterSlots:
         return adapter
 
     def roll_back(self, run_id: str) -> list[Adapter]:
-        """All versions of the run, which are live no more; whoever works on them is cancelled."""
+        """Remove all versions of the run and cancel their work. Returns them."""
         self._rollbacks[run_id] += 1
         mine = {key: adapter for key, adapter in self._live.items() if key[0] == run_id}
         for key, adapter in mine.items():
@@ -139,10 +139,10 @@ class AdapterSlots:
         return list(mine.values())
 
     def in_the_way(self, run_id: str) -> tuple[str, int] | None:
-        """The version that has to go before `run_id` gets one more: the oldest idle one that is not its run's last.
+        """The version to evict before `run_id` gets another: the oldest idle one that is not the last of its run.
 
         Raises:
-            WeightSyncError: none may.
+            WeightSyncError: every version is in use.
         """
         if len(self._live) < self._max_held:
             return None

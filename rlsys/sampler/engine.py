@@ -1,6 +1,6 @@
-"""The vLLM engine behind one object: sample, score, and serve versions of adapters that it has proved to hold.
+"""A vLLM engine: samples completions, scores tokens, and serves adapter versions once it has attested them.
 
-vLLM is imported when an engine starts, not with this module, because `prepare_environment` has to come first.
+vLLM is imported when an engine starts, not with this module, because `prepare_environment` must run first.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class SamplerStats:
     tokens_generated: int  # since the start, completions only
     running_requests: int
     live: tuple[tuple[str, int], ...]  # (run id, version), oldest first
-    noise: float  # nats: how far this engine strays from itself
+    noise: float  # nats: how far this engine's own results differ
     start_s: float
 
 
 class Sampler:
-    """One engine. All methods may run concurrently on one event loop; versions are served only once attested."""
+    """One engine. All methods may run concurrently on one event loop. A version is served only once it is attested."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Sampler:
         return self._about.endings.ids
 
     async def start(self) -> None:
-        """Start the engine, warm it up, and measure how far it strays from itself."""
+        """Start the engine, warm it up, and measure its noise."""
         began = time.perf_counter()
         prepare_environment(self._section, self._device)
         preload(self._device)
@@ -133,15 +133,15 @@ class Sampler:
         self._start_s = time.perf_counter() - began
 
     def engine_arguments(self) -> dict[str, Any]:
-        """What vLLM is started with; its own `LLM` takes the same."""
+        """vLLM's engine arguments; `vllm.LLM` takes the same."""
         has_tokenizer = self._about.has_tokenizer
         return engine_arguments(self._base, self._model, self._section, self._seed, self._device, has_tokenizer)
 
     async def _measure_noise(self) -> float:
-        """Mean |difference| of one sequence scored alone and in company, and at least one rounding of its values.
+        """Mean |difference| of one sequence scored alone and in a batch, and at least one rounding of its values.
 
-        A learner computes the same in another order, so it strays by about a rounding even where the engine agrees with
-        itself (measured against transformers: 0.8 of that in bfloat16).
+        A learner computes in another order, so it differs by about one rounding even if the engine agrees with itself
+        (measured against transformers: 0.8 of that in bfloat16).
         """
         tokens = np.arange(min(WARM_UP_TOKENS, self._model.max_length), dtype=np.int32) * 7 % self._about.vocab_size
         alone = await self._score(tokens, None)
@@ -162,12 +162,11 @@ class Sampler:
     ) -> Rollouts:
         """n completions of each of P prompts under one version (`run_id` None and version -1: the base).
 
-        `params.seed` None draws from this sampler's own sequence; else the same problems draw the same, and a problem
-        that comes again draws anew. `occurrence`: (P,) how often each came in earlier calls or in this one; None: in
-        this one. Greedy requests (temperature 0) are computed once and copied; their log-probabilities are those at
-        temperature 1. Stop tokens, but not stop strings' tails, are part of a completion. `move_on`: whenever a newer
-        version of the run is loaded, what is not done goes on under that one; only then do versions differ inside a
-        completion.
+        `params.seed` None: seeds come from this sampler's sequence. Else a completion is a function of the seed, the
+        problem and its occurrence. `occurrence`: (P,) how often each problem was sampled before; None: count repeats in
+        `problems`. Greedy requests (temperature 0) are computed once and copied; their log-probabilities are those at
+        temperature 1. Stop tokens, but not stop strings' tails, are part of a completion. `move_on`: switch unfinished
+        completions to each newly loaded version of the run. Only then can one completion mix versions.
 
         Raises:
             SamplingError: nothing was started.
@@ -200,7 +199,7 @@ class Sampler:
 
     @contextmanager
     def hold(self, run_id: str | None, version: int, requests: int, moves: bool = False) -> Iterator[AdapterLease]:
-        """For calls of `draw` that belong together: inside, the version stays, unless they move to newer ones anyway.
+        """Lease a version for several calls of `draw`: it is not evicted inside the block, unless the calls move on.
 
         Raises:
             SamplingError: it is not live.
@@ -220,7 +219,7 @@ class Sampler:
         """One completion of one prompt; `params.seed` is its own, and `also_stop` adds to `params.stop`.
 
         Raises:
-            SamplingError: the run went back, or there is no room for `params.max_tokens`.
+            SamplingError: the run was rolled back, or there is no room for `params.max_tokens`.
         """
         assert params.seed is not None
         length = np.array([0, len(prompt)], np.int64)
@@ -258,7 +257,7 @@ class Sampler:
     async def logprobs(self, tokens: Array, offsets: Array, run_id: str | None, version: int) -> Array:
         """(T,) float32: log-probability of each token of each sequence given those before it; 0.0 for each first one.
 
-        At temperature 1, whatever the sequences were drawn with.
+        At temperature 1, whatever temperature the sequences were sampled with.
 
         Raises:
             SamplingError: nothing was started.
@@ -276,12 +275,12 @@ class Sampler:
         return scores
 
     async def load(self, update: WeightUpdate, bound: float | None = None) -> Attestation:
-        """Install a version, prove from the engine's own slots and from its canary that it is served, then serve it.
+        """Install a version, prove by a hash of the engine's slots and by the canary that it is served, then serve it.
 
-        `bound`: nats that the canary may stray, in the place of what the noise of learner and engine explains.
+        `bound`: nats by which the canary may differ; None: what the noise of learner and engine explains.
 
         Raises:
-            WeightSyncError: it is not, and the version was taken out again.
+            WeightSyncError: the proof failed; the version was unloaded again.
         """
         async with self._loading:
             began = time.perf_counter()
@@ -305,15 +304,15 @@ class Sampler:
                 raise
             self._strays[snapshot.run_id] = attestation.distance_new
             if moving := self._live.add(snapshot.run_id, adapter):
-                await self._alive(self._engine.abort(moving))  # what they have comes back as their output
+                await self._alive(self._engine.abort(moving))  # their tokens so far come back as output
             return attestation
 
     async def probe(self, probe: StartupProbe, bound: float | None = None) -> Attestation:
-        """Prove at start-up that the base is the learner's, at early and late positions, and that adapters reach the
-        forward pass; nothing stays.
+        """Prove at start-up that the base equals the learner's, at early and late positions, and that adapters reach
+        the forward pass. The probe's adapter is unloaded afterwards.
 
         Raises:
-            WeightSyncError: one of them is not so, or the adapter was too small to tell.
+            WeightSyncError: a proof failed, or the adapter's effect was within the engine's noise.
         """
         self._refuse_asleep()
         scored = await self._alive(self._score_at(probe.base.tokens, probe.base.positions))
@@ -328,34 +327,34 @@ class Sampler:
         return attestation
 
     async def unload(self, run_id: str, version: int) -> None:
-        """Take a version out.
+        """Unload a version.
 
         Raises:
-            SamplingError: it is not there, or requests still run on it.
+            SamplingError: it is not loaded, or requests still run on it.
         """
         await self._call("rlsys_remove_adapter", self._live.drop(run_id, version).id)
 
     async def roll_back(self, run_id: str) -> None:
-        """Abort the run's requests and take all its versions out; the same versions may then be loaded anew.
+        """Abort the run's requests and unload all its versions; the same version numbers may then be loaded again.
 
-        A learner that went back to a checkpoint gives other weights the numbers that these had.
+        A learner that was rolled back to a checkpoint reuses these numbers for other weights.
         """
         async with self._loading:
             mine = self._live.roll_back(run_id)
             self._strays.pop(run_id, None)
             for adapter in mine:
-                await asyncio.gather(*adapter.work, return_exceptions=True)  # until the engine has let go of them
+                await asyncio.gather(*adapter.work, return_exceptions=True)  # until the engine has released them
                 await self._call("rlsys_remove_adapter", adapter.id)
 
     async def sleep(self) -> None:
-        """Give the GPU's memory to the learner beside it, until `wake`. On CPU there is none to give, and nothing is
-        done. Not run on a GPU yet; read in vLLM 0.32:
+        """Free the GPU's memory for the learner until `wake`. Does nothing on a CPU. Not run on a GPU yet; read in vLLM
+        0.32:
 
         At level 1 the pool "weights" moves to pinned host memory and comes back to the same addresses
         (device_allocator/sleep_mode_backend.py and cumem.py). Adapters' slots belong to it, since they are made while
         the model loads (v1/worker/gpu_worker.py load_model), so every attested version is still there on waking. The
-        KV cache is thrown away, and the prefix cache with it (v1/engine/core.py sleep). vLLM would abort what runs and
-        queue what comes later without end: both are refused here.
+        KV cache and the prefix cache are dropped (v1/engine/core.py sleep). vLLM would abort running requests and queue
+        later ones without a limit: both are refused here.
 
         Raises:
             SamplingError: requests still run.
@@ -372,7 +371,7 @@ class Sampler:
             self._pulse.answered += 1
 
     async def wake(self) -> None:
-        """Take the memory back and serve again; nothing where it is awake. The same versions are live as before."""
+        """Take the memory back and serve the same versions again. Does nothing if the engine is awake."""
         async with self._loading:
             if self._asleep:
                 await self._alive(self._unless_dead(self._engine.wake_up()))
@@ -390,7 +389,7 @@ class Sampler:
             engine.shutdown()  # on this thread: it cancels a task of this loop
 
     async def progress(self) -> tuple[int, int]:
-        """Differs from the last answer if the engine has moved; asks nothing of the engine, so it cannot hang."""
+        """Changes with the engine's work. Does not call the engine, so it cannot hang."""
         return self._pulse.advanced, self._pulse.answered
 
     def stats(self) -> SamplerStats:
@@ -398,20 +397,20 @@ class Sampler:
         return SamplerStats(self._name, self._tokens_generated, self._running, live, self._noise, self._start_s)
 
     def own_seed(self) -> int:
-        """For a call whose params name none."""
+        """Seed of a call whose params have none."""
         words = [self._seed, next(self._draws)]
         return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0])
 
     @contextmanager
     def _using(self, run_id: str | None, version: int, requests: int) -> Iterator[Adapter | None]:
-        """The adapter of a version, which is not evicted while inside; None for the base."""
+        """The adapter of a version, which is not evicted inside the block; None for the base."""
         with self.hold(run_id, version, requests) as hold:
             yield hold.adapter
 
     async def _generate(self, prompt: list[int], params: Any, adapter: Adapter | None, moves: bool = False) -> Any:
         """One finished engine request, aborted when this task is cancelled.
 
-        `moves`: also when a newer version comes; None where that was before it began.
+        `moves`: aborted also when a newer version is loaded; None if that happened before the request started.
         """
         request_id = f"{self._name}-{next(self._request_ids)}"
         lora = None if adapter is None else adapter.request
@@ -448,7 +447,7 @@ class Sampler:
         return np.array([position_logprob(output, ids[at]) for output, at in zip(outputs, positions, strict=True)])
 
     async def _work(self, requests: Sequence[Any], adapter: Adapter | None) -> list[Any]:
-        """All results; none and an error where the adapter's run was rewound meanwhile."""
+        """All results. Raises SamplingError if the adapter's run was rolled back meanwhile."""
         work = asyncio.ensure_future(self._alive(_together(requests)))
         held = set() if adapter is None else adapter.work
         held.add(work)
@@ -474,7 +473,7 @@ class Sampler:
             raise ActorDiedError(f"sampler {self._name}: the vLLM engine failed: {cause}") from error
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
-        """What each tensor-parallel worker answered to `method` of rlsys.sampler.vllm.adapter_worker, by rank."""
+        """Answers of the tensor-parallel workers to `method` of rlsys.sampler.vllm.adapter_worker, by rank."""
         number = next(self._calls)
         asked = self._engine.collective_rpc("rlsys_answer", args=(number, method, args))
         answers = await self._alive(self._unless_dead(asked))
@@ -482,7 +481,7 @@ class Sampler:
         return values(f"sampler {self._name}", method, number, answers, self._section.tensor_parallel_size)
 
     async def _unless_dead(self, call: Awaitable[Any]) -> Any:
-        """vLLM fails the requests of an engine that dies, but leaves calls of its worker waiting for ever."""
+        """Await a call of the engine's worker. When an engine dies, vLLM fails its requests but never answers these."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         answer = asyncio.ensure_future(call)
@@ -512,7 +511,7 @@ class Sampler:
             )
 
     async def _install(self, snapshot: AdapterSnapshot, adapter: Adapter, leaving: Sequence[int]) -> str:
-        """The digest of the engine's slots after installing; of several workers' slots, once each proved its part."""
+        """Install an adapter. Returns the digest of the engine's slots, of which each worker has proved its part."""
         where = f"sampler {self._name}, run {snapshot.run_id!r}, version {snapshot.version}"
         layout = [(slot.name, list(slot.shape), slot.offset, slot.nbytes) for slot in snapshot.layout]
         is_alone = self._section.tensor_parallel_size == 1
@@ -534,7 +533,7 @@ def _rows(tokens: Array, offsets: Array) -> list[list[int]]:
 
 
 async def _together(work: Sequence[Any]) -> list[Any]:
-    """All results, or the first error with all the others cancelled."""
+    """All results, or the first error, with the others cancelled."""
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one) for one in work]

@@ -1,4 +1,4 @@
-"""What a vLLM engine is started with."""
+"""Arguments of a vLLM engine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GIB = 2**30
 def engine_arguments(
     base: Path, model: ModelSection, section: SamplerSection, seed: int, device: Device, has_tokenizer: bool
 ) -> dict[str, Any]:
-    """vLLM's own `LLM` takes the same."""
+    """Arguments of vLLM's AsyncEngineArgs; `vllm.LLM` takes the same."""
     cpu, parallel = device == "cpu", section.tensor_parallel_size
     # One position more than promised: vLLM wants to generate a token even where a full-length sequence is only
     # scored. That token is never fed back, so its position is never computed.
@@ -42,7 +42,7 @@ def engine_arguments(
             "worker_cls": "rlsys.sampler.vllm.cuda_worker.CudaWorker",
             "gpu_memory_utilization": section.gpu_memory_utilization,
             "enable_sleep_mode": section.colocate,
-            # left to itself, vLLM would ask Ray for workers in our placement group, where no GPU is left
+            # by default vLLM would ask Ray for workers in our placement group, where no GPU is free
             **({"distributed_executor_backend": "mp"} if parallel > 1 else {}),
         }
     )
@@ -58,7 +58,7 @@ def engine_arguments(
         "enable_prefix_caching": True,
         "skip_tokenizer_init": not has_tokenizer,
         "generation_config": "vllm",  # else the model's own file would change temperature, top_k and top_p
-        "logprobs_mode": "processed_logprobs",  # of the distribution that was drawn from
+        "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
         "enable_lora": True,
         "max_loras": section.max_live_adapters,
         "max_cpu_loras": section.max_live_adapters,
@@ -72,7 +72,7 @@ def engine_arguments(
 
 
 def numpy_seed(seed: int) -> int:
-    """What an engine seeds numpy and torch with. It decides nothing that is drawn: every request has its own seed."""
+    """Seed of numpy and torch in an engine. Completions do not depend on it: every request has a seed."""
     return seed % 2**32
 
 

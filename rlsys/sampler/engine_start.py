@@ -1,4 +1,4 @@
-"""Environment, imports and processes of an engine: what has to be settled before vLLM is imported."""
+"""Environment, imports and processes of an engine; the environment must be set before vLLM is imported."""
 
 from __future__ import annotations
 

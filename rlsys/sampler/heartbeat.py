@@ -1,4 +1,4 @@
-"""Signs of life of an engine, without asking it: a stopped or dead engine does not answer."""
+"""Heartbeat of an engine without calls to it, which a stopped or dead engine would not answer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class EngineHeartbeat:
-    """Counts what the engine's process sends, which is every token of every request, also where one request is long.
+    """Counts the outputs that the engine's process sends: every token of every request, also within long requests.
 
-    vLLM drops these on the way where only finished requests are wanted, so they are counted where they arrive.
+    vLLM drops these later when only finished requests are asked for, so they are counted on arrival.
     """
 
     def __init__(self) -> None:
@@ -16,7 +16,7 @@ class EngineHeartbeat:
         self.answered = 0  # calls of the engine's worker
 
     def watch(self, engine: Any) -> None:
-        """Count from now on what arrives from `engine`, vLLM's AsyncLLM."""
+        """Count outputs of `engine`, vLLM's AsyncLLM, from now on."""
         processor = engine.output_processor
         stock = processor.process_outputs
 

@@ -1,4 +1,4 @@
-"""Why an engine's process ended. vLLM's error only says "see stack trace above", in a log nobody is shown."""
+"""Cause of death of an engine's process, from its log. vLLM's error only says "see stack trace above"."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _RAISED = re.compile(r"^(?:[\w.]*(?:Error|Exception)|SystemExit)\b(?:: .+)?$")
 
 
 class EngineLog:
-    """What the engine will write: it inherits stdout and stderr, which are files in a Ray worker."""
+    """Output of the engine from now on: it inherits stdout and stderr, which are files in a Ray worker."""
 
     def __init__(self) -> None:
         self._sizes = {path: path.stat().st_size for path in _output_files()}
 
     def cause(self) -> str:
-        """The last exception that the engine reported, what helps against it, and the log's path; else that it ended
-        without a word."""
+        """The last exception in the engine's log, with a remedy and the log's path; without one, that the process ended
+        silently."""
         if not self._sizes:
             return "see its output"
         files = ", ".join(map(str, self._sizes))
         raised = [found for path, size in self._sizes.items() for found in _raised(path, size)]
         raised = [one for one in raised if not _SECOND_HAND.search(one.error)] or raised
-        # A process that fails before vLLM has it in hand writes without a prefix.
+        # A process that fails before vLLM sets up its logging writes without a prefix.
         for wanted in ((_ENGINE, _WORKER), ("",)):
             last = [one for one in raised if one.process.partition("_")[0] in wanted]
             if last:
@@ -54,7 +54,7 @@ class Raised:
 
 
 def refusal(error: ValueError) -> str:
-    """Why vLLM refused its arguments, in one line with what helps. pydantic puts the reason below a line of its own."""
+    """Why vLLM refused its arguments, in one line with a remedy. pydantic puts the reason on the second line."""
     reasons = [line.strip() for line in str(error).splitlines() if line.strip().startswith("Value error, ")]
     reason = reasons[0].removeprefix("Value error, ") if reasons else first_line(error)
     return advised(re.sub(r" \[type=value_error, .*", "", reason), str(error), "sampler")

@@ -82,7 +82,7 @@ def minor(version: str) -> str:
 
 
 def unknown_version(found: str, device: Device, changes: list[str]) -> str:
-    """What is known of a vLLM that nobody has checked, and which one to install."""
+    """How an unchecked version of vLLM differs, and which version to install."""
     compared = (
         f"of the {len(PRIVATE_API)} private functions that rlsys.sampler.vllm builds on, {len(changes)} differ: "
         f"{'; '.join(changes)}"

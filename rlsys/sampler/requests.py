@@ -1,4 +1,4 @@
-"""From our requests to vLLM's, and from its answers to columns. Everything that can be refused is refused here."""
+"""Conversion of requests to vLLM's and of its outputs to columns; invalid requests are refused here."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SEED_WORDS = 2**64 - 1
 
 
 class BaseModel:
-    """What a model's folder says about itself, as far as requests need it."""
+    """Facts from a model's folder that requests need."""
 
     def __init__(self, folder: Path) -> None:
         config = read_json(folder / "config.json")
@@ -63,12 +63,12 @@ def check_sequences(
 def stop_rules(
     stop: str | Sequence[str] | Sequence[int] | None, model: BaseModel, also: Sequence[str] = ()
 ) -> tuple[list[str], list[int]]:
-    """(stop strings, stop token ids): strings add to the model's end tokens, ids are all there are, [] is never.
+    """(stop strings, stop token ids). Strings add to the model's end tokens; ids replace them; [] means no stop.
 
-    `also`: further strings, whatever `stop` says.
+    `also`: further strings, whatever `stop` is.
 
     Raises:
-        SamplingError: strings for a model without a tokenizer, or one that could never be found.
+        SamplingError: strings for a model without a tokenizer, or a string that no text can contain.
     """
     given: list[Any] = [stop] if isinstance(stop, str) else list(stop or ())
     strings = [*(item for item in given if isinstance(item, str)), *also]
@@ -86,7 +86,7 @@ def stop_rules(
 
 
 def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel, also_stop: Sequence[str] = ()) -> Any:
-    """vLLM's parameters of one group; completion i draws with seed + i. `also_stop` adds to what `params` says."""
+    """vLLM's parameters of one group; completion i is sampled with seed + i. `also_stop` adds to `params.stop`."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
@@ -145,16 +145,16 @@ def position_params(token: int) -> Any:
 
 
 def position_logprob(output: Any, token: int) -> float:
-    """What a request of `position_params` answers, in nats."""
+    """The log-probability (nats) in the output of a request of `position_params`."""
     (completion,) = output.outputs
     return float(completion.logprobs[0][token].logprob)
 
 
 def group_seeds(seed: int, problems: Array, occurrence: Array | None = None) -> list[int]:
-    """(P,) seeds by problem and occurrence, not by place: calls draw together what one call for all would.
+    """(P,) seeds by problem and occurrence, not by position: one call or several give the same completions.
 
-    `occurrence`: (P,) how often the caller drew each problem before under this seed; None: as often as it stands before
-    in `problems`. Each seed has room for n children above it.
+    `occurrence`: (P,) how often each problem was sampled before under this seed; None: count repeats in `problems`.
+    The next n - 1 numbers above each seed are free for its children.
     """
     times = occurrences(problems) if occurrence is None else occurrence
     words = zip(problems.tolist(), times.tolist(), strict=True)
@@ -171,7 +171,7 @@ def _word(seed: int, *words: int) -> int:
 
 
 def later_seed(seed: int, *where: int) -> int:
-    """Of a completion that goes on in a further request; `where` it does so."""
+    """Seed of a further request of a completion; `where`: the position at which it continues."""
     return _word(seed, *where)
 
 
@@ -188,7 +188,7 @@ def columns(
 
 
 def finished(completion: Any, version: int) -> Completion:
-    """vLLM's completion, which has to have come to its own end."""
+    """A completion of vLLM that ended by a stop condition or at its length limit."""
     if completion.finish_reason not in ("stop", "length"):
         raise SamplingError(f"the engine ended a request with {completion.finish_reason!r}; wanted 'stop' or 'length'")
     return so_far(completion, version)

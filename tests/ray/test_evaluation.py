@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from actors import job as jobs
 from actors.cli import app
 from actors.evaluation import evaluate
-from actors.stages.sampler_pool import SamplerPool
+from actors.stages.sampler_pool.membership import Membership
 from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.evaluation.policy_source import find_policy
@@ -120,7 +120,7 @@ def test_an_adapter_of_another_base_is_refused_before_any_engine_starts(
     def begin(*_: object) -> None:
         pytest.fail("an engine was started")
 
-    monkeypatch.setattr(SamplerPool, "begin", begin)
+    monkeypatch.setattr(Membership, "begin", begin)
     other = tmp_path / "other"
     initial_model(MICRO, AutoTokenizer.from_pretrained(trained.model.path), max_length=96, seed=4, out=other)
     config = trained.model_copy(update={"model": trained.model.model_copy(update={"path": str(other)})})

@@ -64,7 +64,7 @@ def test_more_ranks_than_there_is_room_for_are_refused_at_once(ray_cluster: str,
 
 def test_a_place_that_no_single_node_has_is_refused_at_once(ray_cluster: str, job: Job) -> None:
     waits = f"watchdog.start_s={FAR_S}"  # for whatever is not refused
-    with pytest.raises(ClusterError, match=r"2 places .* with placement STRICT_SPREAD can never be had on one node"):
+    with pytest.raises(ClusterError, match=r"2 places .* with placement STRICT_SPREAD do not fit on one node"):
         jobs.train(job(*TWO, "learner.placement=STRICT_SPREAD", waits), Progress())
     with pytest.raises(ClusterError, match=r"no node '10\.9\.9\.9' in the cluster; its nodes are"):
         jobs.train(job("sampler.nodes=[10.9.9.9]", waits), Progress())

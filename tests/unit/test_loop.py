@@ -19,12 +19,14 @@ from rlsys.config import JobConfig, parse_config
 from rlsys.data.problems import Epochs
 from rlsys.metrics import Metrics
 from rlsys.protocols import (
-    BatchRef,
     DatumsRef,
+    LogprobsRef,
     MinibatchPosition,
     PublishedAdapter,
+    Ref,
     RewardsRef,
     RolledBack,
+    RolloutsRef,
     Stages,
     TrainedStep,
 )
@@ -71,7 +73,7 @@ class World:
     lines: list[tuple[str, int]] = field(default_factory=list)
     agreeing: frozenset[int] = frozenset()
     trained: dict[int, TrainedStep] = field(default_factory=dict)
-    tickets: dict[int, BatchRef] = field(default_factory=dict)
+    tickets: dict[int, RolloutsRef] = field(default_factory=dict)
     batch: list[Any] = field(default_factory=list)
     lock: Any = field(default_factory=threading.Lock)
     life: int = 0  # of the learner
@@ -90,7 +92,7 @@ class World:
     # samplers
     def sample(
         self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
-    ) -> BatchRef:
+    ) -> RolloutsRef:
         self.loses()
         if split == "train" and self.config.overlap.max_policy_lag is None:
             assert self.loaded == self.state_hash, "samplers serve something else than the learner's weights"
@@ -100,7 +102,8 @@ class World:
             "sampler/truncated_share": 0.0,
         }
         nth = () if occurrence is None else tuple(occurrence.tolist())
-        return BatchRef(((split, tuple(problems), params.seed, self.loaded, self.version, nth),), metrics)
+        drawn = (split, tuple(problems), params.seed, self.loaded, self.version, nth)
+        return RolloutsRef((Ref(drawn),), metrics)
 
     def submit(
         self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
@@ -109,7 +112,7 @@ class World:
         self.tickets[ticket] = self.sample(split, problems, n, params, occurrence)
         return ticket
 
-    def collect(self, timeout_s: float) -> list[tuple[int, BatchRef]]:
+    def collect(self, timeout_s: float) -> list[tuple[int, RolloutsRef]]:
         return [(first := min(self.tickets), self.tickets.pop(first))] if self.tickets else []
 
     def forget(self) -> None:
@@ -120,30 +123,30 @@ class World:
         return {}
 
     # graders, advantages
-    def grade(self, split: str, rollouts: BatchRef) -> RewardsRef:
+    def grade(self, split: str, rollouts: RolloutsRef) -> RewardsRef:
         self.loses(may_lose_learner=False)  # graders do not know it
-        problems = rollouts.refs[0][1]
+        problems = rollouts.refs[0].value[1]
         agreeing = np.array([problem in self.agreeing for problem in problems])
         zeros = np.zeros(len(problems))
         return RewardsRef(rollouts.refs, {"reward/mean": 0.5}, zeros, zeros.astype(np.int64), agreeing)
 
     def compute_advantages(
-        self, rollouts: BatchRef, rewards: RewardsRef, reference: BatchRef | None, pieces: int
+        self, rollouts: RolloutsRef, rewards: RewardsRef, reference: LogprobsRef | None, pieces: int
     ) -> DatumsRef:
         self.loses()
-        problems = [problem for ref in rollouts.refs for problem in ref[1]]
+        problems = [problem for ref in rollouts.refs for problem in ref.value[1]]
         outcomes = np.array([AGREED if problem in self.agreeing else TRAINED for problem in problems], np.int8)
         shares = [tuple(share) for share in np.array_split(problems, pieces)]
-        drawn_by = [ref[2:] for ref in rewards.refs]
-        versions = [ref[4] for ref in rollouts.refs]
+        drawn_by = [ref.value[2:] for ref in rewards.refs]
+        versions = [ref.value[4] for ref in rollouts.refs]
         metrics = {"sampler/version_min": float(min(versions)), "sampler/version_mean": float(np.mean(versions))}
-        return DatumsRef(tuple((share, drawn_by) for share in shares), metrics, (), outcomes)
+        return DatumsRef(tuple(Ref((share, drawn_by)) for share in shares), metrics, (), outcomes)
 
     # learner
-    def reference(self, rollouts: BatchRef) -> BatchRef:
+    def reference(self, rollouts: RolloutsRef) -> LogprobsRef:
         raise AssertionError("there is no KL penalty")
 
-    def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
+    def learn(self, datums: Any, place: MinibatchPosition) -> LogprobsRef:
         self.loses()
         assert place.first == (not self.batch)
         self.batch.append(datums)
@@ -151,11 +154,11 @@ class World:
             self.state_hash = hashlib.sha1(f"{self.state_hash}{self.batch}{place.step}".encode()).hexdigest()
             self.made += 1
             self.batch = []
-        return BatchRef((), {"policy/version": float(self.made)})
+        return LogprobsRef((), {"policy/version": float(self.made)})
 
     def publish(self) -> PublishedAdapter:
         self.loses(may_lose_data=False)
-        return PublishedAdapter(None, self.made, self.state_hash, 0)
+        return PublishedAdapter(Ref(None), self.made, self.state_hash, 0)
 
     def state(self) -> Any:
         return self.life, self.state_hash, self.made
@@ -183,7 +186,7 @@ class World:
         self.lines.append(("step", step))
         self.trained[step] = trained
 
-    def on_eval(self, step: int, metrics: Metrics, rollouts: BatchRef, rewards: RewardsRef) -> None:
+    def on_eval(self, step: int, metrics: Metrics, rollouts: RolloutsRef, rewards: RewardsRef) -> None:
         self.lines.append(("eval", step))
 
     def run(self, book: Ledger, stop_after: int = STEPS) -> int:
@@ -249,8 +252,8 @@ def test_groups_that_agree_are_replaced_until_the_batch_is_full_or_the_rounds_ar
         drawn = book.ids(step)
         assert one.problems.tolist() == drawn.tolist()
         for ref in one.rollouts.refs:
-            assert len(ref[1]) == wanted > 0
-            wanted = sum(problem in world.agreeing for problem in ref[1])
+            assert len(ref.value[1]) == wanted > 0
+            wanted = sum(problem in world.agreeing for problem in ref.value[1])
         assert wanted == 0 or len(one.rollouts.refs) == 3
     assert book.counts()["filtered"] == sum(
         problem in world.agreeing for one in world.trained.values() for problem in one.problems
@@ -260,7 +263,12 @@ def test_groups_that_agree_are_replaced_until_the_batch_is_full_or_the_rounds_ar
 def draws_of(world: World) -> dict[int, list[tuple[int, int, int]]]:
     """(seed, problem, occurrence) of each group of a step: what its completions are a function of."""
     return {
-        step: [(ref[2], int(p), nth) for ref in one.rollouts.refs for p, nth in zip(ref[1], ref[5], strict=True)]
+        step: [
+            (seed, int(p), nth)
+            for ref in one.rollouts.refs
+            for _, ids, seed, _, _, nths in [ref.value]
+            for p, nth in zip(ids, nths, strict=True)
+        ]
         for step, one in world.trained.items()
     }
 
@@ -302,7 +310,7 @@ def test_substeps_share_the_groups_and_only_the_first_is_on_policy() -> None:
     seen: list[tuple[int, bool]] = []
 
     class Watched(World):
-        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
+        def learn(self, datums: Any, place: MinibatchPosition) -> LogprobsRef:
             seen.append((place.substep, place.on_policy))
             return super().learn(datums, place)
 
@@ -344,13 +352,13 @@ def test_no_token_is_older_than_the_lag_allows_and_every_step_is_made_once(
     for step, one in world.trained.items():
         assert one.problems.tolist() == book.ids(step).tolist()
         for ref in one.rollouts.refs:
-            assert (step - 1 - lag) * substeps <= ref[4] <= (step - 1) * substeps
+            assert (step - 1 - lag) * substeps <= ref.value[4] <= (step - 1) * substeps
 
 
 def test_the_samplers_are_ahead_by_the_whole_lag_when_nothing_holds_them_up() -> None:
     world = World(job(lag=2), [])
     world.run(ledger())
-    assert world.trained[STEPS].rollouts.refs[0][4] < STEPS - 1
+    assert world.trained[STEPS].rollouts.refs[0].value[4] < STEPS - 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -380,7 +388,7 @@ def test_in_overlapped_running_groups_that_agree_are_replaced_too() -> None:
 
 def test_an_error_in_a_thread_ends_the_overlapped_run_with_that_error() -> None:
     class Broken(World):
-        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
+        def learn(self, datums: Any, place: MinibatchPosition) -> LogprobsRef:
             raise ValueError("cannot learn")
 
     with pytest.raises(ValueError, match="cannot learn"):
@@ -391,7 +399,7 @@ def test_a_learner_that_went_back_is_not_taught_what_was_already_waiting_for_it(
     class Slow(World):
         calls = 0
 
-        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
+        def learn(self, datums: Any, place: MinibatchPosition) -> LogprobsRef:
             self.calls += 1
             time.sleep(0.1)  # the steps after it are whole by then
             if self.calls == 3:
@@ -407,10 +415,10 @@ def test_an_error_of_a_steps_first_piece_is_heard_before_its_last_piece_is_there
     class Broken(World):
         calls = 0
 
-        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
+        def learn(self, datums: Any, place: MinibatchPosition) -> LogprobsRef:
             raise ValueError("cannot learn")
 
-        def collect(self, timeout_s: float) -> list[tuple[int, BatchRef]]:
+        def collect(self, timeout_s: float) -> list[tuple[int, RolloutsRef]]:
             self.calls += 1
             assert self.calls < 1000, "the error was not heard"
             time.sleep(0.001)
@@ -442,7 +450,7 @@ def test_losses_in_any_thread_at_any_moment_leave_every_step_made_once(seed: int
     rng = random.Random(seed)
 
     class Uneven(World):
-        def learn(self, datums: Any, place: MinibatchPosition) -> BatchRef:
+        def learn(self, datums: Any, place: MinibatchPosition) -> LogprobsRef:
             time.sleep(rng.random() * 0.004)
             return super().learn(datums, place)
 

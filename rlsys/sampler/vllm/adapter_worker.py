@@ -3,7 +3,7 @@
 A module of the learner's model and its slots in the engine:
 
     k_proj          one of the three that vLLM packs into qkv_proj
-    o_proj          a layer of its own, as qkv_proj of Phi-3 is, which its checkpoints hold fused
+    o_proj          a separate layer, as qkv_proj of Phi-3 is, which its checkpoints hold fused
     gate_up_proj    of GLM-4: fused in the learner, two slots here. Both get A, and each its rows of B
 """
 
@@ -142,9 +142,6 @@ class AdapterExtension:
                 if stacked.data_ptr() not in read and not _all_zero(stacked[number]):
                     raise ValueError(f"the engine's slot of {slot.module} holds values outside of shape (0, 0)")
         return digest_tensors(found.items())
-
-    def rlsys_live_adapters(self) -> list[int]:
-        return sorted(adapter for adapter in self._rlsys_manager().lora_index_to_id if adapter is not None)
 
     def _rlsys_manager(self) -> Any:
         return self.model_runner.lora_manager._adapter_manager

@@ -34,9 +34,9 @@ class Block:
 class SegmentedPunica(PunicaWrapperCPU):
     """One pair of matrix products per adapter and layer slice.
 
-    Ranks and the adapters that train the unembedding are told by the worker that installs them. An adapter that is not
-    known here is multiplied at full slot width, which is as right, because slots are zero beyond the rank. An adapter
-    whose B is all zero, as before its first step and where a base is evaluated, adds nothing and costs nothing.
+    The worker that installs adapters sets `ranks` and `unembedding`. An unknown adapter is multiplied at full slot
+    width, which gives the same result, because slots are zero beyond the rank. An adapter whose B is all zero (before
+    its first step, or when a base is evaluated) is skipped.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -86,10 +86,10 @@ def part_of(whole: torch.Tensor, places: Sequence[Region]) -> torch.Tensor:
 
 
 def proven_digest(where: str, snapshot: AdapterSnapshot, held: Sequence[Held]) -> str:
-    """The snapshot's digest, where each worker holds bit for bit its part of it and together they hold the whole.
+    """The snapshot's digest, if each worker holds its part bit for bit and together they hold every value.
 
     Raises:
-        WeightSyncError: the worker whose part differs, or the tensor of which a part is nowhere.
+        WeightSyncError: a worker's part differs, or no worker holds a part of a tensor.
     """
     tensors = snapshot.tensors()
     covered = {name: np.zeros(tuple(tensor.shape), np.bool_) for name, tensor in tensors.items()}

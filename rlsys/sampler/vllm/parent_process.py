@@ -15,7 +15,7 @@ def die_with_parent() -> None:
     """For a process that was forked by a server, or that is a worker of an engine's process."""
     if multiprocessing.parent_process() is None:
         return
-    # A stopped process runs no thread of its own, but the kernel's signal reaches it. It comes when the fork server
+    # A stopped process runs no threads, but the kernel's signal reaches it. It comes when the fork server
     # ends, which it does with the actor; to one of several workers, when the engine's process ends.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     exit_with_parent()

@@ -15,7 +15,7 @@ from rlsys.types import Array
 def to_shared_buffer(buffer: Array) -> Iterator[str]:
     """While inside, processes of this user on this machine can open the bytes at the path that this yields.
 
-    In memory without a name, so that nothing has to be cleaned up after a kill, and no limit of /dev/shm applies.
+    In memory without a name: nothing remains after a kill, and no limit of /dev/shm applies.
     """
     file = os.memfd_create("rlsys-lent")
     try:

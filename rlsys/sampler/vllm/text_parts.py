@@ -1,4 +1,4 @@
-"""vLLM's classes of text parts, with the names that weights and adapters have in the whole checkpoint."""
+"""vLLM's classes of text parts, with the names that weights and adapters have in the complete checkpoint."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import pytest
 
 from rlsys.config import JobConfig, parse_config
 from rlsys.evaluation.evaluate import evaluate_policy
-from rlsys.protocols import BatchRef, RewardsRef
+from rlsys.protocols import Ref, RewardsRef, RolloutsRef
 from rlsys.types import Array, SamplingParams
 
 
@@ -19,13 +19,13 @@ class Policy:
 
     asked: list[tuple[str, int, SamplingParams]] = field(default_factory=list)
 
-    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> BatchRef:
+    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> RolloutsRef:
         self.asked.append((split, n, params))
         metrics = {"sampler/completion_tokens_mean": 5.0 * n, "sampler/truncated_share": 0.25 * n}
-        return BatchRef(((problems, n, params),), metrics)
+        return RolloutsRef((Ref((problems, n, params)),), metrics)
 
-    def grade(self, split: str, rollouts: BatchRef) -> RewardsRef:
-        problems, n, params = rollouts.refs[0]
+    def grade(self, split: str, rollouts: RolloutsRef) -> RewardsRef:
+        problems, n, params = rollouts.refs[0].value
         if params.temperature == 0:
             right = (problems % 2 == 0).astype(np.int64)
         else:
@@ -61,8 +61,8 @@ def test_pass_at_k_is_from_the_sampled_completions_and_accuracy_is_not() -> None
 
 def test_what_is_solved_is_the_jobs_to_say() -> None:
     class Costs(Policy):
-        def grade(self, split: str, rollouts: BatchRef) -> RewardsRef:
-            problems = rollouts.refs[0][0]
+        def grade(self, split: str, rollouts: RolloutsRef) -> RewardsRef:
+            problems = rollouts.refs[0].value[0]
             none = np.zeros(len(problems), np.int64)
             return RewardsRef((), {}, -problems.astype(np.float64), none, none.astype(bool))
 

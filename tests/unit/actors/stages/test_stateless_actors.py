@@ -1,4 +1,4 @@
-"""What the driver tells its light actors, and when it makes them anew; no cluster is needed for that."""
+"""Requests to the graders' actor, and restarts of actors without state; no cluster is needed for these."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 import ray
 
 from actors.faults.actor_logs import Failures
-from actors.reward_actor import RewardActor
+from actors.reward_actor import RewardActor, ShowRequest
 from actors.stages.stateless_actors import RestartingActor, first_rows
 from rlsys.advantages import to_minibatches
 from rlsys.config import JobConfig, parse_config
 from rlsys.errors import ActorDiedError
 from rlsys.grading.samples import LearnedBatch, _of_tokens
-from rlsys.protocols import BatchRef, DatumsRef, TrainedStep
+from rlsys.protocols import DatumsRef, Ref, RewardsRef, RolloutsRef, TrainedStep
 from rlsys.rollouts import Rollouts, concatenate
 from rlsys.types import Array
 
@@ -50,21 +50,22 @@ class Seen:
 
 def test_completions_are_shown_with_their_own_advantages_where_pieces_were_centred_one_by_one() -> None:
     config, actor = job(), RewardActor(job())
-    actor.grading = Seen()
+    actor.started = Seen()
     parts, rewards = [groups(0, 2), groups(2, 1)], [np.array([0.0, 1.0, 1.0, 1.0]), np.array([1.0, 0.0])]
     datums, refs, rows, logprobs = [], [], [], []
     for part, rewards_R in zip(parts, rewards, strict=True):
         batches, numbers, metrics, outcomes = to_minibatches(part, rewards_R, config.rl, 1)
-        datums.append(DatumsRef(batches, metrics, numbers, outcomes))
+        datums.append(DatumsRef(tuple(map(Ref, batches)), metrics, tuple(map(Ref, numbers)), outcomes))
         refs, rows = [*refs, *batches], [*rows, *numbers]
         logprobs.append(np.zeros(len(batches[0].tokens), np.float32))
-    none = BatchRef((), {})
-    trained = TrainedStep(0, np.arange(3), none, none, None, datums, [none, none])  # type: ignore[arg-type]
+    none = np.empty(0)
+    trained = TrainedStep(
+        0, np.arange(3), RolloutsRef((), {}), RewardsRef((), {}, none, none, none), None, datums, learned=[]
+    )
     firsts = first_rows(trained, config.rl.samples_per_problem)
     assert firsts == [0, 4]
-    shown = actor.show(
-        "train", 6, firsts, [1, 1, 2, 2, 2], concatenate(parts), np.concatenate(rewards), *refs, *rows, *logprobs
-    )
+    request = ShowRequest("train", 6, tuple(firsts), (1, 1, 2, 2, 2))
+    shown = actor.show(request, concatenate(parts), np.concatenate(rewards), *refs, *rows, *logprobs)
     assert shown == [[-0.5, -0.5], [0.5, 0.5], [0.0, 0.0], [0.0, 0.0], [0.5, 0.5], [-0.5, -0.5]]
 
 

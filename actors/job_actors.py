@@ -1,0 +1,126 @@
+"""Actors of a job or an evaluation: reserved, launched, started, and gone when their block ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import ray
+
+from actors.cluster.column_refs import BaseRef
+from actors.cluster.placement import Placement
+from actors.faults.actor_logs import Failures, process_of
+from actors.stages.checkpointer import BackgroundCheckpointer
+from actors.stages.learner_group import LearnerGroup, LearnerInit
+from actors.stages.sampler_pool.membership import SamplerInit
+from actors.stages.sampler_pool.pool import SamplerPool
+from actors.stages.stateless_actors import AdvantageActors, GraderActors
+from rlsys.config import JobConfig
+from rlsys.config.gpu_shares import start_in_order
+from rlsys.protocols import PublishedAdapter, RolledBack
+from rlsys.run_state.run_dir import RunStore
+from rlsys.types import Array
+
+T = TypeVar("T")
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyActors:
+    """The stages that sample and grade a policy."""
+
+    learner: LearnerGroup
+    samplers: SamplerPool
+    graders: GraderActors
+
+    def start(self, base: BaseRef, learner_first: bool) -> None:
+        """Load the base on every actor, and have every sampler prove that adapters reach its forward pass. The graders
+        have been started. `learner_first`: engines start after the learner has loaded its base."""
+        train, held_out = (self.graders.problems(split) for split in ("train", "eval"))
+        start_in_order(
+            learner_first,
+            lambda: self.learner.start(LearnerInit(base, train)),
+            lambda: self.samplers.membership.begin(base, train, held_out),
+        )
+        self.samplers.membership.start(SamplerInit(base, train, held_out, retry(self.learner.probe)))
+
+
+@dataclass(frozen=True, slots=True)
+class JobActors:
+    """The stages of a training job."""
+
+    policy: PolicyActors
+    advantages: AdvantageActors
+    checkpointer: BackgroundCheckpointer
+
+    def pids(self) -> dict[str, int]:
+        """Processes of the actors on the driver's node, by name; engines count with their sampler."""
+        here = ray.get_runtime_context().get_node_id()
+        actors = {f"sampler{member.index}": member.actor for member in self.policy.samplers.members}
+        actors |= {f"learner{rank}": actor for rank, actor in enumerate(self.policy.learner.ranks)}
+        actors |= {"rewards": self.policy.graders.actor}
+        processes = {name: process_of(actor) for name, actor in actors.items()}
+        return {name: process.pid for name, process in processes.items() if process and process.node == here}
+
+
+@contextmanager
+def policy_actors(
+    config: JobConfig,
+    learner: LearnerGroup,
+    failures: Failures,
+    note: Note,
+    between: Callable[[], None] = lambda: None,
+    resampled: Callable[[Array], None] = lambda problems: None,
+) -> Iterator[PolicyActors]:
+    """Launch learner, graders and samplers; when the block ends they are closed, engines first. ``between`` and
+    ``resampled``: see `SamplerPool`."""
+    with ExitStack() as stack:
+        placement = Placement(config, note)
+        stack.callback(placement.release)
+        rank_slots, sampler_slots = placement.reserve()
+        stack.callback(learner.close)
+        learner.launch(rank_slots)
+        graders = GraderActors(config, failures, note)
+        stack.callback(graders.close)
+
+        def renew() -> tuple[SamplerInit, PublishedAdapter]:
+            assert graders.base is not None
+            train, held_out = (graders.problems(split) for split in ("train", "eval"))
+            return SamplerInit(graders.base, train, held_out, learner.probe()), learner.publish()
+
+        samplers = SamplerPool(config, placement, failures, note, renew, between, resampled)
+        stack.callback(samplers.close)
+        samplers.membership.launch(sampler_slots)
+        yield PolicyActors(learner, samplers, graders)
+
+
+@contextmanager
+def job_actors(
+    config: JobConfig,
+    store: RunStore,
+    failures: Failures,
+    note: Note,
+    between: Callable[[], None],
+    resampled: Callable[[Array], None],
+) -> Iterator[JobActors]:
+    """As `policy_actors`, with advantages and checkpoints."""
+    with ExitStack() as stack:
+        learner = LearnerGroup(config, store, failures, note)
+        checkpointer = BackgroundCheckpointer(config, store, learner)
+        stack.callback(checkpointer.close)  # after the learner is gone
+        policy = stack.enter_context(policy_actors(config, learner, failures, note, between, resampled))
+        advantages = AdvantageActors(config, failures, note)
+        stack.callback(advantages.close)
+        stack.callback(checkpointer.finish)
+        yield JobActors(policy, advantages, checkpointer)
+
+
+def retry(act: Callable[[], T]) -> T:
+    """Repeat a call whose loss changes nothing, until nothing is lost."""
+    while True:
+        try:
+            return act()
+        except RolledBack:
+            continue
