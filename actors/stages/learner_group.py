@@ -17,7 +17,7 @@ from actors.learner_actor import WATCH, LearnerActor
 from rlsys.config import JobConfig
 from rlsys.errors import ActorDiedError, DataLostError, RlsysError, WeightSyncError
 from rlsys.protocols import BatchRef, MinibatchPosition, PublishedAdapter, RolledBack
-from rlsys.run_state.run_dir import Resume
+from rlsys.run_state.resume import Resume
 
 POLL_S = 0.5
 ROOT_CAUSE_S = 3.0  # for the rank that died to be heard, where another one first says that it lost a peer

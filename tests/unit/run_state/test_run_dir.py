@@ -22,9 +22,12 @@ from rlsys.config import JobConfig, RunSection, TrackingSection, dump_config, lo
 from rlsys.data.problems import Epochs
 from rlsys.errors import CheckpointError, ConfigError, RunExistsError
 from rlsys.report.page import report_of
+from rlsys.run_state.changes import FIXED, refuse_changes
 from rlsys.run_state.jsonl import read_metrics
 from rlsys.run_state.ledger import TRAINED, Ledger
-from rlsys.run_state.run_dir import FIXED, RunStore, day_of, newest, refuse_changes
+from rlsys.run_state.resume import newest
+from rlsys.run_state.run_dir import RunStore
+from rlsys.run_state.run_info import day_of
 from rlsys.tracking.tracker import Tracker
 
 QUICKSTART = Path(__file__).parents[3] / "configs" / "quickstart.yaml"
@@ -170,7 +173,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_and_the_u
     damage(saved(job, 1, 2) / "step-000002")
     with RunStore.open(job, note=notes.append) as store:
         assert store.resume is not None and store.resume.step == 1
-        assert any("step-00000" in note and "going on from step 1 instead" in note for note in notes), notes
+        assert any("step-00000" in note and "resuming from step 1 instead" in note for note in notes), notes
         store.save(2, files_at(2), ledger_at(2, job))
         store.save(3, files_at(3), ledger_at(3, job))
     assert [name for name in folders(job) if name.startswith("step")] == ["step-000002", "step-000003"]
@@ -180,7 +183,7 @@ def test_no_whole_checkpoint_is_an_error_with_the_way_out(tmp_path: Path) -> Non
     job = config(tmp_path)
     for folder in saved(job, 1, 2).iterdir():
         (folder / "ledger.npz").unlink()
-    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints is whole.*ledger\.npz.*--fresh"):
+    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints is intact.*ledger\.npz.*--fresh"):
         RunStore.open(job)
     with RunStore.open(job, fresh=True) as store:
         assert store.resume is None
@@ -193,7 +196,7 @@ def test_checkpoints_that_somebody_removed_are_missed(tmp_path: Path) -> None:
         tracker.log(1, {"reward/mean": 0.5})
     (job.run_dir / "config.yaml").write_text(dump_config(job))
     shutil.rmtree(folder)
-    with pytest.raises(CheckpointError, match="found no checkpoint, though figures of 1 steps were written"):
+    with pytest.raises(CheckpointError, match="found no checkpoint, but metrics of 1 steps"):
         RunStore.open(job)
     assert len(read_metrics(job.run_dir)) == 1
 
@@ -226,7 +229,7 @@ def test_more_steps_go_on_and_the_configuration_before_is_kept(tmp_path: Path) -
 
 def test_fewer_steps_than_are_done_are_refused_and_as_many_are_a_finished_run(tmp_path: Path) -> None:
     saved(config(tmp_path), 4)
-    with pytest.raises(ConfigError, match=r"rl\.steps 3: .* has made 4 steps.*rl\.steps=4 or more.*--fresh"):
+    with pytest.raises(ConfigError, match=r"rl\.steps 3: .* is at step 4.*rl\.steps=4 or more.*--fresh"):
         RunStore.open(config(tmp_path, "rl.steps=3"), note=str)
     with RunStore.open(config(tmp_path, "rl.steps=4"), note=str) as store:
         assert store.finished
@@ -365,7 +368,7 @@ def test_fresh_leaves_what_somebody_else_put_into_a_run(tmp_path: Path) -> None:
     RunStore.open(config(tmp_path), fresh=True, note=said.append).close()
     assert sorted(os.listdir(tmp_path / "kept")) == ["config.yaml", "lock", "notes", "run.json", "thesis.tex"]
     assert os.listdir(tmp_path / "kept" / "notes") == ["thesis.tex"]
-    assert any("leaves what no rlsys wrote: notes, thesis.tex" in line for line in said)
+    assert any("keeps files that rlsys did not write: notes, thesis.tex" in line for line in said)
     RunStore.open(config(tmp_path)).close()
 
 
@@ -444,7 +447,7 @@ def test_a_run_of_an_rlsys_without_checkpoints_is_not_begun_again_over_its_figur
 
 def test_a_directory_that_cannot_be_made_is_an_error_of_its_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run\.dir .*file.*cannot be made or written"):
+    with pytest.raises(ConfigError, match=r"run\.dir .*file.*cannot be created or written"):
         RunStore.open(config(tmp_path / "file"))
 
 
@@ -512,7 +515,7 @@ def test_what_a_writer_left_half_done_is_put_right_and_told(tmp_path: Path) -> N
     with RunStore.open(job, note=notes.append) as store:
         assert store.resume is not None and store.resume.step == 2
     assert folders(job) == ["step-000001", "step-000002"]
-    assert len(notes) == 2 and all("left by a driver that died" in note for note in notes)
+    assert len(notes) == 2 and all("left incomplete by a driver that died" in note for note in notes)
 
 
 def test_a_driver_that_died_before_it_wrote_the_configuration_leaves_no_obstacle(tmp_path: Path) -> None:
@@ -535,7 +538,7 @@ def test_a_base_is_kept_when_it_is_whole_and_made_again_when_it_is_not(tmp_path:
     (tmp_path / "kept" / "base" / "model.safetensors").write_bytes(b"bass")
     with RunStore.open(job, note=notes.append) as store:
         assert store.base is None and not (tmp_path / "kept" / "base").exists()
-    assert "made again" in notes[0]
+    assert "trained again" in notes[0]
 
 
 def test_a_folder_put_again_holds_the_new_files_and_no_old_one(tmp_path: Path) -> None:
