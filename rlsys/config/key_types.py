@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -26,6 +26,7 @@ Name = Annotated[str, AfterValidator(_plain_name)]
 Seconds = Annotated[float, Field(gt=0, le=1_000_000)]  # what poll() waits at most is 24 days
 Processes = Annotated[int, Field(ge=1, le=4096)]  # of one machine; its threads, too
 Core = Annotated[int, Field(ge=0, le=4095)]
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]  # Ray's, of a placement group
 
 
 def _resources(amounts: dict[str, float]) -> dict[str, float]:

@@ -135,7 +135,7 @@ def test_a_file_that_is_no_job_is_refused(text: str, named: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read"):
         load_config(tmp_path / "nothing.yaml")
 
 
