@@ -13,6 +13,7 @@ from rlsys.config.relative_paths import same_place
 from rlsys.errors import ConfigError, RunExistsError
 from rlsys.run_state.jsonl import CONFIG
 from rlsys.run_state.run_info import day_of, folder_of_command
+from rlsys.utils.text_files import read_text
 
 # Keys that decide what a run computes. Others (where it runs, how often it is evaluated) may change between drivers.
 FIXED = (
@@ -29,10 +30,10 @@ def refuse_changes(config: JobConfig, run_dir: Path) -> None:
     path = run_dir / CONFIG
     ways = "give this run another name (run.name=...), or start over with --fresh, which removes the existing run"
     try:
-        tree = yaml_text.read(path.read_text("utf-8"), JobConfig, str(path))
+        tree = yaml_text.read(read_text(path, str(path)), JobConfig, str(path))
         # keys that this rlsys no longer has are dropped, and keys that are new to it had their defaults
         before = JobConfig.model_validate(_only_keys_of_today(tree))
-    except (ConfigError, ValidationError, AttributeError, UnicodeDecodeError) as error:
+    except (ConfigError, ValidationError, AttributeError) as error:
         why = str(error).splitlines()[0]
         raise RunExistsError(f"{path} is no configuration that this rlsys can read ({why}); {ways}") from error
     day = day_of(run_dir)
