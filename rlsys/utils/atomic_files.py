@@ -15,7 +15,7 @@ REFUSALS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.
 
 
 def refusal(error: OSError, folder: Path) -> str | None:
-    """One line about a disk that refuses to write; None for other errors. `folder`: named where the error names no file."""
+    """One line about a disk that refuses to write; None for other errors. `folder`: where the error names no file."""
     if error.errno not in REFUSALS:
         return None
     room = {errno.ENOSPC, errno.EDQUOT}
