@@ -14,39 +14,42 @@ from rlsys.types import LEAST_EPS, AdamParams, SamplingParams
 class AdvantageSection(Section):
     baseline: Literal["mean", "leave_one_out", "none"] = "mean"  # leave_one_out: RLOO, arXiv:2402.14740
     normalise: Literal["none", "std"] = "none"  # std: GRPO, arXiv:2402.03300
-    # what a token's advantage is divided by. sum: nothing (Dr. GRPO, arXiv:2503.20783); length: the tokens of its
+    # divisor of a token's advantage. sum: 1 (Dr. GRPO, arXiv:2503.20783); length: the tokens of its
     # completion (GRPO with normalise std, arXiv:2402.03300); max_tokens: rl.sampling.max_tokens
     aggregate: Literal["sum", "length", "max_tokens"] = "sum"
-    # groups whose advantages are all 0: rewards agree, and with baseline none are 0; ignored while kl_coef > 0
+    # zero-variance groups, whose advantages are all 0 (with baseline none: whose rewards are all 0); ignored while
+    # kl_coef > 0
     drop_agreeing: bool = True
     kl_coef: float = Field(0.0, ge=0)  # KL in the reward, Tinker cookbook incorporate_kl_penalty
     kl_discount: float = Field(0.0, ge=0, lt=1)  # of the future sum of the KL term; 0: none
-    reference_refresh_steps: int = Field(0, ge=0)  # the policy becomes the reference every so often; 0: it is the base
+    reference_refresh_steps: int = Field(
+        0, ge=0
+    )  # steps after which the policy becomes the reference; 0: the base stays the reference
 
     @model_validator(mode="after")
     def _spread_around_something(self) -> AdvantageSection:
         if self.baseline == "none" and self.normalise == "std":
             raise ValueError(
-                "normalise: std divides what a baseline has centred; with baseline: none set normalise: none"
+                "normalise: std needs rewards that a baseline has centred; with baseline: none set normalise: none"
             )
         return self
 
 
 class SamplingSection(Section):
     max_tokens: int = Field(48, ge=1)
-    temperature: float = Field(1.0, ge=0.01)  # below, vLLM clamps; the learner's p is computed at the same temperature
+    temperature: float = Field(1.0, ge=0.01)  # vLLM clamps lower values; the learner computes p at the same temperature
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(-1, ge=-1)
-    # Texts that end a completion beside the model's own end tokens (rlsys/tokenization/stop_conditions.py); the text of
-    # a special token is that token. []: none, and that nothing else may end a completion of this model is known
+    # Texts that end a completion, besides the model's end tokens (rlsys/tokenization/stop_conditions.py); the text of a
+    # special token is that token. []: no text, and the job accepts a model without end tokens
     stop: list[str] | None = None
 
     @model_validator(mode="after")
     def _not_truncated(self) -> SamplingSection:
         if self.top_p != 1.0 or self.top_k != -1:
             raise ValueError(
-                "top_p and top_k cut the distribution, so the ratio p/q would be the mass kept and not 1 on policy; "
-                "for training leave top_p: 1.0 and top_k: -1 (temperature is followed by the learner)"
+                "top_p and top_k truncate the distribution, so p/q would not be 1 on policy but the mass kept; "
+                "for training leave top_p: 1.0 and top_k: -1 (the learner applies the temperature too)"
             )
         return self
 
@@ -65,8 +68,8 @@ class LossSection(Section):
 class OverlongSection(Section):
     """Completions that reach rl.sampling.max_tokens. DAPO, arXiv:2503.14476, sections 3.4."""
 
-    handling: Literal["keep", "mask", "penalty"] = "keep"  # mask: they teach nothing; penalty: soft, in the reward
-    buffer_tokens: int = Field(0, ge=0)  # penalty: grows linearly from 0 to `penalty` over the last so many tokens
+    handling: Literal["keep", "mask", "penalty"] = "keep"  # mask: not trained on; penalty: soft, in the reward
+    buffer_tokens: int = Field(0, ge=0)  # penalty: grows linearly from 0 to `penalty` over this many last tokens
     penalty: float = Field(1.0, gt=0)
 
 
@@ -79,16 +82,14 @@ class OptimSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     grad_clip_norm: float = Field(1.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # after the warm-up
-    decay_steps: int | None = Field(
-        None, ge=1
-    )  # steps over which the rate comes down, warm-up included; None: rl.steps
-    final_share: float = Field(0.0, ge=0, le=1)  # of learning_rate, in every step after those
+    decay_steps: int | None = Field(None, ge=1)  # steps until the schedule ends, warm-up included; None: rl.steps
+    final_share: float = Field(0.0, ge=0, le=1)  # of learning_rate, after decay_steps
 
     def at(self, step: int, total_steps: int) -> AdamParams:
         """AdamW for step 0, 1, ... of `total_steps`: linear warm-up over `warmup_steps`, then the schedule.
 
-        x = (step - top) / (N - top), N being `decay_steps` or `total_steps` and `top` the first step at the whole rate:
-        0 there, and below 1 at the last of N, so that step teaches too. linear: final + (1 - final) * (1 - x), without
+        x = (step - top) / (N - top), N being `decay_steps` or `total_steps` and `top` the first step at the full rate:
+        0 there, and below 1 at the last of N, whose rate is above 0 too. linear: final + (1 - final) * (1 - x), without
         a warm-up (N - step) / N; cosine: final + (1 - final) * (1 + cos(pi x)) / 2 (SGDR, arXiv:1608.03983, equation 5,
         without restarts). From step N on the rate is `final_share`.
         """
@@ -107,9 +108,9 @@ class RlSection(Section):
     steps: int = Field(25, ge=0)
     problems_per_step: int = Field(32, ge=1)
     samples_per_problem: int = Field(8, ge=2)
-    substeps: int = Field(1, ge=1)  # optimizer steps per step; each takes its share of the groups
-    # dynamic sampling (DAPO, arXiv:2503.14476 section 3.2): groups that rl.advantages.drop_agreeing leaves out are
-    # replaced by further problems, in at most so many rounds of sampling; 0: they are not
+    substeps: int = Field(1, ge=1)  # optimizer steps per step; each takes an equal share of the groups
+    # dynamic sampling (DAPO, arXiv:2503.14476 section 3.2): groups that rl.advantages.drop_agreeing drops are replaced
+    # by further problems, in at most this many rounds of sampling; 0: not replaced
     refill_rounds: int = Field(0, ge=0)
     overlong: OverlongSection = OverlongSection()
     sampling: SamplingSection = SamplingSection()
@@ -119,16 +120,15 @@ class RlSection(Section):
 
 
 class OverlapSection(Section):
-    """Sampling goes on while the learner learns (rlsys/async_loop.py); without max_policy_lag, one waits for the
-    other."""
+    """Overlapped sampling and learning (rlsys/async_loop.py); without max_policy_lag, they alternate."""
 
-    max_policy_lag: int | None = Field(None, ge=0)  # steps: a completion starts at most so many before its own
-    minibatches: int = Field(1, ge=1)  # pieces of each optimizer step, learned from as they arrive
-    continue_on_new_weights: bool = False  # move what is running to each new version, its cache computed anew
+    max_policy_lag: int | None = Field(None, ge=0)  # maximum policy lag in steps; null: synchronous
+    minibatches: int = Field(1, ge=1)  # parts of each optimizer step, trained as they arrive
+    continue_on_new_weights: bool = False  # switch running completions to each new version; recomputes their KV cache
 
 
 class EvalSection(Section):
-    """Greedy accuracy, and pass@k from further completions that are sampled."""
+    """Greedy accuracy, and pass@k from additional sampled completions."""
 
     every_steps: int = Field(5, ge=0)  # 0: only before the first and after the last step
     max_tokens: int = Field(48, ge=1)

@@ -48,7 +48,7 @@ class JobConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _half_precision_on_cuda(cls, tree: Any) -> Any:
-        """A job that names no dtype gets one that its samplers can serve."""
+        """Without a dtype, a job gets one that its samplers can serve."""
         model, sampler = (tree.get(name) if isinstance(tree, dict) else None for name in ("model", "sampler"))
         if not isinstance(model, dict) or not isinstance(sampler, dict) or "dtype" in model:
             return tree
@@ -92,15 +92,17 @@ class JobConfig(Section):
         for problem in gpu_shares.problems(self.learner, self.sampler):
             raise ValueError(problem)
         if self.sampler.colocate and self.sampler.nodes:
-            raise ValueError("sampler.nodes has no meaning with sampler.colocate: a sampler goes where its rank is")
+            raise ValueError("sampler.nodes does not apply with sampler.colocate: a sampler is placed with its rank")
         if self.learner.shard_base and self.learner.num_workers == 1:
-            raise ValueError("learner.shard_base shares the base among ranks; set learner.num_workers to 2 or more")
+            raise ValueError("learner.shard_base shards the base over ranks; set learner.num_workers to 2 or more")
         if not (self.lora.train_attn or self.lora.train_mlp or self.lora.train_unembed):
-            raise ValueError("lora trains nothing: set at least one of train_attn, train_mlp, train_unembed to true")
+            raise ValueError(
+                "lora: no module is trained; set at least one of train_attn, train_mlp, train_unembed to true"
+            )
         return self
 
     def _refuse_contradictions(self) -> None:
-        """Among options that know of each other."""
+        """Options that exclude or need each other."""
         rl, advantages, overlap = self.rl, self.rl.advantages, self.overlap
         if self.task.name == "python" and not self.turns.python_tool:
             raise ValueError(
@@ -114,8 +116,8 @@ class JobConfig(Section):
             )
         if rl.refill_rounds and (advantages.kl_coef > 0 or not advantages.drop_agreeing):
             raise ValueError(
-                "rl.refill_rounds replaces groups that are left out; it needs rl.advantages.drop_agreeing: true and "
-                "rl.advantages.kl_coef: 0, with which no group is"
+                "rl.refill_rounds replaces dropped groups; it needs rl.advantages.drop_agreeing: true and "
+                "rl.advantages.kl_coef: 0, since otherwise no group is dropped"
             )
         if advantages.reference_refresh_steps and advantages.kl_coef == 0:
             raise ValueError(
@@ -123,13 +125,13 @@ class JobConfig(Section):
             )
         if rl.overlong.handling == "penalty" and not 0 < rl.overlong.buffer_tokens <= rl.sampling.max_tokens:
             raise ValueError(
-                f"rl.overlong.buffer_tokens: found {rl.overlong.buffer_tokens}; the penalty grows over so many tokens, "
+                f"rl.overlong.buffer_tokens: found {rl.overlong.buffer_tokens}; the penalty grows over them, "
                 f"wanted 1 to rl.sampling.max_tokens = {rl.sampling.max_tokens}"
             )
         if overlap.max_policy_lag is None:
             if overlap.minibatches > 1 or overlap.continue_on_new_weights:
                 raise ValueError(
-                    "overlap.minibatches and overlap.continue_on_new_weights have a meaning only in overlapped "
+                    "overlap.minibatches and overlap.continue_on_new_weights apply only to overlapped "
                     "running; set overlap.max_policy_lag, such as 1"
                 )
             return
@@ -140,9 +142,9 @@ class JobConfig(Section):
             )
         if self.sampler.colocate:
             raise ValueError(
-                "overlap: with sampler.colocate samplers sleep while the learner learns; choose one of the two"
+                "overlap: with sampler.colocate samplers sleep while the learner trains; set only one of them"
             )
-        versions = overlap.max_policy_lag + 2  # in use at once, and one for what is left over where something was lost
+        versions = overlap.max_policy_lag + 2  # in use at the same time, plus 1 for work that is redone after a failure
         if self.sampler.max_live_adapters < versions:
             raise ValueError(
                 f"sampler.max_live_adapters {self.sampler.max_live_adapters}: overlap.max_policy_lag "
@@ -150,8 +152,7 @@ class JobConfig(Section):
             )
         if rl.refill_rounds and overlap.minibatches * rl.substeps > 1:
             raise ValueError(
-                "rl.refill_rounds in overlapped running fills up a whole batch; set rl.substeps and "
-                "overlap.minibatches to 1"
+                "rl.refill_rounds with overlap refills complete batches; set rl.substeps and overlap.minibatches to 1"
             )
 
     @property
@@ -159,7 +160,7 @@ class JobConfig(Section):
         return Path(self.run.dir) / self.run.name
 
     def dated(self, day: str) -> JobConfig:
-        """With the day that chat templates write as today's, where the job names none."""
+        """The job with `day` as prompt.date, unless it has one."""
         if self.prompt.date is not None:
             return self
         return self.model_copy(update={"prompt": self.prompt.model_copy(update={"date": day})})

@@ -1,4 +1,4 @@
-"""Section ``learner``: the ranks that train."""
+"""Section ``learner``: data-parallel ranks that train the adapter."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from rlsys.config.section import Section
 class LearnerSection(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     num_workers: int = Field(1, ge=1)  # data-parallel ranks
-    shard_base: bool = False  # FSDP2 over the frozen base; every rank holds the whole adapter
+    shard_base: bool = False  # FSDP2 over the frozen base; every rank holds all of the adapter
     num_cpus: Cpus = 1  # of each
     num_gpus: Gpus = 0
     resources: Resources = Field(default_factory=dict)  # custom resources of each, such as {learner_node: 0.01}
-    nodes: list[str] = Field(default_factory=list)  # node addresses, taken in turn; empty: wherever there is room
+    nodes: list[str] = Field(default_factory=list)  # node addresses, used round-robin; empty: any node with room
     placement: Strategy = "PACK"
     threads: Processes = 1  # torch intra-op threads
-    cores: list[Core] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
-    token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch of its own
-    share_prompts: bool = True  # sequences that begin alike run over their common beginning once
-    logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits that exist at once, fewer for a large vocabulary
-    gradient_checkpointing: bool = False  # layers keep their inputs alone and run again in the backward pass
-    custom_graph_gb: float | None = Field(None, ge=0)  # of a custom loss's graphs; None: half of what is free; 0: none
-    entropy: bool = False  # of the policy at the tokens that are learned from, as policy/entropy
+    cores: list[Core] = Field(default_factory=list)  # processors to pin it to; empty: any. Needs one worker on CPU
+    token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch by itself
+    share_prompts: bool = True  # compute a prefix that sequences share only once
+    logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits in memory at a time; fewer for a large vocabulary
+    gradient_checkpointing: bool = False  # layers keep only their inputs and recompute in the backward pass
+    custom_graph_gb: float | None = Field(
+        None, ge=0
+    )  # for a custom loss's graphs; None: half of the free memory; 0: none
+    entropy: bool = False  # log the policy's entropy at trained tokens, as policy/entropy
 
     @model_validator(mode="after")
     def _device_and_gpus_agree(self) -> LearnerSection:
         if self.device == "cuda" and self.num_gpus == 0:
             raise ValueError(
-                "device cuda, num_gpus 0: Ray would seat the learner without counting its GPU, which others may have; "
-                "set learner.num_gpus=1, or a part of one, or learner.device=cpu"
+                "device cuda, num_gpus 0: Ray would not reserve the learner's GPU, which other actors may use; "
+                "set learner.num_gpus=1, or a fraction, or learner.device=cpu"
             )
         if self.num_gpus > 1:
             raise ValueError(

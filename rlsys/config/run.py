@@ -12,7 +12,7 @@ from rlsys.utils.shell_paths import PathText
 
 
 class RunSection(Section):
-    """Where a run lives and what makes it repeatable."""
+    """Where a run is stored, and its seed."""
 
     name: Name
     dir: PathText = "runs"  # the run directory is dir/name
@@ -20,17 +20,17 @@ class RunSection(Section):
 
 
 class ClusterSection(Section):
-    address: Address = None  # None: RAY_ADDRESS if set, else a cluster started on this machine for this job
+    address: Address = None  # None: RAY_ADDRESS if set, else a new cluster on this machine for this job
     num_cpus: Processes | None = None  # of a cluster started here; None: all cores
     object_store_gb: float = Field(0.5, ge=0.074, le=1_000_000)  # of a cluster started here; Ray wants 75 MiB
 
-    max_restarts: int = Field(3, ge=0)  # of actors of one kind without a step done in between; 0: a death ends the run
+    max_restarts: int = Field(3, ge=0)  # of each actor kind between two completed steps; 0: fail on the first death
 
 
 class WatchdogSection(Section):
-    """Seconds without progress (not: seconds in all) after which a stage with work left stops the run."""
+    """Seconds without progress after which a stage with pending work stops the run. Not the total time of a stage."""
 
-    start_s: Seconds = 900.0  # loading a base and starting an engine show no progress until they are done
+    start_s: Seconds = 900.0  # loading a base or starting an engine shows no progress until it ends
     base_s: Seconds = 300.0  # supervised stage: no step
     sample_s: Seconds = 120.0
     grade_s: Seconds = 120.0
@@ -42,10 +42,10 @@ class WatchdogSection(Section):
 
 
 class CheckpointSection(Section):
-    """What an interrupted run goes on from. In run.dir/name/checkpoints, written while the samplers work."""
+    """From what an interrupted run is resumed. In run.dir/name/checkpoints, written while the samplers work."""
 
     every_steps: int = Field(1, ge=1)
-    keep: int = Field(2, ge=1)  # newest ones
+    keep: int = Field(2, ge=1)  # the newest checkpoints
 
 
 class CheckSection(Section):
@@ -59,8 +59,8 @@ class CheckSection(Section):
 class TrackingSection(Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online when logged in, else offline
     project: WandbProject = "rlsys"
-    tags: list[WandbTag] = Field(default_factory=list)  # as wandb takes them
+    tags: list[WandbTag] = Field(default_factory=list)  # of the wandb run
     tensorboard: bool = False  # event files in run.dir/name/tensorboard, beside wandb
-    rollouts_per_step: int = Field(4, ge=0)  # rows of the rollouts table: the best and the worst
-    rollout_steps: int = Field(20, ge=0)  # newest steps whose rollouts are kept whole, for `rlsys replay`; 0: none
+    rollouts_per_step: int = Field(4, ge=0)  # rows of the rollouts table: those of highest and lowest reward
+    rollout_steps: int = Field(20, ge=0)  # newest steps whose full rollouts are kept for `rlsys replay`; 0: none
     log_adapter: bool = False  # as a wandb artifact, at the end

@@ -13,15 +13,15 @@ from rlsys.config.section import Section
 
 class SamplerSection(Section):
     num_workers: int = Field(1, ge=1)
-    tensor_parallel_size: int = Field(1, ge=1)  # workers of one engine; on GPUs num_gpus has to be the same
-    colocate: bool = False  # sampler i shares the GPU of learner rank i and sleeps while that one learns
+    tensor_parallel_size: int = Field(1, ge=1)  # workers of one engine; on GPUs num_gpus must be equal
+    colocate: bool = False  # sampler i shares the GPU of learner rank i and sleeps while the rank learns
     num_cpus: Cpus = 1  # of each
     num_gpus: Gpus = 0
     resources: Resources = Field(default_factory=dict)
     nodes: list[str] = Field(default_factory=list)
     placement: Strategy = "PACK"
     threads: Processes = 1
-    cores: list[Core] = Field(default_factory=list)  # processors that it may use; empty: any. One worker, on CPU
+    cores: list[Core] = Field(default_factory=list)  # processors to pin it to; empty: any. Needs one worker on CPU
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(4096, ge=1)
     max_lora_rank: int = Field(16, ge=1, le=512)  # rounded up to a slot width of vLLM
@@ -52,7 +52,7 @@ def refuse_dtype(dtype: Precision, sampler: SamplerSection, key: str) -> None:
     """
     if dtype == "float32" and sampler.device == "cuda":
         raise ValueError(
-            f"{key} float32: vLLM's LoRA kernels on CUDA take half precision alone (sampler.num_gpus "
+            f"{key} float32: vLLM's LoRA kernels on CUDA take half precision only (sampler.num_gpus "
             f"{sampler.num_gpus:g}); set {key}=bfloat16, or {key}=float16 on a GPU older than compute capability 8.0, "
             "or sampler.num_gpus=0 for a sampler on the CPU"
         )

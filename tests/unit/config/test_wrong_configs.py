@@ -94,7 +94,7 @@ WRONG = [
         NAMED,
         ["sampler.colocate=true", "sampler.nodes=[10.0.0.1]"],
         "sampler.nodes",
-        "goes where its rank is",
+        "is placed with its rank",
     ),
     (
         "float32 on a GPU sampler",

@@ -120,7 +120,7 @@ def test_one_changed_byte_anywhere_is_noticed() -> None:
     for at in range(0, len(content), 7):
         damaged = bytearray(content)
         damaged[at] ^= 1
-        with pytest.raises(CheckpointError, match="do not match their own hash"):
+        with pytest.raises(CheckpointError, match="do not match their hash"):
             Ledger.from_bytes(bytes(damaged), EPOCHS)
 
 
