@@ -57,7 +57,7 @@ def test_the_jobs_that_people_come_for_are_there() -> None:
 def test_a_header_says_hardware_duration_and_result_or_that_they_were_not_measured(path: Path) -> None:
     text = header(path)
     measured = re.search(r"\d+ (s|min|h)\b", text) and "->" in text
-    assert measured or "formula's error on CUDA is unmeasured, and so are duration and result" in text
+    assert measured or "the formula's error on CUDA is unmeasured, and so are duration and result" in text
     assert nodes(text)
 
 
