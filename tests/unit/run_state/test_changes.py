@@ -64,6 +64,9 @@ def test_a_configuration_of_an_older_rlsys_is_compared_by_the_keys_that_both_hav
     path.write_text("run: [")
     with pytest.raises(RunExistsError, match="no configuration that this rlsys can read"):
         refuse_changes(job, job.run_dir)
+    path.write_bytes(b"run: {name: kept}\n# caf\xe9\n")
+    with pytest.raises(RunExistsError, match=r"can read \(.*config\.yaml, line 2: found byte 0xe9 .*wanted UTF-8"):
+        refuse_changes(job, job.run_dir)
 
 
 def test_every_key_that_is_fixed_is_one_of_a_job() -> None:
