@@ -262,7 +262,8 @@ def ledger(
     """What has become of every problem that a run has drawn, as its last checkpoint has it."""
     from rlsys.data.problems import Epochs
     from rlsys.run_state.ledger import Ledger, describe
-    from rlsys.run_state.run_dir import newest, read_info
+    from rlsys.run_state.resume import newest
+    from rlsys.run_state.run_info import read_info
 
     job = load_config(run / "config.yaml")
     latest = newest(run)

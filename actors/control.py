@@ -21,7 +21,7 @@ from actors.stages.stateless_actors import driver_node_options
 from rlsys.config import ClusterSection
 from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError, ConfigError, RlsysError
-from rlsys.run_state.run_dir import INFO
+from rlsys.run_state.run_info import INFO
 from rlsys.utils.env_variables import env_variable
 from rlsys.utils.shell_paths import command
 

@@ -28,7 +28,7 @@ from rlsys.evaluation.record import EvalRecord, GradedCompletion
 from rlsys.modeling.base_model import pack_folder
 from rlsys.planning.model_folder import check_job
 from rlsys.protocols import Ref
-from rlsys.run_state.run_dir import Resume
+from rlsys.run_state.resume import Resume
 from rlsys.tracking.learning_checks import LearningChecks
 from rlsys.tracking.progress import Progress
 from rlsys.tracking.system_metrics import environment

@@ -166,11 +166,6 @@ class LearnerActor:
         with self._on_its_share():
             return self.policy.state_files()
 
-    @property
-    def policy(self) -> Policy:
-        assert self.started is not None, "start comes first"
-        return self.started
-
     @contextmanager
     def _on_its_share(self) -> Iterator[None]:
         """Limit GPU memory in the block to this rank's share (learner.num_gpus), and free cached memory afterwards:

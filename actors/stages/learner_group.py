@@ -20,7 +20,7 @@ from rlsys.data.problems import ProblemSet
 from rlsys.datums import DatumBatch
 from rlsys.errors import ActorDiedError, DataLostError, RlsysError, WeightSyncError
 from rlsys.protocols import LogprobsRef, MinibatchPosition, PublishedAdapter, Ref, RolledBack, RolloutsRef
-from rlsys.run_state.run_dir import Resume
+from rlsys.run_state.resume import Resume
 
 if TYPE_CHECKING:
     from rlsys.weight_sync.canary import StartupProbe

@@ -25,12 +25,13 @@ from rlsys.datums import DatumBatch
 from rlsys.errors import ConfigError, QualityError
 from rlsys.learner.learner import Learner
 from rlsys.learner.runs import BASE_RUN
-from rlsys.modeling.base_model import initial_model, new_folder
+from rlsys.modeling.base_model import initial_model
 from rlsys.rollouts import offsets_of, spans
 from rlsys.tasks import ConversationTask, TeachableTask
 from rlsys.tokenization.control_tokens import control_tokens
 from rlsys.tokenization.stop_conditions import stop_conditions_of_tokenizer, text_end
 from rlsys.types import AdamParams, Array
+from rlsys.utils.atomic_files import new_folder
 
 FINAL_SHARE = 0.04  # of the learning rate, at the end of the decay
 TOKENIZER_TEXTS = 3000  # more change no merge that matters

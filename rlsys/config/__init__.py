@@ -1,36 +1,21 @@
-"""A job's YAML and its checks. What a job is made of stands in `job.py`."""
+"""A job's YAML and its checks: sections by subject, the job in `job.py`, reading in `load.py`."""
 
-from rlsys.config.job import (
-    HALF_ON_CUDA,
-    AdvantageSection,
-    ClusterSection,
+from rlsys.config.algorithm import AdvantageSection, OverlongSection, RlSection, SamplingSection
+from rlsys.config.job import JobConfig
+from rlsys.config.learner import LearnerSection
+from rlsys.config.load import dump_config, keys, load_command, load_config, parse_config
+from rlsys.config.model import HALF_ON_CUDA, LoraSection, MakeSection, ModelSection, Precision, SupervisedSection
+from rlsys.config.run import ClusterSection, RunSection, TrackingSection
+from rlsys.config.sampler import SamplerSection, refuse_dtype
+from rlsys.config.section import Section
+from rlsys.config.task import (
     ColumnSection,
     ExampleSection,
-    JobConfig,
-    LearnerSection,
-    LoraSection,
-    MakeSection,
-    ModelSection,
-    OverlongSection,
-    Precision,
     PromptSection,
     RewardSection,
-    RlSection,
-    RunSection,
-    SamplerSection,
-    SamplingSection,
-    Section,
     SourceSection,
-    SupervisedSection,
     TaskSection,
-    TrackingSection,
     TurnSection,
-    dump_config,
-    keys,
-    load_command,
-    load_config,
-    parse_config,
-    refuse_dtype,
 )
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Which parts of GPUs a learner and samplers may ask for: what Ray would seat badly or a device cannot be used as.
+"""Which fractions of GPUs a learner and samplers may ask for. Refuses those that Ray would place badly.
 
-Ray counts parts of a GPU and fills one before it takes the next, so two actors of half a GPU each are put on the same
-one even where another is free. NCCL refuses two ranks on one device, and two vLLM engines on one take each other's
-memory for their own. More than half of a GPU cannot be had twice on one device: then several workers get one each.
+Ray fills one GPU before it uses the next, so it places two actors of half a GPU each on one device even if another GPU
+is free. NCCL refuses two ranks on one device, and two vLLM engines on one device count each other's memory as their
+own. With more than half of a GPU each, workers get one device each.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Types of the job's keys that have rules of their own: what Ray, wandb, a shell or a clock would refuse later."""
+"""Types of keys with rules that Ray, wandb, a shell or a clock would enforce later, with a worse message."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -11,7 +11,7 @@ from rlsys.errors import ConfigError
 
 
 def _plain_name(text: str) -> str:
-    """A folder of its own in whatever folder it is put into, and a word that a command does not take for an option."""
+    """A name that is one folder inside any other folder, and that a command does not take for an option."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}", text):
         raise ValueError(
             f"found {text!r}; wanted 1 to 128 letters, digits, '.', '_' and '-', the first a letter, a digit or '_', "
@@ -23,30 +23,33 @@ def _plain_name(text: str) -> str:
 Name = Annotated[str, AfterValidator(_plain_name)]
 
 
-Seconds = Annotated[float, Field(gt=0, le=1_000_000)]  # what poll() waits at most is 24 days
-Processes = Annotated[int, Field(ge=1, le=4096)]  # of one machine; its threads, too
+Seconds = Annotated[float, Field(gt=0, le=1_000_000)]  # poll() waits 24 days at most
+Processes = Annotated[int, Field(ge=1, le=4096)]  # or threads, of one machine
 Core = Annotated[int, Field(ge=0, le=4095)]
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]  # Ray's, of a placement group
 
 
 def _resources(amounts: dict[str, float]) -> dict[str, float]:
     for name, amount in amounts.items():
         if name in ("CPU", "GPU", "memory", "object_store_memory"):
             raise ValueError(
-                f"found {name}; wanted names of your own, as in `ray start --resources`; see num_cpus, num_gpus"
+                f"found {name}; wanted custom resources, as in `ray start --resources`; see num_cpus, num_gpus"
             )
         if not name or not RAY_UNIT <= amount <= 1_000_000:
             raise ValueError(f"found {{{name!r}: {amount:g}}}; wanted a name, and an amount of {RAY_UNIT} to 1000000")
     return amounts
 
 
-RAY_UNIT = 1e-4  # of a resource; Ray counts in no smaller ones
+RAY_UNIT = 1e-4  # the smallest amount of a resource that Ray counts
 Cpus = Annotated[float, Field(ge=RAY_UNIT, le=4096)]
 Resources = Annotated[dict[str, float], AfterValidator(_resources)]
 
 
 def _gpus(amount: float) -> float:
     if 0 < amount < RAY_UNIT or (amount > 1 and amount != int(amount)):
-        raise ValueError(f"found {amount:g}; wanted a part of one GPU, at least {RAY_UNIT}, or a whole number of them")
+        raise ValueError(
+            f"found {amount:g}; wanted a fraction of one GPU, at least {RAY_UNIT}, or a whole number of GPUs"
+        )
     return amount
 
 

@@ -1,4 +1,4 @@
-"""``section.key=value`` of a command line, put over what a file says. Nothing given there is lost in silence."""
+"""Applies ``section.key=value`` of a command line over a file. Nothing given there is dropped silently."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class _Setting:
 
 
 def apply(tree: dict[str, Any], overrides: Sequence[str], schema: Any) -> None:
-    """Change `tree`, which `schema` validates later. A section given whole changes the keys it names, and no others.
+    """Change `tree`, which `schema` validates later. ``section={...}`` changes the keys it names, and no others.
 
-    A later override beats an earlier one: a program puts its own after those it was given.
+    A later override wins: a program appends its overrides to those of the user.
 
     Raises:
-        ConfigError: one is no ``section.key=value``.
+        ConfigError: an override has another form than ``section.key=value``.
     """
     for override in overrides:
         for setting in _settings(override, schema):
@@ -31,10 +31,10 @@ def apply(tree: dict[str, Any], overrides: Sequence[str], schema: Any) -> None:
 
 
 def refuse_contradictions(overrides: Sequence[str], schema: Any) -> None:
-    """Of a command line, where a person may have forgotten the first of two.
+    """Refuse a command line that sets a key twice: its author may have forgotten the first override.
 
     Raises:
-        ConfigError: two of them set the same key to different values, or one is no ``section.key=value``.
+        ConfigError: two overrides set a key to different values, or one has another form than ``section.key=value``.
     """
     settings: dict[tuple[str, ...], _Setting] = {}
     for override in overrides:
@@ -59,7 +59,7 @@ def _settings(override: str, schema: Any) -> Iterator[_Setting]:
         raise ConfigError(f"override {override!r}: wanted section.key=value, such as rl.steps=10")
     path = tuple(key.strip().split("."))
     annotation = annotation_at(schema, path)
-    # what is wrong with a key that does not exist is said with all else that is wrong, by the schema
+    # the schema reports unknown keys later, together with all other errors
     value = text if annotation is None else read_value(text, annotation, key.strip(), f"override {override!r}")
     if text.strip() in NULLS and section_of(annotation) is not None and not is_optional_section(annotation):
         raise ConfigError(f"override {override!r}: {key} is a section; wanted its keys, such as {key}={{...}}")

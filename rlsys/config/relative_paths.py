@@ -1,9 +1,9 @@
-"""Whose folder a relative path is of: the one in which the command was given, wherever the actor that reads it runs.
+"""Resolves relative paths against the folder in which the command was given, on whatever node an actor reads them.
 
-A job keeps its paths as its author wrote them: config.yaml stays readable, and a project can be moved. What actors are
-given is anchored: a relative path that exists in the folder of the command becomes absolute. A text that names nothing
-there is left as it is where it may be a name on the Hub; else it is made absolute too, so that the error about it says
-which folder was meant.
+A job keeps its paths as its author wrote them: config.yaml stays readable, and a project can be moved. Actors get
+absolute paths: a relative path that exists in the folder of the command becomes absolute. A text that names nothing
+there stays unchanged if it may be a name on the Hub; otherwise it becomes absolute too, so that the error about it
+names the folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?", re.ASCII)
 
 
 def resolve_path(path: str, *folders: Path) -> str:
-    """The path of the first folder that has it; without folders, of the current one."""
+    """The path in the first of `folders` (default: the current folder) that has it."""
     places = [folder.absolute() / path for folder in folders or (Path.cwd(),)]
     found = next((place for place in places if os.path.lexists(place)), None)
     if found is None and HUB_NAME.fullmatch(path):
@@ -27,7 +27,7 @@ def resolve_path(path: str, *folders: Path) -> str:
 
 
 def resolve_paths(job: JobConfig, *folders: Path) -> JobConfig:
-    """The job as its actors are given it, with every path as ``resolve_path`` has it."""
+    """The job for its actors: every path through ``resolve_path``."""
     task = {
         split: source.model_copy(update={"path": resolve_path(source.path, *folders)})
         for split, source in (("train", job.task.train), ("eval", job.task.eval))
@@ -36,7 +36,7 @@ def resolve_paths(job: JobConfig, *folders: Path) -> JobConfig:
     model = {} if job.model.path is None else {"path": resolve_path(job.model.path, *folders)}
     return job.model_copy(
         update={
-            "run": job.run.model_copy(update={"dir": str(Path(job.run.dir).absolute())}),  # is made where it is not
+            "run": job.run.model_copy(update={"dir": str(Path(job.run.dir).absolute())}),  # created if missing
             "model": job.model.model_copy(update=model),
             "task": job.task.model_copy(update=task),
         }

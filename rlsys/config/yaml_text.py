@@ -1,8 +1,8 @@
-"""YAML as its author meant it: no key is dropped, and no text turned into something else, without a word.
+"""Reads YAML as its author meant it: no key is dropped and no text is converted silently.
 
-A pydantic schema decides what a scalar without quotes is: where a text is wanted, ``yes``, ``null``, ``1e-4`` and
-``2026-02-03`` are that text; where a number is wanted, ``1e-4`` is one and ``yes`` is none. PyYAML alone keeps the last
-of two equal keys and guesses types by YAML 1.1 (``010`` is 8 there, ``1:30`` is 90, and ``1e-4`` a text).
+A pydantic schema decides the type of a scalar without quotes: where a text is wanted, ``yes``, ``null``, ``1e-4`` and
+``2026-02-03`` are that text; where a number is wanted, ``1e-4`` is a number and ``yes`` is an error. Plain PyYAML
+keeps the last of two equal keys and guesses types by YAML 1.1: ``010`` is 8, ``1:30`` is 90, and ``1e-4`` is a text.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _set_resolvers()
 
 
 def read(text: str, schema: Any, source: str) -> Any:
-    """What a YAML text holds, to be validated by `schema`.
+    """The tree of a YAML text, to be validated by `schema`.
 
     Raises:
         ConfigError: no YAML, a key given twice, or one that a merge (``<<``) would drop; with its line.
@@ -66,7 +66,7 @@ def read(text: str, schema: Any, source: str) -> Any:
 
 
 def read_value(text: str, annotation: Any, key: str, source: str) -> Any:
-    """The value of ``key=value`` on a command line. A text is taken as it is, unless all of it stands in quotes.
+    """The value of ``key=value`` on a command line. A text stays unchanged, unless all of it is in quotes.
 
     Raises:
         ConfigError: no YAML, or a part of it would be dropped as a comment.
@@ -77,7 +77,7 @@ def read_value(text: str, annotation: Any, key: str, source: str) -> Any:
 
 
 def dump(tree: Mapping[str, Any]) -> str:
-    """What `read` takes back to the same values, with or without a schema."""
+    """YAML that `read` turns back into the same values, with or without a schema."""
     return str(yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False))
 
 
@@ -181,7 +181,7 @@ def _parsed(text: str, schema: Any, source: str, override: str = "") -> Any:
         loader = _Loader(text)
         node = loader.get_single_node()
         if override and (text if node is None else text[node.end_mark.index :]).strip():
-            raise ConfigError(f"{source}: all from '#' on would be dropped as a comment{hint}")
+            raise ConfigError(f"{source}: everything after '#' would be dropped as a comment{hint}")
         return None if node is None else _Reader(loader, source, override).value(node, schema, ())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -235,7 +235,7 @@ class _Reader:
         plain = node.style is None
         if plain and node.value in NULLS and (node.value == "" or _optional(annotation) or not wants_text(annotation)):
             empty = section_of(annotation) is not None and not _optional(annotation)
-            return {} if empty else None  # a section without keys, such as one whose keys are all comments
+            return {} if empty else None  # a section without keys, such as a section whose keys are commented out
         if plain and (wants_text(annotation) or (_wants_number(annotation) and node.tag == TAG + "bool")):
             return node.value
         try:

@@ -16,7 +16,9 @@ from rlsys.learner.adapter_checkpoint import CONFIG as ADAPTER_CONFIG
 from rlsys.learner.adapter_checkpoint import MANIFEST, WEIGHTS, read_files, read_info
 from rlsys.modeling.base_model import pack_folder
 from rlsys.run_state.jsonl import CONFIG, read_problems
-from rlsys.run_state.run_dir import BASE, CHECKPOINTS, day_of, newest
+from rlsys.run_state.resume import CHECKPOINTS, newest
+from rlsys.run_state.run_dir import BASE
+from rlsys.run_state.run_info import day_of
 from rlsys.utils.shell_paths import as_written
 
 Kind = Literal["base", "adapter", "merged"]

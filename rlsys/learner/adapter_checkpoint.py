@@ -10,14 +10,9 @@ the files that the format names and no others, each from memory once its hash is
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +27,8 @@ from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError
 from rlsys.learner.base_fingerprint import BaseFingerprint
 from rlsys.learner.runs import RunState
-from rlsys.modeling.base_model import new_folder
-from rlsys.utils.atomic_files import sync_folder
+from rlsys.utils.atomic_files import new_folder
+from rlsys.utils.manifest import digest, file_entry, sealed
 
 if TYPE_CHECKING:
     from rlsys.learner.learner import Learner
@@ -79,7 +74,7 @@ def save_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool, ov
         raise CheckpointError(f"{path}: is no checkpoint of rlsys, and only such a one is overwritten")
     state = learner.runs.state(run_id)
     try:
-        with _replacing(path, overwrite) as folder:
+        with new_folder(path, overwrite) as folder:
             learner.runs.save_adapter(run_id, folder)
             if with_optimizer:
                 assert state.optimizer is not None
@@ -93,12 +88,10 @@ def save_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool, ov
                 "lora": learner.runs.lora(run_id).model_dump(),
                 "base_name": learner.base_name,
                 "base": asdict(learner.identity),
-                "files": {name: _fact(_synced(folder / name)) for name in names},
+                "files": {name: file_entry(_readable(folder / name)) for name in names},
             }
-            (folder / MANIFEST).write_text(json.dumps({**body, "digest": _digest(body)}, indent=2) + "\n")
-            _synced(folder / MANIFEST)
-            sync_folder(folder)
-        sync_folder(path.parent)
+            (folder / MANIFEST).write_bytes(sealed(body))
+            (folder / MANIFEST).chmod(0o644)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error}") from error
 
@@ -165,33 +158,10 @@ def require_base(where: str, found: BaseFingerprint, wanted: BaseFingerprint) ->
         )
 
 
-@contextmanager
-def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """As ``new_folder``; what is to be overwritten steps aside whole once the new folder is on disk, then vanishes.
-
-    A machine that dies between the two renames leaves both under names that begin with a dot.
-    """
-    aside = None
-    try:
-        with new_folder(path) as folder:
-            yield folder
-            if overwrite and path.exists():
-                aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-                os.rename(path, aside)
-    except BaseException:
-        if aside is not None and not path.exists():
-            os.rename(aside, path)
-        raise
-    if aside is not None:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _synced(file: Path) -> bytes:
-    """The file's content, once it is on disk for all to read: safetensors writes 0600, and servers are other users."""
+def _readable(file: Path) -> bytes:
+    """The file's content, once other users may read it: safetensors writes 0600."""
     file.chmod(0o644)
-    with open(file, "rb") as stream:
-        os.fsync(stream.fileno())
-        return stream.read()
+    return file.read_bytes()
 
 
 def _read(path: Path, with_optimizer: bool) -> tuple[CheckpointInfo, RunState]:
@@ -222,7 +192,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     if manifest.get("format_version") != FORMAT_VERSION:
         found = manifest.get("format_version")
         raise CheckpointError(f"{path}: found format version {found!r}; this rlsys reads {FORMAT_VERSION}")
-    if manifest.pop("digest", None) != _digest(manifest):
+    if manifest.pop("digest", None) != digest(manifest):
         raise CheckpointError(f"{path}: {MANIFEST} does not match its own hash: it was changed or is damaged")
     return manifest
 
@@ -258,7 +228,7 @@ def _tensors(path: Path, name: str, files: Mapping[str, Any]) -> dict[str, Tenso
 
 def _content(path: Path, name: str, files: Mapping[str, Any]) -> bytes:
     content = _bytes(path, name)
-    found, wanted = _fact(content), files.get(name)
+    found, wanted = file_entry(content), files.get(name)
     if found != wanted:
         raise CheckpointError(f"{path}: {name} is truncated or damaged: found {found}; wanted {wanted}")
     return content
@@ -270,14 +240,6 @@ def _bytes(path: Path, name: str) -> bytes:
         reason = "is a link, which may lead out of it" if file.is_symlink() else "is missing"
         raise CheckpointError(f"{path}: is no checkpoint of rlsys: {name} {reason}")
     return file.read_bytes()
-
-
-def _fact(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=16).hexdigest()}
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _format_lora(lora: LoraSection) -> str:

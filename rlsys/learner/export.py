@@ -16,8 +16,8 @@ from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.learner.adapter_checkpoint import CONFIG, WEIGHTS, read_adapter, read_files, read_info, require_base
 from rlsys.learner.base_fingerprint import fingerprint_of
-from rlsys.modeling.base_model import new_folder
 from rlsys.modeling.text_part import configuration, is_composite, is_tied, load_whole, text_part
+from rlsys.utils.atomic_files import new_folder
 from rlsys.utils.shell_paths import command
 
 UNTIE = (

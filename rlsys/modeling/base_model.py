@@ -7,11 +7,7 @@ named bytes with a manifest of their hashes and back. A folder appears whole or 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -19,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config,
 
 from rlsys.config import MakeSection
 from rlsys.errors import CheckpointError, ConfigError
+from rlsys.utils.atomic_files import new_folder
 
 MANIFEST = "rlsys-manifest.txt"  # one line "<hash>  <name>" per file, sorted by name
 
@@ -91,28 +88,6 @@ def unpack_folder(files: Mapping[str, bytes], path: Path) -> None:
     found = _files_under(path)
     if found.keys() != files.keys() or any(found[name].read_bytes() != files[name] for name in found):
         raise CheckpointError(f"{path}: found a folder with other content; remove it, or unpack elsewhere")
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when it does not.
-
-    Raises:
-        FileExistsError: `path` is there by then; it is left as it is.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the folder from other users
-        try:
-            os.rename(temporary, path)  # replaces an empty folder, never one with content
-        except OSError as error:
-            if path.exists():
-                raise FileExistsError(f"{path} is already there") from error
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _files_under(path: Path) -> dict[str, Path]:

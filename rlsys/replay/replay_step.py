@@ -28,7 +28,9 @@ from rlsys.learner.policy import Policy
 from rlsys.metrics import Metrics, reduce_metrics
 from rlsys.rollouts import Rollouts
 from rlsys.run_state.jsonl import CONFIG, METRICS, read_metrics
-from rlsys.run_state.run_dir import BASE, checkpoint_steps, folder_of_command, read_checkpoint
+from rlsys.run_state.resume import checkpoint_steps, read_checkpoint
+from rlsys.run_state.run_dir import BASE
+from rlsys.run_state.run_info import folder_of_command
 from rlsys.run_state.saved_rollouts import SavedStep, format_steps, load_step, recorded_steps
 from rlsys.types import Array
 from rlsys.weight_sync.canary import SHORT_TOKENS

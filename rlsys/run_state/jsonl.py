@@ -1,6 +1,6 @@
-"""The files that a run is written down in, line by line: what a line holds, and how it is read, written and cut back.
+"""The line-by-line files of a run: what a line holds, and how lines are read, written and cut back.
 
-docs/metrics.md lists them. A line is one JSON object; the last one may be torn by a writer that died, and is left out.
+docs/metrics.md lists the files. A line is one JSON object; a last line that a dead writer left incomplete is ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Note = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class RolloutRow:
-    """One completion, as a person reads it. The lists have an entry per token; they are empty where nobody asked."""
+    """One completion in readable form. The lists have an entry per token, or are empty if not requested."""
 
     step: int
     phase: Literal["before", "train", "after"]
@@ -33,7 +33,7 @@ class RolloutRow:
     completion: str
     answer: str
     reward: float
-    advantage: float | None  # None: greedy evaluation has no group to compare with
+    advantage: float | None  # None: greedy evaluation has no group
     tokens: int  # of the completion
     stop_reason: str
     problem: int  # its id; UNKNOWN in files of rlsys 0.1.0 before there were ids
@@ -49,11 +49,11 @@ TOKEN_FIELDS = ("pieces", "advantages", "ratios", "sampled")  # of a RolloutRow
 
 @dataclass(frozen=True, slots=True)
 class GroupsRow:
-    """What became of the groups of one step."""
+    """Outcomes of the groups of one step."""
 
     step: int
     problems: Sequence[int]
-    solved: Sequence[float]  # share of each one's completions that are right, 0 to 1; mean grade in files of 0.1.0
+    solved: Sequence[float]  # share of right completions in each group; mean grade in files of 0.1.0
     grades: Sequence[float] = field(default_factory=list)  # mean grade of each; empty in files of 0.1.0
 
 
@@ -65,7 +65,7 @@ class ProblemRow:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl in the order written, figures as numbers again; no file means no lines."""
+    """The lines of metrics.jsonl in the order written, metrics as floats; no file means no lines."""
     return [
         {key: value if key in RECORD_KEYS else float(value) for key, value in record.items()}
         for record in read_lines(run_dir / METRICS)
@@ -90,23 +90,23 @@ def read_groups(run_dir: Path) -> list[GroupsRow]:
 
 
 def write_problems(run_dir: Path, prompts: Sequence[str], answers: Sequence[str]) -> None:
-    """problems.jsonl, whole; a problem's id is its place in the training set."""
+    """Write problems.jsonl; a problem's id is its index in the training set."""
     rows = (ProblemRow(at, *text) for at, text in enumerate(zip(prompts, answers, strict=True)))
     replace_file(run_dir / PROBLEMS, "".join(line_of(asdict(row)) for row in rows).encode())
 
 
 def read_problems(run_dir: Path) -> dict[int, ProblemRow]:
-    """By id; no file means none."""
+    """Problems by id; no file means no problems."""
     return {record["id"]: ProblemRow(**record) for record in read_lines(run_dir / PROBLEMS)}
 
 
 def last_step(run_dir: Path) -> int:
-    """The last RL step that metrics.jsonl has figures of; 0 where there is none."""
+    """The last RL step in metrics.jsonl; 0 without one."""
     return max((record["step"] for record in read_lines(run_dir / METRICS) if record["stage"] == "rl"), default=0)
 
 
 def rollout_of(record: Mapping[str, Any]) -> RolloutRow:
-    """A line of rollouts.jsonl; those that were written before tokens were shown come without them."""
+    """A line of rollouts.jsonl; lines of early files have no tokens."""
     numbers = {
         "reward": float(record["reward"]),
         "advantage": _optional(record["advantage"]),
@@ -117,7 +117,7 @@ def rollout_of(record: Mapping[str, Any]) -> RolloutRow:
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a line of metrics.jsonl."""
+    """The metrics of a line of metrics.jsonl."""
     return {name: value for name, value in record.items() if name not in RECORD_KEYS}
 
 
@@ -126,7 +126,7 @@ def open_to_append(path: Path) -> TextIO:
 
 
 def write_line(file: TextIO, record: Mapping[str, Any], sync: bool = True) -> None:
-    """One line of strict JSON; on the disk when this returns, unless another that is synced follows."""
+    """Write one line of strict JSON; on disk when this returns, or with `sync` false after a later synced line."""
     file.write(line_of(record))
     file.flush()
     if sync:
@@ -151,7 +151,7 @@ def _optional(value: Any) -> float | None:
 
 
 def cut_lines(path: Path, keeps: Callable[[Mapping[str, Any]], bool], note: Note) -> list[dict[str, Any]]:
-    """Rewrite the file without the lines that are not kept and without a torn last one; returns what it holds then."""
+    """Remove the lines that are not kept and an incomplete last line; returns the remaining lines."""
     if not path.is_file():
         return []
     found = list(read_lines(path))
@@ -160,7 +160,7 @@ def cut_lines(path: Path, keeps: Callable[[Mapping[str, Any]], bool], note: Note
     if before != after:
         replace_file(path, after)
     if len(found) < sum(map(bool, before.split(b"\n"))):
-        note(f"{path}: its last line was torn when the writer died; removed")
+        note(f"{path}: removed its last line, which a writer that died left incomplete")
     return kept
 
 
@@ -175,4 +175,6 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):  # no newline after it: the writer died within this line
                 return
-            raise RlsysError(f"{path}:{number}: found a line that is no JSON ({error}); wanted one object") from error
+            raise RlsysError(
+                f"{path}:{number}: found a line that is no JSON ({error}); wanted a JSON object"
+            ) from error

@@ -1,12 +1,12 @@
-"""What has become of every problem that a run has drawn: the memory that makes a resume exact.
+"""Ledger of the problems that a run has drawn and their outcomes: it makes a resumed run draw the same problems.
 
-One row per draw, in the order of ``Epochs``: row i is the problem at place i. A row is pending, in flight, or settled
-with an outcome. Pending rows are handed out first, in order, and going back to step s makes every row of a later step
-pending again, so that the steps after it draw the very ids that they would have drawn without an interruption. Several
-steps may be in flight, and one that is may draw again (dynamic sampling).
+One row per draw, in the order of ``Epochs``: row i is the problem at position i. A row is pending, in flight, or
+settled with an outcome. Pending rows are drawn first, in order. Rolling back to step s makes every row of a later step
+pending, so that later steps draw the same ids as without an interruption. Several steps may be in flight, and a step in
+flight may draw more rows (dynamic sampling).
 
     row      0 1 2 3 4 5 6 7        settled up to step 2, step 3 in flight
-    step     1 1 2 2 3 3 - -        rewind(1) makes rows 2 to 5 pending; rows 6 and 7 were so from a rewind before
+    step     1 1 2 2 3 3 - -        roll_back(1) makes rows 2 to 5 pending; rows 6 and 7 are from an earlier rollback
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MEANING = {  # code -> (state, reason)
     PENDING: ("pending", ""),
     IN_FLIGHT: ("in flight", ""),
     TRAINED: ("trained", ""),
-    AGREED: ("filtered", "all rewards of the group agree, so it teaches nothing"),
-    EMPTY: ("filtered", "no completion of the group has a token to learn from"),
+    AGREED: ("filtered", "all rewards of the group are equal, so it has no gradient"),
+    EMPTY: ("filtered", "no completion of the group has a token to train on"),
     UNGRADED: ("dropped", "no completion of the group could be graded"),
 }
 FORMAT_VERSION = 1
@@ -36,7 +36,7 @@ _COLUMNS = {"problem": np.int64, "step": np.int32, "state": np.int8, "attempts":
 
 
 class Ledger:
-    """The draws of one run. A step is drawn for, then settled whole, and steps are settled in order."""
+    """The draws of one run. A step draws, then all its draws are settled together; steps are settled in order."""
 
     def __init__(self, epochs: Epochs) -> None:
         self._epochs = epochs
@@ -48,13 +48,13 @@ class Ledger:
 
     @property
     def step(self) -> int:
-        """The last step that was settled; 0 at first."""
+        """The last settled step; 0 before the first."""
         return self._step
 
     def draw(self, step: int, count: int) -> Array:
-        """(count,) int64 ids for a step that is not settled: pending rows first, then new ones."""
+        """(count,) int64 ids for an unsettled step: pending rows first, then new rows."""
         assert count >= 1 and step > self._step, f"draws of step {step} come after step {self._step} is settled"
-        assert step >= self._steps.max(initial=0) or len(self._flying(step)), "steps are drawn for in order"
+        assert step >= self._steps.max(initial=0) or len(self._flying(step)), "steps draw in order"
         new = count - int(np.count_nonzero(self._state == PENDING))
         if new > 0:
             self._append(new)
@@ -64,7 +64,7 @@ class Ledger:
         return self._problem[rows].copy()
 
     def resampled(self, ids: Array) -> None:
-        """Problems in flight are being sampled once more, each of `ids` as often as it stands there."""
+        """Count another attempt for problems in flight; an id that occurs twice counts twice."""
         flying = np.flatnonzero(self._state == IN_FLIGHT)
         for problem, times in zip(*np.unique(np.asarray(ids, np.int64), return_counts=True), strict=True):
             rows = flying[self._problem[flying] == problem]
@@ -82,18 +82,18 @@ class Ledger:
         self._step = step
 
     def roll_back(self, step: int) -> None:
-        """As after `step`: whatever was drawn for later steps is pending, and is drawn first, in the same order."""
+        """Make all draws of later steps pending; they are drawn first, in the same order."""
         assert 0 <= step <= self._step, f"cannot go back from step {self._step} to step {step}"
         rows = self._steps > step
         self._steps[rows], self._state[rows] = 0, PENDING
         self._step = step
 
     def ids(self, step: int) -> Array:
-        """The ids that a step drew, in flight or settled."""
+        """Ids that a step drew, in flight or settled."""
         return self._problem[self._steps == step] if step > 0 else np.empty(0, np.int64)
 
     def table(self) -> dict[str, Array]:
-        """Columns with a row per draw: problem, step (0 while pending), state (a key of MEANING), attempts."""
+        """Columns with an entry per draw: problem, step (0 while pending), state (a key of MEANING), attempts."""
         return {name: column.copy() for name, column in zip(_COLUMNS, self._columns(), strict=True)}
 
     def counts(self) -> dict[str, int]:
@@ -104,10 +104,10 @@ class Ledger:
         return found
 
     def audit(self) -> None:
-        """Every draw is there exactly once, in order, and every step has its own.
+        """Check that every draw occurs exactly once, in order, and that every step has draws.
 
         Raises:
-            CheckpointError: one is not; it says which.
+            CheckpointError: a check fails; the message names it.
         """
         wrong = np.flatnonzero(self._problem != self._epochs.take(0, len(self)))
         if wrong.size:
@@ -120,7 +120,7 @@ class Ledger:
         steps, states = self._steps[given], self._state[given]
         settled = states != IN_FLIGHT
         claims = {
-            "a state is none that the ledger knows": np.isin(self._state, list(MEANING)).all(),
+            "a state is unknown": np.isin(self._state, list(MEANING)).all(),
             "a pending draw has a step": not self._steps[self._state == PENDING].any(),
             "a draw in flight or settled was never attempted": (self._attempts[given] > 0).all(),
             "first draws of steps are not in the order of the steps": _firsts_ascend(steps),
@@ -130,10 +130,12 @@ class Ledger:
         }
         for complaint, holds in claims.items():
             if not holds:
-                raise CheckpointError(f"ledger: {complaint}: it is damaged, or a step is missing or doubled")
+                raise CheckpointError(
+                    f"ledger: {complaint}: the ledger is damaged, or a step is missing or occurs twice"
+                )
 
     def to_bytes(self) -> bytes:
-        """An .npz with its hash behind it."""
+        """An .npz archive followed by its hash."""
         head = [FORMAT_VERSION, self._step, self._epochs.num_problems, self._epochs.seed]
         arrays: dict[str, Any] = {"head": np.array(head, np.int64)}
         arrays |= zip(_COLUMNS, self._columns(), strict=True)
@@ -143,14 +145,14 @@ class Ledger:
 
     @classmethod
     def from_bytes(cls, content: bytes, epochs: Epochs) -> Ledger:
-        """What ``to_bytes`` gave. Draws that were in flight are pending: nobody is working on them any more.
+        """Read what ``to_bytes`` wrote. Draws in flight become pending: their work was lost.
 
         Raises:
-            CheckpointError: damaged, of another version, of another order of problems, or a draw is not accounted for.
+            CheckpointError: it is damaged, of another version or order of problems, or fails ``audit``.
         """
         body = content[:-_DIGEST_BYTES]
         if content[-_DIGEST_BYTES:] != _digest(body):
-            raise CheckpointError(f"ledger: its {len(content)} bytes do not match their own hash: it is damaged")
+            raise CheckpointError(f"ledger: its {len(content)} bytes do not match their hash: the ledger is damaged")
         with np.load(io.BytesIO(body), allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
         version, step, num_problems, seed = (int(value) for value in found["head"])
@@ -182,12 +184,12 @@ class Ledger:
 
 
 def _firsts_ascend(steps: Array) -> bool:
-    """Whether each step's first row comes after the first rows of the steps before it."""
+    """Whether each step's first row comes after the first rows of all earlier steps."""
     return bool((np.diff(np.unique(steps, return_index=True)[1]) > 0).all())
 
 
 def describe(ledger: Ledger) -> list[tuple[str, str, int]]:
-    """(state, reason, draws) for a person, in the order in which a draw meets them; states that no draw is in too."""
+    """(state, reason, draws) for display, in the order of a draw's life; states without draws too."""
     return [(state, reason, int(np.count_nonzero(ledger._state == code))) for code, (state, reason) in MEANING.items()]
 
 

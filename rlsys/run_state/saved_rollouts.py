@@ -1,8 +1,8 @@
-"""The rollouts of a run's last steps, whole: all that a step was computed from, beside the learner's state before it.
+"""Full rollouts of a run's last steps: with the learner's state before a step, all inputs that `rlsys replay` needs.
 
-    run_dir/steps/step-000007.npz   plain NumPy arrays without pickles, and a hash of them behind the archive
+    run_dir/steps/step-000007.npz   plain NumPy arrays without pickles, followed by a hash of the archive
 
-A file is there whole or not at all. One process at a time writes; any may read.
+Files are replaced atomically. One process at a time writes; any process may read.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ STEPS = "steps"
 FORMAT_VERSION = 1
 _DIGEST_BYTES = 16
 _STEP = re.compile(r"step-(\d{6,})\.npz")
-_HALF = re.compile(r"\.step-\d{6,}\.npz\.new")  # of a writer at work (``replace_file``), or of one that died
+_HALF = re.compile(r"\.step-\d{6,}\.npz\.new")  # of a running or dead writer (``replace_file``)
 _COLUMNS = [field.name for field in fields(Rollouts)]
 
 
 @dataclass(frozen=True, slots=True)
 class SavedStep:
-    """What a step's datums were made of."""
+    """Inputs of a step's datums."""
 
     step: int
-    version: int  # the learner's when the step began to learn; a token's lag is this minus the token's own
-    pieces: int  # that the groups were split into: substeps times minibatches
+    version: int  # the learner's at the start of the step; a token's lag is this minus the token's version
+    pieces: int  # parts of the step's groups: substeps times minibatches
     rollouts: Rollouts  # in draw order
-    rewards: Array  # (R,) as the advantages took them
-    reference: Array | None  # (T,) float32 log-probabilities under the reference; None: there is no KL term
+    rewards: Array  # (R,) from which advantages were computed
+    reference: Array | None  # (T,) float32 log-probabilities under the reference; None: no KL term
 
     def __post_init__(self) -> None:
         assert self.step >= 1 and self.pieces >= 1
@@ -47,7 +47,7 @@ class SavedStep:
 
 
 def save_step(run_dir: Path, recorded: SavedStep, keep: int) -> Path | None:
-    """Write a step down, in place of one of that number, then remove all but the newest `keep`; 0: none is written.
+    """Write a step, replacing an earlier file of that step, then remove all but the newest `keep`; 0: write nothing.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -65,28 +65,28 @@ def save_step(run_dir: Path, recorded: SavedStep, keep: int) -> Path | None:
 
 
 def delete_after(run_dir: Path, step: int) -> None:
-    """Remove the steps after `step`: they are being done again."""
+    """Remove the steps after `step`, which are repeated."""
     _remove(run_dir, [found for found in recorded_steps(run_dir) if found > step])
 
 
 def recorded_steps(run_dir: Path) -> list[int]:
-    """Those that are there, ascending."""
+    """Steps that have a file, ascending."""
     folder = run_dir / STEPS
     names = (_STEP.fullmatch(path.name) for path in folder.iterdir()) if folder.is_dir() else ()
     return sorted(int(found[1]) for found in names if found)
 
 
 def load_step(run_dir: Path, step: int) -> SavedStep:
-    """What ``save_step`` wrote.
+    """Read what ``save_step`` wrote.
 
     Raises:
-        CheckpointError: it is not there (and which steps are), is damaged, or is of another format.
+        CheckpointError: the file is missing (the message lists the steps that exist), damaged, or of another format.
     """
     path = run_dir / STEPS / f"step-{step:06d}.npz"
     try:
         return _from_bytes(path.read_bytes(), step)
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: is not there; found {format_steps(recorded_steps(run_dir))}") from None
+        raise CheckpointError(f"{path}: does not exist; found {format_steps(recorded_steps(run_dir))}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except CheckpointError as error:
@@ -128,7 +128,7 @@ def _to_bytes(recorded: SavedStep) -> bytes:
 def _from_bytes(content: bytes, step: int) -> SavedStep:
     body = content[:-_DIGEST_BYTES]
     if content[-_DIGEST_BYTES:] != _digest(body):
-        raise CheckpointError(f"its {len(content)} bytes do not match their own hash: it was changed or is damaged")
+        raise CheckpointError(f"its {len(content)} bytes do not match their hash: the file was changed or is damaged")
     try:
         with np.load(io.BytesIO(body), allow_pickle=False) as archive:
             found = {name: archive[name] for name in archive.files}
@@ -142,7 +142,7 @@ def _from_bytes(content: bytes, step: int) -> SavedStep:
     except (KeyError, ValueError, AssertionError, zipfile.BadZipFile) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"it lacks what the format has: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"it lacks parts of the format: {type(error).__name__}: {error}") from error
 
 
 def _digest(content: bytes) -> bytes:

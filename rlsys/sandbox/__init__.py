@@ -1,1 +1,1 @@
-"""Processes that run code of others, with limits on what the code may use."""
+"""Processes that run untrusted code, with limits on its resources."""

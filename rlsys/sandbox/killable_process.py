@@ -1,4 +1,4 @@
-"""What a process that runs somebody else's code is told at its start, and how its end is put in words."""
+"""Set-up of a pool process that runs users' code, and the description of its exit."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import resource
 import signal
 import threading
 
-MEMORY_LIMIT_BYTES = 4 * 2**30  # powers of powers would take the machine's memory before their time is up
-TEXT_TAIL = 2000  # characters of a traceback that are kept
+MEMORY_LIMIT_BYTES = 4 * 2**30  # an expression such as 9**9**9 would fill the machine's memory within its time limit
+TEXT_TAIL = 2000  # last characters kept of a traceback
 
 
 def init_killable_process() -> None:
-    """Runs once in a process of a pool: it ends with its owner, on the first signal, and takes no more memory."""
+    """Runs once in a pool process: the process ends with its owner and on SIGTERM, and its memory is limited."""
     threading.Thread(target=_end_with_owner, daemon=True).start()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a Python handler would wait for a long call into C to return
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_DATA)[1]))
@@ -26,7 +26,7 @@ def describe_exit(exitcode: int | None) -> str:
 
 
 def _end_with_owner() -> None:
-    """What never returns would outlive an owner that was killed and could not kill it."""
+    """Otherwise a call that never returns would outlive an owner that was killed."""
     owner = multiprocessing.parent_process()
     assert owner is not None
     owner.join()

@@ -1,10 +1,8 @@
-"""Started by rlsys.sandbox.run_python as a program of its own: confines a child process, has it run the code, and ends
-with it.
+"""Program that rlsys.sandbox.run_python starts: confines a child process, runs the code in it, and ends with it.
 
-The child sees no network, no process but its own, no environment variable, and of the file system only what Python
-needs, read-only, and a folder of its own in memory that nothing is left of. It has no privilege, and limits. Where the
-kernel does not give all of this, the code does not run. Only the standard library is here: this is no part of the
-package while it runs.
+The child sees no network, no processes outside its namespace and no environment variables. Of the file system it sees
+what Python needs, read-only, and a temporary folder in memory. It has no privileges, and limited resources. Where the
+kernel refuses any of this, the code does not run. This program imports only the standard library, not the package.
 """
 
 from __future__ import annotations
@@ -18,13 +16,13 @@ import signal
 import socket
 import sys
 
-REFUSED = 97  # exit code: nothing was run; stdout says why
+REFUSED = 97  # exit code: no code was run; stdout has the reason
 NEWNS, NEWUSER, NEWIPC, NEWPID, NEWNET = 0x20000, 0x10000000, 0x8000000, 0x20000000, 0x40000000  # sched.h
 RDONLY, NOSUID, NODEV, REMOUNT, BIND, REC, PRIVATE, DETACH = 1, 2, 4, 32, 4096, 16384, 1 << 18, 2  # sys/mount.h
 SET_PDEATHSIG, SET_NO_NEW_PRIVS = 1, 38  # sys/prctl.h
 HOME, CODE = "/sandbox", "main.py"
 SYSTEM = ("/usr", "/lib", "/lib64")
-FIRST_USER = 1_000_000_000  # far from every real one, so that nobody else's processes count for the limit
+FIRST_USER = 1_000_000_000  # above every real user id, so that no other process counts toward the limit
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -36,18 +34,18 @@ def call(name: str, *args: object) -> None:
 
 
 def main() -> int:
-    """argv: limits and paths as JSON; stdin: the code; stdout: what it writes, both streams."""
+    """argv: limits and paths as JSON; stdin: the code; stdout: stdout and stderr of the code."""
     wanted = json.loads(sys.argv[1])
     call("prctl", SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != wanted["owner"]:
         return refuse("the owner has gone")
     code = sys.stdin.buffer.read()
-    why, told = os.pipe2(os.O_CLOEXEC)
+    error_read, error_write = os.pipe2(os.O_CLOEXEC)
     try:
         user = unshare()
     except OSError as error:
         return refuse(str(error))
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # no end between the child's birth and knowing it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # no SIGTERM between fork() and the handler below
     child = os.fork()
     if child == 0:
         try:
@@ -55,17 +53,17 @@ def main() -> int:
             confine(wanted, code, user)
             os.execve(wanted["python"], [wanted["python"], "-I", "-B", CODE], {})
         except BaseException as error:
-            os.write(told, f"{type(error).__name__}: {error}".encode())
+            os.write(error_write, f"{type(error).__name__}: {error}".encode())
         os._exit(REFUSED)
-    # All that the child starts dies with it, whatever group or session it has gone into: it is the first of its
-    # namespace. We are told to end, or that our owner has ended, by SIGTERM.
+    # The child is process 1 of its namespace, so all that it starts dies with it, in any group or session. SIGTERM asks
+    # this process to end, or reports that its owner has ended.
     signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGKILL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    os.close(told)
-    with open(why, "rb") as pipe:
+    os.close(error_write)
+    with open(error_read, "rb") as pipe:
         error_text = pipe.read().decode()  # empty once the code runs
     os.waitpid(child, 0)
-    with contextlib.suppress(OSError):  # it may not have got as far as mounting
+    with contextlib.suppress(OSError):  # nothing is mounted if confine() failed early
         call("umount2", wanted["root"].encode(), DETACH)
     os.rmdir(wanted["root"])
     return refuse(error_text) if error_text else 0
@@ -77,7 +75,7 @@ def refuse(why: str) -> int:
 
 
 def unshare() -> int | None:
-    """New namespaces; returns whom to become in them where we are root, else None."""
+    """Enter new namespaces; returns the user id to switch to if this process is root, else None."""
     apart = NEWNS | NEWPID | NEWNET | NEWIPC
     if os.getuid() == 0:
         call("unshare", apart)
@@ -91,7 +89,7 @@ def unshare() -> int | None:
 
 
 def confine(wanted: dict[str, object], code: bytes, user: int | None) -> None:
-    """Everything that the code must not be able to do is out of reach when this returns."""
+    """Apply all restrictions on the code before it is executed."""
     beyond = [name for _, name in socket.if_nameindex() if name != "lo"]
     if beyond:
         raise OSError(f"the network namespace has {beyond}")

@@ -1,6 +1,6 @@
-"""Run Python that a model wrote: in a process that sees no network and no files, bounded in all it takes.
+"""Runs Python code that a model wrote, in a process without network and files and with limited resources.
 
-Linux namespaces do it (rlsys/sandbox/launcher.py). Where the kernel or the container forbids them, nothing is run.
+It uses Linux namespaces (rlsys/sandbox/launcher.py). Where the kernel or the container forbids them, no code runs.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from rlsys.errors import ConfigError
 from rlsys.sandbox import launcher as sandbox_launch
 
 MB = 2**20
-STOP_S = 5.0  # for the launcher to kill what it started and end
+STOP_S = 5.0  # for the launcher to kill its child and end
 CUT, SLOW = "\n[cut]", "\n[stopped after {:g} s]"
 
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """`run` takes a text of Python. Limits of all that one call starts, except where they say otherwise."""
+    """Limits of one call of `run`, for all its processes together unless stated otherwise."""
 
     seconds: float = 3.0  # from start to end
     cpu_s: int = 3  # of each process
     memory_mb: int = 256  # of each process
     processes: int = 8  # threads count
-    files_mb: int = 16  # of all files together; they are in memory
+    files_mb: int = 16  # of all files, which are in memory
     output_characters: int = 2000
 
     def run(self, code: str) -> str:
-        """What it wrote, both streams, cut to the limit; says at the end where it was stopped.
+        """Run the code and return its stdout and stderr, cut to the limit, with a note if it was stopped.
 
         Raises:
-            ConfigError: this machine gives no namespaces; nothing was run.
+            ConfigError: this machine allows no namespaces; no code was run.
         """
-        root = tempfile.mkdtemp(prefix="rlsys-sandbox-")  # a file system is mounted here that only the code sees
+        root = tempfile.mkdtemp(prefix="rlsys-sandbox-")  # mount point of a file system that only the code sees
         try:
             return self._run(code, root)
         finally:
@@ -61,7 +61,7 @@ class Sandbox:
             try:
                 launcher.stdin.write(code.encode("utf-8", "replace"))
                 launcher.stdin.close()
-            except BrokenPipeError:  # it has refused already, and says why
+            except BrokenPipeError:  # the launcher has refused, and stdout has the reason
                 pass
             written, note = self._read(launcher.stdout.fileno(), deadline)
         finally:
@@ -74,13 +74,15 @@ class Sandbox:
             launcher.stdout.close()
         text = written.decode("utf-8", "replace")
         if launcher.returncode == sandbox_launch.REFUSED:
-            raise ConfigError(f"turns.python_tool: this machine cannot confine a process ({text.strip()}): nothing ran")
+            raise ConfigError(
+                f"turns.python_tool: this machine cannot confine a process ({text.strip()}); no code was run"
+            )
         return text[: self.output_characters] + note
 
     def check(self) -> None:
         """
         Raises:
-            ConfigError: code cannot be run here.
+            ConfigError: code cannot be run on this machine.
         """
         found = self.run("print(6 * 7)")
         if found.strip() != "42":
@@ -106,7 +108,7 @@ class Sandbox:
         }
 
     def _read(self, pipe: int, deadline: float) -> tuple[bytes, str]:
-        """(what was written, what to say of it), until all who may write are gone, or it is enough."""
+        """(output, note), read until every writer has closed it, or the limit of time or length is reached."""
         written, most = b"", 4 * self.output_characters  # bytes of a character at most
         while len(written) <= most:
             left = deadline - time.monotonic()

@@ -1,1 +1,1 @@
-"""Metrics of a run: files, wandb, TensorBoard, the progress display, and warnings drawn from them."""
+"""Metrics of a run: files, wandb, TensorBoard, the progress display, and warnings about runs that cannot learn."""

@@ -1,8 +1,8 @@
-"""Signs in the figures of a run that it cannot learn: each with the share concerned and the key to change.
+"""Warnings from metrics that show a run cannot learn: each states the share affected and the key to change.
 
-A run in which every completion is cut off, every group agrees or no gradient arrives looks like one that learns: steps
-go by and every file is written. A sign is given where it holds for `WINDOW` steps in a row, since a small batch may
-show one by chance; it is told once in the terminal and stands at the top of the report.
+A run in which every completion is truncated, every group has zero variance or no gradient arrives looks like a healthy
+run: steps pass and every file is written. A warning needs `WINDOW` steps in a row, since a small batch may trigger it
+by chance. It is printed once in the terminal and shown at the top of the report.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 from rlsys.metrics import Metrics
 
-WINDOW = 3  # steps in a row; of a run of fewer steps, all of them
+WINDOW = 3  # steps in a row; all steps of a shorter run
 SHARE = 0.95  # of completions or groups
 DROPPED = 0.5  # of the training problems
 
-Keys = Mapping[str, Any]  # the job's values by dotted key; a key that is not known is absent
+Keys = Mapping[str, Any]  # the job's values by dotted key; unknown keys are absent
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`share`: of a step's figures, None where they say nothing about it. `hides`: signs that only follow from it."""
+    """`share`: from a step's metrics, None without the needed metrics. `hides`: warnings that only follow from it."""
 
     name: str
     share: Callable[[Metrics, Keys], float | None]
@@ -34,7 +34,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class LearningWarning:
-    """What was found: in which steps, and a sentence with the share of the last one."""
+    """A warning: its steps, and a sentence with the share in the last of them."""
 
     name: str
     steps: tuple[int, ...]
@@ -43,7 +43,7 @@ class LearningWarning:
 
 @dataclass(slots=True)
 class _Streak:
-    """Of one check: steps in a row up to now, and all that belong to a sign."""
+    """State of one check: the current run of consecutive steps, and all steps of the warning."""
 
     now: list[int] = field(default_factory=list)
     all: list[int] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _Streak:
                 steps.pop()
 
     def add(self, step: int, window: int) -> bool:
-        """Count a step, once; whether `window` of them or more are in a row now."""
+        """Count a step once; returns whether `window` or more steps are now consecutive."""
         self.roll_back(step - 1)
         self.now.append(step)
         if len(self.now) < window:
@@ -66,7 +66,7 @@ class _Streak:
 
 
 class LearningChecks:
-    """Looks at figures as they come. `config`: the job as nested mappings; parts may be missing."""
+    """Checks metrics step by step. `config`: the job as nested mappings; parts may be missing."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._keys = dict(_flat(config))
@@ -74,14 +74,14 @@ class LearningChecks:
         self._reported: set[str] = set()
 
     def see(self, step: int, metrics: Metrics) -> list[str]:
-        """Sentences for the signs that are complete with this step, each once in the life of this object."""
+        """Texts of the warnings that this step completes, each once in the life of this object."""
         hidden: set[str] = set()
         for check in CHECKS:
             share = check.share(metrics, self._keys)
             streak = self._streaks[check.name]
             if share is None:
                 continue
-            if not share >= check.bound:  # also of a share that is no number
+            if not share >= check.bound:  # also for NaN
                 streak.now.clear()
                 continue
             hidden.update(check.hides)
@@ -94,32 +94,32 @@ class LearningChecks:
         return [sign.text for sign in new]
 
     def roll_back(self, step: int) -> None:
-        """Forget the steps after `step`: they are done again. What was told is not told again."""
+        """Forget the steps after `step`, which are repeated. Warnings already printed are not printed again."""
         for streak in self._streaks.values():
             streak.roll_back(step)
 
     def signs(self) -> list[LearningWarning]:
-        """All that were found so far."""
+        """All warnings so far."""
         found = ((check.name, self._streaks[check.name]) for check in CHECKS)
         return [LearningWarning(name, tuple(streak.all), streak.text) for name, streak in found if streak.all]
 
 
 def learning_warnings(records: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> list[LearningWarning]:
-    """Of the lines of metrics.jsonl."""
+    """Warnings from the lines of metrics.jsonl."""
     checks = LearningChecks(config)
     see_records(checks, records)
     return checks.signs()
 
 
 def see_records(checks: LearningChecks, records: Iterable[Mapping[str, Any]]) -> None:
-    """Steps that were written down, in the order written; nothing of theirs is told again."""
+    """Replay recorded steps in the order written; their warnings are not printed again."""
     for record in records:
         if record.get("stage") != "sft":
             checks.see(int(record["step"]), {name: value for name, value in record.items() if "/" in name})
 
 
 def percent(share: float) -> str:
-    """In words: only a share of 1 is ``all``."""
+    """The share as text: only a share of 1 is ``all``."""
     return "all" if share >= 1 else f"{min(99.9, share * 100):.3g} % of the"
 
 
@@ -135,12 +135,12 @@ def _setting(keys: Keys, key: str) -> str:
     return f"{key} (now {keys[key]})" if key in keys else key
 
 
-def _over(part: Sequence[str], whole: str) -> Callable[[Metrics, Keys], float | None]:
-    """Share of the figures `part`, together, of the figure `whole`."""
+def _over(part: Sequence[str], total: str) -> Callable[[Metrics, Keys], float | None]:
+    """Share of the sum of metrics `part` in the metric `total`."""
 
     def share(metrics: Metrics, _: Keys) -> float | None:
-        total = metrics.get(whole, 0)
-        return sum(metrics.get(name, 0) for name in part) / total if total else None
+        count = metrics.get(total, 0)
+        return sum(metrics.get(name, 0) for name in part) / count if count else None
 
     return share
 
@@ -159,15 +159,13 @@ def _same_reward(metrics: Metrics, _: Keys) -> float | None:
 
 
 def _format_reward(share: float, metrics: Metrics, keys: Keys) -> str:
-    text = (
-        f"every completion of the step has the same reward, {metrics['reward/mean']:g}: there is nothing to learn from"
-    )
+    text = f"every completion of the step has the same reward, {metrics['reward/mean']:g}, so the step has no gradient"
     wrong = metrics.get("reward/wrong", -1)
     if wrong == metrics.get("reward/completions"):
         return (
-            f"{text}. None counts as right. Read some under Rollouts in report.html: if the answers look right, the "
-            "grader does not find them (prompt.template, task.columns.answer, rewards.function); if not, the problems "
-            "are too hard for this model"
+            f"{text}. No completion counts as right. Read some under Rollouts in report.html: if the answers look "
+            "right, the grader does not find them (prompt.template, task.columns.answer, rewards.function); if not, "
+            "the problems are too hard for this model"
         )
     if wrong == 0:
         return f"{text}. All count as right: the problems are too easy for this model; choose others (task)"
@@ -175,7 +173,7 @@ def _format_reward(share: float, metrics: Metrics, keys: Keys) -> str:
 
 
 def _zero_variance(metrics: Metrics, keys: Keys) -> float | None:
-    """Without a baseline, groups that agree on a reward other than 0 are learned from."""
+    """Without a baseline, zero-variance groups with a reward other than 0 are trained on."""
     if keys.get("rl.advantages.baseline") == "none" and metrics.get("advantages/mean_abs", 0) > 0:
         return 0.0
     groups = metrics.get("reward/groups", 0)
@@ -184,8 +182,8 @@ def _zero_variance(metrics: Metrics, keys: Keys) -> float | None:
 
 def _format_zero_variance(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
-        f"in {percent(share)} groups all rewards are the same, so these teach nothing, though groups differ. Sample "
-        f"more completions of a problem ({_setting(keys, 'rl.samples_per_problem')}), raise "
+        f"in {percent(share)} groups all rewards are equal, so these groups have no gradient. Sample "
+        f"more completions per problem ({_setting(keys, 'rl.samples_per_problem')}), raise "
         f"{_setting(keys, 'rl.sampling.temperature')}, or choose problems that are neither too easy nor too hard"
     )
 
@@ -193,23 +191,23 @@ def _format_zero_variance(share: float, metrics: Metrics, keys: Keys) -> str:
 def _format_truncated(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
         f"{percent(share)} completions were cut off before their end. Raise "
-        f"{_setting(keys, 'rl.sampling.max_tokens')} and, where that is in the way, "
-        f"{_setting(keys, 'model.max_length')}; if the texts do end and go on, the model's end token is another one "
-        "(docs/tokenizers.md) or rl.sampling.stop is needed"
+        f"{_setting(keys, 'rl.sampling.max_tokens')} and, where it is the limit, "
+        f"{_setting(keys, 'model.max_length')}; if a text continues after its end, the model has another end token "
+        "(docs/tokenizers.md) or needs rl.sampling.stop"
     )
 
 
 def _format_eval_truncated(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
-        f"{percent(share)} completions of the evaluation were cut off before their end, so its figures say little. "
+        f"{percent(share)} completions of the evaluation were cut off before their end, so its accuracy means little. "
         f"Raise {_setting(keys, 'eval.max_tokens')}, or see docs/tokenizers.md for what ends a completion"
     )
 
 
 def _format_empty(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
-        f"completions have {metrics['sampler/completion_tokens_mean']:.3g} tokens on average: the model ends at once. "
-        "Look at the prompt (prompt.chat, prompt.template) and at rl.sampling.stop"
+        f"completions have {metrics['sampler/completion_tokens_mean']:.3g} tokens on average: the model stops "
+        "immediately. Look at the prompt (prompt.chat, prompt.template) and at rl.sampling.stop"
     )
 
 
@@ -239,18 +237,18 @@ def _nothing_trained(metrics: Metrics, _: Keys) -> float | None:
 def _format_untrained(share: float, metrics: Metrics, keys: Keys) -> str:
     if keys.get("rl.overlong.handling") == "mask" and metrics.get("sampler/truncated_share", 0) > 0:
         return (
-            "no token is left to learn from: rl.overlong.handling mask leaves out what is cut off. Raise "
+            "no token is trained on: rl.overlong.handling mask drops truncated completions. Raise "
             f"{_setting(keys, 'rl.sampling.max_tokens')}, or set rl.overlong.handling=keep"
         )
     return (
-        "no token is left to learn from: every group was left out. Look at rl.advantages.drop_agreeing and at the "
+        "no token is trained on: every group was dropped. Look at rl.advantages.drop_agreeing and at the "
         "completions under Rollouts in report.html"
     )
 
 
 def _format_rate(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
-        f"the learning rate is 0, so the policy stays as it is. Raise {_setting(keys, 'rl.optim.learning_rate')}, or, "
+        f"the learning rate is 0, so the policy does not change. Raise {_setting(keys, 'rl.optim.learning_rate')}, or, "
         f"after a schedule's end, {_setting(keys, 'rl.optim.final_share')} or rl.optim.decay_steps"
     )
 
@@ -263,16 +261,16 @@ def _no_gradient(metrics: Metrics, _: Keys) -> float | None:
 
 def _format_gradient(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
-        f"the gradient of {metrics['policy/tokens']:.0f} tokens is 0, so the policy stays as it is. Look at rl.loss "
-        "(a clip that cuts every token, a parameter of 0) and at rl.optim.learning_rate: a policy that is certain of "
-        "every token has no gradient left"
+        f"the gradient of {metrics['policy/tokens']:.0f} tokens is 0, so the policy does not change. Look at rl.loss "
+        "(a clip that cuts every token, a parameter of 0) and at rl.optim.learning_rate: a policy with probability 1 "
+        "at every token has no gradient"
     )
 
 
 def _format_clipped(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
-        f"the loss clips {percent(share)} tokens, which then have no gradient: the policy is far from the one that "
-        f"sampled. Lower {_setting(keys, 'rl.optim.learning_rate')}, {_setting(keys, 'rl.substeps')} or "
+        f"the loss clips {percent(share)} tokens, which have no gradient then: the policy is far from the policy "
+        f"that sampled. Lower {_setting(keys, 'rl.optim.learning_rate')}, {_setting(keys, 'rl.substeps')} or "
         f"{_setting(keys, 'overlap.max_policy_lag')}, or widen the clip in rl.loss.params"
     )
 
@@ -289,21 +287,21 @@ def _problems(lost: str) -> Callable[[Metrics, Keys], float | None]:
 
 def _format_dropped(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
-        f"{percent(share)} training problems are left out, as their prompts are longer than "
+        f"{percent(share)} training problems are dropped, because their prompts are longer than "
         f"{_setting(keys, 'prompt.max_tokens')}; raise it, and model.max_length with it"
     )
 
 
 def _format_unusable(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
-        f"{percent(share)} rows of the training data have no prompt or no answer and are left out; look at "
+        f"{percent(share)} rows of the training data have no prompt or no answer and are dropped; look at "
         f"{_setting(keys, 'task.columns')}"
     )
 
 
 def _format_held_out(share: float, metrics: Metrics, keys: Keys) -> str:
     return (
-        f"{percent(share)} training problems are held out too and are left out of training; give task.train and "
+        f"{percent(share)} training problems are held-out problems too and are not trained on; give task.train and "
         "task.eval different sources"
     )
 

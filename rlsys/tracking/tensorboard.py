@@ -1,7 +1,7 @@
 """TensorBoard's copy of metrics.jsonl, under ``tensorboard/rl`` and ``tensorboard/sft`` of the run directory.
 
-Two folders, since both stages count their steps from the start. A step that is done again hides its first figures:
-TensorBoard drops what a folder holds from the step on that a new file in it declares as purged.
+Two folders, since both stages count their steps from 0. A repeated step hides its first values: a new event file
+declares the step from which TensorBoard ignores the earlier files of its folder.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ STAGES = ("rl", "sft")
 
 
 class TensorBoardWriter:
-    """Event files of one run; what is logged is in the file when the call returns."""
+    """Event files of one run; values are in the file when a call returns."""
 
     def __init__(self, run_dir: Path, config: str, kept: Sequence[Mapping[str, Any]]) -> None:
-        """Go on after `kept`, the lines of metrics.jsonl; `config` is shown as text.
+        """Continue after `kept`, the lines of metrics.jsonl; `config` is shown as text.
 
         Raises:
             ConfigError: the package tensorboard is not installed.
@@ -46,7 +46,7 @@ class TensorBoardWriter:
         self._writers[record["stage"]].flush()
 
     def roll_back(self, step: int) -> None:
-        """RL steps after `step` are done again."""
+        """Hide the RL steps after `step`, which are repeated."""
         self._writers["rl"].close()
         self._writers["rl"] = self._open("rl", step + 1)
         self._flush()

@@ -1,18 +1,18 @@
-"""Environment variables; one that is empty counts as unset, as a job script leaves it empty that has no value."""
+"""Environment variables. An empty variable counts as unset: job scripts leave variables without a value empty."""
 
 from __future__ import annotations
 
 import os
 import re
 
-_READ = re.compile(  # variables of rlsys' own libraries and of the system that mean nothing when empty
+_READ = re.compile(  # variables of libraries and of the system that have no meaning when empty
     r"(RAY|RLSYS|WANDB|HF|HUGGING_?FACE|TRANSFORMERS|DATASETS|VLLM|TORCH|PYTORCH|TORCHINDUCTOR|TRITON|GLOO|NCCL|OMP|MKL|XDG)_"
     r"|(TMPDIR|TEMP|TMP|HOME|NETRC|LOGNAME)$"
 )
 
 
 def env_variable(name: str) -> str | None:
-    """Its value; None where it is unset or empty."""
+    """Value of the variable; None if it is unset or empty."""
     return os.environ.get(name) or None
 
 
@@ -23,7 +23,7 @@ def set_default(name: str, value: str) -> None:
 
 
 def drop_empty_variables() -> None:
-    """Unset what is empty of those that libraries read: Ray takes an empty RAY_TMPDIR for the working folder.
+    """Unset empty variables that libraries read: Ray takes an empty RAY_TMPDIR for the working folder.
 
     An empty CUDA_VISIBLE_DEVICES stays: it hides every GPU.
     """

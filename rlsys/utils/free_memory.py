@@ -1,4 +1,4 @@
-"""What a process may still use of its machine's memory, or of its container's."""
+"""Memory that a process may still use, on its machine or in its container."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int:
-    """The machine's, or the rest of the container's limit where that is less."""
+    """Available memory of the machine, or of the container if that is less."""
     available = int(psutil.virtual_memory().available)
     limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
     if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():

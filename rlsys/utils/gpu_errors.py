@@ -1,7 +1,7 @@
 """Errors of CUDA, NCCL, torch and vLLM, and the key or command that helps against each.
 
-The first text of `KNOWN` that occurs in what a library said decides. tests/unit/utils/test_gpu_errors.py looks each
-text up in the source or library that it is quoted from.
+The first text of `KNOWN` that occurs in a library's message selects the advice. tests/unit/utils/test_gpu_errors.py
+looks up each text in the source or library that it is quoted from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["learner", "sampler"]
-Advice = str | Callable[[str], str]  # made from what was said where that holds a figure to give back
+Advice = str | Callable[[str], str]  # a function if the advice quotes a number of the message
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +20,12 @@ class Known:
     text: str  # as the library writes it
     source: str  # where: a module's path below site-packages, or the stem of a shared library
     sampler: Advice
-    learner: Advice | None = None  # None: as for a sampler
+    learner: Advice | None = None  # None: the sampler's advice
 
 
 def advice(said: str, role: Role) -> str | None:
-    """What to change; None where nothing is known of such an error."""
-    known = next((one for one in KNOWN if one.text in said), None)
+    """What to change; None for an unknown error."""
+    known = next((entry for entry in KNOWN if entry.text in said), None)
     if known is None:
         return None
     chosen = known.learner if role == "learner" and known.learner is not None else known.sampler
@@ -33,13 +33,13 @@ def advice(said: str, role: Role) -> str | None:
 
 
 def advised(error: str, said: str, role: Role) -> str:
-    """An error in one line with its advice. `said`: the error and what was written around it."""
+    """The error in one line with its advice. `said`: the error and the output around it."""
     help_ = advice(said, role)
     return error if help_ is None else f"{error} -> {help_}"
 
 
 def _shorter(said: str) -> str:
-    """vLLM is started with one position more than model.max_length."""
+    """Advice with the largest model.max_length that fits: vLLM gets one position more."""
     longest = re.search(r"estimated maximum model length is (\d+)", said)
     fits = f"set model.max_length={int(longest[1]) - 1} or less, or " if longest and int(longest[1]) > 8 else ""
     return f"{fits}raise sampler.gpu_memory_utilization, or lower sampler.max_num_seqs; `rlsys plan` has the sizes"
@@ -49,7 +49,7 @@ def _free_share(said: str) -> str:
     found = re.search(r"\(([\d.]+)/([\d.]+) GiB\)", said)
     share = int(100 * float(found[1]) / float(found[2])) / 100 if found else 0.0
     lower = f"set sampler.gpu_memory_utilization={share:g} or less" if share > 0 else "use another GPU"
-    return f"others hold the GPU: `nvidia-smi` lists them; end them, or {lower}"
+    return f"other processes use the GPU (`nvidia-smi` lists them): end them, or {lower}"
 
 
 def _driver(said: str) -> str:

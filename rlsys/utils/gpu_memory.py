@@ -1,10 +1,10 @@
-"""A process's memory on a GPU that it shares with another process. Not run on a GPU yet."""
+"""Memory of a process on a GPU that it shares with another process. Not run on a GPU yet."""
 
 from __future__ import annotations
 
 
 def limit(device: str, share: float) -> None:
-    """Let torch allocate at most this share of the GPU, as if the GPU were so much smaller."""
+    """Let torch allocate at most this share of the GPU's memory."""
     if device == "cuda" and share < 1:
         import torch
 
@@ -12,7 +12,7 @@ def limit(device: str, share: float) -> None:
 
 
 def give_back(device: str, share: float) -> None:
-    """What torch keeps for later allocations: another process cannot have it, and an engine that wakes needs it."""
+    """Release torch's cached memory: other processes cannot use it, and an engine that wakes up needs it."""
     if device == "cuda" and share < 1:
         import torch
 
@@ -20,7 +20,7 @@ def give_back(device: str, share: float) -> None:
 
 
 def unused_bytes() -> int:
-    """What torch may still allocate in this process on the current GPU."""
+    """Bytes that torch may still allocate in this process on the current GPU."""
     import torch
 
     free, total = torch.cuda.mem_get_info()

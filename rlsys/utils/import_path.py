@@ -1,4 +1,4 @@
-"""What a user names by path: 'package.module:name'."""
+"""Imports what a user names by its path, 'package.module:name'."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rlsys.errors import ConfigError, did_you_mean
 
 
 def import_by_path(path: str, key: str, wanted: str) -> object:
-    """The function or class that `path` names; `key` is where the job names it, `wanted` what it should be.
+    """The function or class that `path` names; `key` is the job's key, `wanted` describes a right value.
 
     Raises:
-        ConfigError: the path has another form, the module does not import, or has no such thing.
+        ConfigError: the path has another form, the module cannot be imported, or lacks the name.
     """
     module_name, colon, name = path.partition(":")
     if not (module_name and colon and name):
@@ -21,7 +21,7 @@ def import_by_path(path: str, key: str, wanted: str) -> object:
     except (Exception, SystemExit) as error:  # the user's module may raise anything, and a script may end itself
         raise ConfigError(
             f"{key}: {path!r}: importing {module_name} raised {type(error).__name__}: {error}; "
-            "it has to be importable where it is used (install it, or put its folder on PYTHONPATH)"
+            "it must be importable on the node that uses it (install it, or put its folder on PYTHONPATH)"
         ) from error
     inside = module_name
     for part in name.split("."):

@@ -1,9 +1,9 @@
-"""What a shell does to a path, done once for every path that a user writes; and commands that can be pasted into one.
+"""Expands paths that a user writes as a shell would, and quotes commands so that they can be pasted into a shell.
 
     ~  ~user  $NAME  ${NAME}      as in a shell, at the start of a path and anywhere in it
     \\$  \\\\                       the characters themselves
 
-A variable that is unset or empty is an error, where a shell would leave a hole: ``$SCRATCH/runs`` would be ``/runs``.
+An unset or empty variable is an error, while a shell would insert nothing: ``$SCRATCH/runs`` would be ``/runs``.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def expand(text: str) -> str:
 
 
 def as_written(path: str | Path) -> str:
-    """What `expand` makes this path of again."""
+    """The text that `expand` turns into this path."""
     text = str(path).replace("\\", "\\\\").replace("$", "\\$")
     return f"./{text}" if text.startswith("~") else text
 
 
 def expanded(path: str | Path) -> Path:
-    """Of an argument on a command line: a shell leaves ``--out=~/x`` as it is."""
+    """A path argument of a command line: a shell does not expand ``--out=~/x``."""
     return Path(expand(str(path)))
 
 
@@ -51,7 +51,7 @@ PathText = Annotated[str, AfterValidator(expand), PlainSerializer(as_written, re
 
 
 def command(*words: str | Path) -> str:
-    """As one pastes it, whatever spaces and quotes a path has."""
+    """A command line with its words quoted for a shell."""
     return shlex.join(map(str, words))
 
 
@@ -61,7 +61,7 @@ def _home(user: str) -> str:
     except KeyError:
         raise ConfigError(
             f"~{user}: {'this machine has no such user' if user else 'HOME is not set, and this user has no home'}; "
-            "wanted the whole path" + (f", or ./~{user} for a folder of that name" if user else "")
+            "wanted the full path" + (f", or ./~{user} for a folder of that name" if user else "")
         ) from None
 
 

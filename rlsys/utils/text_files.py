@@ -1,6 +1,6 @@
-"""Files that a user names: what cannot be read or decoded is one line, with file and place.
+"""Reads files that a user names; an error is one line with file and place.
 
-Library exceptions are for programmers; their first line goes into a message only behind what was read.
+A library's exception adds only its first line, after the file's name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def read_text(path: Path, where: str) -> str:
-    """The text of a file that a user names, without a byte-order mark. `where`: what messages begin with.
+    """Text of a file that a user names, without a byte-order mark. `where`: the start of error messages.
 
     Raises:
         ConfigError: it cannot be read, or is not UTF-8.
@@ -30,7 +30,7 @@ def read_text(path: Path, where: str) -> str:
 
 
 def why_undecodable(paths: Iterable[Path]) -> str:
-    """Which of some texts is not UTF-8 or no JSON, where a library said only that it cannot read one; "" of none."""
+    """The error of the first file that is not UTF-8 or no JSON, for libraries that do not name it; "" without one."""
     for path in paths:
         try:
             text = read_text(path, str(path))
@@ -44,7 +44,7 @@ def why_undecodable(paths: Iterable[Path]) -> str:
 
 
 def read_bytes(path: Path, where: str) -> bytes:
-    """The content of a file that a user names.
+    """Content of a file that a user names.
 
     Raises:
         ConfigError: it cannot be read.
@@ -56,7 +56,7 @@ def read_bytes(path: Path, where: str) -> bytes:
 
 
 def decode(content: bytes, where: str, first_line: int = 1) -> str:
-    """UTF-8 to text, without a byte-order mark. `first_line`: the number of the content's first line in its file.
+    """Decode UTF-8, without a byte-order mark. `first_line`: the number of the content's first line in its file.
 
     Raises:
         ConfigError: it is not UTF-8; with line and column of the first wrong byte.
@@ -75,9 +75,9 @@ def decode(content: bytes, where: str, first_line: int = 1) -> str:
 
 @contextmanager
 def plain_path(folder: Path) -> Iterator[Path]:
-    """The folder, for libraries that take a path for a pattern or an address; until the block ends.
+    """The folder under a plain name until the block ends, for libraries that read a path as a pattern or an address.
 
-    A link with a plain name where the path has signs that mean something to them: exp[1], a*b, a::b.
+    A path with special characters, such as exp[1], a*b or a::b, is replaced by a symbolic link.
     """
     if _PLAIN.fullmatch(str(folder)):
         yield folder
@@ -89,7 +89,7 @@ def plain_path(folder: Path) -> Iterator[Path]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; of an error that says nothing, its kind."""
+    """First line of an error's message; its type if the message is empty."""
     said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     line = next((line.strip() for line in said.splitlines() if line.strip()), "")
-    return line or f"{type(error).__name__}, which says nothing"
+    return line or f"{type(error).__name__} without a message"

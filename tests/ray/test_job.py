@@ -148,7 +148,7 @@ def test_a_run_directory_that_is_no_run_is_left_alone(job: Job) -> None:
 
 
 def test_a_run_directory_that_cannot_be_written_is_named(job: Job) -> None:
-    with pytest.raises(ConfigError, match=r"run\.dir '/proc/nowhere'.*cannot be made or written: No such file"):
+    with pytest.raises(ConfigError, match=r"run\.dir '/proc/nowhere'.*cannot be created or written: No such file"):
         jobs.train(job("run.dir=/proc/nowhere"), Progress())
 
 

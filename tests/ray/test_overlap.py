@@ -13,7 +13,7 @@ from actors import job as jobs
 from rlsys.config import JobConfig
 from rlsys.replay.replay_step import replay
 from rlsys.run_state.jsonl import read_groups, read_metrics
-from rlsys.run_state.run_dir import newest
+from rlsys.run_state.resume import newest
 from rlsys.run_state.saved_rollouts import load_step
 from rlsys.tracking.progress import Progress
 

@@ -20,7 +20,8 @@ from rlsys.data.problems import Epochs
 from rlsys.errors import ActorDiedError, ClusterError
 from rlsys.run_state.jsonl import read_metrics
 from rlsys.run_state.ledger import Ledger
-from rlsys.run_state.run_dir import RunStore, newest
+from rlsys.run_state.resume import newest
+from rlsys.run_state.run_dir import RunStore
 from rlsys.tracking.progress import Progress
 from tests.waiting import cpu_of, size_of, until
 

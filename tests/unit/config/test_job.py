@@ -96,10 +96,10 @@ WRONG = [
     (["rl.sampling.top_k=20"], ["rl.sampling", "top_k: -1"]),
     (["rl.sampling.temperature=0"], ["rl.sampling.temperature", "greater than or equal to 0.01"]),
     (["rl.advantages={baseline: none, normalise: std}"], ["rl.advantages", "baseline: none", "normalise: none"]),
-    (["rewards.format_pattern='(a'"], ["rewards.format_pattern", "no regular expression", "missing )"]),
+    (["rewards.format_pattern='(a'"], ["rewards.format_pattern", "no valid regular expression", "missing )"]),
     (["rl.loss.name=grpo"], ["rl.loss.name", "importance_sampling", "'grpo'"]),
     (["lora.rank=64"], ["lora.rank 64", "sampler.max_lora_rank=64"]),
-    (["lora.train_attn=false", "lora.train_mlp=false"], ["lora trains nothing", "train_unembed"]),
+    (["lora.train_attn=false", "lora.train_mlp=false"], ["no module is trained", "train_unembed"]),
     (UNEMBEDDING_ON_CUDA, ["lora.train_unembed", "set lora.train_unembed=false"]),
     (["model.make.head_dim=16"], ["model.make.head_dim", "16"]),
     (["rl.sampling.max_tokens=128"], ["model.max_length 128", "max_tokens"]),
@@ -135,7 +135,7 @@ def test_a_file_that_is_no_job_is_refused(text: str, named: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read"):
         load_config(tmp_path / "nothing.yaml")
 
 

@@ -76,7 +76,7 @@ def test_an_optional_text_can_be_unset(null: str) -> None:
 
 REFUSED = [
     ("rl.sampling.stop=###", """'rl.sampling.stop=["###"]'"""),
-    ("rl.steps=3 # not 4", "all from '#' on would be dropped"),
+    ("rl.steps=3 # not 4", "everything after '#' would be dropped"),
     ("task.options.pattern={a} b", """'task.options.pattern="{a} b"'"""),
     ("task.options.pattern=a: b: c", """'task.options.pattern="a: b: c"'"""),
     ("task.options.pattern=it's: a: b", "written as " + shlex.quote('''task.options.pattern="it's: a: b"''')),

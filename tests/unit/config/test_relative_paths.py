@@ -18,7 +18,9 @@ from rlsys.config import JobConfig, dump_config, load_command, load_config
 from rlsys.config.relative_paths import resolve_path, resolve_paths
 from rlsys.errors import ConfigError, RunExistsError
 from rlsys.evaluation.policy_source import find_policy
-from rlsys.run_state.run_dir import RunStore, folder_of_command, refuse_changes
+from rlsys.run_state.changes import refuse_changes
+from rlsys.run_state.run_dir import RunStore
+from rlsys.run_state.run_info import folder_of_command
 from tests.unit.tokenization.test_renderer import tokenizer_of
 
 JOB = """
@@ -182,7 +184,7 @@ def test_a_run_goes_on_however_the_same_place_is_spelled(project: Path, spelled:
     if same:
         refuse_changes(job, job.run_dir)
     else:
-        with pytest.raises(RunExistsError, match=r"computes something else: (model|task\.train)\.path was"):
+        with pytest.raises(RunExistsError, match=r"other settings: (model|task\.train)\.path was"):
             refuse_changes(job, job.run_dir)
 
 

@@ -17,7 +17,7 @@ WRONG = [
     ("another library's name", SMALL, ["rl.optim.lr=1e-3"], "rl.optim.lr", "learning_rate"),
     ("a key of another section", SMALL, ["learner.kv_cache_gb=2"], "learner.kv_cache_gb", "sampler.kv_cache_gb"),
     ("a key at the top", SMALL, ["token_budget=2048"], "token_budget", "learner.token_budget"),
-    ("a key that is gone", SMALL, ["run.stage_timeout_s=60"], "run.stage_timeout_s", "it takes name, dir, seed"),
+    ("a key that is gone", SMALL, ["run.stage_timeout_s=60"], "run.stage_timeout_s", "replaced: set a limit per stage"),
     ("a plural", SMALL, ["sampler.num_worker=2"], "sampler.num_worker", "did you mean 'num_workers'"),
     ("text for a number", SMALL, ["rl.steps=many"], "rl.steps", "valid integer"),
     ("a fraction for a count", SMALL, ["rl.problems_per_step=3.5"], "rl.problems_per_step", "valid integer"),
@@ -94,7 +94,7 @@ WRONG = [
         NAMED,
         ["sampler.colocate=true", "sampler.nodes=[10.0.0.1]"],
         "sampler.nodes",
-        "goes where its rank is",
+        "is placed with its rank",
     ),
     (
         "float32 on a GPU sampler",

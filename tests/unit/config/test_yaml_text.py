@@ -72,12 +72,33 @@ def test_what_is_no_job_is_one_line_with_its_place(text: str, named: str) -> Non
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfer\x00u\x00", b"run: {name: caf\xe9}"])
-def test_a_file_in_another_encoding_is_named_with_the_place(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"\xff\xfer\x00u\x00", r"line 1: found UTF-16 at byte 1 of the line; wanted UTF-8"),
+        (b"run: {name: caf\xe9}", r"line 1: found byte 0xe9 at byte 16 of the line; wanted UTF-8"),
+        (b"# caf\xc3\xa9\r\nrun:\n  name: caf\xe9\n", r"line 3: found byte 0xe9 at byte 12 of the line; wanted UTF-8"),
+        (b"\x80\n", r"line 1: found byte 0x80 at byte 1 of the line; wanted UTF-8"),
+        (
+            b"run: {name: a}\nmodel: {make: {}}\n#\xe2\x82",
+            r"line 3: found byte 0xe2 at byte 2 of the line; wanted UTF-8",
+        ),
+    ],
+    ids=["UTF-16", "Latin-1", "Latin-1 in line 3", "a continuation byte", "a cut character"],
+)
+def test_a_file_in_another_encoding_is_refused_with_file_line_and_the_way_out(
+    tmp_path: Path, content: bytes, named: str
+) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"job\.yaml: byte {max(0, content.find(0xE9))} is no UTF-8"):
+    with pytest.raises(ConfigError, match=rf"job\.yaml, {named}: save the file in that encoding"):
         load_config(path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_job(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + SMALL.encode())
+    assert load_config(path) == parse_config(SMALL)
 
 
 @pytest.mark.parametrize("text", ["yes", "off", "1e-4", "010", "1:30", "2026-02-03", "0x10", "1_000", ".nan", "=", "3"])

@@ -20,11 +20,11 @@ from rlsys import losses
 from rlsys.config import LoraSection
 from rlsys.datums import take
 from rlsys.errors import CheckpointError
-from rlsys.learner import adapter_checkpoint
 from rlsys.learner.adapter_checkpoint import checkpoint_path, load_run, read_adapter, read_info, restore_run, save_run
 from rlsys.learner.export import export_adapter, export_merged
 from rlsys.learner.learner import Learner
 from rlsys.types import AdamParams
+from rlsys.utils import manifest
 from tests.unit.tiny_learner import (
     ALL_TARGETS,
     Models,
@@ -217,7 +217,7 @@ def rewritten(**changes: object) -> Callable[[Path], None]:
     def forge(path: Path) -> None:
         body = {**json.loads((path / "rlsys-checkpoint.json").read_text()), **changes}
         del body["digest"]
-        text = json.dumps({**body, "digest": adapter_checkpoint._digest(body)})
+        text = json.dumps({**body, "digest": manifest.digest(body)})
         (path / "rlsys-checkpoint.json").write_text(text)
 
     return forge
@@ -233,7 +233,7 @@ def resealed(
         change(tensors)
         save_file(tensors, path / name)
         files = json.loads((path / "rlsys-checkpoint.json").read_text())["files"]
-        rewritten(files={**files, name: adapter_checkpoint._fact((path / name).read_bytes())})(path)
+        rewritten(files={**files, name: manifest.file_entry((path / name).read_bytes())})(path)
 
     return forge
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
 from rlsys.config import MakeSection
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.modeling.base_model import MANIFEST, initial_model, new_folder, pack_folder, unpack_folder
+from rlsys.modeling.base_model import MANIFEST, initial_model, pack_folder, unpack_folder
+from rlsys.utils.atomic_files import new_folder
 
 MICRO = MakeSection(
     vocab_size=128, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=24

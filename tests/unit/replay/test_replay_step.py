@@ -318,7 +318,7 @@ def test_a_step_that_the_run_never_finished_is_computed_all_the_same(run: Path) 
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"config\.yaml cannot be read"):
         replay(tmp_path, 1)
 
 

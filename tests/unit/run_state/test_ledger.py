@@ -120,7 +120,7 @@ def test_one_changed_byte_anywhere_is_noticed() -> None:
     for at in range(0, len(content), 7):
         damaged = bytearray(content)
         damaged[at] ^= 1
-        with pytest.raises(CheckpointError, match="do not match their own hash"):
+        with pytest.raises(CheckpointError, match="do not match their hash"):
             Ledger.from_bytes(bytes(damaged), EPOCHS)
 
 
@@ -147,7 +147,7 @@ STEPS_3 = np.repeat(np.arange(1, 4, dtype=np.int32), 4)
         ({"_problem": np.roll(EPOCHS.take(0, 12), 1)}, "draw 0: found problem"),
         ({"_steps": np.where(STEPS_3 == 2, 3, STEPS_3).astype(np.int32)}, "a step up to 3 has no draw"),
         ({"_steps": STEPS_3[::-1].copy()}, "not in the order of the steps"),
-        ({"_state": np.full(12, 9, np.int8)}, "none that the ledger knows"),
+        ({"_state": np.full(12, 9, np.int8)}, "a state is unknown"),
         ({"_state": np.r_[np.int8(PENDING), np.full(11, TRAINED, np.int8)]}, "pending draw"),
         ({"_attempts": np.zeros(12, np.int32)}, "never attempted"),
         ({"_state": np.full(12, 1, np.int8)}, "of step 3 or before is in flight"),

@@ -138,7 +138,7 @@ def test_what_a_dead_writer_left_is_no_step_and_goes(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"step-000002.npz: is not there; found none"):
+    with pytest.raises(CheckpointError, match=r"step-000002.npz: does not exist; found none"):
         load_step(tmp_path, 2)
     for step in (5, 6, 7, 9):
         save_step(tmp_path, recorded(step), KEEP)

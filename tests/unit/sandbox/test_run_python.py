@@ -201,7 +201,7 @@ def test_where_the_kernel_refuses_nothing_runs(monkeypatch: pytest.MonkeyPatch, 
     other.write_text(forbidden)
     monkeypatch.setattr(launcher, "__file__", str(other))
     with pytest.raises(
-        ConfigError, match=r"turns\.python_tool: this machine cannot confine a process .*unshare: .*nothing ran"
+        ConfigError, match=r"turns\.python_tool: this machine cannot confine a process .*unshare: .*no code was run"
     ):
         SANDBOX.check()
 

@@ -55,7 +55,7 @@ FAULTS: dict[str, tuple[dict[str, float], list[str]]] = {
     ),
     "no answer is found": (
         {**AGREED, "reward/mean": 0.0, "reward/std": 0.0, "reward/wrong": 64.0},
-        ["same reward, 0", "None counts as right", "task.columns.answer"],
+        ["same reward, 0", "No completion counts as right", "task.columns.answer"],
     ),
     "all right": ({**AGREED, "reward/mean": 1.0, "reward/std": 0.0, "reward/wrong": 0.0}, ["too easy"]),
     "a constant reward": (
@@ -66,7 +66,7 @@ FAULTS: dict[str, tuple[dict[str, float], list[str]]] = {
     "replies fail": ({"sampler/reply_errors": 63.0}, ["98.4 % of the", "turns.reply_timeout_s"]),
     "turns run out": ({"sampler/out_of_turns": 64.0}, ["all completions", "turns.max_turns"]),
     "empty": ({"sampler/completion_tokens_mean": 1.0}, ["1 tokens on average", "prompt.template"]),
-    "all left out": ({"policy/tokens": 0.0}, ["no token is left", "rl.advantages.drop_agreeing"]),
+    "all left out": ({"policy/tokens": 0.0}, ["no token is trained on", "rl.advantages.drop_agreeing"]),
     "learning rate 0": ({"policy/learning_rate": 0.0}, ["rl.optim.learning_rate"]),
     "gradient 0": ({"policy/grad_norm": 0.0}, ["gradient of 900 tokens is 0", "rl.loss"]),
     "gradient no number": ({"policy/grad_norm": float("nan")}, ["gradient of 900 tokens is 0"]),

@@ -1,0 +1,50 @@
+"""Section ``learner``: data-parallel ranks that train the adapter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlsys.config.key_types import Core, Cpus, Gpus, Processes, Resources, Strategy
+from rlsys.config.section import Section
+
+
+class LearnerSection(Section):
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_workers: int = Field(1, ge=1)  # data-parallel ranks
+    shard_base: bool = False  # FSDP2 over the frozen base; every rank holds all of the adapter
+    num_cpus: Cpus = 1  # of each
+    num_gpus: Gpus = 0
+    resources: Resources = Field(default_factory=dict)  # custom resources of each, such as {learner_node: 0.01}
+    nodes: list[str] = Field(default_factory=list)  # node addresses, used round-robin; empty: any node with room
+    placement: Strategy = "PACK"
+    threads: Processes = 1  # torch intra-op threads
+    cores: list[Core] = Field(default_factory=list)  # processors to pin it to; empty: any. Needs one worker on CPU
+    token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch by itself
+    share_prompts: bool = True  # compute a prefix that sequences share only once
+    logprob_chunk_tokens: int = Field(1024, ge=1)  # rows of logits in memory at a time; fewer for a large vocabulary
+    gradient_checkpointing: bool = False  # layers keep only their inputs and recompute in the backward pass
+    custom_graph_gb: float | None = Field(
+        None, ge=0
+    )  # for a custom loss's graphs; None: half of the free memory; 0: none
+    entropy: bool = False  # log the policy's entropy at trained tokens, as policy/entropy
+
+    @model_validator(mode="after")
+    def _device_and_gpus_agree(self) -> LearnerSection:
+        if self.device == "cuda" and self.num_gpus == 0:
+            raise ValueError(
+                "device cuda, num_gpus 0: Ray would not reserve the learner's GPU, which other actors may use; "
+                "set learner.num_gpus=1, or a fraction, or learner.device=cpu"
+            )
+        if self.num_gpus > 1:
+            raise ValueError(
+                f"num_gpus {self.num_gpus:g}: a rank computes on one GPU and would leave the others idle; set "
+                f"learner.num_gpus=1, and learner.num_workers={self.num_gpus:g} for as many ranks"
+            )
+        if self.device == "cpu" and self.num_gpus > 0:
+            raise ValueError(
+                f"device cpu, num_gpus {self.num_gpus:g}: the learner would compute on the CPU and leave its GPU idle; "
+                "set learner.device=cuda, or learner.num_gpus=0"
+            )
+        return self
