@@ -1,1 +1,1 @@
-"""What is known about a model from its config.json alone. Imports no torch."""
+"""Derives a model's shape, precision and support from its config.json alone. Imports no torch."""

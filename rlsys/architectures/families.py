@@ -1,7 +1,8 @@
-"""The families of models that are trained here, as their config.json tells them apart.
+"""Table of the supported model families.
 
-One row per ``model_type``: what its layers are made of, and what a config.json may leave out, as transformers fills it
-in. tests/unit/architectures/test_families.py builds a model of each and counts.
+One row per ``model_type`` of config.json: the structure of its layers, and the defaults of transformers for keys that a
+config.json may leave out. tests/unit/architectures/test_families.py builds a model of each family and compares its
+parameter count.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ QKV = ("q_proj", "k_proj", "v_proj")
 ATTENTION = (*QKV, "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
-Windows = Literal["none", "all", "asked", "pattern"]
+Windows = Literal["none", "all", "optional", "pattern"]
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A decoder of grouped-query attention and gated MLPs.
+    """Decoder with grouped-query attention and gated MLPs.
 
-    `norms` are weight vectors of hidden_size in a layer. `head_norms` of queries and keys: one for all heads together
-    ("whole"), or one that each head shares ("head"). `biases` maps a key of config.json to the linears that it gives a
-    bias; those of `always_biased` have one whatever it says. `windows`: which layers see a window of the sequence
-    alone where no ``layer_types`` says so: every one, every one but each `period`-th, or none unless
-    ``use_sliding_window`` asks.
+    `norms`: weight vectors of hidden_size per layer. `head_norms`: norms of queries and keys, one over all heads
+    ("whole") or one shared by the heads ("head"). `biases`: key of config.json -> linear modules that have a bias if
+    the key is true; modules in `always_biased` always have one. `windows`: layers with sliding-window attention if
+    config.json has no ``layer_types``: "all", all except every `period`-th ("pattern"), or only with
+    ``use_sliding_window`` ("optional").
     """
 
     name: str
@@ -40,11 +41,11 @@ class Family:
     always_biased: tuple[str, ...] = ()
     windows: Windows = "none"
     period: int = 0
-    experts: bool = False  # a mixture: its experts are trained by no adapter
-    wide_norms: bool = False  # norms that keep a fp32 copy of what they read for the backward pass
-    expert_biases: bool = False  # of the experts' matrices and of the router
-    sinks: bool = False  # one logit per head that attention may go to instead of a token
-    output_layer: bool = True  # vLLM's model has one that an adapter can go to, instead of taking the embeddings
+    experts: bool = False  # mixture of experts; adapters do not train the experts
+    wide_norms: bool = False  # norms that keep an fp32 copy of their input for the backward pass
+    expert_biases: bool = False  # biases of the experts' matrices and of the router
+    sinks: bool = False  # attention sinks: one learned logit per head
+    output_layer: bool = True  # vLLM's model has a separate output layer that accepts an adapter
 
 
 def _defaults(hidden: int, inner: int, layers: int, heads: int, kv: int | None, **more: Any) -> dict[str, Any]:
@@ -64,8 +65,8 @@ def _gemma(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int
     return _defaults(hidden, inner, layers, heads, kv, **more) | {"tie_word_embeddings": True}
 
 
-_ASKED = {"attention_bias": ATTENTION}
-_BOTH = {"attention_bias": ATTENTION, "mlp_bias": MLP}
+_ATTENTION_BIAS = {"attention_bias": ATTENTION}
+_ATTENTION_AND_MLP_BIAS = {"attention_bias": ATTENTION, "mlp_bias": MLP}
 _QWEN = {"vocab_size": 151936, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 
 _ROWS = (
@@ -74,7 +75,7 @@ _ROWS = (
         "llama",
         "LlamaForCausalLM",
         _defaults(4096, 11008, 32, 32, None, vocab_size=32000, max_position_embeddings=2048),
-        biases=_BOTH,
+        biases=_ATTENTION_AND_MLP_BIAS,
     ),
     Family(
         "Qwen2 and Qwen2.5",
@@ -82,7 +83,7 @@ _ROWS = (
         "Qwen2ForCausalLM",
         _defaults(4096, 22016, 32, 32, 32, **_QWEN),
         always_biased=QKV,
-        windows="asked",
+        windows="optional",
     ),
     Family(
         "Qwen3",
@@ -90,8 +91,8 @@ _ROWS = (
         "Qwen3ForCausalLM",
         _defaults(4096, 22016, 32, 32, 32, head_dim=128, **_QWEN),
         head_norms="head",
-        biases=_ASKED,
-        windows="asked",
+        biases=_ATTENTION_BIAS,
+        windows="optional",
     ),
     Family(
         "Mistral",
@@ -107,7 +108,7 @@ _ROWS = (
         "gemma",
         "GemmaForCausalLM",
         _gemma(3072, 24576, 28, 16, 16, 256000, 8192),
-        biases=_ASKED,
+        biases=_ATTENTION_BIAS,
     ),
     Family(
         "Gemma 2",
@@ -115,7 +116,7 @@ _ROWS = (
         "Gemma2ForCausalLM",
         _gemma(2304, 9216, 26, 8, 4, 256000, 8192),
         norms=4,
-        biases=_ASKED,
+        biases=_ATTENTION_BIAS,
         windows="pattern",
         period=2,
         output_layer=False,
@@ -127,7 +128,7 @@ _ROWS = (
         _gemma(2304, 9216, 26, 8, 4, 262208, 131072),
         norms=4,
         head_norms="head",
-        biases=_ASKED,
+        biases=_ATTENTION_BIAS,
         windows="pattern",
         period=6,
     ),
@@ -148,8 +149,8 @@ _ROWS = (
         "SmolLM3ForCausalLM",
         _defaults(2048, 11008, 36, 16, 4, vocab_size=128256, max_position_embeddings=32768, sliding_window=None)
         | {"tie_word_embeddings": True},
-        biases=_BOTH,
-        windows="asked",
+        biases=_ATTENTION_AND_MLP_BIAS,
+        windows="optional",
     ),
     Family(
         "OLMo 2",
@@ -157,14 +158,14 @@ _ROWS = (
         "Olmo2ForCausalLM",
         _defaults(4096, 11008, 32, 32, None, vocab_size=50304, max_position_embeddings=2048),
         head_norms="whole",
-        biases=_ASKED,
+        biases=_ATTENTION_BIAS,
     ),
     Family(
         "Granite",
         "granite",
         "GraniteForCausalLM",
         _defaults(4096, 11008, 32, 32, None, vocab_size=32000, max_position_embeddings=2048),
-        biases=_BOTH,
+        biases=_ATTENTION_AND_MLP_BIAS,
     ),
     Family(
         "GLM-4",
@@ -188,7 +189,7 @@ _ROWS = (
         | {"tie_word_embeddings": True},
         norms=1,
         wide_norms=True,
-        biases=_ASKED,
+        biases=_ATTENTION_BIAS,
         windows="pattern",
         period=4,
         output_layer=False,
@@ -213,8 +214,8 @@ _ROWS = (
             decoder_sparse_step=1,
         ),
         head_norms="head",
-        biases=_ASKED,
-        windows="asked",
+        biases=_ATTENTION_BIAS,
+        windows="optional",
         experts=True,
     ),
     Family(
@@ -225,7 +226,7 @@ _ROWS = (
             2880, 2880, 36, 64, 8, vocab_size=201088, head_dim=64, max_position_embeddings=131072,
             attention_bias=True, num_experts=128, num_experts_per_tok=4, sliding_window=128,
         ),
-        biases=_ASKED,
+        biases=_ATTENTION_BIAS,
         windows="pattern",
         period=2,
         experts=True,
@@ -235,12 +236,12 @@ _ROWS = (
 )  # fmt: skip
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}
 
-# model_type of a checkpoint of text and images -> of its text part, where its own section does not say
+# model_type of a text-and-image checkpoint -> model_type of its text part, if the text part's section does not name one
 TEXT_PARTS: Mapping[str, str] = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
 
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of the language model: itself, or its ``text_config`` with what the whole says of it."""
+    """Return the configuration of the language model: `config`, or its ``text_config`` with the keys shared by both."""
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
         return config
@@ -250,33 +251,33 @@ def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def family_of(config: Mapping[str, Any]) -> Family | None:
-    """Of a config.json; None where there is no row for it."""
+    """Return the family of a config.json; None if the table has no row for it."""
     return FAMILIES.get(str(text_part(config).get("model_type")))
 
 
 def value(family: Family, config: Mapping[str, Any], key: str) -> Any:
-    """Of a key of the text part, as transformers fills it in."""
+    """Return the value of a key of the text part, or the default of transformers."""
     if key == "num_experts":
         key = next((name for name in ("num_experts", "num_local_experts") if name in config), key)
     return config[key] if key in config else family.defaults.get(key)
 
 
 def windowed_layers(family: Family, config: Mapping[str, Any]) -> Iterator[int]:
-    """Numbers of the layers that see no more than ``sliding_window`` tokens."""
+    """Yield the indices of layers whose attention is limited to ``sliding_window`` tokens."""
     if family.windows == "none" or value(family, config, "sliding_window") is None:
         return
     kinds = config.get("layer_types")
-    asked = bool(config.get("use_sliding_window", False))
+    enabled = bool(config.get("use_sliding_window", False))
     first = value(family, config, "max_window_layers") or 0
     every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or family.period
     for i in range(int(value(family, config, "num_hidden_layers"))):
         if family.windows == "all":
             windowed = True
-        elif family.windows == "asked" and not asked:
+        elif family.windows == "optional" and not enabled:
             windowed = False
         elif isinstance(kinds, list):
             windowed = kinds[i] == "sliding_attention"
-        elif family.windows == "asked":
+        elif family.windows == "optional":
             windowed = i >= first
         else:
             windowed = isinstance(every, int) and (i + 1) % every != 0
@@ -285,7 +286,7 @@ def windowed_layers(family: Family, config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def mixture_layers(family: Family, config: Mapping[str, Any]) -> Iterator[int]:
-    """Numbers of the layers whose MLP is a mixture of experts."""
+    """Yield the indices of layers whose MLP is a mixture of experts."""
     if not family.experts:
         return
     single = config.get("mlp_only_layers") or ()
@@ -296,4 +297,5 @@ def mixture_layers(family: Family, config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def expert_size_key(family: Family) -> str:
+    """Return the key of config.json for the intermediate size of one expert."""
     return "moe_intermediate_size" if "moe_intermediate_size" in family.defaults else "intermediate_size"

@@ -1,4 +1,4 @@
-"""The dimensions of a model, without its weights: from what a job makes, a folder, the hub, or a list kept here."""
+"""Determines the shape of a model without its weights: from model.make, a folder, the Hub, or a list in rlsys."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAVED_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class ModelShape:
     """A decoder with grouped-query attention and a gated MLP, or a mixture of such MLPs."""
 
-    source: str  # where the numbers come from, in words
+    source: str  # origin of the numbers, for messages
     family: Family
     vocab_size: int
     hidden_size: int
@@ -44,66 +44,68 @@ class ModelShape:
     intermediate_size: int
     max_positions: int
     tie_embeddings: bool
-    biased: frozenset[str] = frozenset()  # linears with a bias
-    num_experts: int = 0  # of a layer that is a mixture
+    biased: frozenset[str] = frozenset()  # linear modules with a bias
+    num_experts: int = 0  # per mixture layer
     experts_per_token: int = 0
     expert_size: int = 0  # intermediate size of one expert
-    mixture_layers: int = 0  # the others have one MLP
-    window: int | None = None  # tokens that the windowed layers see
-    windowed_layers: int = 0
-    saved_bytes: int = 2  # of one weight in the model's files
+    mixture_layers: int = 0  # number of mixture-of-experts layers; other layers have one MLP
+    window: int | None = None  # sliding window in tokens
+    windowed_layers: int = 0  # number of layers with a sliding window
+    saved_bytes: int = 2  # bytes per weight in the model's files
 
     @property
     def query_size(self) -> int:
+        """Size of all query heads together."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
-        """Of the keys, and of the values."""
+        """Size of all key heads together, and of all value heads together."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def attention(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each linear module of a layer's attention."""
+        """Linear modules of a layer's attention: name -> (inputs, outputs)."""
         hidden, query, kv = self.hidden_size, self.query_size, self.kv_size
         sizes = {"q_proj": query, "k_proj": kv, "v_proj": kv, "qkv_proj": query + 2 * kv}
         return {name: (query, hidden) if name == "o_proj" else (hidden, sizes[name]) for name in self.family.attention}
 
     @property
     def mlp(self) -> dict[str, tuple[int, int]]:
-        """The same of a layer's MLP; those of a mixture are no linear modules, and are left out."""
+        """Linear modules of a layer's dense MLP: name -> (inputs, outputs). Expert weights are not linear modules."""
         hidden, inner = self.hidden_size, self.intermediate_size
         sizes = {"gate_proj": inner, "up_proj": inner, "gate_up_proj": 2 * inner}
         return {name: (inner, hidden) if name == "down_proj" else (hidden, sizes[name]) for name in self.family.mlp}
 
     @property
     def attention_parameters(self) -> int:
-        """Of one layer, with its norms."""
-        whole = self.query_size + self.kv_size
-        head_norms = {"none": 0, "head": 2 * self.head_dim, "whole": whole}[self.family.head_norms]
+        """Parameters of one layer without its MLP: attention, norms and sinks."""
+        all_heads = self.query_size + self.kv_size
+        head_norms = {"none": 0, "head": 2 * self.head_dim, "whole": all_heads}[self.family.head_norms]
         sinks = self.num_heads if self.family.sinks else 0
         return self._with_biases(self.attention) + self.family.norms * self.hidden_size + head_norms + sinks
 
     @property
     def mixture_parameters(self) -> int:
-        """Of the router and the experts of one layer."""
+        """Parameters of the router and the experts of one layer."""
         hidden, inner = self.hidden_size, self.expert_size
         biases = 1 + 2 * inner + hidden if self.family.expert_biases else 0
         return self.num_experts * (hidden + 3 * hidden * inner + biases)
 
     @property
     def layer_parameters(self) -> int:
-        """Of the largest layer."""
+        """Parameters of the largest layer."""
         mlp = self._with_biases(self.mlp)
         return self.attention_parameters + (max(mlp, self.mixture_parameters) if self.mixture_layers else mlp)
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the input embedding, or of the output layer: they are of one size."""
+        """Parameters of the input embedding; the output layer has the same size."""
         return self.vocab_size * self.hidden_size
 
     @property
     def parameters(self) -> int:
+        """Parameters of the model."""
         ends = self.embedding_parameters * (1 if self.tie_embeddings else 2) + self.hidden_size
         mlps = (self.num_layers - self.mixture_layers) * self._with_biases(self.mlp)
         mixtures = self.mixture_layers * self.mixture_parameters
@@ -116,42 +118,42 @@ class ModelShape:
 
 
 def model_shape(model: ModelSection) -> ModelShape:
-    """Of the base that a job names or makes. May ask the hub for one small file.
+    """Return the shape of the base model of a job. May download config.json from the Hub.
 
     Raises:
-        ConfigError: nobody knows the model, or it is of an architecture without a formula here.
+        ConfigError: the model's config.json is not available, or its model_type is not in the table of families.
     """
     if model.make is not None:
         return _of_make(model.make, model.max_length, model.dtype)
     assert model.path is not None
     if Path(model.path).is_dir():
         return _of_folder(Path(model.path))
-    found, problem = _from_hub(model.path)
-    if found is not None:
-        return of_config(found, f"config.json of {model.path} on the hub")
-    return _kept(model.path, problem)
+    config, problem = _from_hub(model.path)
+    if config is not None:
+        return of_config(config, f"config.json of {model.path} on the hub")
+    return _from_list(model.path, problem)
 
 
 def of_config(config: Mapping[str, Any], source: str) -> ModelShape:
-    """From the content of a config.json; of a checkpoint of text and images, its text part.
+    """Return the shape described by a config.json; for a text-and-image checkpoint, that of its text part.
 
     Raises:
-        ConfigError: an architecture without a formula here, or a number is missing.
+        ConfigError: the model_type is not in the table of families, or a number is missing or invalid.
     """
     text, family = text_part(config), family_of(config)
     if family is None:
         raise ConfigError(
-            f"model.path: {source} is of model_type {text.get('model_type')!r}; rlsys plan knows {', '.join(FAMILIES)}"
+            f"model.path: {source} has model_type {text.get('model_type')!r}; rlsys plan supports {', '.join(FAMILIES)}"
         )
 
     def number(key: str) -> int:
-        found = value(family, text, key)
-        if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-            raise ConfigError(f"model.path: {source}: {key} is {found!r}; wanted a whole number, at least 1")
-        return found
+        setting = value(family, text, key)
+        if isinstance(setting, bool) or not isinstance(setting, int) or setting < 1:
+            raise ConfigError(f"model.path: {source}: {key} is {setting!r}; wanted an integer, at least 1")
+        return setting
 
     heads, layers = number("num_attention_heads"), number("num_hidden_layers")
-    asked = [names for key, names in family.biases.items() if value(family, text, key)]
+    biased = [names for key, names in family.biases.items() if value(family, text, key)]
     mixtures = sum(1 for _ in mixture_layers(family, text))
     windowed = sum(1 for _ in windowed_layers(family, text))
     return ModelShape(
@@ -166,7 +168,7 @@ def of_config(config: Mapping[str, Any], source: str) -> ModelShape:
         intermediate_size=number("intermediate_size"),
         max_positions=number("max_position_embeddings"),
         tie_embeddings=bool(value(family, text, "tie_word_embeddings")),
-        biased=frozenset(family.always_biased).union(*asked),
+        biased=frozenset(family.always_biased).union(*biased),
         num_experts=number("num_experts") if family.experts else 0,
         experts_per_token=number("num_experts_per_tok") if family.experts else 0,
         expert_size=number(expert_size_key(family)) if family.experts else 0,
@@ -178,55 +180,55 @@ def of_config(config: Mapping[str, Any], source: str) -> ModelShape:
 
 
 def read_config(folder: Path) -> Mapping[str, Any]:
-    """A model folder's config.json.
+    """Read the config.json of a model's folder.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: the file does not exist or cannot be read.
     """
     path = folder / "config.json"
     try:
-        found = yaml_text.read_json(path.read_text(encoding="utf-8"), f"model.path: {path}")
+        content = yaml_text.read_json(path.read_text(encoding="utf-8"), f"model.path: {path}")
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"model.path: {path} cannot be read ({error}); wanted config, tokenizer and safetensors in the folder"
+            f"model.path: {path} cannot be read ({error}); wanted a folder with config.json, tokenizer and safetensors"
         ) from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"model.path: {path} holds {type(found).__name__}; wanted an object of names and values")
-    return found
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.path: {path} holds {type(content).__name__}; wanted a JSON object")
+    return content
 
 
 def hidden_size(config: Mapping[str, Any]) -> int:
-    """Of a config.json, of a family without a formula too."""
-    return int(_given(config, "hidden_size"))
+    """Return the hidden size in a config.json, also for a model_type that is not in the table of families."""
+    return int(_setting(config, "hidden_size"))
 
 
 def vocab_size(config: Mapping[str, Any]) -> int:
-    """The same: rows of the embedding."""
-    return int(_given(config, "vocab_size"))
+    """Return the number of embedding rows in a config.json, also for other model types."""
+    return int(_setting(config, "vocab_size"))
 
 
 def max_positions(config: Mapping[str, Any]) -> int | None:
-    """The same; None where nothing bounds the length."""
-    found = _given(config, "max_position_embeddings")
-    return None if found is None else int(found)
+    """Return the number of positions in a config.json, also for other model types; None if there is no limit."""
+    positions = _setting(config, "max_position_embeddings")
+    return None if positions is None else int(positions)
 
 
-def _given(config: Mapping[str, Any], key: str) -> Any:
+def _setting(config: Mapping[str, Any], key: str) -> Any:
     family, text = family_of(config), text_part(config)
     return text.get(key) if family is None else value(family, text, key)
 
 
 def known_models() -> dict[str, ModelShape]:
-    """The list kept here, by hub name."""
+    """Return the shapes listed in models.yaml, by name on the Hub."""
     listed: dict[str, dict[str, Any]] = yaml.safe_load(KEPT.read_text(encoding="utf-8"))
     return {name: of_config(config, f"config.json of {name}") for name, config in listed.items()}
 
 
 def _of_make(make: MakeSection, max_length: int, dtype: str) -> ModelShape:
     return ModelShape(
-        source="model.make; the vocabulary is an upper bound, the tokenizer may need less",
+        source="model.make; the vocabulary is an upper bound, the tokenizer may have fewer tokens",
         family=FAMILIES["qwen3"],
         vocab_size=make.vocab_size,
         hidden_size=make.hidden_size,
@@ -246,49 +248,49 @@ def _of_folder(folder: Path) -> ModelShape:
 
 
 def _from_hub(name: str) -> tuple[dict[str, Any] | None, str]:
-    """(config.json, "") or (None, why not), within HUB_LIMIT_S whatever the network does."""
-    answer: list[dict[str, Any]] = []
-    problem = [f"no answer within {HUB_LIMIT_S:.0f} s"]
+    """Return (config.json, "") or (None, why not) from the cache or the Hub, after at most HUB_LIMIT_S."""
+    configs: list[dict[str, Any]] = []
+    problem = [f"no response within {HUB_LIMIT_S:.0f} s"]
 
     def ask() -> None:
         try:
-            answer.append(json.loads(_cached(name) or _fetched(name)))
-        except Exception as error:  # of the libraries below; the user is told it with what is used instead
+            configs.append(json.loads(_cached(name) or _downloaded(name)))
+        except Exception as error:  # the HTTP libraries raise many types; the message to the user includes the text
             problem[0] = str(error).splitlines()[0] if str(error) else type(error).__name__
 
-    asking = threading.Thread(target=ask, daemon=True)  # a name server may hold its caller longer than any timeout
-    asking.start()
-    asking.join(HUB_LIMIT_S)
-    return (answer[0], "") if answer else (None, problem[0])
+    request = threading.Thread(target=ask, daemon=True)  # a DNS lookup may block longer than any HTTP timeout
+    request.start()
+    request.join(HUB_LIMIT_S)
+    return (configs[0], "") if configs else (None, problem[0])
 
 
 def _cached(name: str) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(name, "config.json")
-    return Path(found).read_text(encoding="utf-8") if isinstance(found, str) else None
+    path = try_to_load_from_cache(name, "config.json")
+    return Path(path).read_text(encoding="utf-8") if isinstance(path, str) else None
 
 
-def _fetched(name: str) -> str:
-    """Asked once: hf_hub_download would try five times, half a minute in all."""
+def _downloaded(name: str) -> str:
+    """Download config.json with a single attempt: hf_hub_download makes five, about half a minute in total."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]  # documented, not listed
 
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
     url, headers = hf_hub_url(name, "config.json"), build_hf_headers()
-    answer = get_session().get(url, headers=headers, timeout=HUB_LIMIT_S, follow_redirects=True)
-    answer.raise_for_status()
-    return str(answer.text)
+    response = get_session().get(url, headers=headers, timeout=HUB_LIMIT_S, follow_redirects=True)
+    response.raise_for_status()
+    return str(response.text)
 
 
-def _kept(name: str, problem: str) -> ModelShape:
+def _from_list(name: str, problem: str) -> ModelShape:
     known = known_models()
     if name not in known:
         near = did_you_mean(name, known) or f"; known without the hub: {', '.join(known)}"
         raise ConfigError(
-            f"model.path: {name!r} is no folder here, the Hugging Face hub does not give its config.json ({problem}), "
-            f"and rlsys keeps no dimensions of it{near}"
+            f"model.path: {name!r} is not a folder on this machine, its config.json cannot be downloaded from the "
+            f"Hugging Face Hub ({problem}), and rlsys has no built-in shape for it{near}"
         )
-    source = f"the list kept in rlsys ({known[name].source}), because the hub is out of reach: {problem}"
+    source = f"the built-in list of rlsys ({known[name].source}), because the Hub cannot be reached: {problem}"
     return replace(known[name], source=source)

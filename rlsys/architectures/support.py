@@ -1,9 +1,10 @@
-"""Whether a model can be trained and served as asked, told from its config.json alone, before anything starts.
+"""Checks from config.json alone, before anything starts, whether a job can train and serve a model.
 
-    structure_problem   of the model itself: no decoder of attention and MLP layers
-    problems            of what is asked of it: lengths, adapters, an engine's workers
+    structure_problem   the model's architecture: it must be a decoder of attention and MLP layers
+    problems            the job's settings for it: lengths, adapters, tensor parallelism
 
-A family without a row in rlsys/architectures/families.py is tried: the learner proves at loading that it can be packed.
+A model_type without a row in rlsys/architectures/families.py is not refused: when the learner loads the model, it
+verifies that packed sequences give the right result.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from rlsys.architectures.model_shape import ModelShape, model_shape, of_config, 
 from rlsys.config import JobConfig, LoraSection, SamplerSection
 from rlsys.errors import ConfigError
 
-# Of vLLM 0.32: head sizes that its attention on CPU has kernels for (v1/attention/backends/cpu_attn.py), and the
-# largest vocabulary of an output layer with adapters (lora/layers/logits_processor.py).
+# Limits of vLLM 0.32: head sizes with a CPU attention kernel (v1/attention/backends/cpu_attn.py), and the largest
+# vocabulary of an output layer with adapters (lora/layers/logits_processor.py).
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 LARGEST_ADAPTED_VOCABULARY = 258_048
 
@@ -35,7 +36,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def local_config(model_path: str) -> tuple[Mapping[str, Any], str] | None:
-    """(config.json, where it lies) of a folder here or of the hub's cache; None where only the hub could tell.
+    """Return (config.json, its path) from a local folder or the Hub's cache; None if only the Hub may have it.
 
     Raises:
         ConfigError: the folder's config.json cannot be read.
@@ -46,14 +47,16 @@ def local_config(model_path: str) -> tuple[Mapping[str, Any], str] | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(model_path, "config.json")
-    except HFValidationError:  # no name of the hub's
+        cached = try_to_load_from_cache(model_path, "config.json")
+    except HFValidationError:  # not a valid name on the Hub
         return None
-    return (read_config(Path(found).parent), found) if isinstance(found, str) else None
+    return (read_config(Path(cached).parent), cached) if isinstance(cached, str) else None
 
 
 def refuse_unsupported_job(job: JobConfig) -> None:
-    """For a model that is made, or whose config.json is on this machine; of another, the learner's node finds out.
+    """Check a model that the job makes, or whose config.json is on this machine.
+
+    Other models are checked on the learner's node.
 
     Raises:
         ConfigError: as `refuse_unsupported`.
@@ -65,10 +68,10 @@ def refuse_unsupported_job(job: JobConfig) -> None:
         if wrong:
             raise ConfigError("\n".join(wrong))
         return
-    found = local_config(job.model.path)
-    if found is not None:
+    config_and_path = local_config(job.model.path)
+    if config_and_path is not None:
         refuse_unsupported(
-            *found,
+            *config_and_path,
             max_length=job.model.max_length,
             lora=job.lora,
             sampler=job.sampler,
@@ -77,13 +80,13 @@ def refuse_unsupported_job(job: JobConfig) -> None:
 
 
 def refuse_structure(model_path: str | None) -> None:
-    """For a model whose config.json is on this machine.
+    """Check the architecture of a model whose config.json is on this machine.
 
     Raises:
-        ConfigError: it is no decoder of attention and MLP layers.
+        ConfigError: the model is not a decoder of attention and MLP layers.
     """
-    found = None if model_path is None else local_config(model_path)
-    reason = None if found is None else structure_problem(*found)
+    config_and_path = None if model_path is None else local_config(model_path)
+    reason = None if config_and_path is None else structure_problem(*config_and_path)
     if reason is not None:
         raise ConfigError(reason)
 
@@ -97,41 +100,42 @@ def refuse_unsupported(
     sampler: SamplerSection,
     device: Literal["cpu", "cuda"],
 ) -> None:
-    """
+    """Check that a model can be trained and served with these settings; `source` names its config.json.
+
     Raises:
-        ConfigError: every reason why this model cannot be trained or served so, one a line.
+        ConfigError: every reason why not, one per line.
     """
     structure = structure_problem(config, source)
-    found = [structure] if structure else list(problems(config, source, max_length, lora, sampler, device))
-    if found:
-        raise ConfigError("\n".join(found))
+    reasons = [structure] if structure else list(problems(config, source, max_length, lora, sampler, device))
+    if reasons:
+        raise ConfigError("\n".join(reasons))
 
 
 def structure_problem(config: Mapping[str, Any], source: str) -> str | None:
-    """Why no model of this config.json can be trained here; None where nothing speaks against it."""
+    """Return why a model with this config.json cannot be trained; None if no reason is known."""
     text = text_part(config)
     kind, name = text.get("model_type"), _name(config)
     reason = None
     if not isinstance(config.get("model_type"), str):
-        return f"model.path: {source} has no model_type; wanted a config.json as transformers writes it"
+        return f"model.path: {source} has no model_type; wanted a config.json in the format of transformers"
     if config.get("is_encoder_decoder") or text.get("is_encoder_decoder"):
-        reason = "an encoder with a decoder"
+        reason = "an encoder-decoder model"
     elif text.get("kv_lora_rank"):
         reason = "a model with multi-head latent attention (kv_lora_rank)"
     elif other := _other_layers(text):
-        reason = f"a model with layers of another kind ({other})"
-    elif not _lists_layers(text) and (key := _found(text, RECURRENT)):
+        reason = f"a model with layers other than attention ({other})"
+    elif not _layer_kinds(text) and (key := _first_key(text, RECURRENT)):
         reason = f"a state space or recurrent model ({key})"
-    elif not _lists_layers(text) and (key := _found(text, LINEAR_ATTENTION)):
+    elif not _layer_kinds(text) and (key := _first_key(text, LINEAR_ATTENTION)):
         reason = f"a model with linear attention ({key})"
     elif text.get("use_bidirectional_attention"):
-        reason = "a model that sees later tokens (use_bidirectional_attention)"
+        reason = "a model with bidirectional attention (use_bidirectional_attention)"
     elif text is not config and config["model_type"] not in TEXT_PARTS:
-        reason = f"a model of several parts; of these, rlsys knows {', '.join(TEXT_PARTS)}"
-    elif not any(str(one).endswith(HEADS) for one in config.get("architectures") or HEADS):
-        reason = "no causal language model"
+        reason = f"a multimodal model; rlsys supports only {', '.join(TEXT_PARTS)} among these"
+    elif not any(str(name).endswith(HEADS) for name in config.get("architectures") or HEADS):
+        reason = "not a causal language model"
     elif kind not in FAMILIES and not _known_to_transformers(str(kind)):
-        reason = "of a model_type that the installed transformers does not know"
+        reason = f"a model with a model_type ({kind}) that the installed transformers does not know"
     if reason is None:
         return None
     families = ", ".join(family.name for family in FAMILIES.values())
@@ -149,7 +153,7 @@ def problems(
     sampler: SamplerSection,
     device: Literal["cpu", "cuda"],
 ) -> Iterator[str]:
-    """What of a job cannot be done on this model; each with what would be right. `device` is the samplers'."""
+    """Yield the settings of a job that this model does not support, each with a fix; `device` is the samplers'."""
     if family_of(config) is not None:
         yield from shape_problems(of_config(config, source), max_length, lora, sampler, device)
         return
@@ -168,7 +172,7 @@ def shape_problems(
     sampler: SamplerSection,
     device: Literal["cpu", "cuda"],
 ) -> Iterator[str]:
-    """Those that the dimensions alone tell."""
+    """Yield the problems that depend only on the model's shape."""
     if lora is not None and lora.train_mlp and dims.mixture_layers:
         yield _trains_experts(dims.family.name)
     if max_length > dims.max_positions:
@@ -176,20 +180,20 @@ def shape_problems(
     heads, parallel = dims.num_heads, sampler.tensor_parallel_size
     if heads % dims.num_kv_heads:
         yield (
-            f"model.make.num_heads {heads} is no multiple of model.make.num_kv_heads {dims.num_kv_heads}; set "
+            f"model.make.num_heads {heads} is not a multiple of model.make.num_kv_heads {dims.num_kv_heads}; set "
             f"model.make.num_kv_heads={math.gcd(heads, dims.num_kv_heads)}"
         )
-    elif _splits(dims, parallel) != parallel:
+    elif _max_parallel(dims, parallel) != parallel:
         yield (
-            f"sampler.tensor_parallel_size {parallel} does not divide the model's {heads} heads and its "
-            f"{dims.num_kv_heads} heads of keys; set sampler.tensor_parallel_size={_splits(dims, parallel)}"
+            f"sampler.tensor_parallel_size {parallel} does not divide the model's {heads} attention heads and its "
+            f"{dims.num_kv_heads} key-value heads; set sampler.tensor_parallel_size={_max_parallel(dims, parallel)}"
         )
     if device == "cpu" and dims.head_dim not in CPU_HEAD_SIZES:
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         key = "model.make.head_dim" if dims.source.startswith("model.make") else "model.path"
         yield (
-            f"{key}: heads of {dims.head_dim} values; vLLM's attention on CPU takes {sizes}: sample this model "
-            "on a GPU (sampler.num_gpus)"
+            f"{key}: head_dim is {dims.head_dim}, but vLLM's CPU attention supports only {sizes}; sample this model on "
+            "a GPU (sampler.num_gpus)"
         )
     if lora is not None and lora.train_unembed:
         reason = unembedding_problem(dims.vocab_size, dims.family, device)
@@ -198,54 +202,61 @@ def shape_problems(
 
 
 def unembedding_problem(vocab_size: int, family: Family | None, device: Literal["cpu", "cuda"]) -> str | None:
-    """Why an engine cannot have adapters of the output layer; None where it can."""
+    """Return why an engine cannot serve adapters of the output layer; None if it can."""
     if device != "cpu":
-        return "vLLM's LoRA on CUDA has no mapping for the rows of prompt log-probabilities there and scores them wrong"
+        return (
+            "vLLM's LoRA on CUDA has no mapping for the rows of prompt log-probabilities in the output layer and "
+            "computes wrong values for them"
+        )
     if family is not None and not family.output_layer:
-        return f"vLLM's model of {family.name} has no output layer of its own that an adapter could go to"
+        return f"vLLM's model of {family.name} has no separate output layer for an adapter"
     if vocab_size > LARGEST_ADAPTED_VOCABULARY:
         return (
-            f"a vocabulary of {vocab_size}; vLLM takes adapters of the output layer up to {LARGEST_ADAPTED_VOCABULARY}"
+            f"the vocabulary has {vocab_size} tokens, but vLLM supports adapters of the output layer only up to "
+            f"{LARGEST_ADAPTED_VOCABULARY}"
         )
     return None
 
 
 def serves_unembedding(config: Mapping[str, Any], device: Literal["cpu", "cuda"]) -> bool:
-    """Whether an engine can have adapters of the output layer of a config.json's model."""
+    """Return whether an engine can serve adapters of the output layer of this model."""
     return unembedding_problem(int(text_part(config).get("vocab_size") or 0), family_of(config), device) is None
 
 
-def _splits(dims: ModelShape, wanted: int) -> int:
-    """The largest number of workers up to `wanted` that share queries evenly, and keys evenly or as whole copies."""
+def _max_parallel(dims: ModelShape, wanted: int) -> int:
+    """Return the largest valid tensor_parallel_size up to `wanted`.
+
+    It divides the attention heads; key-value heads are divided evenly, or each is replicated equally often.
+    """
     heads, kv = dims.num_heads, dims.num_kv_heads
     return next(n for n in range(wanted, 0, -1) if heads % n == 0 and (kv % n == 0 or n % kv == 0))
 
 
 def _trains_experts(name: str) -> str:
     return (
-        f"lora.train_mlp: {name} is a mixture of experts, whose weights are no linear modules that an adapter goes to; "
-        "set lora.train_mlp=false to train its attention"
+        f"lora.train_mlp: {name} is a mixture of experts, and adapters cannot be attached to expert weights; set "
+        "lora.train_mlp=false to train only its attention"
     )
 
 
 def _too_long(max_length: int, positions: int) -> str:
     return (
-        f"model.max_length {max_length}: the model has positions for {positions}; set model.max_length={positions} "
-        "or less"
+        f"model.max_length {max_length}: the model supports only {positions} positions; set "
+        f"model.max_length={positions} or less"
     )
 
 
-def _found(text: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+def _first_key(text: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
     return next((key for key in keys if text.get(key)), None)
 
 
 def _other_layers(text: Mapping[str, Any]) -> str | None:
-    """The first kind of layer that is no attention."""
-    return next((str(kind) for kind in _lists_layers(text) if kind not in ATTENTION_LAYERS), None)
+    """Return the first layer kind that is not attention; None if there is none."""
+    return next((str(kind) for kind in _layer_kinds(text) if kind not in ATTENTION_LAYERS), None)
 
 
-def _lists_layers(text: Mapping[str, Any]) -> list[Any]:
-    """The kind of each layer, where it is written down."""
+def _layer_kinds(text: Mapping[str, Any]) -> list[Any]:
+    """Return the kind of each layer, if the configuration lists them."""
     return next((text[key] for key in LAYER_LISTS if isinstance(text.get(key), list) and text[key]), [])
 
 
@@ -255,6 +266,6 @@ def _name(config: Mapping[str, Any]) -> str:
 
 
 def _known_to_transformers(kind: str) -> bool:
-    from transformers import CONFIG_MAPPING  # seconds, and torch with it: only where no row of ours answers
+    from transformers import CONFIG_MAPPING  # takes seconds and imports torch: only for model types without a row
 
     return kind in CONFIG_MAPPING

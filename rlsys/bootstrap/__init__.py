@@ -1,1 +1,1 @@
-"""Trains a tiny base model from scratch, for examples and tests."""
+"""Trains a tiny base model and its tokenizer from scratch, for examples and tests."""

@@ -1,8 +1,8 @@
-"""A base made from nothing: cross_entropy over every token, until the model can do the task when its steps are begun.
+"""Trains a base model from scratch with cross-entropy on a task's examples, until it passes the gate.
 
-The gate asks for ability, not for habit: problems are given with the worked steps begun, and greedy decoding has to
-reach the right answer. Reinforcement learning then has something to find. The learning rate warms up, stays, and once
-the gate is passed falls linearly to a 25th; then the stage ends.
+The gate measures whether the model can solve problems from prompts that already start the worked steps: greedy decoding
+must reach the required accuracy. Whether the model shows its steps unprompted is left to reinforcement learning. The
+learning rate warms up, stays constant until the gate is passed, and then falls linearly to 1/25, which ends the stage.
 """
 
 from __future__ import annotations
@@ -29,29 +29,31 @@ from rlsys.modeling.base_model import initial_model
 from rlsys.rollouts import offsets_of, spans
 from rlsys.tasks import ConversationTask, TeachableTask
 from rlsys.tokenization.control_tokens import control_tokens
-from rlsys.tokenization.stop_conditions import stop_conditions_of_tokenizer, text_end
+from rlsys.tokenization.stop_conditions import eos_id, stop_conditions_of_tokenizer
 from rlsys.types import AdamParams, Array
 from rlsys.utils.atomic_files import new_folder
 
-FINAL_SHARE = 0.04  # of the learning rate, at the end of the decay
-TOKENIZER_TEXTS = 3000  # more change no merge that matters
+FINAL_SHARE = 0.04  # learning rate at the end of the decay, as a share of the peak
+TOKENIZER_TEXTS = 3000  # texts that train the tokenizer; more do not change relevant merges
 
 OnStep = Callable[[int, Mapping[str, float]], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """E texts as token ids, end to end; each is at least two tokens long."""
+    """E texts as concatenated token ids; each has at least two tokens."""
 
     tokens: Array  # (T,) int32
-    taught: Array  # (T,) bool; False: a reply of an environment, which is read and not learned
+    taught: Array  # (T,) bool; False for an environment's reply, which the loss leaves out
     offsets: Array  # (E + 1,) int64
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def batch(self, ids: Array) -> DatumBatch:
-        """The examples `ids`, each position predicting the next; the weights make the loss a mean over taught tokens.
+        """Build the batch of the examples `ids` for next-token prediction.
+
+        The weights make the loss sum a mean over taught tokens.
 
         example  a b c   ->   tokens a b, targets b c
         """
@@ -65,21 +67,21 @@ class Examples:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What the model has to be able to do, and how its answers are graded."""
+    """Problems that decide whether the base model is good enough, and how its answers are graded."""
 
-    problems: Sequence[Problem]  # with the worked steps begun
-    grade: Callable[[str, str], float]  # of (completion, answer)
+    problems: Sequence[Problem]  # with prompts that already start the worked steps
+    grade: Callable[[str, str], float]  # (completion, answer) -> grade
     tokenizer: PreTrainedTokenizerBase
-    max_tokens: int  # of one turn
+    max_tokens: int  # per turn
     environment: Replies | None = None
 
     def accuracy(self, learner: Learner) -> float:
-        """Mean grade of the greedy completions."""
+        """Return the mean grade of the greedy completions."""
         turns: list[list[str]] = [[] for _ in self.problems]
         open_prompts = {i: problem.prompt for i, problem in enumerate(self.problems)}
         for _ in range(self.environment.max_turns if self.environment else 1):
-            written = self._written(learner, list(open_prompts.values()))
-            for (i, prompt), text in zip(list(open_prompts.items()), written, strict=True):
+            texts = self._decode_turns(learner, list(open_prompts.values()))
+            for (i, prompt), text in zip(list(open_prompts.items()), texts, strict=True):
                 del open_prompts[i]
                 turns[i].append(text)
                 reply = self.environment.reply(turns[i], self.problems[i].answer) if self.environment else None
@@ -87,11 +89,11 @@ class Gate:
                     open_prompts[i] = prompt + text + reply
             if not open_prompts:
                 break
-        graded = zip(turns, self.problems, strict=True)
-        return float(np.mean([self.grade("\n".join(said), problem.answer) for said, problem in graded]))
+        pairs = zip(turns, self.problems, strict=True)
+        return float(np.mean([self.grade("\n".join(texts), problem.answer) for texts, problem in pairs]))
 
-    def _written(self, learner: Learner, prompts: Sequence[str]) -> list[str]:
-        """One turn of each, up to the end of the first stop text."""
+    def _decode_turns(self, learner: Learner, prompts: Sequence[str]) -> list[str]:
+        """Decode one turn per prompt greedily, up to the end of the first stop text."""
         encoded = [np.array(ids, np.int32) for ids in _encode(self.tokenizer, prompts)]
         stops = self.environment.stop if self.environment else ()
         stop_ids = self.tokenizer(list(stops), add_special_tokens=False)["input_ids"] if stops else []
@@ -104,7 +106,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Replies:
-    """A task's environment; it is called in this process, as only tasks that write their own examples are."""
+    """Environment of a task, called in this process: a task with supervised examples is trusted."""
 
     reply: Callable[[Sequence[str], str], str | None]
     stop: Sequence[str]
@@ -113,31 +115,33 @@ class Replies:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedResult:
-    """``loss`` is that of the last step, nats per token; ``tokens`` counts predicted tokens of all steps."""
+    """Result of the supervised stage."""
 
     steps: int
     gate_accuracy: float
-    loss: float
-    tokens: int
+    loss: float  # of the last step, nats per token
+    tokens: int  # predicted tokens of all steps
     seconds: float
 
     def metrics(self) -> dict[str, float]:
+        """Return the result as metrics named "sft/..."."""
         return {f"sft/{name}": float(value) for name, value in asdict(self).items()}
 
 
 def make_base(config: JobConfig, out: Path, on_step: OnStep) -> SupervisedResult:
-    """Make ``config.model.make`` from nothing and write it, tokenizer included, to the new folder `out`.
+    """Train the base model of ``model.make`` from scratch, and write it with its tokenizer to the new folder `out`.
 
     Raises:
-        QualityError: it did not get good enough; `out` does not appear.
-        ConfigError: the task cannot write examples, or an example is longer than ``model.max_length``.
+        QualityError: the model did not pass the gate; `out` is not created.
+        ConfigError: the task has no supervised examples, or an example is longer than ``model.max_length``.
     """
     make, seed = config.model.make, config.run.seed
     assert make is not None, "model.make is what this function makes"
     task = tasks.build(config.task, seed)
     if not isinstance(task, TeachableTask):
         raise ConfigError(
-            f"model.make: task {config.task.name!r} has no examples to learn from; give model.path instead"
+            f"model.make: task {config.task.name!r} has no supervised examples to train a base model on; set "
+            "model.path instead"
         )
     section = make.supervised
     model_seed, example_seed, order_seed = map(int, np.random.SeedSequence(seed).generate_state(3))
@@ -165,10 +169,10 @@ def make_base(config: JobConfig, out: Path, on_step: OnStep) -> SupervisedResult
 def train_base(
     learner: Learner, examples: Examples, gate: Gate, section: SupervisedSection, seed: int, on_step: OnStep
 ) -> SupervisedResult:
-    """Train all weights of `learner` until the gate is passed and the learning rate has come down.
+    """Train all weights of `learner` until the gate is passed and the learning rate has decayed.
 
     Raises:
-        QualityError: the gate is not passed by ``max_steps``, or no longer passed after the decay.
+        QualityError: the gate is not passed within ``max_steps``, or fails again after the decay.
     """
     loss_fn = losses.resolve("cross_entropy")
     start, tokens, decay_from = time.perf_counter(), 0, None
@@ -198,42 +202,42 @@ def train_base(
 
 
 def learning_rate(section: SupervisedSection, step: int, decay_from: int | None) -> float:
-    """Of step 1, 2, ...; `decay_from` is the step after which the decay begins, None before the gate is passed."""
+    """Return the learning rate of step 1, 2, ...; the decay starts after step `decay_from`, None: gate not passed."""
     warm = min(1.0, step / max(1, section.warmup_steps))
     decayed = 0.0 if decay_from is None else (step - decay_from) / section.decay_steps
     return section.learning_rate * warm * (1.0 - (1.0 - FINAL_SHARE) * decayed)
 
 
 def encode_examples(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ...]]) -> Examples:
-    """(prompt, answer) or (prompt, turn, reply, turn, ...) -> ids of all parts and the end.
+    """Encode examples (prompt, answer) or (prompt, turn, reply, turn, ...), each followed by the EOS token.
 
-    Each part is encoded by itself, as sampling will see the prompt and the replies.
+    Each part is encoded separately, as during sampling.
     """
     counts = np.array([len(parts) for parts in texts])
     pieces = _encode(tokenizer, list(itertools.chain.from_iterable(texts)))
     ends = np.cumsum(counts) - 1
     for end in ends:
-        pieces[end] = [*pieces[end], text_end(tokenizer)]
-    place = np.arange(len(pieces)) - np.repeat(ends + 1 - counts, counts)  # within its example
+        pieces[end] = [*pieces[end], eos_id(tokenizer)]
+    position = np.arange(len(pieces)) - np.repeat(ends + 1 - counts, counts)  # of a part within its example
     lengths = np.array([len(piece) for piece in pieces])
     tokens = np.fromiter(itertools.chain.from_iterable(pieces), np.int32, count=int(lengths.sum()))
-    taught = np.repeat((place == 0) | (place % 2 == 1), lengths)
+    taught = np.repeat((position == 0) | (position % 2 == 1), lengths)
     return Examples(tokens, taught, offsets_of(lengths)[np.concatenate([[0], ends + 1])])
 
 
 def _up_to(text: str, stops: Sequence[str]) -> str:
-    found = [text.index(stop) + len(stop) for stop in stops if stop in text]
-    return text[: min(found)] if found else text
+    ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Of texts from data: what spells a control token makes none."""
+    """Encode texts from data; they cannot produce special tokens."""
     ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     controls = control_tokens(tokenizer)
-    for at, text in enumerate(texts):
+    for i, text in enumerate(texts):
         protected = controls.protect(text)
         if protected != text:
-            ids[at] = controls.ids(protected)
+            ids[i] = controls.ids(protected)
     return ids
 
 
@@ -243,11 +247,11 @@ def _check_is_due(section: SupervisedSection, step: int) -> bool:
 
 
 def _gate_message(section: SupervisedSection, step: int, accuracy: float, loss: float, decayed: bool) -> str:
-    when = "after the learning rate came down" if decayed else "at supervised.max_steps"
+    when = "after the learning rate decay" if decayed else "at supervised.max_steps"
     return (
-        f"the supervised stage did not make a base that can do the task: with its steps begun, greedy accuracy is "
-        f"{accuracy:.3f} on {section.gate_problems} problems {when} (step {step}, loss {loss:.3f} nats per token); "
-        f"wanted supervised.gate_accuracy {section.gate_accuracy}. RL from here could go down. Raise "
-        "supervised.max_steps or model.make's dimensions, make the task easier (task.max_value, task.max_operations), "
-        "or try another run.seed"
+        "the supervised stage did not train a base model that can solve the task: greedy accuracy from prompts with "
+        f"started steps is {accuracy:.3f} on {section.gate_problems} problems {when} (step {step}, loss {loss:.3f} "
+        f"nats per token); wanted supervised.gate_accuracy {section.gate_accuracy}. RL on this base model may fail. "
+        "Raise supervised.max_steps or the sizes in model.make, make the task easier (task.max_value, "
+        "task.max_operations), or try another run.seed"
     )

@@ -1,1 +1,1 @@
-"""Problems, and the rows of data sets that they are read from."""
+"""Reads problems from the rows of data sets, deduplicates them and orders them into batches."""

@@ -1,7 +1,8 @@
-"""Held-out problems stay held out: which problems two splits share, and which part of one set is kept apart.
+"""Deduplication of problems: finds problems that two splits share, and assigns problems to a held-out split by hash.
 
-Two prompts are one problem if they agree after Unicode NFKC, case folding, runs of white space as one space, and quotes
-and sentence marks at the ends left out. Numbers, signs and LaTeX stay: "5!" is not "5", and "-5" is not "5".
+Two prompts are the same problem if they are equal after normalization: Unicode NFKC, case folding, each run of white
+space as one space, and no quotes and sentence marks at the ends. Numbers, signs and LaTeX are kept: "5!" and "-5" are
+not "5".
 """
 
 from __future__ import annotations
@@ -18,53 +19,56 @@ _QUOTES = (
     "\N{LEFT SINGLE QUOTATION MARK}\N{RIGHT SINGLE QUOTATION MARK}"
 )
 _SENTENCE_ENDS = ".,;:?\N{IDEOGRAPHIC FULL STOP}"
-_SHOWN = 120  # characters of a prompt in a message
+_MESSAGE_CHARS = 120  # characters of a prompt in an error message
 
 
 def normalise(prompt: str) -> str:
-    """What is left of a prompt when all is gone that does not make it another problem."""
+    """Return the normalized prompt: equal for two prompts that state the same problem."""
     text = " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
     return text.lstrip(_QUOTES + " ").rstrip(_QUOTES + _SENTENCE_ENDS + " ") or text
 
 
-def shared(train: Sequence[str], held_out: Sequence[str]) -> dict[int, int]:
-    """Place of each training prompt that is held out too -> its first place among the held-out ones."""
-    places: dict[str, int] = {}
-    for place, prompt in enumerate(held_out):
-        places.setdefault(normalise(prompt), place)
+def find_shared(train: Sequence[str], held_out: Sequence[str]) -> dict[int, int]:
+    """Return {index of a training prompt: first index of the same problem in `held_out`} for all shared problems."""
+    held_out_index: dict[str, int] = {}
+    for i, prompt in enumerate(held_out):
+        held_out_index.setdefault(normalise(prompt), i)
     keys = map(normalise, train)
-    return {place: places[key] for place, key in enumerate(keys) if key in places}
+    return {i: held_out_index[key] for i, key in enumerate(keys) if key in held_out_index}
 
 
 def refuse_shared(train: Sequence[str], held_out: Sequence[str]) -> None:
-    """Of prompts.
+    """Check that the training prompts contain no held-out prompt.
 
     Raises:
-        ConfigError: a held-out problem is a training problem too.
+        ConfigError: a held-out problem is also a training problem.
     """
-    found = shared(train, held_out)
-    if found:
+    shared = find_shared(train, held_out)
+    if shared:
         raise ConfigError(
-            f"task: {len(set(found.values()))} of {len(held_out)} held-out problems are training problems too, such as "
-            f"{example(found, train, held_out)}; evaluate on others: set task.eval to another source"
+            f"task: {len(set(shared.values()))} of {len(held_out)} held-out problems are also training problems, such "
+            f"as {format_shared(shared, train, held_out)}; set task.eval to a source without training problems"
         )
 
 
-def example(found: dict[int, int], train: Sequence[str], held_out: Sequence[str]) -> str:
-    """The first of `found`, in words, with both places."""
-    at_train, at_held_out = next(iter(found.items()))
+def format_shared(shared: dict[int, int], train: Sequence[str], held_out: Sequence[str]) -> str:
+    """Describe the first shared problem for an error message; `shared` is the result of ``find_shared``."""
+    i_train, i_held_out = next(iter(shared.items()))
     return (
-        f"training problem {at_train} {train[at_train][:_SHOWN]!r}, held-out problem {at_held_out} "
-        f"{held_out[at_held_out][:_SHOWN]!r}"
+        f"training problem {i_train} {train[i_train][:_MESSAGE_CHARS]!r}, held-out problem {i_held_out} "
+        f"{held_out[i_held_out][:_MESSAGE_CHARS]!r}"
     )
 
 
-def repeated(prompts: Sequence[str]) -> int:
-    """Prompts that stood there before."""
+def count_repeated(prompts: Sequence[str]) -> int:
+    """Count the prompts that repeat an earlier problem."""
     return len(prompts) - len(set(map(normalise, prompts)))
 
 
-def kept_apart(prompt: str, share: float) -> bool:
-    """Whether a prompt belongs to the held-out `share` of its set: by its hash, so that repeats fall on one side."""
+def is_held_out(prompt: str, share: float) -> bool:
+    """Return whether a prompt belongs to the held-out `share` (0..1) of its data set.
+
+    The prompt's hash decides, so that repeats of a problem are in the same split.
+    """
     digest = hashlib.blake2b(normalise(prompt).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < share * 2**64

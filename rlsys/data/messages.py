@@ -1,4 +1,4 @@
-"""The messages of a conversation that a problem gives the model to go on with."""
+"""Messages of a conversation that is a problem's prompt, and the check that they are valid."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ ROLES = ("system", "user", "assistant")
 
 
 def why_not_messages(messages: Messages) -> str:
-    """Why they are no prompt; "" where they are one."""
-    for at, (role, _) in enumerate(messages):
+    """Return why the messages cannot be a prompt, as the end of a sentence; "" if they can."""
+    if not messages:
+        return "has no messages"
+    for i, (role, _) in enumerate(messages):
         if role not in ROLES:
-            return f"has a message of the role {role[:40]!r} (known are {', '.join(ROLES)})"
-        if role == "system" and at > 0:
-            return f"has a system message behind {at} others"
-    if not messages or messages[-1][0] != "user":
-        return f"ends in a message of {messages[-1][0] if messages else 'nobody'}, not the user's"
-    return "" if messages[-1][1].strip() else "ends in an empty message"
+            return f"has a message with the role {role[:40]!r} (known roles: {', '.join(ROLES)})"
+        if role == "system" and i > 0:
+            return f"has a system message at position {i}, which is not the first"
+    if messages[-1][0] != "user":
+        return f"ends with a message of the role {messages[-1][0]!r}, not 'user'"
+    return "" if messages[-1][1].strip() else "ends with an empty message"

@@ -1,6 +1,7 @@
-"""Problems as columns, and the order in which a run meets them.
+"""Problem sets in columnar form, and the order of problems in a run.
 
-Axes: N problems of a set, P of a batch. A batch is an array of ids: nothing but ids has to be remembered to resume.
+Axes: N problems of a set, P problems of a batch. A batch is an array of problem ids, computed from the step and the
+seed alone: resuming a run needs no further state.
 """
 
 from __future__ import annotations
@@ -21,43 +22,44 @@ from rlsys.types import Array
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What the model is asked and what a grader compares with."""
+    """Prompt and reference answer."""
 
-    prompt: str  # the question; of messages, what people and the search for repeated problems see
-    answer: str
-    messages: Messages = ()  # what the model is asked instead, where it is more than a question
+    prompt: str  # the question; with `messages`, their text for reports and for deduplication
+    answer: str  # reference answer, which the grader compares with
+    messages: Messages = ()  # if given, the model reads these messages instead of `prompt`
 
     @classmethod
     def of_messages(cls, messages: Messages, answer: str) -> Problem:
-        """A single message of the user's is a question like any other.
+        """Build a problem from messages; a single user message is treated as a question.
 
-        Whatever system message comes first, the same question is the same problem.
+        The system message is not part of `prompt`: for deduplication the same question is the same problem whatever
+        its system message.
         """
-        said = [(role, content) for role, content in messages if role != "system"]
-        prompt = said[0][1] if len(said) == 1 else "\n".join(f"{role}: {content}" for role, content in said)
+        turns = [(role, content) for role, content in messages if role != "system"]
+        prompt = turns[0][1] if len(turns) == 1 else "\n".join(f"{role}: {content}" for role, content in turns)
         return cls(prompt, answer, () if len(messages) == 1 else messages)
 
 
 def distinct(draw: Callable[[], Problem], count: int) -> tuple[Problem, ...]:
-    """So many problems with different prompts; fewer where drawing does not come upon them."""
-    found: dict[str, Problem] = {}
+    """Generate `count` problems with different prompts; fewer if 20 * count + 1000 draws yield fewer."""
+    by_prompt: dict[str, Problem] = {}
     for _ in range(20 * count + 1000):
         problem = draw()
-        found.setdefault(problem.prompt, problem)
-        if len(found) == count:
+        by_prompt.setdefault(problem.prompt, problem)
+        if len(by_prompt) == count:
             break
-    return tuple(found.values())
+    return tuple(by_prompt.values())
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemSet:
-    """N problems; the prompts' tokens lie end to end."""
+    """N problems with their prompt tokens, concatenated."""
 
     prompts: tuple[str, ...]
     answers: tuple[str, ...]
     prompt_tokens: Array  # int32
     prompt_offsets: Array  # (N + 1,) int64
-    dropped: int = 0  # further problems, whose prompts were too long
+    dropped: int = 0  # number of problems left out because their prompts were too long
 
     def __post_init__(self) -> None:
         assert len(self.prompts) == len(self.answers) == len(self.prompt_offsets) - 1
@@ -68,16 +70,16 @@ class ProblemSet:
 
     @property
     def digest(self) -> str:
-        """Of all that a run sees of the problems, in their order: texts, answers, tokens."""
-        found = hashlib.blake2b(digest_size=16)
+        """Hash (128 bits, hexadecimal) of the problems in their order: prompts, answers and tokens."""
+        content = hashlib.blake2b(digest_size=16)
         for text in (*self.prompts, *self.answers):
-            found.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
-        found.update(self.prompt_tokens.tobytes())
-        found.update(self.prompt_offsets.tobytes())
-        return found.hexdigest()
+            content.update(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+        content.update(self.prompt_tokens.tobytes())
+        content.update(self.prompt_offsets.tobytes())
+        return content.hexdigest()
 
     def select(self, ids: Array | Sequence[int]) -> tuple[Array, Array]:
-        """(P,) ids -> the P prompts' tokens end to end (int32) and their (P + 1,) offsets.
+        """Return the concatenated prompt tokens (int32) of (P,) ids, and their (P + 1,) offsets.
 
         offsets 0 2 5 9, ids 2 0   ->   starts 5 0, lengths 4 2, out 0 4 6, gather 5 6 7 8 0 1
         """
@@ -90,32 +92,35 @@ class ProblemSet:
 
 
 def occurrences(problems: Array, before: Array | Sequence[int] = ()) -> Array:
-    """(P,) int64, how often each problem comes earlier, in `before` or in `problems` itself: 7 3 7 7 -> 0 0 1 2."""
-    times = Counter(np.asarray(before, np.int64).tolist())
-    found = np.empty(len(problems), np.int64)
-    for at, problem in enumerate(np.asarray(problems).tolist()):
-        found[at] = times[problem]
-        times[problem] += 1
-    return found
+    """Count the earlier occurrences of each problem, in `before` or in `problems` itself: 7 3 7 7 -> 0 0 1 2.
+
+    Returns (P,) int64.
+    """
+    counts = Counter(np.asarray(before, np.int64).tolist())
+    earlier = np.empty(len(problems), np.int64)
+    for i, problem in enumerate(np.asarray(problems).tolist()):
+        earlier[i] = counts[problem]
+        counts[problem] += 1
+    return earlier
 
 
 def encode(
     problems: Sequence[Problem], encode_fn: Callable[[Any], Sequence[int]], max_tokens: int | None = None
 ) -> ProblemSet:
-    """Problems with their prompts' tokens; those of more than `max_tokens` are dropped, and ids count the others.
+    """Tokenize problems; prompts of more than `max_tokens` are dropped, and ids number the remaining problems.
 
-    `encode_fn` takes a question, or messages where the problem has them.
+    `encode_fn` returns the prompt tokens of a question, or of messages if the problem has them.
 
     Raises:
-        ConfigError: there are no problems, or a prompt cannot be written or has no token, or every one is too long.
+        ConfigError: there are no problems, a prompt cannot be rendered or has no tokens, or all prompts are too long.
     """
     if not problems:
         raise ConfigError("task: found no problems; wanted at least 1")
-    rows = [np.asarray(_tokens(problem, at, encode_fn), dtype=np.int32) for at, problem in enumerate(problems)]
+    rows = [np.asarray(_tokens(problem, i, encode_fn), dtype=np.int32) for i, problem in enumerate(problems)]
     lengths = [len(row) for row in rows]
     if 0 in lengths:
-        at = lengths.index(0)
-        raise ConfigError(f"task: problem {at}: prompt {problems[at].prompt!r} has no token; wanted at least 1")
+        i = lengths.index(0)
+        raise ConfigError(f"task: problem {i}: prompt {problems[i].prompt!r} has no tokens; wanted at least 1")
     kept = [i for i, length in enumerate(lengths) if max_tokens is None or length <= max_tokens]
     if not kept:
         raise ConfigError(
@@ -131,20 +136,21 @@ def encode(
     )
 
 
-def _tokens(problem: Problem, at: int, encode_fn: Callable[[Any], Sequence[int]]) -> Sequence[int]:
+def _tokens(problem: Problem, index: int, encode_fn: Callable[[Any], Sequence[int]]) -> Sequence[int]:
     try:
         return encode_fn(problem.messages or problem.prompt)
     except ConfigError as error:
         if not problem.messages:
             raise
-        raise ConfigError(f"task: problem {at}, {problem.prompt[:80]!r}, is a list of messages: {error}") from error
+        raise ConfigError(f"task: problem {index}, {problem.prompt[:80]!r}, is a list of messages: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Epochs:
-    """Batches of problem ids for ever: each epoch is a fresh permutation, laid end to end and cut every `batch` ids.
+    """Endless sequence of batches of problem ids; each epoch is a new permutation.
 
-    No batch is short: one that reaches the end of an epoch goes on into the next. Any step can be asked for alone.
+    The permutations are concatenated and cut every `batch` ids: no batch is short, and a batch may span two epochs.
+    Each batch is computed from its step number, without the batches before it.
     """
 
     num_problems: int
@@ -154,7 +160,8 @@ class Epochs:
     def __post_init__(self) -> None:
         if self.num_problems < 1 or self.batch < 1:
             raise ConfigError(
-                f"found {self.num_problems} problems in batches of {self.batch}; wanted at least 1 of each"
+                f"found {self.num_problems} problems in batches of {self.batch}; wanted at least 1 problem and batches "
+                "of at least 1"
             )
 
     def __iter__(self) -> Iterator[Array]:
@@ -164,11 +171,11 @@ class Epochs:
             step += 1
 
     def batch_at(self, step: int) -> Array:
-        """The (P,) int64 ids of step 0, 1, ..."""
+        """Return the (P,) int64 ids of step 0, 1, ..."""
         return self.take(step * self.batch, self.batch)
 
     def take(self, first: int, count: int) -> Array:
-        """The (count,) int64 ids at places first, first + 1, ... of the order, wherever a batch begins."""
+        """Return the (count,) int64 ids at positions first, first + 1, ... of the sequence."""
         assert first >= 0 and count >= 0
         if count == 0:
             return np.empty(0, np.int64)

@@ -1,6 +1,6 @@
-"""From a value of a row to what a problem is made of: a text, or the messages of a conversation.
+"""Converts the cells of a row to text or to messages.
 
-A column is a name of the row, or a path into what a column holds: ``reward_model.ground_truth``, ``answers.text.0``.
+A column in a job is a column name, or a path into a nested column: ``reward_model.ground_truth``, ``answers.text.0``.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import Any
 from rlsys.data.messages import Messages, why_not_messages
 from rlsys.data.row_files import number
 
-MISSING = object()  # what a row has at a column that it lacks
-_LARGEST_EXPONENT = 30  # digits before or behind the point that are written out
-_SHOWN = 80  # characters of a value in a message
+MISSING = object()  # value of a column that a row does not have
+_MAX_WRITTEN_DIGITS = 30  # before or after the decimal point; longer decimals keep their exponent
+_MESSAGE_CHARS = 80  # characters of a value in an error message
 
 
 class UnusableError(Exception):
-    """A value that is nothing to ask or to compare with; the message says what it is."""
+    """A value is neither usable text nor usable messages; the error message describes the value."""
 
 
 def roots(column: str) -> tuple[str, ...]:
-    """The names of columns that may hold it: a.b.c -> a.b.c, a.b, a."""
+    """Return the names of top-level columns that may contain `column`: a.b.c -> a.b.c, a.b, a."""
     parts = column.split(".")
     return tuple(".".join(parts[:end]) for end in range(len(parts), 0, -1))
 
 
-def at(row: Mapping[str, Any], column: str) -> Any:
-    """The value there; MISSING where the row has no such column, None where what should hold it is missing."""
+def value_at(row: Mapping[str, Any], column: str) -> Any:
+    """Return the value of a column; MISSING if the row has no such column, None if a value on its path is missing."""
     for root in roots(column):
         if root in row:
             return _inside(row[root], column[len(root) + 1 :].split(".") if root != column else [])
@@ -38,7 +38,7 @@ def at(row: Mapping[str, Any], column: str) -> Any:
 
 
 def names(row: Mapping[str, Any]) -> Iterator[str]:
-    """Of all that ``at`` finds in a row, elements of lists apart."""
+    """Yield the column names and paths of a row that ``value_at`` accepts, without paths into lists."""
     for name, value in row.items():
         if isinstance(value, Mapping) and value:
             yield from (f"{name}.{inner}" for inner in names(value))
@@ -47,36 +47,39 @@ def names(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def text(value: object, wanted: str = "a text or a number") -> str:
-    """Texts as they are, numbers and days as one writes them.
+    """Return the value as text: strings unchanged, numbers in decimal notation, dates and times in ISO 8601.
 
     Raises:
-        UnusableError: it is missing, or blank, or something else.
+        UnusableError: the value is missing, blank or of another type.
     """
-    written = _written(value)
-    if written is None or not written.strip():
+    as_text = _as_text(value)
+    if as_text is None or not as_text.strip():
         hint = ""
         if isinstance(value, Mapping) and value:
-            hint = f"; name what it holds in task.columns, such as COLUMN.{next(iter(value))}"
-        raise UnusableError(f"is {type(value).__name__} {str(value)[:_SHOWN]!r}, wanted {wanted}{hint}")
+            hint = f"; name one of its fields in task.columns, such as COLUMN.{next(iter(value))}"
+        raise UnusableError(f"is {type(value).__name__} {str(value)[:_MESSAGE_CHARS]!r}, wanted {wanted}{hint}")
     try:
-        written.encode()
+        as_text.encode()
     except UnicodeEncodeError as error:
-        half = ascii(written[error.start])[1:-1]
-        raise UnusableError(f"has half a character ({half}) at {error.start}, wanted a whole text") from None
-    return written
+        surrogate = ascii(as_text[error.start])[1:-1]
+        raise UnusableError(
+            f"has an unpaired surrogate ({surrogate}) at character {error.start}, wanted text that can be encoded as "
+            "UTF-8"
+        ) from None
+    return as_text
 
 
 def question(value: object) -> str | Messages:
-    """A text, or messages if they are more than one of the user.
+    """Return the value as a question, or as messages; a single user message is a question.
 
     Raises:
-        UnusableError: it is neither.
+        UnusableError: the value is neither.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         return text(value)
     wanted = "a text or a number, or messages of role and content"
     if not value or not all(isinstance(message, Mapping) and {"role", "content"} <= {*message} for message in value):
-        raise UnusableError(f"is {type(value).__name__} {str(value)[:_SHOWN]!r}, wanted {wanted}")
+        raise UnusableError(f"is {type(value).__name__} {str(value)[:_MESSAGE_CHARS]!r}, wanted {wanted}")
     messages = tuple((_role(message["role"]), _content(message["content"])) for message in value)
     why = why_not_messages(messages)
     if why:
@@ -99,7 +102,7 @@ def _inside(value: Any, path: Sequence[str]) -> Any:
     return value
 
 
-def _written(value: object) -> str | None:
+def _as_text(value: object) -> str | None:
     if isinstance(value, float):
         value = number(repr(value)) if math.isfinite(value) else None
     if isinstance(value, str):
@@ -109,7 +112,7 @@ def _written(value: object) -> str | None:
             return value.decode()
         except UnicodeDecodeError:
             return None
-    if isinstance(value, date | time):  # a datetime is a date too
+    if isinstance(value, date | time):  # datetime is a subclass of date
         return value.isoformat()
     if isinstance(value, bool) or not isinstance(value, int | Decimal):
         return None
@@ -121,7 +124,7 @@ def _written(value: object) -> str | None:
 def _decimal(value: Decimal) -> str:
     exponent = value.as_tuple().exponent
     assert isinstance(exponent, int)
-    if exponent > _LARGEST_EXPONENT or value.adjusted() < -_LARGEST_EXPONENT:
+    if exponent > _MAX_WRITTEN_DIGITS or value.adjusted() < -_MAX_WRITTEN_DIGITS:
         return str(value)
     return format(value, "f")
 
@@ -131,13 +134,13 @@ def _role(role: object) -> str:
 
 
 def _content(content: object) -> str:
-    """A text, or the texts of its parts, as those who also have images write it."""
+    """Return the text of a message's content: a string, or a list of parts of type text as in multimodal data sets."""
     if content == "":
-        return ""  # such as a system prompt that is meant to be empty
+        return ""  # an empty system prompt is valid
     if not isinstance(content, list):
         return text(content, "a text")
     for part in content:
         if not isinstance(part, Mapping) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-            raise UnusableError(f"has a message with a part of type {kind!r}, wanted texts alone")
+            raise UnusableError(f"has a message with a part of type {kind!r}, wanted only parts of type 'text'")
     return "".join(text(part.get("text"), "a text") for part in content)

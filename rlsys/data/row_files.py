@@ -1,7 +1,7 @@
-"""Rows of one file, just as the file has them: no reader guesses what a column's values should be.
+"""Reads the rows of one file without type inference: values are exactly those in the file.
 
-    JSON      texts as they are; numbers digit for digit
-    CSV       every cell is a text; an empty one is missing
+    JSON      strings unchanged; numbers digit for digit
+    CSV       every cell is a string; an empty cell is a missing value
     Parquet   the types that the file declares
 
 A row is a mapping of column names to values; numbers are int or Decimal, missing values None.
@@ -41,23 +41,24 @@ FORMATS = {
     ".tsv": "tsv",
 }
 _UNPACK: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_WHOLE_DIGITS = 30  # up to so many, a whole number is written without an exponent
-_LONG_INT = 4000  # digits; Python itself refuses to read or write an int of more than 4300
+_MAX_INT_DIGITS = 30  # integers with an exponent and up to this many digits become int
+_MAX_DIGITS = 4000  # longer integers stay Decimal: Python refuses to convert an int of more than 4300 digits to text
 
 
 def format_of(name: str) -> str | None:
-    """How a file of this name is read; None: not here."""
+    """Return the format of a file by its name; None if this module cannot read it."""
     path = Path(name)
     return FORMATS.get((Path(path.stem) if path.suffix in _UNPACK else path).suffix.lower())
 
 
 def read_file(path: Path, roots: Sequence[str], where: str, name: str = "") -> Iterator[Row]:
-    """`roots`: the columns that are wanted; others may be left out, those of the first row apart.
+    """Yield the rows of a file.
 
-    `name`: the file's own name where `path` is a copy of it; `where`: what messages begin with.
+    `roots`: top-level columns to read; other columns may be None. `where`: prefix of error messages. `name`: original
+    file name if `path` is a cached copy under another name.
 
     Raises:
-        ConfigError: the file cannot be read or decoded, with the place.
+        ConfigError: the file cannot be read or decoded; the message names the line or row.
     """
     kind = format_of(name or path.name)
     assert kind is not None
@@ -66,7 +67,7 @@ def read_file(path: Path, roots: Sequence[str], where: str, name: str = "") -> I
             start = stream.read(len(LFS_POINTER))
             if start == LFS_POINTER:
                 raise ConfigError(
-                    f"{where}: is a pointer of Git LFS, not the rows themselves: "
+                    f"{where}: is a Git LFS pointer, not the data itself; run "
                     f"`{command('git', '-C', path.parent, 'lfs', 'pull')}`"
                 )
             stream.seek(0)
@@ -78,28 +79,29 @@ def read_file(path: Path, roots: Sequence[str], where: str, name: str = "") -> I
 
 
 def number(written: str) -> int | Decimal | str:
-    """Of its digits: an int where it is whole, such as 7.0; the digits themselves where their exponent is beyond all
-    bounds.
+    """Parse a number exactly: int if it is an integer, such as 7.0, else Decimal.
+
+    Returns the text itself if Decimal cannot represent its exponent.
     """
     try:
         value = Decimal(written)
     except InvalidOperation:
         return written
-    if not value.is_finite() or value.adjusted() >= _LONG_INT:
+    if not value.is_finite() or value.adjusted() >= _MAX_DIGITS:
         return value
-    if value == value.to_integral_value() and (value.adjusted() < _WHOLE_DIGITS or written.lstrip("-").isdigit()):
+    if value == value.to_integral_value() and (value.adjusted() < _MAX_INT_DIGITS or written.lstrip("-").isdigit()):
         return int(value)
     return value
 
 
 def _opened(path: Path, name: str) -> IO[bytes]:
     unpack = _UNPACK.get(Path(name or path.name).suffix)
-    found: IO[bytes] = path.open("rb") if unpack is None else unpack(path, "rb")
-    return found
+    stream: IO[bytes] = path.open("rb") if unpack is None else unpack(path, "rb")
+    return stream
 
 
 def _json(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Row]:
-    """An object a line, or a list of objects."""
+    """Read JSON: one object per line, or a list of objects."""
     start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     stream.seek(0)
     if start.startswith(b"["):
@@ -108,38 +110,39 @@ def _json(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Row]:
 
 
 def _json_lines(stream: IO[bytes], where: str) -> Iterator[Row]:
-    for at, line in enumerate(stream, 1):
-        text = decode(line, where, at).rstrip("\r\n")
+    for line_number, line in enumerate(stream, 1):
+        text = decode(line, where, line_number).rstrip("\r\n")
         if not text.strip():
             continue
         try:
-            row = _parsed(text, where, at)
+            row = _parsed(text, where, line_number)
         except ConfigError:
             _refuse_one_object(stream, where)
             raise
         if not isinstance(row, dict):
-            raise ConfigError(f"{where}, line {at}: found {_kind(row)}; wanted an object, such as {_EXAMPLE}")
+            raise ConfigError(f"{where}, line {line_number}: found {_kind(row)}; wanted an object, such as {_EXAMPLE}")
         yield row
 
 
 def _refuse_one_object(stream: IO[bytes], where: str) -> None:
-    """Where a file is one object over many lines, and each of its lines no JSON."""
+    """Raise ConfigError if the file is a single object over several lines, so that no line by itself is JSON."""
     stream.seek(0)
     try:
-        found = json.loads(stream.read(), object_pairs_hook=_object)
-    except (ValueError, RecursionError, _TwiceError):
+        content = json.loads(stream.read(), object_pairs_hook=_object)
+    except (ValueError, RecursionError, _DuplicateKeyError):
         return
-    names = ", ".join(list(found)[:8]) if isinstance(found, dict) else ""
+    names = ", ".join(list(content)[:8]) if isinstance(content, dict) else ""
     raise ConfigError(
-        f"{where}: is one object{f' of {names}' if names else ''}; wanted a list of objects, or an object a line"
+        f"{where}: is a single JSON object{f' with the keys {names}' if names else ''}; wanted a list of objects, or "
+        "one object per line"
     )
 
 
 def _json_list(stream: IO[bytes], where: str) -> Iterator[Row]:
     rows = _parsed(decode(stream.read(), where), where)
-    for at, row in enumerate(rows):
+    for i, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ConfigError(f"{where}, element {at}: found {_kind(row)}; wanted an object, such as {_EXAMPLE}")
+            raise ConfigError(f"{where}, element {i}: found {_kind(row)}; wanted an object, such as {_EXAMPLE}")
         yield row
 
 
@@ -151,28 +154,30 @@ def _parsed(text: str, where: str, first_line: int = 1) -> Any:
         return json.loads(text, parse_int=number, parse_float=number, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
-        raise ConfigError(f"{where}, line {line}: is no JSON: {error.msg} (column {error.colno})") from None
-    except _TwiceError as error:
-        raise ConfigError(f"{where}, line {first_line}: the key {error.args[0]!r} is there twice in one row") from None
+        raise ConfigError(f"{where}, line {line}: is not valid JSON: {error.msg} (column {error.colno})") from None
+    except _DuplicateKeyError as error:
+        raise ConfigError(f"{where}, line {first_line}: the key {error.args[0]!r} occurs twice in one object") from None
     except RecursionError:
-        raise ConfigError(f"{where}, line {first_line}: is nested too deep to be read") from None
+        raise ConfigError(f"{where}, line {first_line}: is nested too deeply to be read") from None
 
 
-class _TwiceError(Exception):
-    """A key that an object has twice, of which a parser would drop one."""
+class _DuplicateKeyError(Exception):
+    """An object has a key twice; Python's parser would silently drop the first value."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _TwiceError(Counter(key for key, _ in pairs).most_common(1)[0][0])
-    return found
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise _DuplicateKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
+    return fields
 
 
 def _csv(stream: IO[bytes], roots: Sequence[str], where: str, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # 128 KiB by default
     text = io.StringIO(decode(stream.read(), where), newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)  # not strict, an open quote swallows what follows
+    reader = csv.reader(
+        text, delimiter=delimiter, strict=True
+    )  # without strict, an open quote swallows the rows after it
     header: list[str] = []
     try:
         for cells in reader:
@@ -180,17 +185,17 @@ def _csv(stream: IO[bytes], roots: Sequence[str], where: str, delimiter: str = "
                 continue
             if not header:
                 header = cells
-                _refuse_twice(header, roots, where)
+                _refuse_duplicate_columns(header, roots, where)
                 continue
             if len(cells) > len(header):
                 raise ConfigError(
-                    f"{where}, line {reader.line_num}: found {len(cells)} cells, the header names {len(header)} "
-                    'columns; wanted quotes round a cell with commas, such as "1,500"'
+                    f"{where}, line {reader.line_num}: found {len(cells)} cells, but the header has {len(header)} "
+                    'columns; wanted quotes around each cell that contains a comma, such as "1,500"'
                 )
             cells += [""] * (len(header) - len(cells))
             yield {name: cell or None for name, cell in zip(header, cells, strict=True)}
     except csv.Error as error:
-        raise ConfigError(f"{where}, line {reader.line_num}: is no CSV: {error}") from None
+        raise ConfigError(f"{where}, line {reader.line_num}: is not valid CSV: {error}") from None
 
 
 def _parquet(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Row]:
@@ -200,7 +205,7 @@ def _parquet(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Ro
     try:
         file = parquet.ParquetFile(stream)
         schema = file.schema_arrow
-        _refuse_twice(schema.names, roots, where)
+        _refuse_duplicate_columns(schema.names, roots, where)
         wanted = [name for name in schema.names if name in roots]
         others = dict.fromkeys(name for name in schema.names if name not in roots)
         convert = {name: _exact(schema.field(name).type) for name in wanted}
@@ -212,33 +217,33 @@ def _parquet(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Ro
                 dict(zip(columns, cells, strict=True)) | others for cells in zip(*columns.values(), strict=True)
             )
         if not wanted and file.metadata.num_rows:
-            yield dict.fromkeys(schema.names)  # whose names go into the message
+            yield dict.fromkeys(schema.names)  # the caller's error message lists the names
     except pyarrow.ArrowException as error:
         raise ConfigError(
-            f"{where} cannot be read: it is no Parquet file, or a damaged one: {first_line(error)}"
+            f"{where} cannot be read: the file is not Parquet or is damaged: {first_line(error)}"
         ) from error
 
 
 def _values(column: Any, convert: Callable[[Any], Any], name: str, first: int, where: str) -> list[Any]:
-    """`first`: the row at which the column begins."""
+    """Return the column's values as Python objects; `first` is the row number of the first value."""
     try:
         return [convert(value) for value in column.to_pylist()]
     except (ValueError, OverflowError):
-        pass  # one of them; below says which
-    for at, value in enumerate(column):
+        pass  # some value cannot be converted; the loop below identifies it
+    for i, value in enumerate(column):
         try:
             value.as_py()
         except (ValueError, OverflowError) as error:
             raise ConfigError(
-                f"{where}, row {first + at}: column {name} cannot be decoded: {first_line(error)}"
+                f"{where}, row {first + i}: column {name} cannot be decoded: {first_line(error)}"
             ) from None
-    raise AssertionError("a column is its values")
+    raise AssertionError("to_pylist fails only if as_py of one value fails")
 
 
 def _exact(kind: Any) -> Callable[[Any], Any]:
-    """From what pyarrow makes of a value of this type to what the file says.
+    """Return the function that converts pyarrow's Python value of this type to the value in the file.
 
-    Floats are the shortest digits that give them in their own width: a float32 of 0.1 is 0.1, not 0.10000000149.
+    A float becomes the shortest decimal that rounds to it in its own width: float32 0.1 is 0.1, not 0.10000000149.
     """
     from pyarrow import types
 
@@ -263,10 +268,10 @@ def _of_list(inner: Callable[[Any], Any], value: Any) -> Any:
     return None if value is None else [inner(part) for part in value]
 
 
-def _refuse_twice(names: Sequence[str], roots: Sequence[str], where: str) -> None:
+def _refuse_duplicate_columns(names: Sequence[str], roots: Sequence[str], where: str) -> None:
     for name in roots:
         if names.count(name) > 1:
-            raise ConfigError(f"{where}: names the column {name!r} {names.count(name)} times; wanted one of each")
+            raise ConfigError(f"{where}: has {names.count(name)} columns named {name!r}; wanted distinct column names")
 
 
 def _kind(value: object) -> str:

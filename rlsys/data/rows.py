@@ -1,9 +1,9 @@
-"""Prompts and answers of a data set: a local file or folder, or a name on the Hub.
+"""Reads prompts and answers of a data set from a local file or folder, or from the Hugging Face Hub.
 
-A path that exists here is local, anything else is a name on the Hub. `datasets` says which files of a folder or of a
-Hub name belong to a split, and fetches them; JSON, CSV and Parquet are then read by rlsys/data/row_files.py, wherever
-they come from: the same files give the same rows. Other formats are read by the library. It keeps a Hub data set in its
-cache, and it comes from there when the Hub is out of reach.
+An existing path is local; any other source is a data set name on the Hub. The library `datasets` determines which files
+belong to a split, and downloads them. rlsys/data/row_files.py then reads JSON, CSV and Parquet, local or from the Hub,
+so that the same files give the same rows. `datasets` itself reads all other formats. It caches Hub data sets; if the
+Hub cannot be reached, the cache is used.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from rlsys.config.relative_paths import HUB_NAME
 from rlsys.data import row_fields
 from rlsys.data.messages import Messages
 from rlsys.data.row_files import FORMATS, Row, format_of, read_file
-from rlsys.data.split_files import PLAIN_OPTIONS, Splits, in_our_formats, said, splits_of_folder
+from rlsys.data.split_files import PLAIN_OPTIONS, Splits, error_text, in_our_formats, splits_of_folder
 from rlsys.errors import ConfigError, did_you_mean
 from rlsys.utils.text_files import first_line
 
-HUB_LIMIT_S = 10.0  # for the first answer; after that the library's own limits hold
+HUB_LIMIT_S = 10.0  # for the Hub's first response; later requests have the time limits of `datasets`
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """N rows as text, and what became of those that are none."""
+    """N usable rows of a data set."""
 
     prompts: tuple[str | Messages, ...]
     answers: tuple[str, ...]
-    unusable: int  # rows left out: no text or number in one of the columns
-    why: str  # of the first of those; "" without one
+    unusable: int  # number of rows left out because a column is neither a text nor a number
+    why: str  # why the first unusable row was left out; "" if all rows are usable
 
 
-def load(source: SourceSection, columns: ColumnSection, key: str) -> Rows:
-    """All rows in their order; `key` is where the job names the source, such as task.train.
+def read_rows(source: SourceSection, columns: ColumnSection, key: str) -> Rows:
+    """Read all rows in their order; `key` is the config key of the source, such as task.train, for error messages.
 
     Raises:
-        ConfigError: there is no such file, data set, split or column, it cannot be read, or no row is usable.
+        ConfigError: the file, data set, split or column does not exist, cannot be read, or has no usable row.
     """
     path = Path(source.path)
     if path.exists():
@@ -50,33 +50,33 @@ def load(source: SourceSection, columns: ColumnSection, key: str) -> Rows:
         rows = _hub(source, columns, key)
     else:
         raise ConfigError(
-            f"{key}.path: no file or folder {source.path!r} here; wanted one, or the name of a data set on the Hugging "
-            "Face Hub, such as openai/gsm8k"
+            f"{key}.path: no file or folder {source.path!r} on this machine; wanted an existing path, or the name of a "
+            "data set on the Hugging Face Hub, such as openai/gsm8k"
         )
-    found = _as_text(rows, columns, f"{key}: {source.path}")
-    if not found.prompts:
-        raise ConfigError(f"{key}: {source.path} has no usable row{f': {found.why}' if found.why else ''}")
-    return found
+    usable = _as_text(rows, columns, f"{key}: {source.path}")
+    if not usable.prompts:
+        raise ConfigError(f"{key}: {source.path} has no usable row{f': {usable.why}' if usable.why else ''}")
+    return usable
 
 
 def _as_text(rows: Iterable[Row], columns: ColumnSection, where: str) -> Rows:
     prompts, answers, unusable, why = list[str | Messages](), list[str](), 0, ""
-    seen, known = set[str](), dict[str, None]()  # columns that some row has; names of all of them
+    seen, known = set[str](), dict[str, None]()  # requested columns that some row has; all column names
     for number, row in enumerate(rows):
-        found = {column: row_fields.at(row, column) for column in (columns.prompt, columns.answer)}
-        seen.update(column for column, value in found.items() if value is not row_fields.MISSING)
-        if len(seen) < len(found):
+        cells = {column: row_fields.value_at(row, column) for column in (columns.prompt, columns.answer)}
+        seen.update(column for column, value in cells.items() if value is not row_fields.MISSING)
+        if len(seen) < len(cells):
             known.update(dict.fromkeys(row_fields.names(row)))
         column = columns.prompt
         try:
-            asked = row_fields.question(_present(found[column]))
+            prompt = row_fields.question(_present(cells[column]))
             column = columns.answer
-            answer = row_fields.text(_present(found[column]))
+            answer = row_fields.text(_present(cells[column]))
         except row_fields.UnusableError as error:
             unusable += 1
             why = why or f"row {number}: {column} {str(error).replace('COLUMN', column)}"
             continue
-        prompts.append(asked)
+        prompts.append(prompt)
         answers.append(answer)
     for column, name in ((columns.prompt, "prompt"), (columns.answer, "answer")):
         if known and column not in seen:
@@ -92,11 +92,13 @@ def _present(value: Any) -> Any:
 
 
 def _local(source: SourceSection, columns: ColumnSection, path: Path, key: str) -> Iterator[Row]:
-    """Read where it lies: nothing is copied into a cache."""
+    """Read local files in place, without a copy in a cache."""
     if path.is_dir():
         return _folder(source, columns, path, key)
     if format_of(path.name) is None:
-        raise ConfigError(f"{key}.path: found {path}; wanted a folder, or a file that ends in {', '.join(FORMATS)}")
+        raise ConfigError(
+            f"{key}.path: found {path}; wanted a folder, or a file whose name ends in {', '.join(FORMATS)}"
+        )
     return read_file(path, _roots(columns), f"{key}: {path}")
 
 
@@ -125,14 +127,15 @@ def _hub(source: SourceSection, columns: ColumnSection, key: str) -> Iterator[Ro
             return _read(f"{key}: {source.path} in the cache", source.path, name=source.subset, split=source.split)
         except ConfigError as error:
             raise ConfigError(
-                f"{key}.path: {source.path!r} is no file or folder here, the Hugging Face Hub cannot be reached "
-                f"({problem}), and the cache does not hold it; set {key}.path to a local file or folder of the same "
-                f"rows ({', '.join(FORMATS)}), or load it once where there is a network and bring HF_HOME along"
+                f"{key}.path: {source.path!r} is not a file or folder on this machine, the Hugging Face Hub cannot be "
+                f"reached ({problem}), and the Hub's cache has no copy; set {key}.path to a local file or folder with "
+                f"the same rows ({', '.join(FORMATS)}), or download the data set on a machine with network access and "
+                "copy its HF_HOME folder to this machine"
             ) from error
 
 
 def _of_split(splits: Splits, source: SourceSection, columns: ColumnSection, where: str) -> Iterator[Row]:
-    """The rows of one split, or of a part of it or of several together: train[:10%], train+test."""
+    """Yield the rows of a split, of a part of a split (train[:10%]) or of several splits (train+test)."""
     if source.split in splits:
         return _of_files(splits[source.split], columns, where)
     import datasets
@@ -145,7 +148,7 @@ def _of_split(splits: Splits, source: SourceSection, columns: ColumnSection, whe
     rows = {name: list(_of_files(splits[name], columns, where)) for name in names}
     try:
         spec = datasets.ReadInstruction.from_spec(source.split)
-        parts = spec.to_absolute({name: len(found) for name, found in rows.items()})
+        parts = spec.to_absolute({name: len(split_rows) for name, split_rows in rows.items()})
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"{where}: split {source.split!r}: {error}; it has {known}") from error
     return (row for part in parts for row in rows[part.splitname][part.from_ : part.to])
@@ -161,7 +164,7 @@ def _roots(columns: ColumnSection) -> tuple[str, ...]:
 
 
 def _splits_of_hub(source: SourceSection, where: str) -> Splits | None:
-    """As ``splits_of_folder``; the files of all splits of the subset are fetched into the Hub's cache."""
+    """Like ``splits_of_folder``, for a data set on the Hub; downloads the files of all splits into the Hub's cache."""
     import datasets
 
     try:
@@ -169,28 +172,28 @@ def _splits_of_hub(source: SourceSection, where: str) -> Splits | None:
         if not _is_plain(builder.config):
             return None
         manager = datasets.DownloadManager(base_path=builder.base_path)
-        files = {str(split): [str(file) for file in found] for split, found in builder.config.data_files.items()}
-        if in_our_formats({split: [(Path(file), file) for file in found] for split, found in files.items()}) is None:
+        files = {str(split): [str(file) for file in urls] for split, urls in builder.config.data_files.items()}
+        if in_our_formats({split: [(Path(url), url) for url in urls] for split, urls in files.items()}) is None:
             return None
         return {
-            split: [(Path(path), Path(file).name) for path, file in zip(manager.download(found), found, strict=True)]
-            for split, found in files.items()
+            split: [(Path(path), Path(url).name) for path, url in zip(manager.download(urls), urls, strict=True)]
+            for split, urls in files.items()
         }
-    except Exception as error:  # of a library that speaks to a server
-        raise ConfigError(f"{where} cannot be read: {said(error)}") from error
+    except Exception as error:  # the library and the network raise many types
+        raise ConfigError(f"{where} cannot be read: {error_text(error)}") from error
 
 
 def _is_plain(config: Any) -> bool:
-    """Whether a subset's README sets nothing that changes how its files are read, such as names of CSV columns."""
+    """Return whether the README sets no option that changes how files are read, such as names of CSV columns."""
     if not config.data_files:
         return False
     plain = type(config)()
-    read = [field.name for field in fields(config) if field.name not in (*PLAIN_OPTIONS, "name", "sep")]
-    return all(getattr(config, name) == getattr(plain, name) for name in read)
+    options = [field.name for field in fields(config) if field.name not in (*PLAIN_OPTIONS, "name", "sep")]
+    return all(getattr(config, name) == getattr(plain, name) for name in options)
 
 
 def _snapshot(name: str) -> Path | None:
-    """The files of a data set that were fetched before; None where there are none."""
+    """Return the cached files of a data set; None if the cache has none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -201,10 +204,10 @@ def _snapshot(name: str) -> Path | None:
 
 
 def _out_of_reach(name: str, key: str) -> str | None:
-    """Why the Hub does not answer, within HUB_LIMIT_S whatever the network does; None if it knows the data set.
+    """Return why the Hub cannot be reached, after at most HUB_LIMIT_S; None if the Hub has the data set.
 
     Raises:
-        ConfigError: the Hub answers that there is no such data set.
+        ConfigError: the Hub responds that the data set does not exist.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -217,26 +220,26 @@ def _out_of_reach(name: str, key: str) -> str | None:
         try:
             HfApi().dataset_info(name, timeout=HUB_LIMIT_S)
             problem.append(None)
-        except Exception as error:  # of the libraries below; what it says goes into the message
+        except Exception as error:  # the HTTP libraries raise many types; the error message includes the text
             problem.append(error)
 
-    asking = threading.Thread(target=ask, daemon=True)  # a name server may hold its caller longer than any timeout
-    asking.start()
-    asking.join(HUB_LIMIT_S)
+    request = threading.Thread(target=ask, daemon=True)  # a DNS lookup may block longer than any HTTP timeout
+    request.start()
+    request.join(HUB_LIMIT_S)
     if not problem:
-        return f"no answer within {HUB_LIMIT_S:.0f} s"
+        return f"no response within {HUB_LIMIT_S:.0f} s"
     error = problem[0]
     if isinstance(error, RepositoryNotFoundError):
         raise ConfigError(
-            f"{key}.path: {name!r} is no file or folder here and no data set on the Hugging Face Hub that may be read "
-            "from here; mind the name, and for a private or gated one log in with `hf auth login`"
+            f"{key}.path: {name!r} is neither a file or folder on this machine nor an accessible data set on the "
+            "Hugging Face Hub; check the name, and log in with `hf auth login` if the data set is private or gated"
         )
     return None if error is None else first_line(error)
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """The library looks into its cache alone: it would try the Hub six times first."""
+    """Make `datasets` use only its cache: by default it tries the Hub six times first."""
     import datasets
     from huggingface_hub import constants
 
@@ -253,6 +256,6 @@ def _read(where: str, *args: str, **options: Any) -> Iterator[Row]:
 
     try:
         rows: list[Mapping[str, Any]] = list(datasets.load_dataset(*args, **options))
-    except Exception as error:  # of a library that reads whatever file it is given
-        raise ConfigError(f"{where} cannot be read: {said(error)}") from error
+    except Exception as error:  # the readers of `datasets` raise many types
+        raise ConfigError(f"{where} cannot be read: {error_text(error)}") from error
     return iter(rows)

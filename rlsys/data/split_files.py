@@ -1,4 +1,4 @@
-"""The files of a folder that are the splits of a data set, as `datasets` deals them out: by names, or by README.md."""
+"""Finds the files of each split in a data set's folder, by the rules of `datasets`: by file name or by README.md."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from rlsys.data.row_files import FORMATS, format_of
 from rlsys.errors import ConfigError, did_you_mean
 from rlsys.utils.text_files import first_line, plain_path, read_text
 
-PLAIN_OPTIONS = {"data_files", "data_dir", "default", "description", "version", "features"}  # of a README's config
-_OF_SAVE_TO_DISK = ("state.json", "dataset_dict.json")
+# Options in README.md that do not change how files are read.
+PLAIN_OPTIONS = {"data_files", "data_dir", "default", "description", "version", "features"}
+_SAVE_TO_DISK_FILES = ("state.json", "dataset_dict.json")
 
-Splits = Mapping[str, Sequence[tuple[Path, str]]]  # the files of each, and their own names
+Splits = Mapping[str, Sequence[tuple[Path, str]]]  # split -> its files, each as (path, original file name)
 
 
 def splits_of_folder(source: SourceSection, folder: Path, key: str) -> Splits | None:
-    """As `datasets` deals the files of a folder out to splits; None where they are of a format of the library's.
+    """Return the files of each split in a folder; None if only `datasets` can read their format.
 
     Raises:
-        ConfigError: the folder holds no data set, or not this subset of one.
+        ConfigError: the folder contains no data set, or not the subset `source.subset`.
     """
     from datasets.data_files import EmptyDatasetError, get_data_patterns, sanitize_patterns
 
     where = f"{key}: {folder}"
-    if any((folder / name).is_file() for name in _OF_SAVE_TO_DISK):
+    if any((folder / name).is_file() for name in _SAVE_TO_DISK_FILES):
         raise ConfigError(
-            f"{where} was written by save_to_disk; wanted {', '.join(FORMATS)}, such as "
-            "datasets.load_from_disk(folder).to_parquet('train.parquet') writes (of a DatasetDict, each split)"
+            f"{where} was written by save_to_disk; wanted files in {', '.join(FORMATS)}: convert the data set with "
+            "datasets.load_from_disk(folder).to_parquet('train.parquet'), or each split of a DatasetDict"
         )
     options = _options_of_folder(source, folder, where)
     if options.keys() - PLAIN_OPTIONS:
@@ -42,56 +43,58 @@ def splits_of_folder(source: SourceSection, folder: Path, key: str) -> Splits | 
             patterns = get_data_patterns(base) if named is None else sanitize_patterns(named)
             files = {str(split): _resolved(of_split, base) for split, of_split in patterns.items()}
         except EmptyDatasetError:
-            raise ConfigError(f"{where} holds no files of rows; wanted some that end in {', '.join(FORMATS)}") from None
+            raise ConfigError(
+                f"{where} contains no data files; wanted files whose names end in {', '.join(FORMATS)}"
+            ) from None
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{where}: its README.md names files that are not there: {said(error)}") from error
+            raise ConfigError(f"{where}: its README.md names files that do not exist: {error_text(error)}") from error
         kept = _of_one_format(files, where)
     if kept is None:
         return None
-    names = {split: [str(Path(file).relative_to(plain)) for file in found] for split, found in kept.items()}
-    return {split: [(root / name, name) for name in found] for split, found in names.items()}
+    names = {split: [str(Path(path).relative_to(plain)) for path in paths] for split, paths in kept.items()}
+    return {split: [(root / name, name) for name in of_split] for split, of_split in names.items()}
 
 
 def _resolved(patterns: Sequence[str], base: str) -> list[str]:
-    """Files in the order of the patterns, as the library has them.
+    """Return the files that match, in the order of the patterns, as `datasets` does.
 
     Raises:
-        FileNotFoundError: none is there, or not one that is named.
+        FileNotFoundError: no file matches, or a file named without a wildcard does not exist.
     """
     from datasets.data_files import resolve_pattern
 
-    found = dict[str, None]()
+    paths = dict[str, None]()
     for pattern in patterns:
         try:
-            found.update(dict.fromkeys(map(str, resolve_pattern(pattern, base))))
+            paths.update(dict.fromkeys(map(str, resolve_pattern(pattern, base))))
         except FileNotFoundError:
             if not glob.has_magic(pattern):
                 raise
-    if not found:
+    if not paths:
         raise FileNotFoundError(f"no file matches {', '.join(patterns)}")
-    return list(found)
+    return list(paths)
 
 
 def _of_one_format(files: Mapping[str, Sequence[str]], where: str) -> Mapping[str, Sequence[str]] | None:
-    """The files of the format that `datasets` reads of them; None where it is none of ours."""
+    """Return the files of the format that `datasets` infers for the folder; None if rlsys cannot read that format."""
     from datasets.load import infer_module_for_data_files
 
-    plain = {split: [file.replace("::", "__") for file in found] for split, found in files.items()}
+    plain = {split: [path.replace("::", "__") for path in paths] for split, paths in files.items()}
     try:
         module, _ = infer_module_for_data_files(plain)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{where} cannot be read: {said(error)}") from error
+        raise ConfigError(f"{where} cannot be read: {error_text(error)}") from error
     endings = [ending for ending, kind in FORMATS.items() if module == ("csv" if kind == "tsv" else kind)]
     kept = {
-        split: [file for file in found if set(map(str.lower, Path(file).suffixes)).intersection(endings)]
-        for split, found in files.items()
+        split: [path for path in paths if set(map(str.lower, Path(path).suffixes)).intersection(endings)]
+        for split, paths in files.items()
     }
-    every = [file for found in kept.values() for file in found]
-    return kept if every and all(map(format_of, every)) else None
+    all_paths = [path for paths in kept.values() for path in paths]
+    return kept if all_paths and all(map(format_of, all_paths)) else None
 
 
 def _options_of_folder(source: SourceSection, folder: Path, where: str) -> Mapping[str, Any]:
-    """What the folder's README.md says of the subset, as on the Hub."""
+    """Return the options of the subset in the folder's README.md, as on the Hub."""
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
 
@@ -99,27 +102,28 @@ def _options_of_folder(source: SourceSection, folder: Path, where: str) -> Mappi
     content = read_text(card, f"{where.partition(':')[0]}: {card}") if card.is_file() else ""
     try:
         subsets = MetadataConfigs.from_dataset_card_data(DatasetCard(content).data if content[:3] == "---" else {})
-        named = source.subset or (subsets.get_default_config_name() if subsets else None)
-    except Exception as error:  # of a library that reads whatever the README says
-        raise ConfigError(f"{where}: its README.md cannot be read: {said(error)}") from error
+        subset = source.subset or (subsets.get_default_config_name() if subsets else None)
+    except Exception as error:  # a malformed README makes the library raise many types
+        raise ConfigError(f"{where}: its README.md cannot be read: {error_text(error)}") from error
     if not subsets and source.subset in (None, "default"):
         return {}
     if not subsets:
-        raise ConfigError(f"{where} has no subset {source.subset!r}; its README.md names none")
-    if named not in subsets:
+        raise ConfigError(f"{where} has no subset {source.subset!r}; its README.md defines no subsets")
+    if subset not in subsets:
         key, known = f"{where.partition(':')[0]}.subset", ", ".join(subsets)
         if source.subset is None:
             raise ConfigError(f"{where} has several subsets; set {key} to one of {known}")
-        raise ConfigError(f"{where} has no subset {named!r} ({key}); it has {known}{did_you_mean(named, subsets)}")
-    options: Mapping[str, Any] = subsets[named]
+        raise ConfigError(f"{where} has no subset {subset!r} ({key}); it has {known}{did_you_mean(subset, subsets)}")
+    options: Mapping[str, Any] = subsets[subset]
     return options
 
 
 def in_our_formats(splits: Splits) -> Splits | None:
+    """Return `splits` if rlsys can read the format of every file, else None."""
     kinds = [format_of(name) for files in splits.values() for _, name in files]
     return None if None in kinds else splits
 
 
-def said(error: BaseException) -> str:
-    """What a library says, which may list over several lines what there is."""
+def error_text(error: BaseException) -> str:
+    """Return a library's error message on one line; some messages list the valid choices over several lines."""
     return " ".join(str(error).split()) or first_line(error)

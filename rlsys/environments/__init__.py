@@ -1,1 +1,1 @@
-"""Multi-turn completions, and the processes in which a task's environment replies."""
+"""Samples multi-turn completions, and runs a task's environment in a pool of processes."""

@@ -1,7 +1,7 @@
-"""An environment answers the model from processes of its own, each call killed when its time is up.
+"""Runs a task's environment in a pool of processes and kills each call that exceeds its time limit.
 
-That a conversation is over, that a reply took too long and that it failed are three different outcomes: the first is a
-fact about the conversation, the others are faults of the environment, and they are counted.
+The end of a conversation, a timeout and a failed call are three different outcomes. Timeouts and failures are faults of
+the environment and are counted.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from rlsys.sandbox.killable_process import TEXT_TAIL, describe_exit, init_killab
 
 REPLIED, OVER, TIMEOUT, ERROR = 0, 1, 2, 3  # values of Reply.outcome
 
-Replier = Callable[[Sequence[str], str], "str | None"]  # the model's turns and the problem's answer -> the reply
+Replier = Callable[[Sequence[str], str], "str | None"]  # (the model's turns, reference answer) -> reply
 
-MAX_REPLY_CHARACTERS = 100_000  # more is no reply that a model could read, and would hold up who makes tokens of it
-ATTEMPTS = 3  # of a call whose process was killed from outside, or whose pool broke between two calls
+MAX_REPLY_CHARACTERS = 100_000  # a longer reply would exceed any context length and block the tokenizer
+ATTEMPTS = 3  # for a call whose process was killed by another process, or whose pool broke between two calls
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """`text` is "" unless there is a reply; `why` is "" unless there should have been one."""
+    """Outcome of one call."""
 
-    outcome: int
-    text: str = ""
-    why: str = ""
+    outcome: int  # REPLIED, OVER, TIMEOUT or ERROR
+    text: str = ""  # the reply, if REPLIED
+    why: str = ""  # the error text, if TIMEOUT or ERROR
 
 
 class Environment:
-    """`section.workers` processes that call `function`, which has to be picklable. All methods on one event loop."""
+    """Pool of `section.workers` processes that call the picklable `function`. Use all methods on one event loop."""
 
     def __init__(self, section: TurnSection, function: Replier) -> None:
         self._section = section
         try:
             self._function = pickle.dumps(function)
-        except Exception as error:  # pickling runs the object's own code
+        except Exception as error:  # pickling runs user code
             raise ConfigError(
-                f"task: {function!r} cannot be sent to the processes that reply ({error}); wanted a task that can be "
-                "pickled, or whose reply is a static method"
+                f"task: {function!r} cannot be sent to the environment processes ({error}); wanted a picklable task, "
+                "or a task whose method `reply` is static"
             ) from error
-        self._context = multiprocessing.get_context("forkserver")  # fork would copy the locks of this process' threads
+        self._context = multiprocessing.get_context("forkserver")  # fork would copy locks held by other threads
         self._context.set_forkserver_preload([__name__, function.__module__])
         self._answered = 0
         self._pool = self._start()
 
     async def reply(self, turns: Sequence[str], answer: str) -> Reply:
-        """To the model's turns so far."""
+        """Call the environment with the model's turns so far, oldest first, and the reference answer."""
         why = ""
         for _ in range(ATTEMPTS):
             try:
@@ -67,10 +67,10 @@ class Environment:
                     return Reply(ERROR, why=failure)
                 return Reply(OVER) if text is None else Reply(REPLIED, text)
             except BrokenProcessPool as error:
-                why = f"the processes that reply died between two replies: {error}"
+                why = f"the environment processes died between two calls: {error}"
             except ProcessExpired as error:
-                why = f"the process that replies died: {describe_exit(error.exitcode)}"
-                if error.exitcode != -signal.SIGKILL:  # else from outside, it seems, and not the conversation's fault
+                why = f"the environment process died: {describe_exit(error.exitcode)}"
+                if error.exitcode != -signal.SIGKILL:  # SIGKILL probably came from outside, such as the OOM killer
                     break
             except TimeoutError:
                 self._answered += 1
@@ -81,24 +81,24 @@ class Environment:
         return Reply(ERROR, why=why)
 
     def progress(self) -> int:
-        """Replies that have come to an end since the start, however."""
+        """Return the number of finished calls since the start, failed ones included."""
         return self._answered
 
     def close(self) -> None:
-        """Kill the processes, whatever they do."""
+        """Kill all processes, including those in the middle of a call."""
         self._pool.stop()
         while True:
             try:
                 self._pool.join()
                 return
-            except KeyError:  # pebble's own thread took away a process that it was about to stop; others may be left
+            except KeyError:  # a race in pebble: its thread removed a process during join; other processes may remain
                 continue
 
     def _start(self) -> ProcessPool:
         pool = ProcessPool(
             self._section.workers, initializer=_initialise, initargs=(self._function,), context=self._context
         )
-        assert pool.active  # asking starts the processes: they import while the engine starts
+        assert pool.active  # reading `active` starts the processes: they import while the engine starts
         return pool
 
     def _submit(self, turns: Sequence[str], answer: str) -> Future[_Answer]:
@@ -110,28 +110,28 @@ class Environment:
         return call
 
 
-_Answer = tuple["str | None", str]  # reply, and the text of the exception if there was one
-_function: Replier | None = None  # of this process
+_Answer = tuple["str | None", str]  # reply, and the traceback if the call failed, else ""
+_function: Replier | None = None  # the environment of this process
 _start_error = ""
 
 
 def _initialise(function: bytes) -> None:
-    """Runs once in each process; one that cannot load its environment lives on to say so."""
+    """Load the environment, once per process. If that fails, the process keeps running and calls return the error."""
     global _function, _start_error
     init_killable_process()
     try:
-        _function = pickle.loads(function)  # our owner pickled it
-    except Exception:  # an import of the user's may raise anything
+        _function = pickle.loads(function)  # trusted: the parent pickled it
+    except Exception:  # importing user code may raise any type
         _start_error = traceback.format_exc()[-TEXT_TAIL:]
 
 
 def _reply_once(turns: list[str], answer: str) -> _Answer:
-    """Failures come back as text: not every exception survives pickling."""
+    """Call the environment. Errors are returned as text: not every exception can be pickled."""
     if _function is None:
         return None, f"the environment could not be loaded: {_start_error}"
     try:
         return _text(_function(turns, answer)), ""
-    except BaseException:  # also SystemExit, and what libraries derive from BaseException
+    except BaseException:  # SystemExit too, and library errors derived from BaseException
         return None, traceback.format_exc()[-TEXT_TAIL:]
 
 
@@ -139,7 +139,9 @@ def _text(reply: object) -> str | None:
     if reply is None:
         return None
     if not isinstance(reply, str):
-        raise TypeError(f"the environment replied {reply!r:.200} of type {type(reply).__name__}; wanted a text or None")
+        raise TypeError(
+            f"the environment replied {reply!r:.200} of type {type(reply).__name__}; wanted a string or None"
+        )
     if len(reply) > MAX_REPLY_CHARACTERS:
-        raise ValueError(f"the environment replied {len(reply)} characters; wanted at most {MAX_REPLY_CHARACTERS}")
-    return reply.encode("utf-8", "replace").decode()  # half a surrogate pair is no token's text
+        raise ValueError(f"the environment's reply has {len(reply)} characters; wanted at most {MAX_REPLY_CHARACTERS}")
+    return reply.encode("utf-8", "replace").decode()  # replaces unpaired surrogates, which no tokenizer can encode

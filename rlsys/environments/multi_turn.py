@@ -1,10 +1,10 @@
-"""Completions of several turns: the model writes, the environment answers, until one of them has had enough.
+"""Samples multi-turn completions: the model and the environment take turns until either ends the conversation.
 
     prompt | turn  reply  turn      ->   tokens    t t t r r t t
                                          versions  v v v E E v v      E: ENVIRONMENT, with log-probability 0
 
-Token in, token out: what the model wrote is never made into tokens again. Each completion goes its own way; none waits
-for the turns of another.
+The token ids that the model sampled are kept: its turns are never re-tokenized. Conversations run concurrently, and
+none waits for the turns of another.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from rlsys.types import Array, SamplingParams
 
 
 class TurnSampler(Protocol):
-    """What a conversation needs of a ``Sampler``."""
+    """Methods of ``Sampler`` that a conversation uses."""
 
     @property
     def end_ids(self) -> Sequence[int]: ...
@@ -50,25 +50,28 @@ class TurnSampler(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TurnRules:
-    """How long a conversation goes on, and how its texts and tokens become one another."""
+    """Limits of a conversation, and the conversions between its text and tokens."""
 
-    stop: Sequence[str]  # texts that end a turn, beside the model's own end
+    stop: Sequence[str]  # texts that end a turn, in addition to the model's end tokens
     max_turns: int  # of the model
-    max_failed_share: float  # of a call's completions that a failed reply cuts short
+    max_failed_share: float  # share of a call's completions that failed replies may cut short
     decode: Callable[[Sequence[int]], str]
-    reply_ids: Callable[[str, int | None], Sequence[int]]  # of a reply, and the last token of the turn before it
+    reply_ids: Callable[[str, int | None], Sequence[int]]  # (reply, last token of the turn before it) -> token ids
 
 
 class Conversations:
+    """Sampler of multi-turn completions."""
+
     def __init__(self, sampler: TurnSampler, environment: Environment, rules: TurnRules) -> None:
         self._sampler, self._environment, self._rules = sampler, environment, rules
 
     @classmethod
     def start(cls, config: JobConfig, base: Path, sampler: TurnSampler) -> Conversations | None:
-        """Start the processes that reply; None where the task's environment never does.
+        """Start the environment processes; None if the task is single-turn.
 
         Raises:
-            ConfigError: the task cannot be made or sent to them, or runs code and may not or cannot.
+            ConfigError: the task cannot be built or pickled, or it runs code and turns.python_tool is false or the
+                sandbox does not work on this machine.
         """
         if not tasks.converses(config.task):
             return None
@@ -77,8 +80,8 @@ class Conversations:
         sandbox = getattr(task, "sandbox", None)
         if sandbox is not None and not config.turns.python_tool:
             raise ConfigError(
-                f"turns.python_tool: found false; task {config.task.name!r} runs what the model writes, in a process "
-                "without network and with limits (docs/tasks.md); set turns.python_tool: true to allow that"
+                f"turns.python_tool: found false; task {config.task.name!r} runs code that the model writes, in a "
+                "sandboxed process without network access (docs/tasks.md); set turns.python_tool: true to allow this"
             )
         if sandbox is not None:
             sandbox.check()
@@ -94,11 +97,11 @@ class Conversations:
         return cls(sampler, Environment(config.turns, task.reply), rules)
 
     def progress(self) -> int:
-        """Replies that have come to an end."""
+        """Return the number of finished environment calls."""
         return self._environment.progress()
 
     def close(self) -> None:
-        """Kill the processes that reply."""
+        """Kill the environment processes."""
         self._environment.close()
 
     async def sample(
@@ -114,14 +117,15 @@ class Conversations:
         move_on: bool = False,
         occurrence: Array | None = None,
     ) -> tuple[Rollouts, dict[str, float]]:
-        """As ``Sampler.sample``, and counts. `params.max_tokens` is for a whole completion, replies included.
+        """Sample completions as ``Sampler.sample`` does; also return counts of turns and of outcomes of replies.
 
-        A seed is a function of `params.seed`, the problem and its occurrence, which of its completions, and the turn:
-        what is lost is drawn again as it was, by whichever sampler.
+        `params.max_tokens` limits a completion with all its turns and replies. The seed of a turn is a function of
+        `params.seed`, the problem, its occurrence, and the indices of completion and turn. A sampler that repeats a
+        lost completion therefore uses the same seeds.
 
         Raises:
             SamplingError: as ``Sampler.sample``.
-            GradingError: replies that failed cut more completions short than `max_failed_share` allows.
+            GradingError: failed replies cut short a larger share of completions than `max_failed_share`.
         """
         children = n if params.temperature > 0 else 1
         seed = params.seed if params.seed is not None else self._sampler.own_seed()
@@ -147,12 +151,12 @@ class Conversations:
     async def _converse(
         self, hold: Any, prompt: list[int], answer: str, params: SamplingParams, seed: int, counts: Counter[str]
     ) -> Completion:
-        """One completion."""
+        """Sample one completion, turn by turn."""
         rules, parts, turns = self._rules, list[Completion](), list[str]()
         before, room = list(prompt), params.max_tokens
         while True:
-            asked = replace(params, max_tokens=room, seed=later_seed(seed, 1, len(turns)) if turns else seed)
-            turn = await self._sampler.draw(hold, before, asked, rules.stop)
+            turn_params = replace(params, max_tokens=room, seed=later_seed(seed, 1, len(turns)) if turns else seed)
+            turn = await self._sampler.draw(hold, before, turn_params, rules.stop)
             parts.append(turn)
             turns.append(rules.decode(turn.tokens.tolist()))
             counts["turns"] += 1
@@ -174,9 +178,10 @@ class Conversations:
             room -= len(tokens)
 
     def _count(self, reply: Reply, counts: Counter[str]) -> None:
-        """
+        """Count the outcome of a reply.
+
         Raises:
-            GradingError: too many have failed; one of a call is let off.
+            GradingError: too many replies failed; a single failure per call is always allowed.
         """
         counts["replies"] += 1
         if reply.outcome not in (TIMEOUT, ERROR):
@@ -185,8 +190,8 @@ class Conversations:
         failed = counts["reply_timeouts"] + counts["reply_errors"]
         if failed > max(1, self._rules.max_failed_share * counts["completions"]):
             raise GradingError(
-                f"{failed} of {counts['completions']} completions were cut short by a reply that failed "
+                f"{failed} of {counts['completions']} completions were cut short by a failed reply of the environment "
                 f"({counts['reply_timeouts']} timeouts, {counts['reply_errors']} errors), above "
-                f"rewards.max_failed_share = {self._rules.max_failed_share:g}: they would be trained on. The last: "
-                f"{reply.why}"
+                f"rewards.max_failed_share = {self._rules.max_failed_share:g}; the model would be trained on these "
+                f"incomplete completions. Last failure: {reply.why}"
             )

@@ -1,1 +1,1 @@
-"""Evaluates a policy on held-out problems."""
+"""Evaluates a policy on held-out problems, with confidence intervals."""

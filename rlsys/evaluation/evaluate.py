@@ -1,4 +1,4 @@
-"""Held-out problems through samplers and graders: the one way to evaluate a policy, within a run and alone."""
+"""Evaluates a policy on held-out problems with samplers and graders, during a run and for `rlsys eval`."""
 
 from __future__ import annotations
 
@@ -14,27 +14,31 @@ from rlsys.types import Array, SamplingParams
 
 
 class Sampling(Protocol):
-    """Of ``Samplers``, what is needed here."""
+    """Method of ``Samplers`` that an evaluation uses."""
 
     def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> RolloutsRef: ...
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
+    """Result of an evaluation on P problems."""
+
     evaluation: Evaluation
     metrics: Metrics
-    rollouts: RolloutsRef  # greedy, one of each problem
-    grades: RewardsRef  # of those
-    passed: Array | None  # (P,) int64, right ones among the eval.samples sampled completions; None: none were sampled
+    rollouts: RolloutsRef  # greedy completions, one per problem
+    grades: RewardsRef  # of the greedy completions
+    passed: Array | None  # (P,) int64, correct ones among eval.samples sampled completions; None: none were sampled
 
 
 def evaluate_policy(config: JobConfig, samplers: Sampling, graders: Graders, held_out: Array) -> EvalResult:
-    """Under the version that is loaded. The same seed at every step, so that two versions differ by what they learned.
+    """Evaluate the policy version that the samplers have loaded, on the ids `held_out`.
+
+    The seed is the same at every step, so that results of two versions differ only because of the policy.
 
     Raises:
-        RolledBack: something was lost; nothing has changed, so the call can be repeated.
+        RolledBack: a stage lost state and has recovered; nothing has changed, and the evaluation can be repeated.
     """
-    began, section, stop = time.perf_counter(), config.eval, config.rl.sampling.stop or None
+    start, section, stop = time.perf_counter(), config.eval, config.rl.sampling.stop or None
     greedy = SamplingParams(section.max_tokens, temperature=0.0, stop=stop)
     rollouts = samplers.sample("eval", held_out, 1, greedy)
     grades = graders.grade("eval", rollouts)
@@ -43,13 +47,13 @@ def evaluate_policy(config: JobConfig, samplers: Sampling, graders: Graders, hel
         params = SamplingParams(section.max_tokens, section.temperature, seed=config.task.eval_seed, stop=stop)
         sampled = samplers.sample("eval", held_out, section.samples, params)
         passed = graders.grade("eval", sampled).passed
-    found = evaluation_of(
+    evaluation = evaluation_of(
         grades.grade, passed, section.samples, section.pass_k, section.confidence, config.rewards.solved_at
     )
     metrics = {
-        **found.metrics(),
+        **evaluation.metrics(),
         "eval/mean_tokens": rollouts.metrics["sampler/completion_tokens_mean"],
         "eval/truncated_share": rollouts.metrics["sampler/truncated_share"],
-        "time/eval_s": time.perf_counter() - began,
+        "time/eval_s": time.perf_counter() - start,
     }
-    return EvalResult(found, metrics, rollouts, grades, passed)
+    return EvalResult(evaluation, metrics, rollouts, grades, passed)

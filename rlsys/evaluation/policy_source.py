@@ -1,4 +1,4 @@
-"""Which policy an evaluation is of: found, read and compared with the job before anything starts."""
+"""Finds and reads the policy to evaluate, and checks that it matches the job before anything starts."""
 
 from __future__ import annotations
 
@@ -25,36 +25,31 @@ Kind = Literal["base", "adapter", "merged"]
 ADAPTER = {ADAPTER_CONFIG, WEIGHTS, MANIFEST}  # files of a checkpoint
 MODEL_CONFIG = "config.json"  # of a model in Hugging Face format
 WANTED = (
-    "wanted a run's directory, a checkpoint of it (run/checkpoints/step-000007 or run/adapter), or a whole model in "
+    "wanted a run directory, a checkpoint in it (run/checkpoints/step-000007 or run/adapter), or a merged model in "
     "Hugging Face format"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class PolicySource:
-    """A policy as actors load it.
-
-    ``base``: a folder or hub name that every node can read, or, as a Path, a folder of this machine that is sent to
-    them. ``files``: a packed checkpoint of the adapter without its optimizer; empty where there is no adapter.
-    ``trained``: the prompts that its run trains on, as far as that is known.
-    """
+    """Policy in the form in which actors load it."""
 
     kind: Kind
-    name: str  # of what is written about it
-    path: str  # where it was found
-    version: int | None  # optimizer steps; None where it is no adapter
-    base: str | Path
-    files: Mapping[str, bytes]
-    trained: Sequence[str]
-    config: JobConfig  # the job's, with the model that is loaded
+    name: str  # name of the evaluation's files
+    path: str  # source of the policy
+    version: int | None  # optimizer steps of an adapter; None for a model without an adapter
+    base: str | Path  # str: folder or Hub name that every node can read; Path: local folder that is sent to the actors
+    files: Mapping[str, bytes]  # the adapter's checkpoint without optimizer state; empty without an adapter
+    trained: Sequence[str]  # training prompts of the run that made the policy; empty if unknown
+    config: JobConfig  # the job's configuration, with `model` replaced by the model to load
 
 
 def find_policy(config: JobConfig, checkpoint: Path | None) -> PolicySource:
-    """What `checkpoint` holds: a run's newest or an older adapter, or a merged model; None: the base.
+    """Find the policy in `checkpoint`: a run's newest or an older adapter, or a merged model; None: the base model.
 
     Raises:
-        CheckpointError: there is nothing of the kind, it is damaged, or the adapter is not of this job's `lora`.
-            Whether it is of this base is known once that is loaded.
+        CheckpointError: `checkpoint` has no policy or is damaged, or the adapter does not match the job's `lora`.
+            Whether the adapter matches the base model is checked when the base model is loaded.
     """
     config = resolve_paths(config)
     if checkpoint is None:
@@ -63,7 +58,8 @@ def find_policy(config: JobConfig, checkpoint: Path | None) -> PolicySource:
         return PolicySource("base", "base", str(base), None, base, {}, (), config)
     path = checkpoint.absolute()
     if not path.is_dir():
-        raise CheckpointError(f"{checkpoint}: found {'no folder' if path.exists() else 'nothing'} there; {WANTED}")
+        problem = "is not a folder" if path.exists() else "does not exist"
+        raise CheckpointError(f"{checkpoint}: {problem}; {WANTED}")
     if (path / CONFIG).is_file():
         return _newest_of(config, path)
     if (path / MANIFEST).is_file():
@@ -73,14 +69,12 @@ def find_policy(config: JobConfig, checkpoint: Path | None) -> PolicySource:
         config = _dated(config.model_copy(update={"model": model}), config.run_dir)
         return PolicySource("merged", _by_name("merged", path.name), str(path), None, str(path), {}, (), config)
     if (path / ADAPTER_CONFIG).is_file():
-        raise CheckpointError(
-            f"{checkpoint}: is an adapter without {MANIFEST}, so nothing tells of which base it is; {WANTED}"
-        )
-    raise CheckpointError(f"{checkpoint}: holds no checkpoint; {WANTED}")
+        raise CheckpointError(f"{checkpoint}: is an adapter without {MANIFEST}, so its base model is unknown; {WANTED}")
+    raise CheckpointError(f"{checkpoint}: contains no checkpoint; {WANTED}")
 
 
 def _newest_of(config: JobConfig, run: Path) -> PolicySource:
-    """From one reading: a run that goes on may remove the folder meanwhile."""
+    """Read the newest checkpoint of a run once: a running job may remove its folder meanwhile."""
     latest = newest(run)
     if latest is None:
         raise CheckpointError(f"{run}: this run has no checkpoint yet; {WANTED}")
@@ -91,7 +85,7 @@ def _newest_of(config: JobConfig, run: Path) -> PolicySource:
 
 
 def _adapter(config: JobConfig, path: Path, folder: Path, run: Path | None) -> PolicySource:
-    """The adapter of `path`, whose files are in `folder`."""
+    """Return the adapter checkpoint `path`, whose files are in `folder`."""
     info = read_info(folder)
     _refuse_other_lora(path, info.lora, config.lora)
     with tempfile.TemporaryDirectory(prefix="rlsys-candidate-") as scratch:
@@ -104,36 +98,40 @@ def _adapter(config: JobConfig, path: Path, folder: Path, run: Path | None) -> P
     return PolicySource("adapter", name, str(path), info.version, _base(config, run), files, trained, config)
 
 
-def _refuse_other_lora(path: Path, found: LoraSection, wanted: LoraSection) -> None:
-    old, new = found.model_dump(), wanted.model_dump()
-    other = [f"lora.{key}={old[key]}, the job {new[key]}" for key in new if old[key] != new[key]]
-    if other:
-        raise CheckpointError(f"{path}: is an adapter of another shape than the job's: it has {'; '.join(other)}")
+def _refuse_other_lora(path: Path, adapter: LoraSection, job: LoraSection) -> None:
+    of_adapter, of_job = adapter.model_dump(), job.model_dump()
+    differences = [
+        f"lora.{key}={of_adapter[key]}, the job {of_job[key]}" for key in of_job if of_adapter[key] != of_job[key]
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{path}: the adapter does not match the job's LoRA settings: it has {'; '.join(differences)}"
+        )
 
 
 def _dated(config: JobConfig, run: Path) -> JobConfig:
-    """A policy is asked with the date that it was trained with, today's where there is no run."""
+    """Set the date in prompts to that of the policy's run, or to today without a run."""
     return config.dated(day_of(run) or date.today().isoformat())
 
 
 def _run_of(path: Path) -> Path | None:
-    """The run whose directory a checkpoint lies in."""
+    """Return the directory of the run that a checkpoint belongs to; None if it is outside of a run directory."""
     run = path.parent.parent if path.parent.name == CHECKPOINTS else path.parent
     return run if (run / CONFIG).is_file() else None
 
 
 def _base(config: JobConfig, run: Path | None) -> str | Path:
-    """What the job's model.path says, or what a run made."""
+    """Return the job's model.path, or the base model that a run trained from scratch."""
     if config.model.path is not None:
         return config.model.path
-    places = [place / BASE for place in (run, config.run_dir) if place is not None]
-    found = next((place for place in places if place.is_dir()), None)
-    if found is None:
+    folders = [folder / BASE for folder in (run, config.run_dir) if folder is not None]
+    base = next((folder for folder in folders if folder.is_dir()), None)
+    if base is None:
         raise CheckpointError(
-            f"{places[-1]}: the job makes its base from nothing (model.make), and no run has made it yet; start one "
-            "with `rlsys train`, or give the directory of one that has as --checkpoint"
+            f"{folders[-1]}: the job trains its base model from scratch (model.make), but no run has done so yet; "
+            "start a run with `rlsys train`, or set --checkpoint to the directory of a run that has a base model"
         )
-    return found
+    return base
 
 
 def _by_name(kind: Kind, name: str) -> str:

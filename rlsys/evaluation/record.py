@@ -1,6 +1,6 @@
-"""What an evaluation leaves: one JSON file with all of it, a table for people, and two of them compared by problem.
+"""Writes and reads the record of an evaluation, formats it as a table, and compares two records problem by problem.
 
-docs/evaluation.md describes the file.
+docs/evaluation.md describes the JSON file.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from rlsys.evaluation.statistics import Interval, difference
 from rlsys.utils.atomic_files import replace_file
 
 FORMAT, FORMAT_VERSION = "rlsys-evaluation", 1
-WIDTH = 100  # of the table in its file
+WIDTH = 100  # characters per line of the text file
 
 
 @dataclass(frozen=True, slots=True)
 class GradedCompletion:
-    """One held-out problem and how the policy did."""
+    """Held-out problem and the grades of the policy's completions."""
 
     id: int
     prompt: str
     answer: str
     grade: float  # of the greedy completion
-    passed: int | None  # of the sampled completions, those of rewards.solved_at or more; None: none were sampled
+    passed: int | None  # sampled completions with a grade of rewards.solved_at or more; None: none were sampled
 
 
 @dataclass(frozen=True, slots=True)
 class EvalRecord:
-    """An evaluation; every field is of plain JSON."""
+    """Record of an evaluation; every field is plain JSON."""
 
     kind: str  # base, adapter or merged
-    name: str  # of the files
-    checkpoint: str  # where the policy was found
+    name: str  # name of the files, without suffix
+    checkpoint: str  # source of the policy
     base: str
-    version: int | None  # optimizer steps, of an adapter
-    time: float  # Unix, seconds
+    version: int | None  # optimizer steps of an adapter
+    time: float  # Unix time in seconds
     config: Mapping[str, Any]
     versions: Mapping[str, str]
     facts: Mapping[str, float]
@@ -56,10 +56,10 @@ class EvalRecord:
 
 
 def write(record: EvalRecord, folder: Path) -> tuple[Path, Path]:
-    """<name>.json and <name>.txt; they take the place of those of an evaluation before.
+    """Write <name>.json and <name>.txt and return their paths; existing files are replaced.
 
     Raises:
-        ConfigError: the folder cannot be made or written.
+        ConfigError: the folder cannot be created or written to.
     """
     body = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(record)}
     data, table = folder / f"{record.name}.json", folder / f"{record.name}.txt"
@@ -73,42 +73,48 @@ def write(record: EvalRecord, folder: Path) -> tuple[Path, Path]:
 
 
 def read(path: Path) -> EvalRecord:
-    """
+    """Read an evaluation's JSON file.
+
     Raises:
-        ConfigError: the file is not there, or is no evaluation of rlsys.
+        ConfigError: the file does not exist, cannot be read, or is not an evaluation of rlsys.
     """
     try:
         body = yaml_text.read_json(path.read_bytes(), str(path))
-        found = (body.pop("format"), body.pop("format_version"))
-        if found != (FORMAT, FORMAT_VERSION):
-            raise ConfigError(f"{path}: found {found[0]!r} {found[1]!r}; wanted {FORMAT!r} {FORMAT_VERSION}")
+        file_format = (body.pop("format"), body.pop("format_version"))
+        if file_format != (FORMAT, FORMAT_VERSION):
+            raise ConfigError(
+                f"{path}: found format {file_format[0]!r} version {file_format[1]!r}; wanted {FORMAT!r} version "
+                f"{FORMAT_VERSION}"
+            )
         return EvalRecord(**{**body, "problems": [GradedCompletion(**problem) for problem in body["problems"]]})
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path}: is no evaluation of rlsys: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}: is not an evaluation of rlsys: {type(error).__name__}: {error}") from error
 
 
 def compare(before: EvalRecord, after: EvalRecord) -> Interval:
-    """By how much the second policy's mean grade is above the first's on the same problems, at the first's confidence.
+    """Return the increase of the mean grade from `before` to `after`, paired by problem.
+
+    The interval has the confidence of `before`.
 
     Raises:
-        ConfigError: they were not evaluated on the same problems.
+        ConfigError: the two policies were not evaluated on the same problems.
     """
-    asked = [[(one.id, one.prompt, one.answer) for one in record.problems] for record in (before, after)]
-    if asked[0] != asked[1]:
+    problems = [[(graded.id, graded.prompt, graded.answer) for graded in record.problems] for record in (before, after)]
+    if problems[0] != problems[1]:
         raise ConfigError(
-            f"{before.name} and {after.name}: were not evaluated on the same problems ({len(asked[0])} and "
-            f"{len(asked[1])}), so they cannot be compared in pairs; evaluate both with one configuration"
+            f"{before.name} and {after.name}: were not evaluated on the same problems ({len(problems[0])} and "
+            f"{len(problems[1])}), so they cannot be compared in pairs; evaluate both with the same configuration"
         )
-    old, new = (np.array([one.grade for one in record.problems]) for record in (before, after))
+    old, new = (np.array([graded.grade for graded in record.problems]) for record in (before, after))
     return difference(old, new, before.confidence)
 
 
 def text(record: EvalRecord) -> str:
-    """For people; the table is Markdown."""
+    """Format a record as text with a Markdown table."""
     file = io.StringIO()
     console = Console(file=file, width=WIDTH, highlight=False, markup=False)
     at = "" if record.version is None else f" at version {record.version}"
@@ -122,21 +128,22 @@ def text(record: EvalRecord) -> str:
 
 
 def table(record: EvalRecord) -> Table:
+    """Format the metrics of a record as a table with confidence intervals."""
     facts = record.facts
-    ends = f"{100 * record.confidence:g} %"
-    shown = Table("figure", "value", f"{ends} low", f"{ends} high", box=MARKDOWN)
-    for column in shown.columns[1:]:
+    level = f"{100 * record.confidence:g} %"
+    metrics_table = Table("figure", "value", f"{level} low", f"{level} high", box=MARKDOWN)
+    for column in metrics_table.columns[1:]:
         column.justify = "right"
     names = {"accuracy": "greedy accuracy"}
-    if facts.get("eval/solved", facts["eval/accuracy"]) != facts["eval/accuracy"]:  # grades that are not 0 and 1
+    if facts.get("eval/solved", facts["eval/accuracy"]) != facts["eval/accuracy"]:  # grades other than 0 and 1
         names = {"accuracy": "greedy, mean grade", "solved": f"greedy, grade {_solved_at(record):g} or more"}
     names |= {name: f"pass@{name.rpartition('_')[2]}" for name in _pass_at(facts)}
     for name, label in names.items():
         values = (facts[f"eval/{name}"], facts[f"eval/{name}_low"], facts[f"eval/{name}_high"])
-        shown.add_row(label, *(f"{value:.4f}" for value in values))
-    shown.add_row("tokens of a completion, mean", f"{facts['eval/mean_tokens']:.1f}", "", "")
-    shown.add_row("share cut off at max_tokens", f"{facts['eval/truncated_share']:.4f}", "", "")
-    return shown
+        metrics_table.add_row(label, *(f"{value:.4f}" for value in values))
+    metrics_table.add_row("tokens per completion, mean", f"{facts['eval/mean_tokens']:.1f}", "", "")
+    metrics_table.add_row("share truncated at max_tokens", f"{facts['eval/truncated_share']:.4f}", "", "")
+    return metrics_table
 
 
 def _solved_at(record: EvalRecord) -> float:
@@ -152,5 +159,5 @@ def _sampled(record: EvalRecord) -> str:
     section = record.config["eval"]
     words = [f"{len(record.problems)} held-out problems", f"greedy, at most {section['max_tokens']} tokens"]
     if section["samples"]:
-        words.append(f"pass@k from {section['samples']} completions of each at temperature {section['temperature']:g}")
+        words.append(f"pass@k from {section['samples']} completions each at temperature {section['temperature']:g}")
     return "; ".join(words)

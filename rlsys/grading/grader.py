@@ -1,4 +1,4 @@
-"""Completions to text and to rewards: tokenizer, task and the killable graders as one stage."""
+"""Grading stage: decodes completions, grades them in the grader pool, and computes rewards and metrics."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from rlsys.rollouts import Rollouts
 from rlsys.run_state.jsonl import write_problems
 from rlsys.tasks.problem_sets import problem_sets
 from rlsys.tokenization.renderer import Renderer
-from rlsys.tokenization.stop_conditions import load_tokenizer, read_json, rows_of
+from rlsys.tokenization.stop_conditions import embedding_rows, load_tokenizer, read_json
 from rlsys.types import Array
 
 
 @dataclass(frozen=True, slots=True)
 class GroupGrades:
-    """R rewards and their P groups; ``facts`` are figures of the step."""
+    """Rewards of R completions, and statistics of their P groups."""
 
     rewards: Array  # (R,) float32
-    grade: Array  # (P,) float64, mean grade of the task
-    passed: Array  # (P,) int64, completions whose grade is rewards.solved_at or more
-    idle: Array  # (P,) bool, whose rewards give no advantage
+    grade: Array  # (P,) float64, mean task grade of each group
+    passed: Array  # (P,) int64, number of completions with a grade of rewards.solved_at or more
+    idle: Array  # (P,) bool, groups whose rewards give no advantage and so no gradient
     metrics: dict[str, float]
-    failure: str  # of the first grade that failed; "" without one
+    failure: str  # error text of the first grade that failed; "" if none failed
 
 
 class Grader:
@@ -54,35 +54,35 @@ class Grader:
         pool: GraderPool,
         metrics: Mapping[str, float],
     ) -> None:
-        """`facts`: of the task, once per run."""
+        """`problems`: problem sets by split. `metrics`: task metrics, recorded once per run."""
         self.config, self.tokenizer, self.problems, self.pool, self.metrics = config, tokenizer, problems, pool, metrics
 
     @classmethod
     def start(cls, config: JobConfig, base: Path) -> Grader:
-        """Load the tokenizer, make the task's problem sets and start the graders.
+        """Load the tokenizer of the base model, build the task's problem sets and start the grader processes.
 
         Raises:
-            ConfigError: the base has no tokenizer, rewards.function cannot be imported, the task has no problems, or a
-                prompt leaves no room for its completion.
+            ConfigError: the base model has no tokenizer, rewards.function cannot be imported, the task has no problems,
+                a prompt leaves no room for a completion, or has a token id outside of the model's embedding.
         """
         tokenizer = load_tokenizer(base)
         task = tasks.build(config.task, config.run.seed)
         sets = problem_sets(task, Renderer(tokenizer, config.prompt).ids, config.prompt.max_tokens)
         problems = {"train": sets.train, "eval": sets.eval}
         _refuse_too_long(config, problems)
-        _refuse_beyond(base, problems)
+        _refuse_unknown_tokens(base, problems)
         pool = GraderPool(config.rewards, config.rewards.function or task.grade)
         return cls(config, tokenizer, problems, pool, sets.metrics)
 
     def grade(self, split: str, rollouts: Rollouts) -> GroupGrades:
-        """Rewards of training completions; of held-out ones the task's grade alone.
+        """Compute rewards of training completions; for held-out completions the reward is the task's grade.
 
         Raises:
-            GradingError: more graders failed than rewards.max_failed_share allows.
+            GradingError: more grader calls failed than rewards.max_failed_share allows.
         """
         texts = self._texts(rollouts)
-        of_R = rollouts.problems[rollouts.group].tolist()
-        names = [f"{'training' if split == 'train' else 'held-out'} problem {problem}" for problem in of_R]
+        problems_R = rollouts.problems[rollouts.group].tolist()
+        names = [f"{'training' if split == 'train' else 'held-out'} problem {problem}" for problem in problems_R]
         grades = self.pool.grade(texts, self._answers(split, rollouts), names)
         rewards, metrics = grades.rewards, {"reward/mean": float(grades.rewards.mean(dtype=np.float64))}
         if split == "train":
@@ -107,20 +107,25 @@ class Grader:
     def show(
         self, split: str, count: int, rollouts: Rollouts, rewards: Array, *learned: Sequence[Any]
     ) -> list[RolloutSample]:
-        """The best and the worst completions of a step; of held-out problems the first."""
-        seen = LearnedBatch(*learned) if learned and learned[0] else None
+        """Select `count` completions for display: best and worst of a training step, first ones of an evaluation.
+
+        `learned`: fields of ``LearnedBatch``, if the learner trained on the step.
+        """
+        batch = LearnedBatch(*learned) if learned and learned[0] else None
         chosen = first_of_groups(rollouts, count) if split == "eval" else best_and_worst(rollouts, rewards, count)
-        return rollout_samples(self.tokenizer, self.problems[split], rollouts, rewards, chosen, seen)
+        return rollout_samples(self.tokenizer, self.problems[split], rollouts, rewards, chosen, batch)
 
     def write_problems(self, run_dir: Path) -> None:
+        """Write the training problems' prompts and answers to the run directory."""
         train = self.problems["train"]
         write_problems(run_dir, train.prompts, train.answers)
 
     def close(self) -> None:
+        """Kill the grader processes."""
         self.pool.close()
 
     def _texts(self, rollouts: Rollouts) -> list[str]:
-        """What the model wrote, replies of an environment left out: turns on lines of their own."""
+        """Return the text that the model wrote, without replies of the environment; turns are separated by newlines."""
         return turn_texts(self.tokenizer, rollouts)
 
     def _answers(self, split: str, rollouts: Rollouts) -> list[str]:
@@ -128,16 +133,17 @@ class Grader:
         return [answers[problem] for problem in rollouts.problems[rollouts.group]]
 
 
-def _refuse_beyond(base: Path, problems: Mapping[str, ProblemSet]) -> None:
-    """Of a tokenizer with tokens that the model has not."""
-    rows = rows_of(read_json(base / "config.json") or {})
+def _refuse_unknown_tokens(base: Path, problems: Mapping[str, ProblemSet]) -> None:
+    """Raise ConfigError for a prompt token that the model's embedding lacks: some tokenizers have extra tokens."""
+    rows = embedding_rows(read_json(base / "config.json") or {})
     for split, part in problems.items():
         wrong = np.flatnonzero(part.prompt_tokens >= rows) if rows is not None else np.empty(0, np.int64)
         if len(wrong):
-            at = int(np.searchsorted(part.prompt_offsets, wrong[0], "right")) - 1
+            i = int(np.searchsorted(part.prompt_offsets, wrong[0], "right")) - 1
             raise ConfigError(
-                f"task: problem {at} of {split}, {part.prompts[at][:80]!r}: its prompt has the token id "
-                f"{part.prompt_tokens[wrong[0]]}, the model's embedding {rows} rows; leave such texts out of the data"
+                f"task: problem {i} of {split}, {part.prompts[i][:80]!r}: its prompt has the token id "
+                f"{part.prompt_tokens[wrong[0]]}, but the model's embedding has only {rows} rows; remove such texts "
+                "from the data"
             )
 
 
@@ -146,7 +152,7 @@ def _refuse_too_long(config: JobConfig, problems: Mapping[str, ProblemSet]) -> N
     room = config.model.max_length - max(config.rl.sampling.max_tokens, config.eval.max_tokens)
     if longest > room:
         raise ConfigError(
-            f"model.max_length {config.model.max_length} leaves {room} tokens for a prompt, the longest has "
-            f"{longest}; raise model.max_length, or lower rl.sampling.max_tokens and eval.max_tokens, or leave longer "
-            f"prompts out with prompt.max_tokens={room}"
+            f"model.max_length {config.model.max_length} leaves {room} tokens for a prompt, but the longest prompt has "
+            f"{longest}; raise model.max_length, or lower rl.sampling.max_tokens and eval.max_tokens, or drop longer "
+            f"prompts with prompt.max_tokens={room}"
         )

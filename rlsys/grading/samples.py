@@ -1,4 +1,4 @@
-"""Completions as a person reads them, with what was made of each of their tokens."""
+"""Selects completions for display, and converts them to text with the advantage and ratio of each token."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from rlsys.types import Array
 
 @dataclass(frozen=True, slots=True)
 class RolloutSample:
-    """One completion. The lists have an entry per token; they are empty where nothing was learned from the step."""
+    """Completion for display. The lists have one entry per token; they are empty if the step was not trained on."""
 
     problem: int
     prompt: str
     completion: str
     answer: str
     reward: float
-    advantage: float | None  # reward minus the group's mean, before any normalising; None for a group of one
-    tokens: int
-    stop_reason: str
-    pieces: list[str]
+    advantage: float | None  # reward minus the group's mean, before normalization; None for a group of one completion
+    tokens: int  # number of tokens
+    stop_reason: str  # "length" or "stop"
+    pieces: list[str]  # text of each token
     advantages: list[float]
-    ratios: list[float | None]  # p / q; None: not trained on
-    sampled: list[bool]
+    ratios: list[float | None]  # p / q, learner to sampler; None for a token without weight in the loss
+    sampled: list[bool]  # False for tokens of an environment's reply
 
 
 @dataclass(frozen=True, slots=True)
 class LearnedBatch:
-    """What a step's learner saw: the pieces' datums, whose completions they are, and its log-probabilities p."""
+    """Datums of a step's minibatches, and the learner's log-probabilities (nats) of their targets."""
 
-    batches: Sequence[DatumBatch]
-    rows: Sequence[Array]  # (D,) of each piece
-    logprobs: Sequence[Array]  # one per position of each piece
+    batches: Sequence[DatumBatch]  # one per minibatch
+    rows: Sequence[Array]  # of each minibatch: (D,) index of each datum's completion
+    logprobs: Sequence[Array]  # of each minibatch: one per position
 
 
 def best_and_worst(rollouts: Rollouts, rewards_R: Array, count: int) -> Array:
-    """Numbers of completions: half of them with the highest rewards, half with the lowest, best first.
+    """Return indices of `count` completions: half with the highest rewards, half with the lowest, best first.
 
-    Of equal rewards those that stand out of their group come first, and a group is shown by one completion of each kind
-    before it is by two.
+    Among equal rewards, completions that differ more from their group's mean come first. In each half, a group appears
+    a second time only after every other group appeared once.
     """
     P = len(rollouts.problems)
     means_P = np.bincount(rollouts.group, rewards_R, P) / np.bincount(rollouts.group, minlength=P)
@@ -58,17 +58,18 @@ def best_and_worst(rollouts: Rollouts, rewards_R: Array, count: int) -> Array:
 
 
 def _one_of_each_group_first(order: Array, group: Array) -> Array:
+    """Move the first completion of each group to the front, in the given order."""
     first = np.sort(np.unique(group[order], return_index=True)[1])
     return np.concatenate([order[first], np.delete(order, first)])
 
 
 def first_of_groups(rollouts: Rollouts, count: int) -> Array:
-    """Numbers of the first completion of each of the first groups."""
+    """Return the index of the first completion of each of the first `count` groups."""
     return np.unique(rollouts.group, return_index=True)[1][:count]
 
 
 def turn_texts(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> list[str]:
-    """(R,) what the model wrote: its turns' texts, one below the other, replies of an environment left out."""
+    """Return R texts that the model wrote, without replies of an environment; turns are separated by newlines."""
     sampled = rollouts.sampled
     if sampled.all():
         completions = np.split(rollouts.tokens, rollouts.offsets[1:-1])
@@ -78,10 +79,11 @@ def turn_texts(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> list[s
 
 
 def _turns(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts, sampled: Array, r: int) -> list[str]:
-    mine = slice(rollouts.offsets[r], rollouts.offsets[r + 1])
-    tokens, is_mine = rollouts.tokens[mine], sampled[mine]
-    cuts = np.flatnonzero(np.diff(is_mine)) + 1
-    turns = [part for part, own in zip(np.split(tokens, cuts), np.split(is_mine, cuts), strict=True) if own.all()]
+    completion = slice(rollouts.offsets[r], rollouts.offsets[r + 1])
+    tokens, is_sampled = rollouts.tokens[completion], sampled[completion]
+    cuts = np.flatnonzero(np.diff(is_sampled)) + 1
+    parts = zip(np.split(tokens, cuts), np.split(is_sampled, cuts), strict=True)
+    turns = [part for part, part_is_sampled in parts if part_is_sampled.all()]
     decoded: list[str] = tokenizer.batch_decode(turns, skip_special_tokens=True)
     return decoded
 
@@ -94,18 +96,18 @@ def rollout_samples(
     chosen: Array,
     learned: LearnedBatch | None,
 ) -> list[RolloutSample]:
-    """The completions with the numbers `chosen`, in that order."""
+    """Convert the completions with the indices `chosen`, in that order."""
     sizes = np.bincount(rollouts.group)
     means = np.bincount(rollouts.group, rewards_R) / sizes
     texts = tokenizer.batch_decode([rollouts.completion(r) for r in chosen], skip_special_tokens=True)
-    shown = []
+    samples = []
     for r, text in zip(chosen, texts, strict=True):
         group = rollouts.group[r]
         problem = int(rollouts.problems[group])
-        advantages, ratios = _of_tokens(rollouts, int(r), learned) if learned else ([], [])
+        advantages, ratios = _token_values(rollouts, int(r), learned) if learned else ([], [])
         ids = rollouts.completion(r).tolist() if learned else []
-        mine = slice(rollouts.offsets[r], rollouts.offsets[r + 1])
-        shown.append(
+        completion = slice(rollouts.offsets[r], rollouts.offsets[r + 1])
+        samples.append(
             RolloutSample(
                 problem=problem,
                 prompt=problems.prompts[problem],
@@ -118,22 +120,22 @@ def rollout_samples(
                 pieces=[tokenizer.decode([token]) for token in ids],
                 advantages=advantages,
                 ratios=ratios,
-                sampled=rollouts.sampled[mine].tolist() if learned else [],
+                sampled=rollouts.sampled[completion].tolist() if learned else [],
             )
         )
-    return shown
+    return samples
 
 
-def _of_tokens(rollouts: Rollouts, r: int, learned: LearnedBatch) -> tuple[list[float], list[float | None]]:
-    """(advantages, ratios) of a completion's tokens; of one that made no datum, zeros and None."""
+def _token_values(rollouts: Rollouts, r: int, learned: LearnedBatch) -> tuple[list[float], list[float | None]]:
+    """Return (advantages, ratios) of a completion's tokens; zeros and None if the completion has no datum."""
     length = int(rollouts.lengths[r])
     for batch, rows, logprobs in zip(learned.batches, learned.rows, learned.logprobs, strict=True):
-        at = np.flatnonzero(rows == r)
-        if len(at):
-            end = int(batch.offsets[at[0] + 1])
-            mine = slice(end - length, end)  # a datum ends with its completion
-            trained = batch.columns["weights"][mine] != 0
-            ratios = np.exp(np.float64(logprobs[mine]) - batch.columns["logprobs"][mine])
-            advantages = np.where(trained, batch.columns["advantages"][mine], 0.0)
+        datums = np.flatnonzero(rows == r)
+        if len(datums):
+            end = int(batch.offsets[datums[0] + 1])
+            targets = slice(end - length, end)  # a datum ends with its completion
+            trained = batch.columns["weights"][targets] != 0
+            ratios = np.exp(np.float64(logprobs[targets]) - batch.columns["logprobs"][targets])
+            advantages = np.where(trained, batch.columns["advantages"][targets], 0.0)
             return advantages.tolist(), [float(x) if w else None for x, w in zip(ratios, trained, strict=True)]
     return [0.0] * length, [None] * length

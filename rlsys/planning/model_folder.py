@@ -22,10 +22,10 @@ from rlsys.errors import ConfigError
 from rlsys.tokenization.renderer import Renderer
 from rlsys.tokenization.stop_conditions import (
     StopConditions,
+    embedding_rows,
     has_tokenizer,
     load_tokenizer,
     read_json,
-    rows_of,
     stop_conditions_of,
     stop_tokens_by_place,
 )
@@ -119,7 +119,7 @@ def check_files(folder: Path) -> None:
     stop_tokens_by_place(folder)
     headers = {path.name: _header(path) for path in _weight_files(folder)}
     _check_index(folder, headers)
-    _check_tensors(folder, rows_of(config), headers)
+    _check_tensors(folder, embedding_rows(config), headers)
 
 
 def check_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> list[str]:
@@ -128,7 +128,7 @@ def check_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: Seque
     Raises:
         ConfigError: texts or the job's prompts have tokens that the model does not.
     """
-    rows = rows_of(read_json(folder / CONFIG) or {})
+    rows = embedding_rows(read_json(folder / CONFIG) or {})
     if rows is None or len(tokenizer) <= rows:
         return []
     vocabulary = tokenizer.get_vocab()

@@ -1,1 +1,1 @@
-"""Verifiers of answers, and the pool of processes in which they run and can be killed."""
+"""Reward terms, answer verifiers, and the process pool that runs graders with a time limit."""

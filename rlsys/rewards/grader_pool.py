@@ -1,8 +1,8 @@
-"""Graders run in processes of their own, each call killed when its time is up.
+"""Runs graders in a pool of processes and kills each call that exceeds its time limit.
 
-A wrong answer, a call that ran out of time and a call that failed are three different outcomes: the first is a fact
-about the model, the others are faults of the grader, and a batch in which they prevail must not become zeros to train
-on.
+A wrong answer, a timeout and a failed call are three different outcomes. A wrong answer says something about the model;
+timeouts and failures are faults of the grader. A batch with too many of these faults raises an error: otherwise the
+model would be trained on their meaningless rewards.
 """
 
 from __future__ import annotations
@@ -28,29 +28,31 @@ from rlsys.types import Array
 from rlsys.utils.import_path import import_by_path
 
 RIGHT, WRONG, TIMEOUT, ERROR = 0, 1, 2, 3  # values of Grades.outcome
-KILLED = 4  # no outcome: the grade is repeated, and counts as ERROR when that happens to it again
+KILLED = 4  # internal: the process was killed; the grade is repeated once, and a second KILLED becomes ERROR
 
-Grader = Callable[[str, str], float]
+Grader = Callable[[str, str], float]  # (completion, answer) -> grade
 
-# Beyond two time limits, what the next grade may need: processes to start, with a grader's own heavy imports.
+# Time for starting processes, including a grader's heavy imports, which a call may need beyond two time limits.
 START_S = 120.0
-# Rebuilding a broken pool, per batch. Pebble gives a pool up when its only process dies outside a call.
+# Rebuilds of a broken pool per batch. Pebble marks a pool as broken when its only process dies between two calls.
 MAX_REBUILDS = 3
-_HEAD = 200  # characters of a completion that an error shows
+_MESSAGE_CHARS = 200  # characters of a completion in an error message
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
 class Grades:
-    """R completions' rewards, any finite ones. RIGHT is one of rewards.solved_at or more; TIMEOUT and ERROR have
-    rewards.failed_grade."""
+    """Grades of R completions, all finite.
+
+    A grade of rewards.solved_at or more is RIGHT, a lower grade WRONG. TIMEOUT and ERROR get rewards.failed_grade.
+    """
 
     rewards: Array  # (R,) float32
-    outcome: Array  # (R,) int8
-    first_error: str  # of the first TIMEOUT or ERROR, with grader, problem and traceback's tail; "" without one
+    outcome: Array  # (R,) int8: RIGHT, WRONG, TIMEOUT or ERROR
+    first_error: str  # first TIMEOUT or ERROR: grader, problem and the end of the traceback; "" if there is none
 
     def counts(self) -> dict[str, float]:
-        """Metrics, each a number of completions."""
+        """Return metrics that count completions by outcome."""
         return {
             "reward/wrong": float((self.outcome == WRONG).sum()),
             "reward/timeouts": float((self.outcome == TIMEOUT).sum()),
@@ -59,23 +61,24 @@ class Grades:
 
 
 def resolve(path: str) -> Grader:
-    """The function that 'package.module:function' names.
+    """Import the grader at 'package.module:function'.
 
     Raises:
-        ConfigError: the path has another form, the module does not import, or has no such function.
+        ConfigError: the path has another form, the import fails, or the module has no such function.
     """
-    found = import_by_path(path, "rewards.function", "'package.module:function'")
-    if not callable(found):
-        raise ConfigError(f"rewards.function: {path!r} is a {type(found).__name__}; wanted a function")
-    function: Grader = found
+    target = import_by_path(path, "rewards.function", "'package.module:function'")
+    if not callable(target):
+        raise ConfigError(f"rewards.function: {path!r} is a {type(target).__name__}; wanted a function")
+    function: Grader = target
     return function
 
 
 class GraderPool:
-    """`section.workers` processes that call `section.function`, or else `function`, on (completion, answer).
+    """Pool of `section.workers` processes that call the grader on (completion, answer).
 
-    A function given as such has to be picklable: one at the top level of a module, a static method, or a method of a
-    picklable object. A batch takes at most timeout_s times the number of calls that fail, per process.
+    The grader is `section.function` if given, else `function`: an import path, or a picklable callable (a function at
+    the top level of a module, a static method, or a method of a picklable object). Timeouts add at most timeout_s each
+    to a batch, divided by the number of processes.
     """
 
     def __init__(self, section: RewardSection, function: Grader | str) -> None:
@@ -83,8 +86,8 @@ class GraderPool:
         self._section = section
         self._source = _source(function)
         self._name = function if isinstance(function, str) else _name_of(function)
-        # Fork would copy the locks of this process' threads. The fork server imports these modules once, so that the
-        # process that replaces a killed one is there soon.
+        # fork would copy locks held by this process' threads. The fork server imports these modules once, so that a
+        # replacement for a killed process starts quickly.
         module = function.partition(":")[0] if isinstance(function, str) else function.__module__
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__, module])
@@ -94,12 +97,12 @@ class GraderPool:
     def grade(
         self, completions: Sequence[str], answers: Sequence[str], problems: Sequence[str] | None = None
     ) -> Grades:
-        """Grade R completions, each against the answer beside it. `problems`: what errors call them.
+        """Grade R completions against R reference answers; `problems` names them in error messages.
 
         Raises:
-            GradingError: more than `max_failed_share` of the batch ran out of time or failed; raised as soon as it is
-                sure, and what still runs is killed.
-            StalledError: the processes gave no answer for far longer than a grade may take.
+            GradingError: more than `max_failed_share` of the batch timed out or failed. Raised as soon as the limit is
+                exceeded; calls that still run are killed.
+            StalledError: no grade arrived within twice the time limit plus START_S.
         """
         R = len(completions)
         assert len(answers) == R, f"{R} completions, {len(answers)} answers"
@@ -114,12 +117,13 @@ class GraderPool:
                 rebuilds += 1
                 if rebuilds > MAX_REBUILDS:
                     raise GradingError(
-                        f"the grader processes died {rebuilds} times in one batch outside of a grade ({error}); "
-                        f"{r} of {R} completions are graded; look for a grader that ends its process later"
+                        f"the grader processes died {rebuilds} times in one batch, between two calls ({error}); "
+                        f"{r} of {R} completions are graded; check whether the grader ends its process after a call, "
+                        "such as in a thread or a timer"
                     ) from error
                 calls.update(self._submit(completions, answers, range(r, R)))
                 continue
-            if outcome[r] == KILLED:  # from outside, it seems: its zero would not be the completion's fault
+            if outcome[r] == KILLED:  # probably by another process, such as the OOM killer: not the completion's fault
                 outcome[r] = ERROR
                 if repeated < r:
                     repeated = r
@@ -127,8 +131,8 @@ class GraderPool:
                     continue
             if outcome[r] >= TIMEOUT:
                 rewards[r] = self._section.failed_grade
-                of = "" if problems is None else f", {problems[r]}"
-                failed.append((r, f"{self._name}{of} with answer {answers[r][:_HEAD]!r}: {text}"))
+                problem = "" if problems is None else f", {problems[r]}"
+                failed.append((r, f"{self._name}{problem} with answer {answers[r][:_MESSAGE_CHARS]!r}: {text}"))
                 if len(failed) > self._section.max_failed_share * R:
                     self._pool = self._restart()
                     raise self._too_many(outcome[: r + 1], failed, completions, R)
@@ -136,16 +140,16 @@ class GraderPool:
         return Grades(rewards, outcome, failed[0][1] if failed else "")
 
     def progress(self) -> int:
-        """Grades that have ended since the start, however; another thread may ask while a batch is being graded."""
+        """Return the number of finished calls since the start, failed ones included. Thread-safe."""
         return self._graded
 
     def close(self) -> None:
-        """Kill the processes, whatever they do."""
+        """Kill all processes, including those in the middle of a call."""
         self._pool.stop()
         while True:
             try:
                 return self._pool.join()
-            except KeyError:  # pebble's own thread took away a process that it was about to stop; others may be left
+            except KeyError:  # a race in pebble: its thread removed a process during join; other processes may remain
                 continue
 
     def _start(self) -> ProcessPool:
@@ -155,7 +159,7 @@ class GraderPool:
             initargs=(self._source,),
             context=self._context,
         )
-        assert pool.active  # asking starts the processes: they import while the caller prepares its first batch
+        assert pool.active  # reading `active` starts the processes: they import while the caller prepares a batch
         return pool
 
     def _restart(self) -> ProcessPool:
@@ -174,16 +178,16 @@ class GraderPool:
         return calls
 
     def _count(self, call: concurrent.futures.Future[_Answer]) -> None:
-        self._graded += 1  # only pebble's one thread that takes in results does this
+        self._graded += 1  # no race: pebble calls this in a single thread
 
     def _result(self, call: concurrent.futures.Future[_Answer]) -> tuple[float, int, str]:
-        """(reward, outcome, text of the failure). Calls start in order, so this one is running or next."""
+        """Wait for (grade, outcome, error text). Calls start in order: the call is running or is the next to run."""
         limit_s = 2 * self._section.timeout_s + START_S
         if not concurrent.futures.wait([call], limit_s).done:
             self._pool = self._restart()
             raise StalledError(
-                f"the {self._section.workers} grader processes gave no answer for {limit_s:.0f} s, though a grade is "
-                f"killed after {self._section.timeout_s:g} s; look at the machine's load and memory"
+                f"the {self._section.workers} grader processes returned no grade for {limit_s:.0f} s, although each "
+                f"call is killed after {self._section.timeout_s:g} s; check the machine's load and free memory"
             )
         error = call.exception()
         if error is None:
@@ -194,10 +198,10 @@ class GraderPool:
         if isinstance(error, BrokenProcessPool):
             raise error
         if isinstance(error, TimeoutError):
-            return 0.0, TIMEOUT, f"no reward within rewards.timeout_s = {self._section.timeout_s:g} s"
+            return 0.0, TIMEOUT, f"no grade within rewards.timeout_s = {self._section.timeout_s:g} s"
         if isinstance(error, ProcessExpired):
             killed = error.exitcode == -signal.SIGKILL
-            return 0.0, KILLED if killed else ERROR, f"the grader's process died: {describe_exit(error.exitcode)}"
+            return 0.0, KILLED if killed else ERROR, f"the grader process died: {describe_exit(error.exitcode)}"
         raise error
 
     def _too_many(
@@ -206,20 +210,20 @@ class GraderPool:
         row, text = failed[0]
         return GradingError(
             f"{len(failed)} of {R} grades failed ({(outcome == TIMEOUT).sum()} timeouts, {(outcome == ERROR).sum()} "
-            f"errors, {len(outcome)} tried), above rewards.max_failed_share = {self._section.max_failed_share:g}: "
-            f"their grades of {self._section.failed_grade:g} would be trained on. The first, for completion {row} "
-            f"{completions[row][:_HEAD]!r}, of {text}"
+            f"errors, {len(outcome)} tried), above rewards.max_failed_share = {self._section.max_failed_share:g}; the "
+            f"model would be trained on their grades of {self._section.failed_grade:g}. First failure: completion "
+            f"{row} {completions[row][:_MESSAGE_CHARS]!r}, grader {text}"
         )
 
 
 def _source(function: Grader | str) -> str | bytes:
-    """What a grader process loads its function from: the path, found good here, or the function pickled."""
+    """Return what a grader process loads its function from: the import path, checked here, or the pickled function."""
     if isinstance(function, str):
         resolve(function)
         return function
     try:
         return pickle.dumps(function)
-    except Exception as error:  # pickling runs the object's own code
+    except Exception as error:  # pickling runs user code
         raise ConfigError(
             f"rewards: {function!r} cannot be sent to the grader processes ({error}); "
             "wanted a function at the top level of a module, or its path 'package.module:function'"
@@ -227,43 +231,43 @@ def _source(function: Grader | str) -> str | bytes:
 
 
 def _name_of(function: Grader) -> str:
-    """As rewards.function would name it, as far as it has a name."""
+    """Return the function's import path, or that of its class if it has no name."""
     kind = type(function)
     name = getattr(function, "__qualname__", None) or kind.__qualname__
     return f"{getattr(function, '__module__', kind.__module__)}:{name}"
 
 
-_Answer = tuple[float, str]  # reward, and the text of the exception if there was one
-_grader: Grader | None = None  # of this grader process
+_Answer = tuple[float, str]  # grade, and the traceback if the call failed, else ""
+_grader: Grader | None = None  # the grader of this process
 _start_error = ""
 
 
 def _initialise(source: str | bytes) -> None:
-    """Runs once in each grader process; one that cannot load its grader lives on to say so."""
+    """Load the grader, once per process. If that fails, the process keeps running and each call returns the error."""
     global _grader, _start_error
     init_killable_process()
     try:
-        _grader = resolve(source) if isinstance(source, str) else pickle.loads(source)  # our owner pickled it
-    except Exception:  # an import of the user's may raise anything
+        _grader = resolve(source) if isinstance(source, str) else pickle.loads(source)  # trusted: the parent pickled it
+    except Exception:  # importing user code may raise any type
         _start_error = traceback.format_exc()[-TEXT_TAIL:]
 
 
 def _grade_one(completion: str, answer: str) -> _Answer:
-    """Runs in a grader process. Failures come back as text: not every exception survives pickling."""
+    """Call the grader, in a grader process. Errors are returned as text: not every exception can be pickled."""
     if _grader is None:
         return 0.0, f"the grader could not be loaded: {_start_error}"
     try:
         return _number(_grader(completion, answer)), ""
-    except BaseException:  # also SystemExit, and what libraries derive from BaseException
+    except BaseException:  # SystemExit too, and library errors derived from BaseException
         return 0.0, traceback.format_exc()[-TEXT_TAIL:]
 
 
 def _number(reward: object) -> float:
-    if hasattr(reward, "item"):  # numpy scalars, tensors of one element
+    if hasattr(reward, "item"):  # NumPy scalars and tensors with one element
         reward = reward.item()
     if not isinstance(reward, numbers.Real):
         raise TypeError(f"the grader returned {reward!r:.200} of type {type(reward).__name__}; wanted a number")
     value = float(reward)
-    if not abs(value) <= _LARGEST:  # nor is NaN
+    if not abs(value) <= _LARGEST:  # also true for NaN
         raise ValueError(f"the grader returned {value}; wanted a finite number" + " of float32" * math.isfinite(value))
     return value

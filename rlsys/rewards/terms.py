@@ -1,8 +1,8 @@
-"""The reward of a completion, from the task's grade and further terms; docs/algorithms.md has them with their sources.
+"""Computes the reward of a completion from the task's grade and further terms; docs/algorithms.md lists their sources.
 
     reward = correct * grade + format * form + length * brevity - overlong penalty
 
-Axes: P groups, R completions, as in ``rlsys.rollouts``.
+Axes as in ``rlsys.rollouts``: P groups, R completions.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from rlsys.rewards.math.extraction import extract
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array
 
-# A pattern that backtracks may take years for a text that a model has written. `regex` stops in its midst, the standard
-# library's `re` cannot; a text that it was stopped for has not the form. All together must not outlast the watchdog.
+# A pattern with catastrophic backtracking may run practically forever on model output. `regex` supports a timeout, the
+# standard library's `re` does not. A text whose match times out counts as not matching. The two limits bound the total
+# time of a batch to 20 s, so that the watchdog does not stop the run.
 FORMAT_TIMEOUT_S = 0.1
 MAX_FORMAT_TIMEOUTS = 200
-_HEAD = 200  # characters of a completion that an error shows
+_MESSAGE_CHARS = 200  # characters of a completion in an error message
 
 
 def total_rewards(
@@ -33,12 +34,12 @@ def total_rewards(
     overlong: OverlongSection,
     max_tokens: int,
 ) -> tuple[Array, dict[str, float]]:
-    """(R,) float32 rewards, and the mean of each weighted term that is in use: they add up to the mean reward.
+    """Compute the (R,) float32 rewards, and the mean of each weighted term; the means add up to the mean reward.
 
-    ``grades_R``: the task's, finite. ``texts``: what the model wrote.
+    ``grades_R``: the task's finite grades. ``texts``: the text that the model wrote, R strings.
 
     Raises:
-        GradingError: rewards.format_pattern took too long for too many texts, or a reward is beyond what float32 holds.
+        GradingError: rewards.format_pattern timed out on too many texts, or a reward exceeds the range of float32.
     """
     assert len(grades_R) == len(texts) == len(rollouts.group)
     grades_R = np.asarray(grades_R, np.float64)
@@ -59,8 +60,8 @@ def total_rewards(
         r = int(np.argmax(beyond_R))
         raise GradingError(
             f"rewards: problem {rollouts.problems[rollouts.group[r]]}: found a reward of {rewards_R[r]:g}, from a "
-            f"grade of {grades_R[r]:g} times rewards.correct {config.correct:g} and the other terms; wanted what "
-            "float32 holds, 3.4e38 at most"
+            f"grade of {grades_R[r]:g} times rewards.correct {config.correct:g} and the other terms; wanted a value in "
+            "the range of float32, 3.4e38 at most"
         )
     if len(rewards_R):
         metrics |= {f"reward/{name}": float(values_R.mean()) for name, values_R in terms.items()}
@@ -69,7 +70,13 @@ def total_rewards(
 
 
 def forms(texts: Sequence[str], config: RewardSection) -> tuple[Array, int]:
-    """((R,) 1.0 for a text of the right form, else 0.0, number of texts that took too long and count as 0.0)."""
+    """Return (R,) scores, 1.0 for a text in the required format, else 0.0, and the number of timeouts (scored 0.0).
+
+    Without rewards.format_pattern, a text with a final answer (a box or a #### line) has the required format.
+
+    Raises:
+        GradingError: the pattern timed out on too many texts.
+    """
     if config.format_pattern is None:
         return np.array([extract(text) is not None for text in texts], np.float64), 0
     pattern = regex.compile(config.format_pattern)
@@ -82,28 +89,33 @@ def forms(texts: Sequence[str], config: RewardSection) -> tuple[Array, int]:
             if timeouts > min(config.max_failed_share * len(texts), MAX_FORMAT_TIMEOUTS):
                 raise GradingError(
                     f"rewards.format_pattern {config.format_pattern!r}: {timeouts} of {r + 1} completions tried took "
-                    f"longer than {FORMAT_TIMEOUT_S:g} s each, above rewards.max_failed_share = "
-                    f"{config.max_failed_share:g} of {len(texts)} or {MAX_FORMAT_TIMEOUTS}; the last, for "
-                    f"{text[:_HEAD]!r}. Write it without repetitions inside of repetitions, such as (a+)+"
+                    f"longer than {FORMAT_TIMEOUT_S:g} s each, above the limit of rewards.max_failed_share = "
+                    f"{config.max_failed_share:g} of {len(texts)} or {MAX_FORMAT_TIMEOUTS}. Last one: "
+                    f"{text[:_MESSAGE_CHARS]!r}. Rewrite the pattern without nested repetitions, such as (a+)+"
                 ) from None
     return form_R, timeouts
 
 
 def brevity(lengths_R: Array, correct_R: Array, group: Array) -> Array:
-    """(R,) Kimi k1.5's length reward (arXiv:2501.12599, section 2.3.3), from 1/2 for a group's shortest completion to
-    -1/2 for its longest; what is not correct gets no more than 0. Where all lengths of a group are the same, 0."""
+    """Compute the (R,) length reward of Kimi k1.5 (arXiv:2501.12599, section 2.3.3).
+
+    It falls linearly from 1/2 for the shortest completion of a group to -1/2 for the longest. Incorrect completions get
+    at most 0. If all lengths of a group are equal, it is 0.
+    """
     P = int(group.max(initial=-1)) + 1
     longest_P, shortest_P = np.zeros(P), np.full(P, np.inf)
     np.maximum.at(longest_P, group, lengths_R)
     np.minimum.at(shortest_P, group, lengths_R)
     span_R = (longest_P - shortest_P)[group]
     lambda_R = 0.5 - (lengths_R - shortest_P[group]) / np.maximum(span_R, 1)
-    found_R = np.where(correct_R, lambda_R, np.minimum(0.0, lambda_R))
-    return np.where(span_R > 0, found_R, 0.0)
+    length_reward_R = np.where(correct_R, lambda_R, np.minimum(0.0, lambda_R))
+    return np.where(span_R > 0, length_reward_R, 0.0)
 
 
 def overlong_share(lengths_R: Array, max_tokens: int, buffer_tokens: int) -> Array:
-    """(R,) from 0, up to max_tokens - buffer_tokens, to 1 at max_tokens, linear in between. DAPO, arXiv:2503.14476,
-    equation 13, with the sign turned round."""
+    """Compute the (R,) overlong penalty, in 0..1: DAPO, arXiv:2503.14476, equation 13, with the opposite sign.
+
+    0 up to max_tokens - buffer_tokens, 1 at max_tokens, linear in between.
+    """
     share: Array = np.clip((np.asarray(lengths_R) - (max_tokens - buffer_tokens)) / buffer_tokens, 0.0, 1.0)
     return share

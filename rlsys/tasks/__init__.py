@@ -1,8 +1,9 @@
-"""Tasks: problems and how to grade an answer to them.
+"""Tasks: problems, and the function that grades a completion.
 
-A task is a class `Class(section: TaskSection, seed: int)` with `problems` and `grade`. One of the user's own is named
-by path, "package.module:Class"; to add one here: a module beside this one, and a line in `_TASKS`. `grade` and `reply`
-run in other processes that may be killed, so they must be picklable: a static method or plain function is.
+A task is a class `Class(section: TaskSection, seed: int)` with the methods `problems` and `grade`. A job selects a
+user-defined task by import path, "package.module:Class". To add a built-in task, add a module to this package and a
+line to `_TASKS`. `grade` and `reply` run in other processes, which may be killed. They must therefore be picklable, as
+static methods and plain functions are.
 """
 
 from __future__ import annotations
@@ -21,52 +22,60 @@ Split = Literal["train", "eval"]
 
 @runtime_checkable
 class Task(Protocol):
-    """What a run needs to know: two splits of problems, and how right one completion is: any finite number."""
+    """Interface that every task implements."""
 
-    def problems(self, split: Split) -> Sequence[Problem]: ...
+    def problems(self, split: Split) -> Sequence[Problem]:
+        """Return all problems of a split."""
+        ...
 
-    def grade(self, completion: str, answer: str) -> float: ...
+    def grade(self, completion: str, answer: str) -> float:
+        """Return the grade of a completion against the reference answer: any finite number."""
+        ...
 
 
 @runtime_checkable
 class ConversationTask(Task, Protocol):
-    """A task whose environment answers the model. `stop`, where it has one: texts that end a turn of the model."""
+    """Multi-turn task: an environment replies to the model.
+
+    An optional attribute `stop` holds the texts that end a turn of the model.
+    """
 
     def reply(self, turns: Sequence[str], answer: str) -> str | None:
-        """To the model's turns so far, the last one last; None: the conversation is over."""
+        """Return the reply to the model's turns so far, oldest first; None ends the conversation."""
         ...
 
 
 @runtime_checkable
 class CountingTask(Task, Protocol):
-    """A task that has something to say about where its problems come from."""
+    """Task that reports metrics about its data source."""
 
     def facts(self) -> Mapping[str, float]:
-        """Metrics, each "task/...", once per run."""
+        """Return metrics named "task/...", which are recorded once per run."""
         ...
 
 
 @runtime_checkable
 class TeachableTask(Task, Protocol):
-    """A task that can also write examples, so that a base model can be made from nothing."""
+    """Task that also generates supervised examples, from which a base model is trained from scratch."""
 
     def supervised_examples(self, n: int, worked_share: float, seed: int) -> Sequence[tuple[str, ...]]:
-        """(prompt, answer text), disjoint from all other problems; `worked_share` of them show their steps.
+        """Return `n` examples (prompt, answer text), disjoint from the problems of every split.
 
-        Of a ConversationTask also (prompt, turn, reply, turn, ...): replies are read and not learned.
+        A share `worked_share` of the examples shows the worked steps. Examples of a ConversationTask may also be
+        (prompt, turn, reply, turn, ...); the loss leaves the replies out.
         """
         ...
 
     def gate_problems(self, n: int) -> Sequence[Problem]:
-        """Problems to watch the supervised stage on; they are in no split and in no example."""
+        """Return `n` problems that measure the supervised stage; they are in no split and in no example."""
         ...
 
     def force_steps(self, problem: Problem) -> Problem:
-        """The problem with a prompt that already begins the worked steps."""
+        """Return the problem with a prompt that already starts the worked steps."""
         ...
 
 
-# Paths, because a task's imports are only paid for by the job that names it.
+# Import paths instead of classes: a job imports only the module of its own task.
 _TASKS = {
     "arithmetic": "rlsys.tasks.arithmetic:Arithmetic",
     "calculator": "rlsys.tasks.calculator:Calculator",
@@ -76,21 +85,21 @@ _TASKS = {
     "math": "rlsys.tasks.math:Math",
     "python": "rlsys.tasks.python_tool:PythonTool",
 }
-_WANTED = f"one of {', '.join(_TASKS)}, or one of your own as 'package.module:Class'"
+_WANTED = f"one of {', '.join(_TASKS)}, or the import path of your own task, 'package.module:Class'"
 
 
 def build(section: TaskSection, seed: int) -> Task:
-    """The task that `section.name` names; `seed` draws its training problems.
+    """Build the task `section.name`; `seed` selects its training problems.
 
     Raises:
-        ConfigError: no such task, or it cannot give what the section asks for.
+        ConfigError: the task does not exist, lacks a method, or cannot satisfy the section.
     """
     make = _class_of(section)
     try:
         inspect.signature(make).bind(section, seed)
     except TypeError as error:
         raise ConfigError(
-            f"task.name: {section.name!r} cannot be made as {make.__name__}(section, seed): {error}"
+            f"task.name: {section.name!r} cannot be constructed as {make.__name__}(section, seed): {error}"
         ) from None
     task = make(section, seed)
     if not isinstance(task, Task):
@@ -102,10 +111,10 @@ def build(section: TaskSection, seed: int) -> Task:
 
 
 def converses(section: TaskSection) -> bool:
-    """Whether the environment of the task answers the model; its problems are not made for that.
+    """Return whether the task is multi-turn, without building its problems.
 
     Raises:
-        ConfigError: no such task.
+        ConfigError: the task does not exist.
     """
     return callable(getattr(_class_of(section), "reply", None))
 
@@ -113,7 +122,7 @@ def converses(section: TaskSection) -> bool:
 def _class_of(section: TaskSection) -> type:
     if section.name not in _TASKS and ":" not in section.name:
         raise ConfigError(f"task.name: found {section.name!r}; wanted {_WANTED}{did_you_mean(section.name, _TASKS)}")
-    found = import_by_path(_TASKS.get(section.name, section.name), "task.name", _WANTED)
-    if not isinstance(found, type):
-        raise ConfigError(f"task.name: {section.name!r} is a {type(found).__name__}; wanted a class")
-    return found
+    task_class = import_by_path(_TASKS.get(section.name, section.name), "task.name", _WANTED)
+    if not isinstance(task_class, type):
+        raise ConfigError(f"task.name: {section.name!r} is a {type(task_class).__name__}; wanted a class")
+    return task_class

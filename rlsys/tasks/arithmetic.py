@@ -1,13 +1,13 @@
-"""Word problems of adding and taking away, made from nothing.
+"""Generated word problems with addition and subtraction.
 
     Tom has 12 books, buys 4 more, loses 7, gives away 3. How many books does Tom have?
     12+4=16             worked answer
     16-7=9
     9-3=6
-    \\boxed{6}          direct answer: this line alone
+    \\boxed{6}          direct answer: only this line
 
-A hash of the prompt decides which part a problem belongs to (eval, gate, train, supervised), so the four are disjoint
-for every seed and size, and stay so when another run, or a resumed one, draws more.
+A hash of the prompt assigns each problem to one of four parts (eval, gate, train, supervised). The parts are therefore
+disjoint for every seed and size, also across runs and after a resume.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ ITEMS = ("books", "apples", "coins", "pens")
 GAINS = ("buys {} more", "finds {} more")
 LOSSES = ("loses {}", "gives away {}")
 MAX_OPERAND = 9
-TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 200  # where the job does not say
+TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 200  # defaults of task.train_problems and task.eval_problems
 
 Part = Literal["eval", "gate", "train", "supervised"]
-# Tenths of all prompts. Supervised is largest because it draws most; eval and gate need few.
+# Tenths of all prompts. The supervised part is the largest because it needs the most problems; eval and gate need few.
 _PARTS: tuple[Part, ...] = ("eval", "gate", "train", "train", "train") + ("supervised",) * 5
 
 
 class _Story(NamedTuple):
     prompt: str
-    steps: str  # a line per operation
+    steps: str  # one line per operation
     answer: int
 
 
 class Arithmetic:
-    """Start 1..max_value, operands 1..9, every running value in 0..max_value."""
+    """Task `arithmetic`: starting values in 1..max_value, operands in 1..9, intermediate results in 0..max_value."""
 
     def __init__(self, section: TaskSection, seed: int) -> None:
         for low, high in (
@@ -60,21 +60,21 @@ class Arithmetic:
         }
 
     def problems(self, split: Literal["train", "eval"]) -> Sequence[Problem]:
-        """Distinct problems; those of eval depend on `eval_seed` alone."""
+        """Return distinct problems; the eval split depends only on `task.eval_seed`, not on the run's seed."""
         return self._splits[split]
 
     @staticmethod
     def grade(completion: str, answer: str) -> float:
-        """1 if the last box or #### line holds the answer as a number, else 0.
+        """Return 1 if the last box or #### line contains the answer as a number, else 0.
 
-        A number, not an expression worth the same: `\\boxed{12+4-7-3}` would earn the reward without the work.
+        An expression of equal value gets 0: `\\boxed{12+4-7-3}` would earn the reward without the calculation.
         """
-        found = extract(completion)
-        number = None if found is None else plain_number(found)
+        final_answer = extract(completion)
+        number = None if final_answer is None else plain_number(final_answer)
         return float(number is not None and number == plain_number(answer))
 
     def supervised_examples(self, n: int, worked_share: float, seed: int) -> list[tuple[str, str]]:
-        """(prompt, answer text); some repeat, as there are only some thousand problems of one operation."""
+        """Return (prompt, answer text) pairs. Some repeat: only a few thousand problems have a single operation."""
         section, rng = self._section, random.Random(f"supervised {seed}")
         low, high = section.supervised_min_operations, section.supervised_max_operations
         examples = []
@@ -85,10 +85,11 @@ class Arithmetic:
         return examples
 
     def gate_problems(self, n: int) -> Sequence[Problem]:
+        """Return `n` distinct problems of the gate part."""
         return self._distinct("gate", n, self._section.eval_seed, "gate problems")
 
     def force_steps(self, problem: Problem) -> Problem:
-        """The prompt followed by its first number: an answer that goes on from there has to be worked."""
+        """Append the prompt's first number to the prompt: a continuation can then only show the worked steps."""
         first = re.search(r"[0-9]+", problem.prompt)
         assert first is not None, problem.prompt
         return Problem(problem.prompt + first.group(), problem.answer)
@@ -100,11 +101,11 @@ class Arithmetic:
             story = self._draw(rng, part, section.min_operations, section.max_operations)
             return Problem(story.prompt, str(story.answer))
 
-        found = distinct(draw, n)
-        if len(found) == n:
-            return found
+        problems = distinct(draw, n)
+        if len(problems) == n:
+            return problems
         raise ConfigError(
-            f"task.{what}: found {len(found)} distinct problems of {section.min_operations} to "
+            f"task.{what}: found {len(problems)} distinct problems of {section.min_operations} to "
             f"{section.max_operations} operations up to {section.max_value}; wanted {n}: "
             "ask for fewer, or raise task.max_operations or task.max_value"
         )
@@ -115,12 +116,13 @@ class Arithmetic:
             if part_of(story.prompt) == part:
                 return story
         raise ConfigError(
-            f"task: no problem of {low} to {high} operations up to {self._section.max_value} falls into the {part} "
-            "part; raise task.max_value or the number of operations"
+            f"task: no problem of {low} to {high} operations with values up to {self._section.max_value} belongs to "
+            f"the {part} part; raise task.max_value or the number of operations"
         )
 
 
 def part_of(prompt: str) -> Part:
+    """Return the part that the prompt's hash assigns the problem to."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     return _PARTS[int.from_bytes(digest, "big") % len(_PARTS)]
 
@@ -130,7 +132,7 @@ def _story(rng: random.Random, operations: int, max_value: int) -> _Story:
     value = rng.randint(1, max_value)
     clauses, steps = [f"{name} has {value} {item}"], []
     for _ in range(operations):
-        # all that keep the value in range are equally likely
+        # all changes that keep the value in range are equally likely
         change = rng.choice([c for c in range(-MAX_OPERAND, MAX_OPERAND + 1) if c != 0 and 0 <= value + c <= max_value])
         clauses.append(rng.choice(GAINS if change > 0 else LOSSES).format(abs(change)))
         steps.append(f"{value}{change:+d}={value + change}\n")

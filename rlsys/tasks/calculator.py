@@ -1,14 +1,14 @@
-"""Word problems with numbers too large for a small model's head, and a calculator that it may ask.
+"""Generated word problems with large numbers, and a calculator tool that the model can call.
 
     Tom has 34 boxes of 87 pens, finds 512 more. How many pens does Tom have?
-    <<34*87>>           the model asks: a turn ends with >>
+    <<34*87>>           the model calls the calculator: a turn ends with >>
     =2958               the calculator replies
     <<2958+512>>
     =3470
-    \\boxed{3470}        the last turn; a direct answer is this line alone
+    \\boxed{3470}        the last turn; a direct answer is only this line
 
-A problem of k operations has k - 1 changes after the product. As in `arithmetic`, a hash of the prompt decides which
-part a problem belongs to.
+A problem of k operations is a product followed by k - 1 additions and subtractions. As in `arithmetic`, a hash of the
+prompt assigns each problem to a part.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from rlsys.errors import ConfigError
 from rlsys.tasks.arithmetic import ITEMS, NAMES, Arithmetic, Part, part_of
 
 GAINS, LOSSES = ("finds {} more", "buys {} more"), ("loses {}", "gives away {}")
-MAX_CHARACTERS = 60  # of an expression
-MAX_DIGITS = 15  # of a number in it, and of its value
+MAX_CHARACTERS = 60  # in an expression
+MAX_DIGITS = 15  # of each number in an expression, of each intermediate result and of its value
 NOT_UNDERSTOOD = "=?\n"
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 200
 
@@ -37,9 +37,9 @@ class _Story(NamedTuple):
 
 
 class Calculator:
-    """Factors of two digits, changes of three; no running value is below 0."""
+    """Task `calculator`: two-digit factors, three-digit summands, no negative intermediate result."""
 
-    stop = (">>",)  # ends a turn, beside the model's own end
+    stop = (">>",)  # ends a turn, in addition to the model's end tokens
 
     def __init__(self, section: TaskSection, seed: int) -> None:
         if section.min_operations > section.max_operations:
@@ -54,28 +54,31 @@ class Calculator:
         }
 
     def problems(self, split: Literal["train", "eval"]) -> Sequence[Problem]:
-        """Distinct problems; those of eval depend on `eval_seed` alone."""
+        """Return distinct problems; the eval split depends only on `task.eval_seed`, not on the run's seed."""
         return self._splits[split]
 
     @staticmethod
     def grade(completion: str, answer: str) -> float:
-        """1 if the last box or #### line holds the answer as a number, else 0."""
+        """Return 1 if the last box or #### line contains the answer as a number, else 0."""
         return Arithmetic.grade(completion, answer)
 
     @staticmethod
     def reply(turns: Sequence[str], answer: str) -> str | None:
-        """What the last turn's <<expression>> is worth; a turn that does not end with >> is the model's last.
+        """Return the value of the last turn's <<expression>>; None, the end, if the turn does not end with >>.
 
-        Where << is missing, as in a turn that was begun for the model, the expression begins with the turn.
+        Without <<, the expression starts where the turn starts: the prompts of `force_steps` already end with <<.
         """
-        asked = re.search(r"(?:<<|\A)([^<>]*)>>\s*\Z", turns[-1])
-        if asked is None:
+        call = re.search(r"(?:<<|\A)([^<>]*)>>\s*\Z", turns[-1])
+        if call is None:
             return None
-        value = evaluate(asked[1])
+        value = calculate(call[1])
         return NOT_UNDERSTOOD if value is None else f"={value}\n"
 
     def supervised_examples(self, n: int, worked_share: float, seed: int) -> list[tuple[str, ...]]:
-        """(prompt, turn, reply, turn, reply, ..., last turn), of `worked_share` of them; else (prompt, last turn)."""
+        """Return examples: a share `worked_share` is (prompt, turn, reply, ..., last turn), others (prompt, last turn).
+
+        See ``TeachableTask``.
+        """
         section, rng = self._section, random.Random(f"supervised {seed}")
         examples = []
         for _ in range(n):
@@ -89,10 +92,11 @@ class Calculator:
         return examples
 
     def gate_problems(self, n: int) -> Sequence[Problem]:
+        """Return `n` distinct problems of the gate part."""
         return self._distinct("gate", n, self._section.eval_seed)
 
     def force_steps(self, problem: Problem) -> Problem:
-        """The prompt followed by the beginning of a question to the calculator."""
+        """Append <<, the start of a call to the calculator, to the prompt."""
         return Problem(problem.prompt + "<<", problem.answer)
 
     def _distinct(self, part: Part, n: int, seed: int) -> tuple[Problem, ...]:
@@ -102,11 +106,11 @@ class Calculator:
             story = self._draw(rng, part, section.min_operations, section.max_operations)
             return Problem(story.prompt, str(story.answer))
 
-        found = distinct(draw, n)
-        if len(found) == n:
-            return found
+        problems = distinct(draw, n)
+        if len(problems) == n:
+            return problems
         raise ConfigError(
-            f"task: found {len(found)} distinct problems of {section.min_operations} to {section.max_operations} "
+            f"task: found {len(problems)} distinct problems of {section.min_operations} to {section.max_operations} "
             f"operations for the {part} part; wanted {n}: ask for fewer, or raise task.max_operations"
         )
 
@@ -132,33 +136,35 @@ def _story(rng: random.Random, operations: int) -> _Story:
     return _Story(f"{', '.join(clauses)}. How many {item} does {name} have?\n", tuple(expressions), value)
 
 
-def evaluate(expression: str) -> int | None:
-    """The value of whole numbers, + - * / and brackets; None if it is anything else, or no whole number, or too long.
+def calculate(expression: str) -> int | None:
+    """Return the integer value of an expression of integers, + - * / and parentheses.
 
-    A parser of its own, in which nothing can be named or called, and every value is bounded before the next is made.
+    None if the expression has any other syntax, is too long, or an intermediate result is no integer or too large.
+    The parser knows no names and no calls, and bounds every intermediate result before it computes the next: text
+    from the model is safe to pass in.
     """
     if len(expression) > MAX_CHARACTERS:
         return None
     tokens = re.findall(r"[0-9]+|[-+*/()]|\S", expression)
     try:
         value, rest = _sum(tokens)
-    except _NotUnderstood:
+    except _NoValueError:
         return None
     return None if rest else value
 
 
-class _NotUnderstood(Exception):
+class _NoValueError(Exception):
     pass
 
 
 def _bounded(value: int) -> int:
     if abs(value) >= 10**MAX_DIGITS:
-        raise _NotUnderstood
+        raise _NoValueError
     return value
 
 
 def _sum(tokens: list[str]) -> tuple[int, list[str]]:
-    """sum: product (+|- product)*"""
+    """Parse sum: product (+|- product)*"""
     value, rest = _product(tokens)
     while rest and rest[0] in "+-":
         sign = 1 if rest[0] == "+" else -1
@@ -168,18 +174,18 @@ def _sum(tokens: list[str]) -> tuple[int, list[str]]:
 
 
 def _product(tokens: list[str]) -> tuple[int, list[str]]:
-    """product: factor (*|/ factor)*"""
+    """Parse product: factor (*|/ factor)*"""
     value, rest = _factor(tokens)
     while rest and rest[0] in "*/":
-        by, after = _factor(rest[1:])
-        if rest[0] == "/" and (by == 0 or value % by):
-            raise _NotUnderstood
-        value, rest = _bounded(value * by if rest[0] == "*" else value // by), after
+        factor, after = _factor(rest[1:])
+        if rest[0] == "/" and (factor == 0 or value % factor):
+            raise _NoValueError
+        value, rest = _bounded(value * factor if rest[0] == "*" else value // factor), after
     return value, rest
 
 
 def _factor(tokens: list[str]) -> tuple[int, list[str]]:
-    """factor: number | -factor | (sum). As deep as an expression is long at most."""
+    """Parse factor: number | -factor | (sum). MAX_CHARACTERS bounds the recursion depth."""
     first, rest = (tokens[0], tokens[1:]) if tokens else ("", [])
     if first == "-":
         value, rest = _factor(rest)
@@ -187,8 +193,8 @@ def _factor(tokens: list[str]) -> tuple[int, list[str]]:
     if first == "(":
         value, rest = _sum(rest)
         if rest[:1] != [")"]:
-            raise _NotUnderstood
+            raise _NoValueError
         return value, rest[1:]
     if not (first.isascii() and first.isdecimal()) or len(first) > MAX_DIGITS:
-        raise _NotUnderstood
+        raise _NoValueError
     return int(first), rest

@@ -1,7 +1,7 @@
-"""DeepScaleR: about 40,000 competition problems (AIME until 2023, AMC, Omni-MATH, STILL), tested on MATH-500.
+"""DeepScaleR: about 40,000 competition problems (AIME until 2023, AMC, Omni-MATH, STILL), evaluated on MATH-500.
 
-Luo et al. 2025, "DeepScaleR: Surpassing O1-Preview with a 1.5B Model by Scaling RL". Its problems include some of MATH:
-those that MATH-500 holds are left out of training, and counted, as for every task.
+Luo et al. 2025, "DeepScaleR: Surpassing O1-Preview with a 1.5B Model by Scaling RL". The data set overlaps with MATH.
+As in every task, training problems that also occur in MATH-500 are left out of training and counted.
 """
 
 from __future__ import annotations

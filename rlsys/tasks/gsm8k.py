@@ -1,4 +1,4 @@
-"""GSM8K: grade-school word problems, 7,473 to train on and 1,319 to test. Cobbe et al. 2021, arXiv:2110.14168."""
+"""GSM8K: grade-school word problems, 7,473 for training, 1,319 for evaluation. Cobbe et al. 2021, arXiv:2110.14168."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class Gsm8k(DataSet):
     columns = ColumnSection(prompt="question", answer="answer")
 
     def answer(self, text: str) -> str:
-        """What follows #### in a worked solution; a text without the mark is the answer itself."""
-        found = extract(text)
-        return text if found is None else found.strip()
+        """Return the text after #### in a worked solution; a text without #### is itself the answer."""
+        final_answer = extract(text)
+        return text if final_answer is None else final_answer.strip()

@@ -1,7 +1,7 @@
 """MATH: competition problems, Hendrycks et al. 2021, arXiv:2103.03874.
 
-Split as by Lightman et al. 2023, arXiv:2305.20050: 12,000 to train on, and MATH-500 to test. The copy trained on is one
-that carries final answers beside the solutions.
+Split of Lightman et al. 2023, arXiv:2305.20050: 12,000 problems for training, MATH-500 for evaluation. The training
+source is a copy of the data set that has a column with the final answers.
 """
 
 from __future__ import annotations

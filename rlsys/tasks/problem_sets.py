@@ -1,7 +1,7 @@
-"""A task's two splits as a run meets them: checked against each other, rendered, filtered by length, counted.
+"""Problem sets of a task: both splits deduplicated against each other, tokenized, filtered by length and counted.
 
-What is evaluated is never trained on: a training problem that is held out too is left out of training, and counted. Ids
-count what is left, so the same job and data give the same ids.
+A training problem that is also a held-out problem is left out of training and counted, so no problem that is evaluated
+is trained on. Problem ids number the remaining problems: the same job and data give the same ids.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlsys.data.dedup import example, repeated, shared
+from rlsys.data.dedup import count_repeated, find_shared, format_shared
 from rlsys.data.messages import why_not_messages
 from rlsys.data.problems import Problem, ProblemSet, encode
 from rlsys.errors import ConfigError
@@ -19,60 +19,61 @@ from rlsys.tasks import CountingTask, Split, Task
 
 @dataclass(frozen=True, slots=True)
 class ProblemSets:
-    """What a run trains on and what it evaluates on."""
+    """Training and held-out problems of a run."""
 
     train: ProblemSet
     eval: ProblemSet
-    metrics: dict[str, float]  # "task/...", numbers of problems
+    metrics: dict[str, float]  # "task/...", counts of problems
 
     def of(self, split: str) -> ProblemSet:
         return self.train if split == "train" else self.eval
 
 
 def problem_sets(task: Task, encode_fn: Callable[[Any], Sequence[int]], max_tokens: int | None = None) -> ProblemSets:
-    """Of a task; `encode_fn` makes a question or messages the tokens of a prompt.
+    """Build the problem sets of a task.
 
-    Prompts longer than `max_tokens` are dropped.
+    `encode_fn` returns the prompt tokens of a question or of messages. Prompts of more than `max_tokens` are dropped.
 
     Raises:
-        ConfigError: a split has no problem that is usable, or all training problems are held out.
+        ConfigError: a split has no usable problem, or all training problems are also held-out problems.
     """
     train, held_out = _problems(task, "train"), _problems(task, "eval")
-    trained, asked = [problem.prompt for problem in train], [problem.prompt for problem in held_out]
-    both = shared(trained, asked)
-    if train and len(both) == len(train):
+    train_prompts, eval_prompts = [problem.prompt for problem in train], [problem.prompt for problem in held_out]
+    shared = find_shared(train_prompts, eval_prompts)
+    if train and len(shared) == len(train):
         raise ConfigError(
-            f"task: all {len(train)} training problems are held out too, such as {example(both, trained, asked)}; give "
-            "task.train and task.eval different sources, or leave task.eval out to keep a part of train apart"
+            f"task: all {len(train)} training problems are also held-out problems, such as "
+            f"{format_shared(shared, train_prompts, eval_prompts)}; give task.train and task.eval different sources, "
+            "or leave task.eval out to hold out a part of task.train"
         )
-    left = [problem for place, problem in enumerate(train) if place not in both]
-    sets = {"train": encode(left, encode_fn, max_tokens), "eval": encode(held_out, encode_fn, max_tokens)}
+    kept = [problem for i, problem in enumerate(train) if i not in shared]
+    sets = {"train": encode(kept, encode_fn, max_tokens), "eval": encode(held_out, encode_fn, max_tokens)}
     metrics = dict(task.facts()) if isinstance(task, CountingTask) else {}
     for split, problems in sets.items():
         metrics[f"task/{split}_problems"] = float(len(problems))
         metrics[f"task/{split}_dropped"] = float(problems.dropped)
-    metrics["task/train_held_out"] = float(len(both))
-    metrics["task/train_repeated"] = float(repeated(sets["train"].prompts))
+    metrics["task/train_held_out"] = float(len(shared))
+    metrics["task/train_repeated"] = float(count_repeated(sets["train"].prompts))
     return ProblemSets(sets["train"], sets["eval"], metrics)
 
 
 def _problems(task: Task, split: Split) -> Sequence[Problem]:
-    """Of a task that may be the user's own."""
-    found = task.problems(split)
-    for place, problem in enumerate(found):
+    """Return the problems of a split after checking their types: the task may be user code."""
+    problems = task.problems(split)
+    for i, problem in enumerate(problems):
         if (
             not isinstance(problem, Problem)
             or not isinstance(problem.prompt, str)
             or not isinstance(problem.answer, str)
         ):
             raise ConfigError(
-                f"task: problem {place} of {split} is {str(problem)[:120]!r}; wanted "
-                "rlsys.data.problems.Problem(prompt, answer), both of them texts"
+                f"task: problem {i} of {split} is {str(problem)[:120]!r}; wanted "
+                "rlsys.data.problems.Problem(prompt, answer), both strings"
             )
         why = _why_unusable(problem)
         if why:
-            raise ConfigError(f"task: problem {place} of {split}, {problem.prompt[:80]!r}: {why}")
-    return found
+            raise ConfigError(f"task: problem {i} of {split}, {problem.prompt[:80]!r}: {why}")
+    return problems
 
 
 def _why_unusable(problem: Problem) -> str:
@@ -81,12 +82,13 @@ def _why_unusable(problem: Problem) -> str:
         for message in problem.messages
     )
     if not pairs:
-        return (
-            f"its messages are {str(problem.messages)[:120]!r}; wanted a tuple of (role, content), both of them texts"
-        )
+        return f"its messages are {str(problem.messages)[:120]!r}; wanted a tuple of (role, content) pairs of strings"
     for text in (problem.prompt, problem.answer, *(content for _, content in problem.messages)):
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            return f"a text has half a character ({text[error.start]!a}) at {error.start}; wanted a whole one"
+            return (
+                f"a text has an unpaired surrogate ({text[error.start]!a}) at character {error.start}; wanted text "
+                "that can be encoded as UTF-8"
+            )
     return f"it {why_not_messages(problem.messages)}" if problem.messages and why_not_messages(problem.messages) else ""

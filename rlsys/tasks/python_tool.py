@@ -1,14 +1,14 @@
-"""Any data set, and a model that may run Python: it writes a block, and reads what the block wrote.
+"""Task on any data set with a Python tool: the model writes a code block and reads its output.
 
     ```python
     print(34 * 87)
     ```
-    ```output           a turn ends here, or with the block
+    ```output           a turn ends here, or at the end of the block
     2958                the reply
     ```
 
-Each block runs by itself, confined (rlsys/sandbox/run_python.py); nothing is left of one when the next runs. Only where
-``turns.python_tool`` says so.
+Each block runs in its own sandboxed process (rlsys/sandbox/run_python.py); no state is kept between blocks. The task
+requires ``turns.python_tool: true``.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _BLOCK = re.compile(r"```python\n(?P<code>(?:(?!```).)*?)\n?```\s*(?P<output>```
 
 
 class PythonTool(DataSet):
-    stop = ("```output",)  # ends a turn, beside the model's own end
-    sandbox: ClassVar[Sandbox] = Sandbox()  # that there is one is what needs turns.python_tool
+    stop = ("```output",)  # ends a turn, in addition to the model's end tokens
+    sandbox: ClassVar[Sandbox] = Sandbox()  # a task with a sandbox requires turns.python_tool
 
     @classmethod
     def reply(cls, turns: Sequence[str], answer: str) -> str | None:
-        """What the block at the end of the last turn writes; a turn without one is the model's last."""
+        """Return the output of the code block at the end of the last turn; without a block, None: the end."""
         block = _BLOCK.search(turns[-1])
         if block is None:
             return None
-        written = cls.sandbox.run(block["code"]).strip("\n")
-        return f"\n{written}\n```\n" if block["output"] else f"```output\n{written}\n```\n"
+        output = cls.sandbox.run(block["code"]).strip("\n")
+        return f"\n{output}\n```\n" if block["output"] else f"```output\n{output}\n```\n"

@@ -1,1 +1,1 @@
-"""From messages to token ids and back: chat templates, control tokens, stop conditions."""
+"""Converts messages to token ids: chat templates, control tokens and stop conditions."""

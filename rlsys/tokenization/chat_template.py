@@ -1,4 +1,4 @@
-"""What a tokenizer's chat template writes, as text, and where in it a turn ends."""
+"""Applies a tokenizer's chat template, and finds the token with which it ends a turn."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from transformers import PreTrainedTokenizerBase
 from rlsys.errors import ConfigError
 from rlsys.tokenization.control_tokens import special_tokens
 
-Message = Mapping[str, str]  # role: system, user or assistant; content
+Message = Mapping[str, str]  # keys: role (system, user or assistant) and content
 
 
-def applied(
+def apply_template(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     prompting: bool,
     options: Mapping[str, Any],
     date: str | None = None,
 ) -> str:
-    """The messages as the template writes them. `prompting`: what begins the assistant's next message comes last.
+    """Render messages with the chat template.
 
-    `date` is the day (ISO 8601) that a template is told where it asks for today's with ``strftime_now``; None: today's.
+    `prompting`: append the start of the assistant's next message (add_generation_prompt). `date`: the day (ISO 8601)
+    that ``strftime_now`` in a template returns; None: today.
 
     Raises:
         ConfigError: the template fails on these messages.
@@ -36,44 +37,45 @@ def applied(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompting, **options
             )
         )
-    except Exception as error:  # a template is a program of its own, and raises what it likes
+    except Exception as error:  # a template is a program, which may raise any type
         roles = ", ".join(message["role"] for message in messages)
-        raise unclear(tokenizer, f"given messages of {roles} it fails: {error}") from error
+        raise template_error(tokenizer, f"it fails for messages with the roles {roles}: {error}") from error
 
 
-def unclear(tokenizer: PreTrainedTokenizerBase, why: str) -> ConfigError:
+def template_error(tokenizer: PreTrainedTokenizerBase, why: str) -> ConfigError:
+    """Return the error for a chat template that cannot be used."""
     name = tokenizer.name_or_path or "the model"
     return ConfigError(
-        f"prompt.chat: the chat template of {name} does not serve here: {why}; use a model with another template, or "
+        f"prompt.chat: the chat template of {name} cannot be used: {why}; use a model with another template, or set "
         "prompt.chat=false and prompt.template"
     )
 
 
 def leading_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The special token that `text` begins with, white space before it included; "" where it begins with none."""
+    """Return the special token at the start of `text`, with the white space before it; "" without one."""
     blank = len(text) - len(text.lstrip())
     specials = [str(token) for token in special_tokens(tokenizer).values()]
-    found = [token for token in specials if token and text.startswith(token, blank)]
-    return text[:blank] + max(found, key=len) if found else ""
+    matches = [token for token in specials if token and text.startswith(token, blank)]
+    return text[:blank] + max(matches, key=len) if matches else ""
 
 
 def last_turn_end(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
-    """What ends the assistant's message where nothing follows; "" where no special token does.
+    """Return the special token that ends the assistant's message at the end of a conversation; "" without one.
 
-    gpt-oss ends its last message in another token (``<|return|>``) than those of the history (``<|end|>``), and writes
-    the latter within one answer too.
+    gpt-oss ends the last message with ``<|return|>``, and earlier messages with ``<|end|>``, which may also occur
+    within an answer.
     """
-    said = "the-answer"
-    messages = [{"role": "user", "content": "the-question"}, {"role": "assistant", "content": said}]
-    return leading_special(tokenizer, applied(tokenizer, messages, False, options).rpartition(said)[2])
+    answer = "the-answer"
+    messages = [{"role": "user", "content": "the-question"}, {"role": "assistant", "content": answer}]
+    return leading_special(tokenizer, apply_template(tokenizer, messages, False, options).rpartition(answer)[2])
 
 
 def inner_turn_end(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
-    """What ends the assistant's message where the user's next one follows; "" where no special token does."""
-    said, reply = "the-answer", "the-reply"
+    """Return the special token that ends an assistant's message before a user's message; "" without one."""
+    answer, reply = "the-answer", "the-reply"
     messages = [
         {"role": "user", "content": "the-question"},
-        {"role": "assistant", "content": said},
+        {"role": "assistant", "content": answer},
         {"role": "user", "content": reply},
     ]
-    return leading_special(tokenizer, applied(tokenizer, messages, False, options).rpartition(said)[2])
+    return leading_special(tokenizer, apply_template(tokenizer, messages, False, options).rpartition(answer)[2])

@@ -1,12 +1,12 @@
-"""Text from data that spells a control token stays text: only a chat template, or the job's own prompt, writes one.
+"""Prevents control-token injection: only the chat template or the job's prompt can produce a special token.
 
-A tokenizer turns ``<|im_end|>`` into the end of a turn wherever it reads it, in a problem taken from the web too. Here
-every text from data is protected before it enters a template: what spells a special token is replaced by a mark. When
-the whole is encoded, a mark becomes the tokens of what it spells, letter for letter, and special tokens are those alone
-that the template wrote.
+A tokenizer encodes ``<|im_end|>`` as the end of a turn wherever it occurs, also inside a problem from the web. Here,
+every text from data is protected before it is inserted into a template: each substring that spells a special token is
+replaced by a mark. When the rendered prompt is encoded, a mark becomes ordinary tokens that spell the same substring.
+Special tokens therefore come only from the template.
 
-Tokens that are in the vocabulary but not special, such as ``<think>`` of Qwen3, are text: they are visible, and answers
-that are taught contain them.
+Added tokens that are not special, such as ``<think>`` of Qwen3, are treated as text: they are visible, and supervised
+answers contain them.
 """
 
 from __future__ import annotations
@@ -21,81 +21,86 @@ from transformers import PreTrainedTokenizerBase
 
 from rlsys.errors import ConfigError
 
-_SECRET = secrets.token_hex(16)  # no text from outside can spell a mark; ids do not depend on it
+_SECRET = secrets.token_hex(16)  # random, so that no data can contain a mark; token ids do not depend on it
 _MARK = re.compile(f"M{_SECRET}M([0-9]+)M")
 
 
 class ControlTokens:
-    """The special tokens of one tokenizer, and the way around them."""
+    """Special tokens of a tokenizer, and an encoder that produces them only from unprotected text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        found = {str(token): (id_, token) for id_, token in special_tokens(tokenizer).items() if str(token)}
-        self._texts = sorted(found, key=lambda text: (-len(text), text))  # of two that begin alike, the longer one
-        self._ids = {text: found[text][0] for text in found}
-        self._tokens = {text: found[text][1] for text in found}
+        specials = {str(token): (id_, token) for id_, token in special_tokens(tokenizer).items() if str(token)}
+        self._texts = sorted(specials, key=lambda text: (-len(text), text))  # a longer match has precedence
+        self._ids = {text: specials[text][0] for text in specials}
+        self._tokens = {text: specials[text][1] for text in specials}
         self._all = frozenset(self._ids.values())
-        self._spelled = re.compile("|".join(map(re.escape, self._texts))) if found else None
+        self._spelled = re.compile("|".join(map(re.escape, self._texts))) if specials else None
 
     @property
     def ids_by_text(self) -> dict[str, int]:
+        """Special tokens: text -> id."""
         return dict(self._ids)
 
     def protect(self, text: str) -> str:
-        """The text with a mark in place of everything that spells a special token."""
+        """Replace every substring that spells a special token by a mark."""
         if self._spelled is None:
             return text
-        return self._spelled.sub(lambda found: f"M{_SECRET}M{self._texts.index(found[0])}M", text)
+        return self._spelled.sub(lambda match: f"M{_SECRET}M{self._texts.index(match[0])}M", text)
 
     def readable(self, text: str) -> str:
-        """The text with every mark spelled out again."""
-        return _MARK.sub(lambda found: self._texts[int(found[1])], text)
+        """Replace every mark by the substring that it stands for."""
+        return _MARK.sub(lambda match: self._texts[int(match[1])], text)
 
     def ids(self, text: str) -> list[int]:
-        """The tokens of a text, none put before or behind.
+        """Encode a text with marks; no special tokens are added at the start or end.
 
         Raises:
-            ConfigError: there are marks, and the tokenizer cannot encode what they spell as text.
+            ConfigError: the text has marks, and the tokenizer cannot encode their substrings as ordinary tokens.
         """
         if _MARK.search(text) is None:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-            if self._written_by(ids) == self._spelled_in(text):
+            if self._special_ids(ids) == self._spelled_ids(text):
                 return ids
         return self.ids_with_marks(text)
 
-    def _written_by(self, ids: list[int]) -> list[int]:
+    def _special_ids(self, ids: list[int]) -> list[int]:
         return [id_ for id_ in ids if id_ in self._all]
 
-    def _spelled_in(self, text: str) -> list[int]:
-        """Fewer than the tokenizer finds where it normalises first: full-width letters become those of a token."""
-        return [] if self._spelled is None else [self._ids[found] for found in self._spelled.findall(text)]
+    def _spelled_ids(self, text: str) -> list[int]:
+        """Return the special tokens that the text spells literally.
+
+        The tokenizer may find more if it normalizes first, for example full-width letters to those of a token.
+        """
+        return [] if self._spelled is None else [self._ids[special] for special in self._spelled.findall(text)]
 
     def ids_with_marks(self, text: str) -> list[int]:
-        """As ``ids``, by the way that marks take: equal to the ordinary one where there are none."""
-        inner, controls, names = self._twin
+        """Encode as ``ids`` does, always by way of the renamed tokenizer; without marks the result is the same."""
+        inner, controls, names = self._renamed_tokenizer
         if self._spelled is not None:
-            text = self._spelled.sub(lambda found: names[found[0]], text)
-        found: list[int] = inner.encode(self.readable(text), add_special_tokens=False).ids
-        forged = sorted(self._all.intersection(found))
-        if forged:
-            told = ", ".join(self._tokenizer.convert_ids_to_tokens(forged))
+            text = self._spelled.sub(lambda match: names[match[0]], text)
+        ids: list[int] = inner.encode(self.readable(text), add_special_tokens=False).ids
+        injected = sorted(self._all.intersection(ids))
+        if injected:
+            tokens = ", ".join(self._tokenizer.convert_ids_to_tokens(injected))
             raise ConfigError(
-                f"prompt: a text spells the control tokens {told} and the tokenizer has no other way to write them; "
-                "leave such texts out of the data"
+                f"prompt: a text contains the control tokens {tokens}, and the tokenizer cannot encode them as "
+                "ordinary text; remove such texts from the data"
             )
-        return [controls.get(id_, id_) for id_ in found]
+        return [controls.get(id_, id_) for id_ in ids]
 
     @cached_property
-    def _twin(self) -> tuple[Tokenizer, dict[int, int], dict[str, str]]:
-        """A copy of the tokenizer in which controls go by secret names, and their old names are text.
+    def _renamed_tokenizer(self) -> tuple[Tokenizer, dict[int, int], dict[str, str]]:
+        """Build a copy of the tokenizer whose special tokens have secret names, so that the old names are plain text.
 
-        Returns it, the control that each id of a secret name stands for, and the secret name of each control.
+        Returns the copy, a map from the ids of secret names to the original ids, and one from special token to secret
+        name.
         """
         if not getattr(self._tokenizer, "is_fast", False):
             raise ConfigError(
-                "prompt: a text spells one of the tokenizer's control tokens, and this tokenizer, which has no "
-                "tokenizer.json, cannot encode that as text; leave such texts out of the data, or save the tokenizer "
-                "as tokenizer.json"
+                "prompt: a text contains one of the tokenizer's control tokens, and this tokenizer, which has no "
+                "tokenizer.json, cannot encode it as ordinary text; remove such texts from the data, or save the "
+                "tokenizer as tokenizer.json"
             )
         inner = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
         inner.no_truncation()
@@ -112,23 +117,26 @@ class ControlTokens:
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, Any]:
-    """Id -> token of those that text must not become, and that decoding for a reader leaves out."""
-    named = set(tokenizer.all_special_ids)
-    return {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special or id_ in named}
+    """Return {id: token} of the special tokens: text from data must not produce them, and decoding may skip them."""
+    special_ids = set(tokenizer.all_special_ids)
+    return {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special or id_ in special_ids}
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
-    """Of this tokenizer as it is now; found once."""
-    return _found(tokenizer, len(tokenizer))
+    """Return the control tokens of a tokenizer; cached until its vocabulary grows."""
+    return _cached_control_tokens(tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=4)
-def _found(tokenizer: PreTrainedTokenizerBase, size: int) -> ControlTokens:
+def _cached_control_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> ControlTokens:
     return ControlTokens(tokenizer)
 
 
 def _renamed(token: Any, name: str) -> AddedToken:
-    """With the same claim on the space around it. Not special, as the twin takes special ones for text."""
+    """Return a token with another text and the same stripping options.
+
+    It is not special, because the renamed tokenizer encodes special tokens as text.
+    """
     return AddedToken(
         name,
         single_word=token.single_word,

@@ -1,1 +1,1 @@
-"""Compares a mathematical answer with the reference; docs/grading.md has the rules."""
+"""Compares a mathematical answer with the reference answer by the rules of docs/grading.md."""

@@ -1,8 +1,9 @@
-"""Whether two expressions are the same: math-verify behind cheap limits. Sections 10 and 11 of docs/grading.md.
+"""Compares two expressions with math-verify, behind cheap cost limits. Sections 10 and 11 of docs/grading.md.
 
-Model output is never executed: math-verify's plain-expression parser, which ends in `eval`, is not used, only its LaTeX
-grammar. Its own timeouts are off, because they need SIGALRM and so the main thread; work that does not end is killed by
-rlsys.rewards.grader_pool. What is known not to end is refused here, before anything reads it.
+Model output is never executed: only math-verify's LaTeX grammar is used, not its parser for plain expressions, which
+calls `eval`. math-verify's timeouts are disabled because they need SIGALRM and therefore the main thread;
+rlsys.rewards.grader_pool kills calls that take too long. Expressions that are known to be too expensive are refused
+here before they are parsed.
 """
 
 from __future__ import annotations
@@ -17,23 +18,24 @@ from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, 
 
 from rlsys.rewards.math.values import Value, rounds_to
 
-MAX_POWER = 10_000  # an exponent
-MAX_POWER_DIGITS = 20_000  # of the power of a number
-MAX_INDEX = 1000  # of a root, and what a factorial or binomial is of
-MAX_GROUP_POWER = 20  # of a bracket
+MAX_POWER = 10_000  # largest exponent
+MAX_POWER_DIGITS = 20_000  # digits of the power of a number
+MAX_INDEX = 1000  # largest index of a root, and argument of a factorial or binomial
+MAX_GROUP_POWER = 20  # largest exponent of a bracketed expression
 MAX_NESTED_POWERS = 2
-MAX_COSTLY = 8  # square roots, bars and functions together
-MAX_DEPTH = 6
+MAX_COSTLY = 8  # roots, absolute-value bars and functions in total
+MAX_DEPTH = 6  # nesting of brackets
 DIGITS = 50  # of numerical values
-MANY_DIGITS = 10_000  # where there are no letters, so that one point decides: 2^{1000} and 2^{1000}-1 differ
-GUARD = 10  # digits at the end that do not count
-# Values that letters take: both signs, no special ratios.
+MANY_DIGITS = 10_000  # without letters, when a single evaluation decides: 2^{1000} and 2^{1000}-1 must differ
+GUARD = 10  # last digits that are ignored in comparisons
+# Sample points (start, step): the i-th letter gets start + i * step. Both signs, no special ratios.
 POINTS = ((0.7310585786, 0.4142135), (-1.2193217, 0.61803398), (2.6457513, -0.3819660))
 
-# Units and arguments without braces have been read before; what math-verify takes for units are letters here.
+# Units and arguments without braces were handled earlier; what math-verify would read as units are letters here.
 _SPELLED = LatexNormalizationConfig(units=False, malformed_operators=False)
 _LATEX = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=_SPELLED)]
-# What the grammar does not know, or evaluates at once: to it, lcm(a,b) is ab, x \approx 3 is 3, and f|_{x=1} is f.
+# Refused: commands that the grammar does not know, misreads or evaluates while parsing. It reads lcm(a,b) as ab,
+# x \approx 3 as 3, and f|_{x=1} as f.
 _UNREAD = re.compile(
     r"\\(?:sum|prod|int|iint|iiint|oint|lim|limsup|liminf|bigcup|bigcap|partial|begin|operatorname|gcd|lcm|coth|sech|csch"
     r"|approx|approxeq|sim|simeq|cong|doteq|propto)(?![a-z])|\|_|\bd/d"
@@ -46,25 +48,28 @@ _PRIMED = re.compile(r"""(?:[A-Za-z](?:_(?:.|\{[^{}]*\}))?|[0-9]+|[)\]}|])['"]+"
 _LETTER = re.compile(r"\\text\{[^{}]*\}|(\\[A-Za-z]+|[A-Za-z])")
 _FACTORIAL_OF_LETTERS = re.compile(r"\([^()!^]*[a-zA-Z][^()!^]*\) ?!")
 _NUMBER = re.compile(r"[0-9]+")
-# Words, and a space that ends the name of a command or a number; any other space may be read as the one before a unit.
+# Words, and spaces that end a command name or separate numbers, are kept. The grammar may read any other space as the
+# one before a unit.
 _SPACE = re.compile(r"(\\text\{[^{}]*\}|\\[A-Za-z]+ +(?=[A-Za-z])|[0-9] +(?=[0-9]))| +")
-# Letters side by side that the grammar takes for a name: t times r is no trace.
+# Adjacent letters that the grammar reads as a keyword: t times r is not a trace.
 _KEYWORD = re.compile(r"(?<!\\)(?<![A-Za-z])([A-Za-z]*?(?=tr|inf|and|or)[A-Za-z])([A-Za-z])")
-# The grammar takes it for a transpose and leaves it out, of numbers and letters too: 2^T is not 2.
+# The grammar reads ^T as a transpose and drops it, even after numbers and letters: 2^T is not 2.
 _POWER_T = re.compile(r"\^ ?(?:T|\{ ?T ?\})")
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|[0-9.]+|.", re.DOTALL)
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off: they are, on purpose
+logging.getLogger("math_verify").setLevel(
+    logging.ERROR
+)  # hides the warning about disabled timeouts: they are disabled on purpose
 
 
-def same_expression(found: str, wanted: str) -> bool:
-    """Both spelled."""
-    if not (affordable(found) and affordable(wanted)) or _primes(found) != _primes(wanted):
+def same_expression(prediction: str, reference: str) -> bool:
+    """Return whether two expressions are equal; both must be spelled by ``spelling.spell``."""
+    if not (affordable(prediction) and affordable(reference)) or _primes(prediction) != _primes(reference):
         return False
-    found, wanted = _own_letters(found, wanted)
-    if "gamma" in (found + wanted).lower():  # more letters than there are
+    prediction, reference = _replace_ambiguous_letters(prediction, reference)
+    if "gamma" in (prediction + reference).lower():  # no spare letter was left to replace it
         return False
-    target, gold = _parse(found), _parse(wanted)
+    target, gold = _parse(prediction), _parse(reference)
     if _are_multiples(target, gold):
         return True
     verdict = _by_numbers(target, gold)
@@ -72,7 +77,7 @@ def same_expression(found: str, wanted: str) -> bool:
 
 
 def same_as_value(expression: str, value: Value) -> bool:
-    """Whether an expression is worth `value`, or rounds to it where that is a decimal long enough."""
+    """Return whether an expression equals `value`, or rounds to it if `value` is a decimal with enough digits."""
     if not affordable(expression) or _primes(expression) or "gamma" in expression.lower():
         return False
     first = _first(_parse(expression))
@@ -84,7 +89,7 @@ def same_as_value(expression: str, value: Value) -> bool:
         exact *= {r"\pi": sympy.pi, "e": sympy.E}[name]
     if _by_numbers([first], [exact]):
         return True
-    number = _at(first, {}, DIGITS + 50)
+    number = _numeric(first, {}, DIGITS + 50)
     if number is None or not number.is_real:
         return False
     as_fraction = sympy.Rational(number)
@@ -92,11 +97,11 @@ def same_as_value(expression: str, value: Value) -> bool:
 
 
 def affordable(text: str) -> bool:
-    """Whether reading and evaluating `text` is sure to be cheap."""
+    """Return whether parsing and evaluating `text` is guaranteed to be cheap."""
     if _UNREAD.search(text) or len(_COSTLY.findall(text)) > MAX_COSTLY:
         return False
     indices = re.findall(r"\\sqrt\[([^\]]*)\]|\\binom\{([^}]*)\}\{([^}]*)\}|([0-9]+)\s*!", text)
-    if any(_worth(part) > MAX_INDEX for index in indices for part in index):
+    if any(_upper_bound(part) > MAX_INDEX for index in indices for part in index):
         return False
     if re.search(r"!\s*!|[})\]]\s*!", _FACTORIAL_OF_LETTERS.sub("", text)):
         return False
@@ -104,7 +109,7 @@ def affordable(text: str) -> bool:
 
 
 def _powers_are_small(text: str) -> bool:
-    """One pass: how deep powers of powers nest in each open bracket, and what each exponent is worth."""
+    """Check the nesting of powers in each open bracket and an upper bound of each exponent, in one pass."""
     tokens = [match[0] for match in _TOKEN.finditer(text) if not match[0].isspace()]
     open_powers, depth, last_group = [0], 0, 0
     at = 0
@@ -124,11 +129,11 @@ def _powers_are_small(text: str) -> bool:
             grouped = tokens[at - len(exponent) - 2 : at - len(exponent) - 1][:1]
             powers = 1 + exponent.count("^") + (last_group if grouped and grouped[0] in ")]}" else 0)
             limit = MAX_GROUP_POWER if grouped and grouped[0] in ")]}" else MAX_POWER
-            twice = tokens[at : at + 1] == ["^"]  # no LaTeX, and read as a tower
+            twice = tokens[at : at + 1] == ["^"]  # x^2^3 is not valid LaTeX, but the grammar reads it as a tower
             digits = len(grouped[0]) if grouped and grouped[0][0].isdigit() else 0
-            if digits * _worth("".join(exponent)) > MAX_POWER_DIGITS:
+            if digits * _upper_bound("".join(exponent)) > MAX_POWER_DIGITS:
                 return False
-            if twice or powers > MAX_NESTED_POWERS or "!" in exponent or _worth("".join(exponent)) > limit:
+            if twice or powers > MAX_NESTED_POWERS or "!" in exponent or _upper_bound("".join(exponent)) > limit:
                 return False
             open_powers[-1] = max(open_powers[-1], powers)
             continue
@@ -137,7 +142,7 @@ def _powers_are_small(text: str) -> bool:
 
 
 def _exponent(tokens: list[str], at: int) -> tuple[list[str], int]:
-    """The tokens of the exponent that starts at `at`, with its braces, and where it ends."""
+    """Return the tokens of the exponent that starts at `at`, including its braces, and the index after it."""
     depth, start = 0, at
     while at < len(tokens):
         depth += (tokens[at] in "([{") - (tokens[at] in ")]}")
@@ -147,8 +152,8 @@ def _exponent(tokens: list[str], at: int) -> tuple[list[str], int]:
     return tokens[start:at], at
 
 
-def _worth(text: str) -> int:
-    """An upper bound for what numbers in an exponent come to; powers within it count as such."""
+def _upper_bound(text: str) -> int:
+    """Return an upper bound of an exponent's value: the product of its numbers, with an inner power evaluated."""
     total = 1
     power = re.search(r"([0-9]+)\s*\}?\s*\^\s*\{?\s*([0-9]+)", text)
     if power:
@@ -163,9 +168,12 @@ def _worth(text: str) -> int:
     return total
 
 
-def _own_letters(*texts: str) -> list[str]:
-    """Letters that math-verify would misread, replaced: capitals beside their small letter, which are the same to it;
-    gamma, a function to it, read in time that doubles with each; and d, which makes a differential of the next."""
+def _replace_ambiguous_letters(*texts: str) -> list[str]:
+    """Replace letters that math-verify would misread by letters that do not occur.
+
+    Capitals that occur beside their small letter, because math-verify treats both as the same; gamma, which it reads as
+    a function, in time that doubles with each occurrence; and d, which turns the next letter into a differential.
+    """
     letters = {match[1] for text in texts for match in _LETTER.finditer(text) if match[1]}
     spare = sorted(set("abchjklmnopqrstuvwxyz") - {letter.lower() for letter in letters})
     ambiguous = sorted(
@@ -184,31 +192,31 @@ def _parse(text: str) -> list[object]:
 
 
 def _first(expressions: list[object]) -> sympy.Expr | None:
-    """The expression, its decimals exact."""
+    """Return the first parsed expression with its decimals as exact rationals; None without one."""
     first = next((e for e in expressions if isinstance(e, sympy.Expr)), None)
     return first and first.xreplace({number: sympy.Rational(str(number)) for number in first.atoms(sympy.Float)})
 
 
 def _primes(text: str) -> Counter[str]:
-    """How often each letter, number or bracket has primes, which math-verify does not see."""
+    """Count primes (f', x'') after each letter, number or bracket: math-verify ignores them."""
     return Counter(match[0] for match in _PRIMED.finditer(text))
 
 
 def _are_multiples(target: list[object], gold: list[object]) -> bool:
-    """Whether both are equations, and one side less the other of the one is a constant times that of the other."""
-    one, other = (_difference(expressions) for expressions in (target, gold))
-    if one is None or other is None:
+    """Return whether both are equations, and left minus right side of one is a constant multiple of the other's."""
+    left, right = (_difference(expressions) for expressions in (target, gold))
+    if left is None or right is None:
         return False
-    names = sorted({symbol.name for symbol in one.free_symbols | other.free_symbols})
+    names = sorted({symbol.name for symbol in left.free_symbols | right.free_symbols})
     if not names or "i" in names:
         return False
     ratios = []
     for start, step in POINTS:
         values = {
             symbol: sympy.Float(start + step * names.index(symbol.name), DIGITS)
-            for symbol in one.free_symbols | other.free_symbols
+            for symbol in left.free_symbols | right.free_symbols
         }
-        a, b = _at(one, values, DIGITS), _at(other, values, DIGITS)
+        a, b = _numeric(left, values, DIGITS), _numeric(right, values, DIGITS)
         if a is None or b is None or not (a.is_real and b.is_real) or a == 0 or b == 0:
             return False
         ratios.append(a / b)
@@ -216,6 +224,7 @@ def _are_multiples(target: list[object], gold: list[object]) -> bool:
 
 
 def _difference(expressions: list[object]) -> sympy.Expr | None:
+    """Return left minus right side of an equation; None if the expression is not an equation."""
     first = expressions[0] if expressions else None
     if not isinstance(first, sympy.Eq) or not all(isinstance(side, sympy.Expr) for side in first.args):
         return None
@@ -223,42 +232,42 @@ def _difference(expressions: list[object]) -> sympy.Expr | None:
 
 
 def _by_numbers(target: list[object], gold: list[object]) -> bool | None:
-    """What numerical values say of two expressions; None where they say nothing."""
+    """Compare two expressions by their numerical values at sample points; None if that decides nothing."""
     a, b = _first(target), _first(gold)
     if a is None or b is None or not isinstance(target[0], sympy.Expr) or not isinstance(gold[0], sympy.Expr):
         return None
     symbols = sorted(a.free_symbols | b.free_symbols, key=lambda symbol: symbol.name)
     names = sorted({symbol.name for symbol in symbols})
-    imaginary = [symbol for symbol in symbols if symbol.name == "i"]  # math-verify knows i alone, and not the i of 2i
+    imaginary = [symbol for symbol in symbols if symbol.name == "i"]  # math-verify recognizes a lone i, but not in 2i
     complex_too = bool(imaginary) or a.has(sympy.I) or b.has(sympy.I)
     agreed = 0
     for start, step in POINTS:
         values = {symbol: sympy.Float(start + step * names.index(symbol.name), DIGITS) for symbol in symbols}
         values.update(dict.fromkeys(imaginary, sympy.I))
-        one, other = _at(a, values, DIGITS), _at(b, values, DIGITS)
-        if one is None or other is None or not (complex_too or (one.is_real and other.is_real)):
+        left, right = _numeric(a, values, DIGITS), _numeric(b, values, DIGITS)
+        if left is None or right is None or not (complex_too or (left.is_real and right.is_real)):
             continue
-        if _differ(one, other, DIGITS):
+        if _differ(left, right, DIGITS):
             return False
         agreed += 1
         if len(names) == bool(imaginary):
-            one, other = _at(a, values, MANY_DIGITS), _at(b, values, MANY_DIGITS)
-            return None if one is None or other is None else not _differ(one, other, MANY_DIGITS)
+            left, right = _numeric(a, values, MANY_DIGITS), _numeric(b, values, MANY_DIGITS)
+            return None if left is None or right is None else not _differ(left, right, MANY_DIGITS)
     return True if agreed else None
 
 
-def _differ(one: sympy.Expr, other: sympy.Expr, digits: int) -> bool:
-    largest = max(abs(one), abs(other))
+def _differ(left: sympy.Expr, right: sympy.Expr, digits: int) -> bool:
+    largest = max(abs(left), abs(right))
     return bool(
-        largest > sympy.Float(10) ** -digits and abs(one - other) > largest * sympy.Float(10) ** (GUARD - digits)
+        largest > sympy.Float(10) ** -digits and abs(left - right) > largest * sympy.Float(10) ** (GUARD - digits)
     )
 
 
-def _at(expression: sympy.Expr, values: dict[sympy.Symbol, sympy.Expr], digits: int) -> sympy.Expr | None:
-    """The numerical value, real or complex; None where there is none."""
+def _numeric(expression: sympy.Expr, values: dict[sympy.Symbol, sympy.Expr], digits: int) -> sympy.Expr | None:
+    """Return the numerical value, real or complex, to `digits` digits; None if it is not finite or undefined."""
     try:
         number = expression.evalf(digits, subs=values, maxn=digits + 1000)
         parts = number.as_real_imag()
-    except Exception:  # sympy raises whatever its functions raise on values out of their domain
+    except Exception:  # sympy's functions raise many types for values outside their domain
         return None
     return number if all(part.is_Number and part.is_finite for part in parts) else None

@@ -1,8 +1,8 @@
-"""Is this completion's final answer the right one? The rules are in docs/grading.md.
+"""Compares the final answer of a completion with the reference answer, by the rules of docs/grading.md.
 
-Answers are spelled alike, taken apart into shapes, and compared part by part: numbers by their exact value, words as
-words, and what is left by math-verify. A reference that is a number never gets there, so that neither its speed nor its
-opinion matters for it. Nothing that a model wrote is executed.
+Both answers are normalized to one spelling, parsed into shapes (list, interval, matrix, ...) and compared part by part:
+numbers by exact value, words as words, all other expressions with math-verify. A reference that is a number is compared
+without math-verify, so neither its speed nor its verdicts matter for it. No text of the model is executed.
 """
 
 from __future__ import annotations
@@ -17,62 +17,63 @@ from rlsys.rewards.math.spelling import key, spell
 from rlsys.rewards.math.units import read_quantity, same_quantity, same_units
 from rlsys.rewards.math.words import as_text, same_words
 
-# Longer answers are wrong unread, unless they are the same text. GSM8K's longest is 11 characters.
+# A longer answer is wrong unless its text equals the reference; it is not parsed. GSM8K's longest has 11 characters.
 MAX_ANSWER_CHARS = 256
-MAX_ANSWER_DEPTH = 8  # the same for brackets in each other
-MAX_UNMATCHED = 8  # of a list: expressions to be compared each with each
+MAX_ANSWER_DEPTH = 8  # same rule for the nesting depth of brackets
+MAX_UNMATCHED = 8  # elements of a list or set that are compared pairwise; more must all be values
 
 
 def grade(completion: str, answer: str) -> float:
-    """1 if the completion's final answer equals `answer`, else 0.
+    """Return 1 if the completion's final answer equals the reference `answer`, else 0.
 
     Raises:
-        ValueError: the reference answer is empty, so no completion could be right.
+        ValueError: the reference answer is empty, so no completion can be correct.
     """
     in_reference = extract(answer)
-    wanted = spell(answer if in_reference is None else in_reference)
-    if not wanted:
+    reference = spell(answer if in_reference is None else in_reference)
+    if not reference:
         raise ValueError(f"the reference answer {answer[:80]!r} is empty")
-    found = extract(completion)
-    return 0.0 if found is None else float(_equal(spell(found), wanted))
+    final_answer = extract(completion)
+    return 0.0 if final_answer is None else float(_equal(spell(final_answer), reference))
 
 
-def equal(found: str, wanted: str) -> bool:
-    """Whether two extracted answers are equal."""
-    return _equal(spell(found), spell(wanted))
+def equal(prediction: str, reference: str) -> bool:
+    """Return whether two extracted answers are equal; `prediction` is the model's answer."""
+    return _equal(spell(prediction), spell(reference))
 
 
-def _equal(found: str, wanted: str) -> bool:
-    if key(found) == key(wanted):
-        return found != ""
-    a, b = plain_number(found), plain_number(wanted)
+def _equal(prediction: str, reference: str) -> bool:
+    if key(prediction) == key(reference):
+        return prediction != ""
+    a, b = plain_number(prediction), plain_number(reference)
     if a is not None and b is not None:
         return a == b
-    if any(len(text) > MAX_ANSWER_CHARS or _depth(text) > MAX_ANSWER_DEPTH for text in (found, wanted)):
+    if any(len(text) > MAX_ANSWER_CHARS or _depth(text) > MAX_ANSWER_DEPTH for text in (prediction, reference)):
         return False
-    return _same(read(found), read(wanted))
+    return _same(read(prediction), read(reference))
 
 
-def _same(found: Shape, wanted: Shape) -> bool:
-    if "malformed" in (found.kind, wanted.kind):
+def _same(prediction: Shape, reference: Shape) -> bool:
+    if "malformed" in (prediction.kind, reference.kind):
         return False
-    if (found.name and wanted.name and found.name != wanted.name) or "equation" in (found.kind, wanted.kind):
-        return _same_equation(found, wanted)
-    kinds = {found.kind, wanted.kind}
+    kinds = {prediction.kind, reference.kind}
+    names_differ = prediction.name and reference.name and prediction.name != reference.name
+    if names_differ or "equation" in kinds:
+        return _same_equation(prediction, reference)
     if kinds & {"list", "set"}:
-        return _same_elements(_elements(found), _elements(wanted), as_sets="set" in kinds)
-    if found.kind != wanted.kind:
+        return _same_elements(_elements(prediction), _elements(reference), as_sets="set" in kinds)
+    if prediction.kind != reference.kind:
         return False
-    if found.kind == "union":
-        return _same_elements(found.parts, wanted.parts, as_sets=False)
-    if found.kind in ORDERED:
-        return len(found.parts) == len(wanted.parts) and all(map(_same, found.parts, wanted.parts))
-    return _same_leaf(found.text, wanted.text)
+    if prediction.kind == "union":
+        return _same_elements(prediction.parts, reference.parts, as_sets=False)
+    if prediction.kind in ORDERED:
+        return len(prediction.parts) == len(reference.parts) and all(map(_same, prediction.parts, reference.parts))
+    return _same_leaf(prediction.text, reference.text)
 
 
-def _same_equation(found: Shape, wanted: Shape) -> bool:
-    """Equations as they were written, not only their right sides."""
-    a, b = found.equation, wanted.equation
+def _same_equation(prediction: Shape, reference: Shape) -> bool:
+    """Compare two equations as a unit, both sides, not only their right sides."""
+    a, b = prediction.equation, reference.equation
     return bool(a and b) and algebra.same_expression(number_bases.decimal(a), number_bases.decimal(b))
 
 
@@ -80,15 +81,17 @@ def _elements(shape: Shape) -> Sequence[Shape]:
     return shape.parts if shape.kind in ("list", "set") else (shape,)
 
 
-def _same_elements(found: Sequence[Shape], wanted: Sequence[Shape], as_sets: bool) -> bool:
-    """Sets: each has an equal one on the other side. Lists: they can be paired off."""
-    if not as_sets and len(found) != len(wanted):
+def _same_elements(prediction: Sequence[Shape], reference: Sequence[Shape], as_sets: bool) -> bool:
+    """Compare elements in any order. Sets: each element has an equal on the other side. Lists: a one-to-one match."""
+    if not as_sets and len(prediction) != len(reference):
         return False
-    a, b = _without_same_text(found, wanted, as_sets), _without_same_text(wanted, found, as_sets)
+    a, b = _without_same_text(prediction, reference, as_sets), _without_same_text(reference, prediction, as_sets)
     if max(len(a), len(b)) > MAX_UNMATCHED and not all(map(_is_value, (*a, *b))):
         return False
     if as_sets:
-        return all(any(_same(f, w) for w in wanted) for f in a) and all(any(_same(f, w) for f in found) for w in b)
+        return all(any(_same(p, r) for r in reference) for p in a) and all(
+            any(_same(p, r) for p in prediction) for r in b
+        )
     for element in a:
         match = next((index for index, other in enumerate(b) if _same(element, other)), None)
         if match is None:
@@ -98,6 +101,7 @@ def _same_elements(found: Sequence[Shape], wanted: Sequence[Shape], as_sets: boo
 
 
 def _without_same_text(shapes: Sequence[Shape], others: Sequence[Shape], as_sets: bool) -> list[Shape]:
+    """Return the shapes that have no counterpart with the same text in `others`; a list uses up each counterpart."""
     texts = Counter((shape.name, key(shape.text)) for shape in others)
     rest = []
     for shape in shapes:
@@ -113,22 +117,22 @@ def _is_value(shape: Shape) -> bool:
     return shape.kind == "leaf" and read_quantity(shape.text).value is not None
 
 
-def _same_leaf(found: str, wanted: str) -> bool:
-    if key(found) == key(wanted):
+def _same_leaf(prediction: str, reference: str) -> bool:
+    if key(prediction) == key(reference):
         return True
-    based = number_bases.same(found, wanted)
+    based = number_bases.same(prediction, reference)
     if based is not None:
         return based
-    found, wanted = number_bases.decimal(found), number_bases.decimal(wanted)
-    a, b = read_quantity(found), read_quantity(wanted)
+    prediction, reference = number_bases.decimal(prediction), number_bases.decimal(reference)
+    a, b = read_quantity(prediction), read_quantity(reference)
     if b.value is not None and (b.value.rational or a.value is not None):
         return a.value is not None and same_quantity(a, b)
     words = same_words(a.core, b.core)
     if words is not None:
         return words
-    if ":" in found + wanted:  # a ratio or a time, with am and pm
-        return as_text(found) == as_text(wanted)
-    if a.percent != b.percent or not same_units(a, b) or r"\infty" in found + wanted:
+    if ":" in prediction + reference:  # a ratio, or a time, possibly with am or pm
+        return as_text(prediction) == as_text(reference)
+    if a.percent != b.percent or not same_units(a, b) or r"\infty" in prediction + reference:
         return False
     if a.value is not None:
         return algebra.same_as_value(b.core, a.value)
@@ -138,7 +142,7 @@ def _same_leaf(found: str, wanted: str) -> bool:
 
 
 def _depth(text: str) -> int:
-    """How deep brackets of any kind nest, or how many stay open."""
+    """Return the maximum nesting depth of brackets of any kind; unclosed brackets count."""
     deepest = depth = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

@@ -1,10 +1,10 @@
-"""The final answer in a text, as written, and the exact value of a plain number. No heavy imports.
+"""Extracts the final answer of a completion, and the exact value of a plain number. No heavy imports.
 
-The answer of a completion:
-1. what is inside the last `\\boxed{...}`: of the boxes that close, the one that opens last. Braces balance, `\\{` and
-   `\\}` do not count, and a box that never closes is none;
-2. without one, GSM8K's mark: the rest of the line after the last `####`;
-3. otherwise there is none, and the completion is wrong.
+The final answer is, in this order:
+1. the content of the last `\\boxed{...}`: of all closed boxes, the one that opens last. Braces must balance; `\\{` and
+   `\\}` do not count as braces, and a box that is not closed is ignored;
+2. without a box, the rest of the line after the last `####`, the mark of GSM8K;
+3. otherwise the completion has no final answer, and is wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from decimal import Decimal
 
-# A number of more characters is no plain number; far more than any that is meant as an answer.
+# Longer text is not read as a plain number; no intended answer is nearly as long.
 MAX_NUMBER_CHARS = 256
 
 _BOX_TOKEN = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -20,7 +20,7 @@ _PLAIN_NUMBER = re.compile(r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*
 
 
 def extract(text: str) -> str | None:
-    """The final answer in `text`, as written; None where there is none."""
+    """Return the final answer in `text`, unchanged; None if there is none."""
     boxed = _last_box(text)
     if boxed is not None:
         return boxed
@@ -29,12 +29,12 @@ def extract(text: str) -> str | None:
 
 
 def tidy(text: str) -> str:
-    """An answer without outer whitespace, dollar signs and a final full stop."""
+    """Remove outer white space, dollar signs and a final full stop from an answer."""
     return text.replace(r"\$", "").replace("$", "").strip().removesuffix(".").rstrip()
 
 
 def plain_number(text: str) -> Decimal | None:
-    """The exact value of digits with sign, thousands separators and decimals; None for anything else."""
+    """Return the exact value of digits with optional sign, thousands separators and decimals; None for other text."""
     text = tidy(text)
     if len(text) > MAX_NUMBER_CHARS or not _PLAIN_NUMBER.fullmatch(text):
         return None
@@ -42,7 +42,10 @@ def plain_number(text: str) -> Decimal | None:
 
 
 def _last_box(text: str) -> str | None:
-    """One pass with a stack of open braces: where the content starts for a box's, None for others."""
+    """Return the content of the last closed box; None without one.
+
+    One pass over the text. The stack has an entry per open brace: the start of the content for a box, else None.
+    """
     open_braces: list[int | None] = []
     last = None
     for token in _BOX_TOKEN.finditer(text):

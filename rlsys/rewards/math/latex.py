@@ -1,4 +1,4 @@
-"""LaTeX's commands with their arguments in braces, and without those of style. Section 2 of docs/grading.md.
+"""Normalizes LaTeX: puts arguments of commands in braces and removes style commands. Section 2 of docs/grading.md.
 
     \\frac\\pi2         ->  \\frac{\\pi}{2}
     x^\\frac12         ->  x^{\\frac{1}{2}}
@@ -6,8 +6,9 @@
     {n \\over 2}       ->  \\frac{n}{2}
     \\color{red}{5}    ->  {5}
 
-One pass from the last token to the first: what follows a command has been read before it. So there is no recursion, and
-the time is linear in the text. The pass notes edits; the text is put together once, at the end.
+One pass from the last token to the first: the arguments of a command are processed before the command. There is no
+recursion, and the time is linear in the length of the text. The pass records edits, and the text is assembled once at
+the end.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from dataclasses import dataclass, field
 _TOKEN = re.compile(r"\\(?:operatorname|hspace|vspace|tag)\*|\\[A-Za-z]+|\\.|.", re.DOTALL)
 _ANY = re.compile(r"[\\^_]")
 
-# Commands of letters and accents, and how many arguments each takes.
+# Commands for letters, accents, roots and fractions -> number of arguments.
 _ARGUMENTS = {
     **dict.fromkeys((r"\frac", r"\binom"), 2),
     **dict.fromkeys((r"\sqrt", r"\overline", r"\bar", r"\vec", r"\hat", r"\tilde", r"\widehat", r"\widetilde"), 1),
     **dict.fromkeys((r"\dot", r"\ddot", r"\overrightarrow", r"\mathbb", r"\mathcal", r"\mathfrak", r"\mathscr"), 1),
 }
-# Fonts that leave the meaning of a letter alone, and upright ones, in which a word or a unit may stand.
+# Fonts that do not change the meaning of a letter, and upright fonts, whose argument may be a word or a unit.
 SLANTED = (r"\mathbf", r"\mathit", r"\boldsymbol", r"\bm", r"\pmb", r"\mathnormal")
 UPRIGHT = r"\text"
 _DECLARED = {
@@ -32,14 +33,15 @@ _DECLARED = {
     **dict.fromkeys((r"\rm", r"\rmfamily", r"\upshape", r"\normalfont", r"\sf", r"\sffamily", r"\tt"), UPRIGHT),
     **dict.fromkeys((r"\ttfamily", r"\sc", r"\scshape", r"\mdseries"), UPRIGHT),
 }
-# Dropped with so many arguments; what comes last of \textcolor stays.
+# Commands that are removed with this many arguments; the last argument of \textcolor is kept.
 _DROPPED = {
     **dict.fromkeys(
         (r"\phantom", r"\hphantom", r"\vphantom", r"\tag", r"\tag*", r"\label", r"\color", r"\textcolor"), 1
     ),
     r"\rule": 2,
 }
-_SPACED = dict.fromkeys((r"\hspace", r"\hspace*", r"\vspace", r"\vspace*", r"\mspace"), 1)  # and a space stands for it
+# Commands that are replaced by a space, with their argument.
+_SPACED = dict.fromkeys((r"\hspace", r"\hspace*", r"\vspace", r"\vspace*", r"\mspace"), 1)
 _CLASSES = (
     r"\mathop",
     r"\mathopen",
@@ -50,9 +52,9 @@ _CLASSES = (
     r"\mathpunct",
     r"\mathinner",
 )
-_AROUND = (r"\ensuremath", r"\smash")  # dropped, their argument stays
+_AROUND = (r"\ensuremath", r"\smash")  # removed; the argument and its braces are kept
 _INFIX = {r"\over": r"\frac{", r"\choose": r"\binom{"}
-# Commands that may stand among words.
+# Commands that may occur between words.
 _IN_WORDS = frozenset(
     (UPRIGHT, *SLANTED, *_DECLARED, r"\%", r"\&", r"\#", r"\$", r"\ ", r"\cdot", r"\circ", r"\mu", r"\Omega", r"\ell")
 )
@@ -62,18 +64,17 @@ _NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 
 
 def tidy(text: str) -> str:
-    """`text` with arguments in braces and without style; sizes and spaces have been dropped before."""
+    """Return `text` with arguments in braces and without style; the caller has already removed sizes and spaces."""
     return _Pass(text).text() if _ANY.search(text) else text
 
 
 @dataclass(slots=True)
 class _Level:
-    """What has been read of an open group: spans of tokens, the nearest last."""
+    """Open group, as far as it has been processed: spans (first token, last token), leftmost last."""
 
-    end: int  # the token that closes it
+    end: int  # index of the token that closes the group
     spans: list[tuple[int, int]] = field(default_factory=list)
-    infix: int | None = None
-    """Where a command such as \\over stands in it."""
+    infix: int | None = None  # index of an infix command of the group, such as \over
 
 
 class _Pass:
@@ -82,12 +83,12 @@ class _Pass:
         self._out = list(self._tokens)
         n = len(self._tokens)
         self._before, self._after = [""] * n, [""] * n
-        self._hidden = [0] * (n + 1)  # +1 where tokens begin to be dropped, -1 behind
+        self._hidden = [0] * (n + 1)  # +1 at the first token of a removed range, -1 after its last
         self._close = _pairs(self._tokens)
         self._open = {end: start for start, end in self._close.items()}
-        self._rewritten: set[int] = set()  # opening braces that became a command
-        self._fonts: dict[int, int] = {}  # where a font command ends
-        self._math = [0] * (n + 1)  # how many commands of mathematics stand before each token
+        self._rewritten: set[int] = set()  # opening braces that were replaced by a command
+        self._fonts: dict[int, int] = {}  # index of a font command -> last token of its argument
+        self._math = [0] * (n + 1)  # number of math commands before each token
         for i, token in enumerate(self._tokens):
             command = len(token) > 1 and token not in _IN_WORDS
             self._math[i + 1] = self._math[i] + command
@@ -116,7 +117,7 @@ class _Pass:
             self._levels.append(_Level(i))
         elif token == "{" and i in self._close and len(self._levels) > 1:
             self._group(i)
-        elif token in "{}":  # closed or opened nowhere: nothing reaches over it
+        elif token in "{}":  # unmatched brace: no argument extends across it
             self._spans.clear()
         elif token in "^_":
             self._script(i)
@@ -149,7 +150,7 @@ class _Pass:
         self._spans.append((i, level.end))
 
     def _infix(self, start: int, level: _Level) -> None:
-        """{a \\over b} is \\frac{a}{b}, with the braces of the group or round the whole text."""
+        """Rewrite {a \\over b} as \\frac{a}{b}; without a group, the fraction is the complete text."""
         if level.infix is None or (start < 0 and not {"=", ",", ";"}.isdisjoint(self._tokens)):
             return
         command = _INFIX[self._tokens[level.infix]]
@@ -162,7 +163,7 @@ class _Pass:
             self._after[-1] += "}"
 
     def _take(self) -> tuple[int, int] | None:
-        """The next argument: a group, a command with its own arguments, or one character, with a minus before it."""
+        """Pop the next argument: a group, a command with its arguments, or one character with an optional minus."""
         spans = self._spans
         if not spans:
             return None
@@ -182,7 +183,7 @@ class _Pass:
             self._after[end] += "}"
 
     def _strip(self, start: int, end: int) -> None:
-        """Drop the spaces from a token on."""
+        """Remove the spaces from token `start` on."""
         while start < end and self._tokens[start].isspace():
             self._out[start] = ""
             start += 1
@@ -204,7 +205,7 @@ class _Pass:
         self._spans.append((i, end))
 
     def _index(self, i: int) -> int:
-        """Where the index of a root ends that is written in square brackets, or the command."""
+        """Return the last token of a root's index in square brackets; without an index, that of the command."""
         spans = self._spans
         if not spans or self._tokens[spans[-1][0]] != "[":
             return i
@@ -218,7 +219,7 @@ class _Pass:
         return end
 
     def _parenthesis(self, i: int, opening: str, closing: str) -> bool:
-        """Whether a parenthesis follows, which is then an argument: \\sqrt(2), x^(n+1). It becomes one span."""
+        """Turn a parenthesis after the command into its argument: \\sqrt(2), x^(n+1). False if there is none."""
         spans = self._spans
         if not spans or self._tokens[spans[-1][0]] != "(":
             return False
@@ -235,7 +236,7 @@ class _Pass:
         return True
 
     def _script(self, i: int) -> None:
-        """All digits behind ^ and _ belong to it, as in plain text, and those behind a minus."""
+        """Process ^ or _: as in plain text, its argument includes all following digits, and a minus before them."""
         spans = self._spans
         if not spans:
             return
@@ -269,14 +270,17 @@ class _Pass:
             self._single(start, end)
 
     def _signs(self, i: int, sign: int, following: int) -> bool:
-        """Whether a sign in an exponent is that of what follows: x^-1, e^-x, but not R^+ x."""
+        """Return whether a sign in an exponent belongs to the next token: x^-1, e^-x, but not R^+ x."""
         if self._tokens[i] != "^" or following != sign + 1:
             return False
         token = self._tokens[following]
         return token.isdigit() or (self._tokens[sign] == "-" and (token.isalpha() or token in (r"\frac", r"\pi")))
 
     def _digits(self, i: int, start: int) -> int:
-        """The last digit of the number at `start`. \\log_23 is \\log_{2}3, and \\log_10 3 is \\log_{10}3."""
+        """Return the index of the last digit of the number at `start`.
+
+        After \\log_ it is one digit, or 10: \\log_23 is \\log_{2}3, and \\log_10 3 is \\log_{10}3.
+        """
         end = start
         tokens = self._tokens
         while end + 1 < len(tokens) and tokens[end + 1].isdigit():
@@ -293,7 +297,7 @@ class _Pass:
         return end
 
     def _single(self, start: int, end: int) -> None:
-        """x^{2} is x^2, with braces only before what would seem to belong to it."""
+        """Write x^{2} as x^2; braces are kept or added only if the next character would join the exponent."""
         braced = self._tokens[start] == "{"
         if end - start != 2 * braced or not self._tokens[start + braced].isalnum() or start in self._rewritten:
             return
@@ -324,7 +328,7 @@ class _Pass:
         self._spans.append((i, end))
 
     def _styled(self, start: int, span: tuple[int, int], font: str) -> None:
-        """The group that became \\text{...} is one: words, a unit, an upright letter. Mathematics in it comes out."""
+        """Undo \\text{...} for a group of math, of another font command, or of a single letter in a slanted font."""
         inside = [self._tokens[i] for i in range(start + 1, min(start + 4, span[1])) if not self._tokens[i].isspace()]
         first = start + 1
         while first < span[1] and (self._tokens[first].isspace() or self._out[first] == ""):
@@ -339,7 +343,11 @@ class _Pass:
             self._out[start] = self._out[span[1]] = " "
 
     def _declaration(self, i: int) -> None:
-        """{\\rm x} is left to the group; \\rm{x} is a font with an argument; else the font lasts to the group's end."""
+        """Process a font declaration.
+
+        `_group` handles {\\rm x}. \\rm{x} is treated as a font with an argument. Otherwise the font extends to the end
+        of the group.
+        """
         before = i - 1
         while before >= 0 and self._tokens[before].isspace():
             before -= 1
@@ -384,7 +392,7 @@ class _Pass:
 
 
 def _pairs(tokens: list[str]) -> dict[int, int]:
-    """Where each bracket closes that does; ( and [ may close each other, as in intervals."""
+    """Return {index of an opening bracket: index of its closing bracket}; ( and [ may pair, as in intervals."""
     pairs, stack = {}, list[int]()
     for i, token in enumerate(tokens):
         if token in ("{", "(", "["):

@@ -1,9 +1,9 @@
-"""Numbers in other bases. Section 3 of docs/grading.md.
+"""Parses and compares numbers in other bases than ten. Section 3 of docs/grading.md.
 
     52_7, 1101_{\\text{two}}, 1A_{16}, 52 (base 7)
 
-A number in another base is its value and its base, and equals only what has both. One in base ten is a plain number,
-and a number without a base is in base ten.
+Two numbers are equal if their values and their bases are equal. A number without a base is in base ten, and a number
+marked as base ten is a plain number.
 """
 
 from __future__ import annotations
@@ -32,22 +32,25 @@ _WORDY = re.compile(r"\\text|[{}()]|\bin\b|\bbase\b")
 
 @dataclass(frozen=True, slots=True)
 class Based:
-    """`value` is None where the base is a letter or a digit is too large for it; then the digits are compared."""
+    """Number with an explicit base."""
 
     digits: str
-    base: int | str
-    value: Fraction | None
-    lower: bool  # letters are among the digits, in lower case: they may also be unknowns
+    base: int | str  # a letter if the base is unknown: 121_b
+    value: Fraction | None  # None, and the digits are compared, if the base is a letter or a digit is too large for it
+    lower: bool  # the digits include lower-case letters, which may instead be unknowns
 
 
-def same(found: str, wanted: str) -> bool | None:
-    """Whether two spelled texts are the same number in the same base; None where neither has another base than ten."""
-    if "_" not in found + wanted and "base" not in found + wanted:
+def same(prediction: str, reference: str) -> bool | None:
+    """Return whether two spelled texts are the same number in the same base; None if neither has a base but ten."""
+    if "_" not in prediction + reference and "base" not in prediction + reference:
         return None
-    a, b = read(found), read(wanted)
+    a, b = read(prediction), read(reference)
     if a is not None and b is not None and a.lower and b.lower:
         return None
-    a, b = (None if one is not None and one.lower and other is None else one for one, other in ((a, b), (b, a)))
+    if a is not None and a.lower and b is None:  # letters beside a text without a base are unknowns
+        a = None
+    elif b is not None and b.lower and a is None:
+        b = None
     if (a is None or a.base == 10) and (b is None or b.base == 10):
         return None
     if a is None or b is None or a.base != b.base:
@@ -56,15 +59,15 @@ def same(found: str, wanted: str) -> bool | None:
 
 
 def decimal(text: str) -> str:
-    """`text` without the mark of base ten, and numbers in other bases within an expression by their values."""
-    whole = read(text)
-    if whole is not None and whole.base == 10 and not whole.lower and whole.value is not None:
-        return whole.digits
+    """Remove a base-ten mark, and replace numbers in other bases inside an expression by their decimal values."""
+    based = read(text)
+    if based is not None and based.base == 10 and not based.lower and based.value is not None:
+        return based.digits
     return _WITHIN.sub(_inside, text) if "_" in text else text
 
 
 def read(text: str) -> Based | None:
-    """The number in a base that `text` is as a whole."""
+    """Parse a text that consists of exactly one number with a base; None for other text."""
     match = _BASED.fullmatch(text.strip())
     if match is None or bool(match["open"]) != bool(match["close"]):
         return None
@@ -75,7 +78,7 @@ def read(text: str) -> Based | None:
         return None
     lower = letters != letters.upper()
     if letters.isalpha() and (len(letters) < 2 or not isinstance(base, int)):
-        return None  # a name with an index
+        return None  # a variable with an index, such as x_1
     if any(c.isalpha() for c in letters) and not (isinstance(base, int) and base > 10):
         return None
     whole, part, period = (piece.upper() for piece in parts)
@@ -108,7 +111,7 @@ def _value(whole: str, part: str, period: str, base: int) -> Fraction | None:
 
 
 def _inside(match: re.Match[str]) -> str:
-    """The value in parentheses; the text itself, with a sign that no grammar reads, where it has none."""
+    """Return the value in parentheses; without a value, the text with a ? that makes algebra refuse it."""
     based = read(match[0])
     if based is None or based.value is None:
         return match[0].replace("_", "?")

@@ -1,12 +1,12 @@
-"""What kind of thing an answer is: one expression, a list, set, interval, union, matrix, equation. Sections 7 and 8 of
-docs/grading.md.
+"""Parses an answer into its shape: expression, list, set, interval, union, matrix or equation.
+
+Sections 7 and 8 of docs/grading.md.
 
     x \\in (1, 2] \\cup \\{3\\}   ->   union named x of "(]" [1, 2] and set [3]
     1 < x \\le 2               ->   "(]" named x [1, 2]
     \\pm 2                     ->   list [2, -2]
 
-Text that does not read as one of these is a leaf, and brackets that do not match make it malformed: equal to its own
-text only.
+Text that has none of these forms is a leaf. Text with unbalanced brackets is malformed, and equals only the same text.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ORDERED = ("()", "[]", "(]", "[)", "<>", "matrix", "row")  # kinds whose parts a
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """`kind` is leaf, equation, malformed, list, set, union or one of ORDERED."""
+    """Parsed answer; `kind` is leaf, equation, malformed, list, set, union or one of ORDERED."""
 
     kind: str
     text: str
     parts: tuple[Shape, ...] = ()
-    name: str = ""  # of the unknown that it is the value of, or the values
-    equation: str = ""  # as a whole, where `text` is its last part only
+    name: str = ""  # the unknown that the answer gives the value or values of: x in x = 2 and in 1 < x
+    equation: str = ""  # the full equation, if `text` is only its last side
 
 
 class _Token(NamedTuple):
@@ -57,15 +57,18 @@ _NOT_LETTERS = re.compile(
 _UNKNOWN_LETTER = re.compile(
     r"(?<![A-Za-z\\])(?![ei](?![A-Za-z]))[A-Za-z](?![A-Za-z])|\\(?:[a-z]*eta|alpha|gamma|lambda|mu)(?![A-Za-z])"
 )
-_LESS, _GREATER = {"<": True, r"\le": False}, {">": True, r"\ge": False}  # and whether the end is open
+_LESS, _GREATER = (
+    {"<": True, r"\le": False},
+    {">": True, r"\ge": False},
+)  # sign -> whether that end of the interval is open
 _MATRIX = re.compile(r"\\begin\{([pb])matrix\}(.*)\\end\{\1matrix\}", re.DOTALL)
-_QUOTED = re.compile(r"\\text\{([^{}]*[0-9][^{}]*)\}")  # not words alone
+_QUOTED = re.compile(r"\\text\{([^{}]*[0-9][^{}]*)\}")  # with a digit, so not only words
 _BOTH_SIGNS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 _INFINITY = r"\infty"
 
 
 def read(text: str) -> Shape:
-    """The shape of spelled text, whose brackets nest no deeper than recursion can go."""
+    """Parse spelled text; the caller bounds the nesting depth of brackets, and so of the recursion."""
     return _read(_drop_thousands(text))
 
 
@@ -98,7 +101,7 @@ def _read(text: str) -> Shape:
 
 
 def _top(text: str) -> list[_Token] | None:
-    """The tokens outside of brackets, and the brackets; None where they do not match."""
+    """Return the tokens outside of brackets, and the outermost brackets; None if brackets do not match."""
     stack: list[str] = []
     top = []
     for match in _TOKEN.finditer(text):
@@ -164,7 +167,7 @@ def _equation(text: str, sides: Sequence[str]) -> Shape:
 
 
 def _inequality(text: str, sides: Sequence[str], signs: Sequence[str]) -> Shape | None:
-    """The interval of an unknown between its ends; None unless it stands alone, and on one side only."""
+    """Return the interval that an inequality describes; None unless the unknown is by itself on exactly one side."""
     if not ({*signs} <= {*_LESS} or {*signs} <= {*_GREATER}) or len(sides) > 3:
         return None
     if signs[0] in _GREATER:
@@ -247,11 +250,11 @@ def _leaf(text: str) -> Shape:
     before, after = text[: signs[0].start()].strip(), text[signs[0].end() :].strip()
     plus = "" if not before or before[-1] in "({[" else "+"
     both = [before + plus + after, before + "-" + after]
-    return Shape("list", text, tuple(_read(one) for one in (both if signs[0][0] == r"\pm" else both[::-1])))
+    return Shape("list", text, tuple(_read(signed) for signed in (both if signs[0][0] == r"\pm" else both[::-1])))
 
 
 def _drop_thousands(text: str) -> str:
-    """Commas between groups of three digits, where no bracket is open in which a comma would separate."""
+    """Remove commas between groups of three digits, except inside brackets, where commas separate elements."""
     at, depth, pieces = 0, 0, []
     for match in _THOUSANDS.finditer(text):
         depth += sum((c in "([") - (c in ")]") for c in text[at : match.start()])

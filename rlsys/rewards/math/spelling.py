@@ -1,9 +1,9 @@
-"""One spelling for what is written in many ways: Unicode, LaTeX's space, size and style. Section 2 of docs/grading.md.
+"""Normalizes the spelling of an answer: Unicode, and LaTeX spacing, size and style. Section 2 of docs/grading.md.
 
-`spell` runs on answers of any length, so each step is linear in the text.
+`spell` runs on answers of any length, so each step takes time linear in the length.
 """
 
-# ruff: noqa: RUF001, because look-alikes are what this is about
+# ruff: noqa: RUF001, because this module maps look-alike characters
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _DROPPED = (
     f"|allowbreak|nobreak|nonumber|notag|noindent|centering|boldmath|unboldmath|{_SIZES}"
 )
 _TEXT = "text(?:bf|it|rm|sf|tt|sc|sl|up|md|normal)?|math(?:rm|sf|tt)|mbox|hbox|underline|emph|operatorname\\*?"
-# Names of commands and what stands for them here.
+# Command name -> its replacement.
 _RENAMED = {
     **dict.fromkeys(("sfrac", "nicefrac", "xfrac", "flatfrac"), r"\frac"),
     **dict.fromkeys(("thinspace", "medspace", "thickspace", "enspace", "space", "negthinspace"), " "),
@@ -61,8 +61,8 @@ _COMMAND = re.compile(
 )
 _SPACES = ",;:>! \n"
 
-# All groups of three behind one separator. Bare commas are read with the brackets round them, by
-# rlsys.rewards.math.shapes.
+# Groups of three digits with one separator throughout. rlsys.rewards.math.shapes handles plain commas, whose meaning
+# depends on the brackets around them.
 _GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?P<mark>\{,\}|\\,|,\\!\s?|~| )[0-9]{3}(?:(?P=mark)[0-9]{3})*(?![0-9/])")
 _PLAIN = (
     (re.compile(r"\\text\{\s*\}"), " "),
@@ -77,7 +77,7 @@ _PLAIN = (
     (re.compile(r"\\text\{ ?,? ?(and|or) ?\}"), r" \1 "),
     (re.compile(r"\\frac\{\\text\{([^{}]*)\}\}\{\\text\{([^{}]*)\}\}"), r"\\text{\1/\2}"),
 )
-# Names of functions, which may stand in \\text or bare.
+# Function names, which may occur in \\text or without a backslash.
 _FUNCTIONS = (
     *("arcsin", "arccos", "arctan", "arccot", "arcsec", "arccsc", "sinh", "cosh", "tanh", "coth"),
     *("sin", "cos", "tan", "cot", "csc", "log", "exp", "ln"),
@@ -93,11 +93,11 @@ _BARE = re.compile(
 )
 _TIGHT = re.compile(r" ?([^\w ]) ?")
 _LISTED = re.compile(r"(?<=[0-9]), (?=[0-9])")
-_MAX_LAYERS = 8  # of braces round an answer that are taken off
+_MAX_LAYERS = 8  # of braces around an answer that are removed
 
 
 def spell(text: str) -> str:
-    """`text` in the one spelling that the other modules read."""
+    """Return `text` in the normalized spelling that the other modules of this package expect."""
     if not text.isascii():
         text = _ascii(text)
     text = _GROUPS.sub(lambda match: match[0].replace(match["mark"], ""), text)
@@ -114,9 +114,9 @@ def spell(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """What two equal texts have in common: spaces are left between words and between numbers only.
+    """Return a comparison key of spelled text: spaces are kept only between words and between numbers.
 
-    A space after a comma tells a list from a number: 1, 234 is not 1,234.
+    A space after a comma distinguishes a list from a number: 1, 234 is not 1,234.
     """
     text = _LISTED.sub(";", text)
     return _TIGHT.sub(r"\1", _TIGHT.sub(r"\1", text)).strip().removeprefix("+")
@@ -166,7 +166,7 @@ def _greek(character: str) -> str:
 def _command(match: re.Match[str]) -> str:
     text, name, sign = match.groups()
     if text:
-        return r"\text "  # its argument may be a bare letter
+        return r"\text "  # with a space, because its argument may be a letter without braces
     if name:
         return _RENAMED.get(name, match[0])
     if sign is None or sign == "!":
@@ -179,9 +179,9 @@ def _command(match: re.Match[str]) -> str:
 
 
 def _bare(match: re.Match[str]) -> str:
-    """Functions, roots and \\pi without their backslash."""
+    """Add the missing backslash to a function, sqrt or pi."""
     name = match[1] or match[2] or match[3] or match[4]
-    if not name or (match[2] and _after_number(match)):  # 5 min (about)
+    if not name or (match[2] and _after_number(match)):  # a unit: 5 min (about)
         return match[0]
     return f"\\{name} "
 
@@ -192,7 +192,7 @@ def _after_number(match: re.Match[str]) -> bool:
 
 
 def _upright(match: re.Match[str]) -> str:
-    """Upright constants and functions are themselves; a single letter is one where it can be no unit."""
+    """Take constants and functions out of \\text, and a single letter where it cannot be a unit."""
     name, start, end = match[1], match.start(), match.end()
     before, after = match.string[max(start - 1, 0) : start], match.string[end : end + 1]
     name = _OTHER_NAMES.get(name, name)
@@ -210,7 +210,7 @@ def _upright(match: re.Match[str]) -> str:
 
 
 def _closes_at_the_end(text: str) -> bool:
-    """Whether the brace that opens the text is closed by its last character."""
+    """Return whether the last character closes the brace that opens the text."""
     depth = 0
     for token in re.finditer(r"\\.|[{}]", text, re.DOTALL):
         depth += (token[0] == "{") - (token[0] == "}")

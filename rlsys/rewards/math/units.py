@@ -1,4 +1,4 @@
-"""A quantity: what is measured, its unit, percent sign and words of size. Sections 3, 5 and 6 of docs/grading.md."""
+"""Parses quantities: value, unit, percent sign and number words (million). Sections 3, 5 and 6 of docs/grading.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from rlsys.rewards.math.values import Value, read_value, same_value
 
-# Short names first; units of one letter only in \text{} or after a space.
+# Synonyms, short name first. A unit of one letter is recognized only in \text{} or after a space.
 _SAME = (
     "cm centimeter centimetre",
     "mm millimeter millimetre",
@@ -70,7 +70,7 @@ _SIZES = {
 }
 _PERCENT = frozenset(("percent", "per cent", "pct"))
 
-# Atomic and possessive: with backtracking into them, a row of words could be read in exponentially many ways.
+# Atomic groups and possessive quantifiers: with backtracking, words could match in exponentially many ways.
 _WORD = r"(?<![A-Za-z.¢€£¥₹\\])[A-Za-z.¢€£¥₹]+"
 _PIECE = rf"(?>\\text\{{[^{{}}]*\}}|\^\\circ(?: ?[CFK](?![A-Za-z]))?|{_WORD})(?:\^(?:\{{[23]\}}|[23]))?"
 _QUANTITY = re.compile(
@@ -86,16 +86,16 @@ _CURRENCY = re.compile(r"([+-]?) ?([€£¥₹]) ?")
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """`core` is the text without unit and percent sign; `value` is None where that is no value."""
+    """Parsed quantity."""
 
-    core: str
-    value: Value | None
-    unit: str
+    core: str  # the text without unit and percent sign
+    value: Value | None  # None if `core` is not a value
+    unit: str  # "" if there is none
     percent: bool
 
 
 def read_quantity(text: str) -> Quantity:
-    """Spelled text, taken apart."""
+    """Parse spelled text as a quantity."""
     currency = _CURRENCY.match(text)
     unit = ""
     if currency:
@@ -120,11 +120,12 @@ def read_quantity(text: str) -> Quantity:
 
 
 def same_units(a: Quantity, b: Quantity) -> bool:
+    """Return whether the units are equal; a missing unit equals every unit."""
     return not (a.unit and b.unit) or a.unit == b.unit
 
 
 def same_quantity(a: Quantity, b: Quantity) -> bool:
-    """Both have values: equal, and a sign of percent on one side alone may also be left out."""
+    """Compare two quantities with values. A percent sign on only one side may count as 1/100 or be ignored."""
     assert a.value is not None and b.value is not None
     if not same_units(a, b):
         return False
@@ -136,20 +137,23 @@ def same_quantity(a: Quantity, b: Quantity) -> bool:
 
 
 def _bare(core: str) -> str:
-    """Without \\text round the number or parentheses round a single one."""
+    """Remove \\text or parentheses around a value."""
     match = re.fullmatch(r"\\text\{([^{}]*)\}|\(([^()]*)\)", core)
     return core if match is None else (match[1] or match[2] or "").strip()
 
 
 def _is_unit(text: str, spaced: bool) -> bool:
-    """Words in \\text and degrees always; others if they are known abbreviations, or words behind a space."""
+    """Return whether a text is a unit: \\text{...} and degrees always, other text if it is an abbreviation or a word.
+
+    A known abbreviation of one letter, and an unknown word, must follow a space or a slash.
+    """
     for index, match in enumerate(_BARE.finditer(text)):
         word = match["word"]
         if word is None:
             continue
         apart = spaced if index == 0 else text[match.start() - 1] in " /"
         name = _short(word.strip(".").lower())
-        letters = len(word.strip("."))  # as written: hours are h in short
+        letters = len(word.strip("."))  # of the text, not of the short name: "hours" has the short name h
         known = name in _NAMES and (letters > 1 or word in _LETTERS)
         if known and (apart or letters > 1) and name not in _FUNCTIONS - set(_NAMES):
             continue
@@ -159,13 +163,13 @@ def _is_unit(text: str, spaced: bool) -> bool:
 
 
 def _is_known_unit(words: str) -> bool:
-    """Whether words are units by their usual names alone."""
+    """Return whether every word is a known unit."""
     names = [name.partition("^")[0] for name in _normal(words)]
     return bool(names) and all(name in _NAMES or name in ("unit", "/") for name in names)
 
 
 def _normal(text: str) -> list[str]:
-    """Words in the singular and by their short names; powers and divisions in one form."""
+    """Normalize a unit: words in the singular and by short name, and one notation for powers and divisions."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     text = text.replace(r"\cdot", " ").replace(r"^\circ", " degree ").lower().replace("mph", " mi/h ")
     text = re.sub(r"\^\{?([23])\}?", r"^\1 ", text).replace(" ^", "^")

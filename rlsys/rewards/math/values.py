@@ -1,7 +1,8 @@
-"""Exact values: decimals, fractions, mixed, scientific, roots, pi and e. Sections 3 and 4 of docs/grading.md.
+"""Parses exact values: decimals, fractions, mixed numbers, scientific notation, roots, pi and e.
 
-A value is c * r**(1/n) * constants, never a sum, product or power: those are work left undone. Everything that is built
-here is small: the text is, and exponents of ten are bounded.
+Sections 3 and 4 of docs/grading.md. A value is c * r**(1/n) * constants. Sums, other products and powers are not
+values: they are unfinished calculations. All numbers stay small, because the text is short and exponents of ten are
+bounded.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-MAX_EXPONENT = 1000  # of ten
-MAX_INDEX = 20  # of a root
-MIN_DECIMALS = 6  # that a decimal needs, and as many significant digits, to stand for a number that it only rounds
-MAX_DECIMALS = 60  # that are compared with a root or a constant
+MAX_EXPONENT = 1000  # largest exponent of ten
+MAX_INDEX = 20  # largest index of a root
+MIN_DECIMALS = 6  # decimals, and significant digits, that a rounded decimal needs to equal the exact number
+MAX_DECIMALS = 60  # largest number of decimals that is compared with a root or a constant
 CONSTANTS = {
     r"\pi": Fraction("3.14159265358979323846264338327950288419716939937510582097494459230781640628620899"),
     "e": Fraction("2.71828182845904523536028747135266249775724709369995957496696762772407663035354759"),
@@ -34,26 +35,26 @@ _CONSTANT = re.compile(r"\\pi(?![A-Za-z])|e(?![A-Za-z^0-9])")
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """c * r**(1/n) times constants. r is 1 where the root comes out."""
+    """Exact value c * r**(1/n) * constants; r is 1 if the root is rational."""
 
     c: Fraction
     r: Fraction = Fraction(1)
     n: int = 1
     constants: tuple[str, ...] = ()
-    decimals: int | None = None  # that were written, where that is all that was: 2.50 has 2
+    decimals: int | None = None  # written decimals of a plain number (2.50 has 2); None for other notations
 
     @property
     def rational(self) -> bool:
         return self.r == 1 and not self.constants
 
     def times(self, factor: Fraction) -> Value:
-        """Multiplied; a hundredth is a shift of the decimal point, so that decimals stay ones that were written."""
+        """Multiply by `factor`. Only 1/100 keeps `decimals`, increased by 2: it shifts the decimal point."""
         decimals = None if self.decimals is None or factor != Fraction(1, 100) else self.decimals + 2
         return replace(self, c=self.c * factor, decimals=decimals)
 
 
 def read_value(text: str) -> Value | None:
-    """The value of spelled text; None for anything that is no value."""
+    """Parse spelled text as a value; None if it is not a value."""
     mixed = _MIXED_LINE.fullmatch(text)
     if mixed:
         sign, whole, over, under = mixed.groups()
@@ -61,18 +62,21 @@ def read_value(text: str) -> Value | None:
     if re.search(r"[0-9.] [0-9.]", text):
         return None
     try:
-        return _Reader(text.replace(" ", "")).whole()
+        return _Reader(text.replace(" ", "")).parse()
     except _NoValueError:
         return None
 
 
 def same_value(a: Value, b: Value) -> bool:
-    """Equal exactly, or one a decimal long enough to which the other, which no decimal writes, rounds."""
+    """Return whether two values are equal, exactly or after rounding.
+
+    After rounding: one is a decimal with enough digits, the other has no finite decimal form and rounds to it.
+    """
     return _exactly(a, b) or _rounds_to(a, b) or _rounds_to(b, a)
 
 
 def rounds_to(decimal: Value, number: Fraction) -> bool:
-    """Whether `number`, rounded to the decimals that were written, is `decimal`, and these are enough to count."""
+    """Return whether `number` rounds to `decimal` at its written decimals, and `decimal` has enough digits."""
     if decimal.decimals is None or not MIN_DECIMALS <= decimal.decimals <= MAX_DECIMALS:
         return False
     unit = Fraction(1, 10**decimal.decimals)
@@ -80,7 +84,7 @@ def rounds_to(decimal: Value, number: Fraction) -> bool:
 
 
 def approximate(value: Value) -> Fraction:
-    """To 70 digits behind the point or more."""
+    """Return a rational approximation, accurate to at least 70 decimals."""
     scale = 10**80
     radicand = value.r.numerator * value.r.denominator ** (value.n - 1) * scale**value.n
     number = value.c * Fraction(_root(radicand, value.n), scale * value.r.denominator)
@@ -94,12 +98,12 @@ class _NoValueError(Exception):
 
 
 class _Reader:
-    """Recursive descent; recursion is as deep as braces, which are bounded before."""
+    """Recursive-descent parser; the caller bounds the nesting depth of braces, and so of the recursion."""
 
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
 
-    def whole(self) -> Value:
+    def parse(self) -> Value:
         value = self._quotient()
         if self._at != len(self._text):
             raise _NoValueError
@@ -120,7 +124,7 @@ class _Reader:
         return value.times(Fraction(-1)) if negative else value
 
     def _atom(self) -> Value:
-        """What may stand under a slash: more would be ambiguous."""
+        """Parse a denominator after a slash: a single number, root or constant, since more would be ambiguous."""
         number = self._match(_NUMBER)
         part = Value(Fraction(number[0])) if number else self._irrational()
         if part is None:
@@ -143,7 +147,7 @@ class _Reader:
         return value
 
     def _factor(self) -> Value | None:
-        """A number, a mixed number, one with a power of ten, or a fraction."""
+        """Parse a number, a mixed number, a number times a power of ten, or a fraction."""
         power = self._match(_POWER_OF_TEN)
         if power:
             return Value(_ten(power[1] or power[2]))
@@ -194,15 +198,15 @@ class _Reader:
         return _nth_root(under.c, n)
 
     def _match(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        found = pattern.match(self._text, self._at)
-        if found:
-            self._at = found.end()
-        return found
+        match = pattern.match(self._text, self._at)
+        if match:
+            self._at = match.end()
+        return match
 
     def _take(self, text: str) -> bool:
-        found = self._text.startswith(text, self._at)
-        self._at += len(text) * found
-        return found
+        is_next = self._text.startswith(text, self._at)
+        self._at += len(text) * is_next
+        return is_next
 
     def _need(self, text: str) -> None:
         if not self._take(text):
@@ -221,7 +225,7 @@ def _repeating(whole: str, fixed: str, period: str) -> Fraction:
 
 
 def _decimals(text: str) -> int | None:
-    """How many decimals were written, where the text is a plain number."""
+    """Return the number of decimals in a plain number; None for other text."""
     number = text.lstrip("+-")
     return len(number.partition(".")[2]) if _NUMBER.fullmatch(number) else None
 
@@ -234,7 +238,7 @@ def _multiply(a: Value, b: Value) -> Value:
 
 
 def _divide(a: Value, b: Value) -> Value:
-    """a / b, where that is one root at most and no constant is left below."""
+    """Return a / b if the result has at most one root and no constant in the denominator."""
     if b.c == 0 or not set(b.constants) <= set(a.constants):
         raise _NoValueError
     n = math.lcm(a.n, b.n)
@@ -246,7 +250,7 @@ def _divide(a: Value, b: Value) -> Value:
 
 
 def _nth_root(radicand: Fraction, n: int) -> Value:
-    """Out of the root where it comes out."""
+    """Return the n-th root, as a rational number if it is one."""
     if radicand < 0:
         if n % 2 == 0:
             raise _NoValueError
@@ -258,10 +262,10 @@ def _nth_root(radicand: Fraction, n: int) -> Value:
 
 
 def _root(number: int, n: int) -> int:
-    """The largest integer whose n-th power is at most `number`."""
+    """Return the largest integer whose n-th power is at most `number`, by Newton's method."""
     if n == 1 or number < 2:
         return number
-    low = 1 << -(-number.bit_length() // n)  # above the root; Newton's steps only go down
+    low = 1 << -(-number.bit_length() // n)  # starts above the root, so that every step decreases it
     while True:
         step = ((n - 1) * low + number // low ** (n - 1)) // n
         if step >= low:

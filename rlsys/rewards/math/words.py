@@ -1,7 +1,7 @@
-"""Words, or letters of algebra? Section 9 of docs/grading.md.
+"""Distinguishes words from algebraic letters, and compares words. Section 9 of docs/grading.md.
 
-no solution, west, x-axis, \text{ even }     words, compared as such
-p - q, x y, ab, AB                            letters, left to algebra
+no solution, west, x-axis, \text{ even }     words, compared as text
+p - q, x y, ab, AB                            letters, compared by algebra
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 
 from rlsys.rewards.math.spelling import key
 
-MIN_WORD = 3  # letters; fewer are symbols, and no more than these may be a product of letters
-# Short words that answers are made of; none of them is a usual product of letters.
+MIN_WORD = 3  # letters; a shorter run is a symbol, and a run of up to this length may be a product of letters
+# Short words that are common in answers and unlikely as a product of letters.
 _SHORT = frozenset(
     (
         *("yes", "no", "not", "one", "two", "six", "ten", "odd", "all", "any", "off", "out", "red", "man", "men"),
@@ -27,25 +27,25 @@ _RUN = re.compile(r"[A-Za-z]+")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 
 
-def same_words(found: str, wanted: str) -> bool | None:
-    """None where both may be products of letters or other expressions."""
-    a, b = _phrase(found), _phrase(wanted)
+def same_words(prediction: str, reference: str) -> bool | None:
+    """Compare two answers as words; None if both may be products of letters or other expressions."""
+    a, b = _phrase(prediction), _phrase(reference)
     if a is not None and a == b:
         return True
-    if _only_words(found, a) or _only_words(wanted, b):
-        return False if not _same_letters(found, wanted) else None
-    if _quoted(found) != _quoted(wanted):
-        return as_text(found) == as_text(wanted)
+    if _only_words(prediction, a) or _only_words(reference, b):
+        return False if not _same_letters(prediction, reference) else None
+    if _quoted(prediction) != _quoted(reference):
+        return as_text(prediction) == as_text(reference)
     return None
 
 
 def as_text(text: str) -> str:
-    """What two equal texts have in common, in \\text or not."""
+    """Return a comparison key of a text, with or without \\text."""
     return key(re.sub(" +", " ", _QUOTED.sub(r" \1 ", text))).casefold()
 
 
 def _phrase(text: str) -> str | None:
-    """Words in one form, if the text can be that. Case counts in single letters and in pairs."""
+    """Return the text as normalized words; None if it cannot be words. One or two letters keep their case."""
     inside = re.sub(" +", " ", _QUOTED.sub(r" \1 ", text)).strip(" ().")
     if not _WORDS.fullmatch(inside) and not (_QUOTED.fullmatch(text) and inside):
         return None
@@ -53,12 +53,12 @@ def _phrase(text: str) -> str | None:
 
 
 def _only_words(text: str, phrase: str | None) -> bool:
-    """Whether a text that can be words can be nothing else."""
+    """Return whether a text that can be words cannot be anything else."""
     return phrase is not None and (_QUOTED.fullmatch(text) is not None or _is_phrase(phrase) or bool(_quoted(text)))
 
 
 def _is_phrase(text: str) -> bool:
-    """A run of more letters than a product has, a short word, or more than one letter beside a space."""
+    """Return whether a text has a run of more than MIN_WORD letters, a common short word, or a space and a run of 2."""
     runs = _RUN.findall(text)
     if not _WORDS.fullmatch(text) or any(len(run) > MIN_WORD for run in runs) or not _SHORT.isdisjoint(_lower(runs)):
         return True
@@ -71,16 +71,16 @@ def _lower(runs: list[str]) -> list[str]:
     return [run.casefold() for run in runs]
 
 
-def _same_letters(found: str, wanted: str) -> bool:
-    """Whether one is a product or sum in so many signs, and the other has no letters but those: a b c d and abcd."""
-    if r"\text" in found + wanted:
+def _same_letters(prediction: str, reference: str) -> bool:
+    """Return whether both have the same letters and one is clearly algebraic: a b c d and abcd."""
+    if r"\text" in prediction + reference:
         return False
-    letters = [sorted("".join(_RUN.findall(_COMMAND.sub("", text)))) for text in (found, wanted)]
-    return letters[0] == letters[1] and any(map(_spelled_out, (found, wanted)))
+    letters = [sorted("".join(_RUN.findall(_COMMAND.sub("", text)))) for text in (prediction, reference)]
+    return letters[0] == letters[1] and any(map(_spelled_out, (prediction, reference)))
 
 
 def _spelled_out(text: str) -> bool:
-    """Whether no run of letters in it is long enough for a word, or signs of algebra stand round them."""
+    """Return whether a text is clearly algebraic: only single letters, or operators of algebra."""
     return all(len(run) == 1 for run in _RUN.findall(_COMMAND.sub("", text))) or bool(re.search(r"^-|[+*^=(]", text))
 
 

@@ -157,5 +157,5 @@ def test_the_text_part_of_gemma_3_may_leave_out_most_of_its_numbers() -> None:
 
 
 def test_a_number_that_is_none_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"hidden_size is 'wide'; wanted a whole number"):
+    with pytest.raises(ConfigError, match=r"hidden_size is 'wide'; wanted an integer"):
         of_config({"model_type": "llama", "hidden_size": "wide"}, "config.json")

@@ -34,7 +34,7 @@ def test_a_row_says_where_adapters_go() -> None:
 
 
 def test_a_row_says_which_layers_have_a_window() -> None:
-    words = {"none": "none", "all": "all, if any", "asked": "where asked for"}
+    words = {"none": "none", "all": "all, if any", "optional": "where asked for"}
     periods = {2: "every other", 4: "three of four", 6: "five of six"}
     for row in rows():
         family = FAMILIES[row["`model_type`"].strip("`")]

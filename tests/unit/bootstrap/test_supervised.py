@@ -1,4 +1,4 @@
-"""Claims about the stage that makes a base from nothing."""
+"""Claims about the stage that makes a base model from scratch."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_gate_that_is_lost_during_the_decay_stops_too(learner: Learner) -> Non
     grades = iter([1.0] * 4 + [0.0] * 4)
     fading = Gate(GATE.problems, lambda completion, answer: next(grades), TOKENIZER, 4)
     section = SupervisedSection(batch_size=4, first_check_step=1, decay_steps=2)
-    with pytest.raises(QualityError, match="after the learning rate came down"):
+    with pytest.raises(QualityError, match="after the learning rate decay"):
         train_base(learner, EXAMPLES, fading, section, 0, ignore)
 
 

@@ -63,7 +63,7 @@ def test_what_a_later_part_cannot_take_is_refused_by_its_key(override: str, key:
     ("override", "named"),
     [
         ("model.make.num_heads=3", "set model.make.num_kv_heads=1"),
-        ("model.make.head_dim=320", "model.make.head_dim: heads of 320 values"),
+        ("model.make.head_dim=320", "model.make.head_dim: head_dim is 320"),
         ("sampler.tensor_parallel_size=8", "set sampler.tensor_parallel_size=4"),
     ],
 )

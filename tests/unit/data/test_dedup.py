@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.data.dedup import kept_apart, normalise, refuse_shared, repeated, shared
+from rlsys.data.dedup import count_repeated, find_shared, is_held_out, normalise, refuse_shared
 from rlsys.errors import ConfigError
 
 
@@ -48,8 +48,8 @@ def test_what_is_normal_stays_as_it_is(text: str) -> None:
 
 
 def test_shared_problems_are_found_with_both_places() -> None:
-    assert shared(["a", "b", "C?", "b"], ["x", "c", "B", "b"]) == {1: 2, 2: 1, 3: 2}
-    assert shared(["a"], ["b"]) == {}
+    assert find_shared(["a", "b", "C?", "b"], ["x", "c", "B", "b"]) == {1: 2, 2: 1, 3: 2}
+    assert find_shared(["a"], ["b"]) == {}
 
 
 def test_a_held_out_problem_that_is_trained_on_is_refused_with_an_example() -> None:
@@ -61,12 +61,12 @@ def test_a_held_out_problem_that_is_trained_on_is_refused_with_an_example() -> N
 
 
 def test_repeats_are_counted_beyond_the_first() -> None:
-    assert repeated(["a", "A", "b", "a."]) == 2
+    assert count_repeated(["a", "A", "b", "a."]) == 2
 
 
 def test_the_part_that_is_kept_apart_is_of_the_asked_size_and_holds_repeats_together() -> None:
     prompts = [f"What is {i} + {i}?" for i in range(4000)]
-    apart = [prompt for prompt in prompts if kept_apart(prompt, 0.1)]
+    apart = [prompt for prompt in prompts if is_held_out(prompt, 0.1)]
     assert 330 < len(apart) < 470
-    assert all(kept_apart(prompt.upper(), 0.1) == kept_apart(prompt, 0.1) for prompt in prompts)
-    assert {p for p in prompts if kept_apart(p, 0.05)} < set(apart)
+    assert all(is_held_out(prompt.upper(), 0.1) == is_held_out(prompt, 0.1) for prompt in prompts)
+    assert {p for p in prompts if is_held_out(p, 0.05)} < set(apart)

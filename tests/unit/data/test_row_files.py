@@ -17,14 +17,14 @@ import pytest
 from pyarrow import parquet
 
 from rlsys.config import ColumnSection, SourceSection
-from rlsys.data.rows import Rows, load
+from rlsys.data.rows import Rows, read_rows
 from rlsys.errors import ConfigError
 
 VERL = {"prompt": "prompt", "answer": "reward_model.ground_truth"}
 
 
 def read(path: Path | str, split: str = "train", **columns: str) -> Rows:
-    return load(SourceSection(path=str(path), split=split), ColumnSection(**columns), "task.train")
+    return read_rows(SourceSection(path=str(path), split=split), ColumnSection(**columns), "task.train")
 
 
 def answers(path: Path) -> tuple[str | None, ...]:
@@ -199,10 +199,13 @@ def test_texts_of_a_message_in_parts_are_one_text(tmp_path: Path) -> None:
     [
         ([], "list"),
         ([{"from": "human", "value": "1?"}], "messages of role and content"),
-        ([{"role": "tool", "content": "1?"}], "the role 'tool' (known are system, user, assistant)"),
+        ([{"role": "tool", "content": "1?"}], "the role 'tool' (known roles: system, user, assistant)"),
         ([{"role": "<|im_end|>", "content": "1?"}], "the role '<|im_end|>'"),
-        ([{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}], "ends in a message of assistant"),
-        ([{"role": "user", "content": "1?"}, {"role": "system", "content": "x"}], "system message behind 1 others"),
+        (
+            [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}],
+            "ends with a message of the role 'assistant'",
+        ),
+        ([{"role": "user", "content": "1?"}, {"role": "system", "content": "x"}], "a system message at position 1"),
         ([{"role": "user", "content": " "}], "wanted a text"),
         ([{"role": "user", "content": None}], "wanted a text"),
         ([{"role": "user", "content": [{"type": "image", "path": "a.png"}]}], "a part of type 'image'"),
@@ -268,18 +271,22 @@ LATIN = "\xe9".encode("latin-1")
         ("rows.tsv", b"question\tanswer\n" + LATIN + b"\t2\n", "line 2: found byte 0xe9"),
         ("rows.jsonl", ROW.decode().encode("utf-16"), "line 1: found UTF-16"),
         ("rows.csv", "question,answer\n".encode("utf-16"), "line 1: found UTF-16"),
-        ("rows.jsonl", ROW + b'{"question": "2?"\n', r"line 2: is no JSON: .*column 18"),
+        ("rows.jsonl", ROW + b'{"question": "2?"\n', r"line 2: is not valid JSON: .*column 18"),
         ("rows.jsonl", ROW + b"[1]\n", "line 2: found list '.1.'; wanted an object"),
-        ("rows.json", b'{"data":\n[1]}', "is one object of data; wanted a list of objects, or an object a line"),
+        (
+            "rows.json",
+            b'{"data":\n[1]}',
+            "is a single JSON object with the keys data; wanted a list of objects, or one object per",
+        ),
         ("rows.json", b'["1?"]', "element 0: found str '1.'; wanted an object"),
-        ("rows.jsonl", b'{"question": "1?", "answer": 1, "answer": 2}\n', "line 1: the key 'answer' is there twice"),
-        ("rows.jsonl", b'{"a": ' * 100_000, "line 1: is nested too deep"),
-        ("rows.csv", b"question,answer\n1?,1,500\n", "line 2: found 3 cells, the header names 2 columns"),
-        ("rows.csv", b'question,answer\n"1?,1\n2?,2\n', "line 3: is no CSV: unexpected end of data"),
-        ("rows.csv", b"question,answer,answer\n1?,1,2\n", "names the column 'answer' 2 times"),
-        ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS.*git .*lfs pull"),
-        ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS.*git .*lfs pull"),
-        ("rows.parquet", b"PAR1 and then nothing", "cannot be read: it is no Parquet file, or a damaged one"),
+        ("rows.jsonl", b'{"question": "1?", "answer": 1, "answer": 2}\n', "line 1: the key 'answer' occurs twice"),
+        ("rows.jsonl", b'{"a": ' * 100_000, "line 1: is nested too deeply"),
+        ("rows.csv", b"question,answer\n1?,1,500\n", "line 2: found 3 cells, but the header has 2 columns"),
+        ("rows.csv", b'question,answer\n"1?,1\n2?,2\n', "line 3: is not valid CSV: unexpected end of data"),
+        ("rows.csv", b"question,answer,answer\n1?,1,2\n", "has 2 columns named 'answer'"),
+        ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git .*lfs pull"),
+        ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer.*git .*lfs pull"),
+        ("rows.parquet", b"PAR1 and then nothing", "cannot be read: the file is not Parquet or is damaged"),
         ("rows.jsonl.gz", b"not packed", "cannot be read: Not a gzipped file"),
         ("rows.jsonl.gz", gzip.compress(ROW, mtime=0)[:-9], "cannot be read: .*copy or download the file again"),
         ("rows.jsonl.xz", b"not packed", "cannot be read: "),
@@ -398,16 +405,16 @@ def test_a_folder_gives_parts_of_splits_and_several_together(tmp_path: Path) -> 
 
 
 def test_an_empty_folder_and_one_whose_readme_is_wrong_say_what_they_lack(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no files of rows; wanted some that end in \.jsonl"):
+    with pytest.raises(ConfigError, match=r"contains no data files; wanted files whose names end in \.jsonl"):
         read(tmp_path)
     json_file(tmp_path / "rows.jsonl", "1")
     card = tmp_path / "README.md"
     card.write_text("---\nconfigs:\n- {config_name: a, data_files: lost.jsonl}\n- {config_name: b}\n---\n")
     with pytest.raises(ConfigError, match=r"several subsets; set task\.train\.subset to one of a, b"):
         read(tmp_path)
-    for subset, message in (("a", "names files that are not there: .*lost"), ("c", "no subset 'c'.*it has a, b")):
+    for subset, message in (("a", "names files that do not exist: .*lost"), ("c", "no subset 'c'.*it has a, b")):
         with pytest.raises(ConfigError, match=message):
-            load(SourceSection(path=str(tmp_path), subset=subset), ColumnSection(), "task.train")
+            read_rows(SourceSection(path=str(tmp_path), subset=subset), ColumnSection(), "task.train")
     card.write_text("---\nconfigs: [\n---\n")
     with pytest.raises(ConfigError, match=r"its README\.md cannot be read: "):
         read(tmp_path)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rlsys.config import ColumnSection, SourceSection
-from rlsys.data.rows import HUB_LIMIT_S, Rows, load
+from rlsys.data.rows import HUB_LIMIT_S, Rows, read_rows
 from rlsys.errors import ConfigError
 from tests.unit.data.fake_hub import fake_hub
 from tests.waiting import slowdown
@@ -46,7 +46,7 @@ def write(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
 
 
 def read(path: Path | str, split: str = "train", subset: str | None = None, **columns: str) -> Rows:
-    return load(SourceSection(path=str(path), split=split, subset=subset), ColumnSection(**columns), "task.train")
+    return read_rows(SourceSection(path=str(path), split=split, subset=subset), ColumnSection(**columns), "task.train")
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
@@ -116,7 +116,7 @@ from rlsys.data import rows
 rows.HUB_LIMIT_S = 2.0
 for path in sys.argv[1:]:
     try:
-        found = rows.load(SourceSection(path=path, subset="main", split="test"), ColumnSection(), "task.eval")
+        found = rows.read_rows(SourceSection(path=path, subset="main", split="test"), ColumnSection(), "task.eval")
         print(json.dumps([found.prompts, found.answers]))
     except ConfigError as error:
         print(json.dumps(str(error)))
@@ -145,7 +145,7 @@ def test_the_hub_gives_the_rows_of_its_local_copy_and_the_cache_gives_them_witho
     with fake_hub("someone/words", copy) as endpoint:
         hub, local, unknown = elsewhere(endpoint, tmp_path / "home", "someone/words", str(copy), "someone/wrods")
     assert hub == local == [["1 + 1?", "Über, 2 + 3?\nSay"], ["2", "5"]]
-    assert "no data set on the Hugging Face Hub" in str(unknown)
+    assert "nor an accessible data set on the Hugging Face Hub" in str(unknown)
     cached, missing = elsewhere(endpoint, tmp_path / "home", "someone/words", "someone/wrods")
     assert cached == hub
     assert "cannot be reached" in str(missing)
@@ -170,5 +170,5 @@ def test_a_hub_that_never_answers_is_given_up_in_time(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         begun, slow = time.monotonic(), slowdown()
         (said,) = elsewhere(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / "home", "someone/words")
-    assert "cannot be reached (no answer within 2 s" in str(said) or "timed out" in str(said)
+    assert "cannot be reached (no response within 2 s" in str(said) or "timed out" in str(said)
     assert time.monotonic() - begun < HUB_LIMIT_S * max(slow, slowdown())

@@ -44,12 +44,12 @@ def test_a_reply_sees_all_turns_and_the_answer_and_none_is_the_end(environment: 
         ("sleep", TIMEOUT, "no reply within turns.reply_timeout_s = "),
         ("raise", ERROR, "lost the dice"),
         ("leave", ERROR, "SystemExit"),
-        ("number", ERROR, "replied 7 of type int; wanted a text or None"),
-        ("flood", ERROR, "replied 1000000 characters; wanted at most 100000"),
+        ("number", ERROR, "replied 7 of type int; wanted a string or None"),
+        ("flood", ERROR, "reply has 1000000 characters; wanted at most 100000"),
         ("hoard", ERROR, "MemoryError"),
-        ("crash", ERROR, "the process that replies died: signal 11"),
-        ("die", ERROR, "the process that replies died: signal 9"),
-        ("exit", ERROR, "the process that replies died: exit code 4"),
+        ("crash", ERROR, "the environment process died: signal 11"),
+        ("die", ERROR, "the environment process died: signal 9"),
+        ("exit", ERROR, "the environment process died: exit code 4"),
     ],
 )
 def test_a_fault_is_an_outcome_of_its_own_and_the_next_reply_comes(
@@ -103,7 +103,7 @@ def test_no_process_outlives_its_environment() -> None:
 
 
 def test_what_cannot_be_sent_is_refused_and_what_does_not_arrive_says_so() -> None:
-    with pytest.raises(ConfigError, match="cannot be sent to the processes that reply"):
+    with pytest.raises(ConfigError, match="cannot be sent to the environment processes"):
         Environment(TurnSection(), Unpicklable().reply)
     made = Environment(TurnSection(), Breaks().reply)
     reply = ask(made, "say hello")

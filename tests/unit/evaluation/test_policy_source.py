@@ -122,9 +122,9 @@ def test_a_whole_model_is_evaluated_in_place_of_the_base(tiny_model: Models, tmp
 
 def test_a_base_made_from_nothing_is_that_of_the_checkpoints_run(run: Path, tmp_path: Path) -> None:
     made = job(tmp_path / "elsewhere", "model={path: null, make: {}}")
-    with pytest.raises(CheckpointError, match=r"makes its base from nothing.*rlsys train"):
+    with pytest.raises(CheckpointError, match=r"trains its base model from scratch.*rlsys train"):
         find_policy(made, None)
-    with pytest.raises(CheckpointError, match="makes its base from nothing"):
+    with pytest.raises(CheckpointError, match="trains its base model from scratch"):
         find_policy(made, run)
     (run / "base").mkdir()
     assert find_policy(made, run).base == run / "base"
@@ -143,11 +143,11 @@ def test_what_is_no_checkpoint_is_refused_with_what_would_be_one(run: Path, tmp_
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     for path, said in (
-        ("nowhere", "found nothing there"),
-        ("file", "no folder there"),
-        ("empty", "holds no checkpoint"),
+        ("nowhere", "does not exist"),
+        ("file", "is not a folder"),
+        ("empty", "contains no checkpoint"),
     ):
-        with pytest.raises(CheckpointError, match=rf"{path}: .*{said}.*wanted a run's directory, a checkpoint of it"):
+        with pytest.raises(CheckpointError, match=rf"{path}: .*{said}.*wanted a run directory, a checkpoint in it"):
             find_policy(config, tmp_path / path)
 
 

@@ -64,7 +64,7 @@ def test_the_table_has_each_figure_with_both_ends() -> None:
         ends = [f"{facts[f'eval/{name}{end}']:.4f}" for end in ("", "_low", "_high")]
         assert [label, *ends] in cells
     assert "adapter at version 7" in shown and "4 held-out problems" in shown
-    assert "pass@k from 2 completions of each at temperature 1" in shown and "31.2" in shown
+    assert "pass@k from 2 completions each at temperature 1" in shown and "31.2" in shown
 
 
 def test_grades_of_any_size_have_a_row_for_their_mean_and_one_for_what_is_solved() -> None:
@@ -103,10 +103,13 @@ def test_records_of_other_problems_are_not_compared() -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "is no evaluation of rlsys"),
-        ("[]", "is no evaluation of rlsys"),
-        ('{"format": "other", "format_version": 1}', "found 'other' 1; wanted 'rlsys-evaluation' 1"),
-        ('{"format": "rlsys-evaluation", "format_version": 1, "problems": []}', "is no evaluation of rlsys"),
+        ("{", "is not an evaluation of rlsys"),
+        ("[]", "is not an evaluation of rlsys"),
+        (
+            '{"format": "other", "format_version": 1}',
+            "found format 'other' version 1; wanted 'rlsys-evaluation' version 1",
+        ),
+        ('{"format": "rlsys-evaluation", "format_version": 1, "problems": []}', "is not an evaluation of rlsys"),
     ],
 )
 def test_a_file_that_is_no_record_is_named(tmp_path: Path, content: str, said: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from rlsys.datums import DatumBatch
-from rlsys.grading.samples import LearnedBatch, _of_tokens, best_and_worst, first_of_groups
+from rlsys.grading.samples import LearnedBatch, _token_values, best_and_worst, first_of_groups
 from rlsys.rollouts import Rollouts, offsets_of
 
 
@@ -66,7 +66,7 @@ def test_each_completion_is_shown_with_its_own_advantages_and_ratios_whatever_pi
     learned = LearnedBatch(
         batches, [np.array([2, 0]), np.array([3])], [np.log(np.r_[1, 2, 3, 1, 4, 5]), np.log([1, 6, 7])]
     )
-    found = [_of_tokens(made, r, learned) for r in range(4)]
+    found = [_token_values(made, r, learned) for r in range(4)]
     assert [advantages for advantages, _ in found] == [[10.0, 10.5], [0.0, 0.0], [2.0, 2.5], [3.0, 3.5]]
     wanted = [[4, 5], [None, None], [2, 3], [6, 7]]
     assert [[None if x is None else round(x, 5) for x in ratios] for _, ratios in found] == wanted

@@ -203,7 +203,7 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (quantised(quant_method="bitsandbytes", load_in_4bit=True), r"says bitsandbytes \(load_in_4bit\)"),
     (own_code, r"model_type 'mine' is code of the folder's own \(auto_map, trust_remote_code\), which rlsys does not"),
     (lambda folder: set_config(folder, model_type="lama"), r"found model_type 'lama'; wanted one that this transfor"),
-    (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is no JSON"),
+    (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
     (
         lambda folder: (folder / "config.json").unlink(),
         r"has no config\.json; wanted config, tokenizer and safetensors",

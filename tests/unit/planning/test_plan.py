@@ -71,7 +71,7 @@ def test_without_the_hub_the_kept_list_is_used_and_the_user_is_told(monkeypatch:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     dims = model_shape(parse_config("run: {name: a}\nmodel: {path: Qwen/Qwen3-8B}").model)
     assert dims.num_layers == 36
-    assert "out of reach" in dims.source and "HF_HUB_OFFLINE" in dims.source
+    assert "cannot be reached" in dims.source and "HF_HUB_OFFLINE" in dims.source
 
 
 def test_a_model_that_nobody_knows_is_refused_with_the_nearest_name(monkeypatch: pytest.MonkeyPatch) -> None:

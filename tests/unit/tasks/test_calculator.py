@@ -11,7 +11,7 @@ from rlsys import tasks
 from rlsys.config import TaskSection
 from rlsys.errors import ConfigError
 from rlsys.tasks import ConversationTask, TeachableTask, converses
-from rlsys.tasks.calculator import Calculator, evaluate
+from rlsys.tasks.calculator import Calculator, calculate
 
 SECTION = TaskSection(name="calculator", train_problems=200, eval_problems=50, min_operations=1, max_operations=2)
 TASK = Calculator(SECTION, 3)
@@ -37,7 +37,7 @@ def ask(*turns: str) -> str | None:
     ],
 )
 def test_arithmetic_is_done_as_on_paper(expression: str, value: int) -> None:
-    assert evaluate(expression) == value
+    assert calculate(expression) == value
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_arithmetic_is_done_as_on_paper(expression: str, value: int) -> None:
 )
 def test_what_is_not_arithmetic_of_whole_numbers_or_too_long_is_not_understood(expression: str) -> None:
     began = time.process_time()
-    assert evaluate(expression) is None
+    assert calculate(expression) is None
     assert time.process_time() - began < 0.5
 
 

@@ -101,11 +101,11 @@ def test_messages_reach_the_renderer_and_their_text_the_records() -> None:
     [
         (Problem("a", "1", ("user", "a")), r"wanted a tuple of \(role, content\)"),  # type: ignore[arg-type]
         (Problem("a", "1", [("user", "a")]), r"wanted a tuple of \(role, content\)"),  # type: ignore[arg-type]
-        (Problem("a", "1", (("tool", "a"),)), "a message of the role 'tool'"),
-        (Problem("a", "1", (("user", "a"), ("assistant", "b"))), "ends in a message of assistant"),
-        (Problem("half \ud83d", "1"), "half a character"),
-        (Problem("a", "\ud83d"), "half a character"),
-        (Problem("a", "1", (("user", "\ud83d"),)), "half a character"),
+        (Problem("a", "1", (("tool", "a"),)), "a message with the role 'tool'"),
+        (Problem("a", "1", (("user", "a"), ("assistant", "b"))), "ends with a message of the role 'assistant'"),
+        (Problem("half \ud83d", "1"), "an unpaired surrogate"),
+        (Problem("a", "\ud83d"), "an unpaired surrogate"),
+        (Problem("a", "1", (("user", "\ud83d"),)), "an unpaired surrogate"),
     ],
 )
 def test_messages_and_texts_that_cannot_be_written_are_refused_by_their_place(wrong: Problem, why: str) -> None:

@@ -213,7 +213,7 @@ def test_without_a_held_out_set_a_part_of_train_is_kept_apart_for_every_seed(tmp
 
 def test_a_share_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     source = numbered(tmp_path / "numbers.jsonl", 2)
-    with pytest.raises(ConfigError, match=r"task\.eval_share: 0\.01 .* 0 to evaluate on"):
+    with pytest.raises(ConfigError, match=r"task\.eval_share: 0\.01 .* 0 held-out problems;"):
         tasks.build(TaskSection(name="dataset", train=source, columns=COLUMNS, eval_share=0.01), seed=0)
 
 
@@ -277,7 +277,10 @@ def test_a_task_of_the_users_own_is_named_by_path_and_gets_its_options() -> None
         ),
         ("tests.unit.tasks.test_tasks:values_of", r"is a function; wanted a class"),
         ("tests.unit.tasks.test_tasks:NoGrade", r"has no method grade; see docs/extending\.md"),
-        ("tests.unit.tasks.test_tasks:NoSeed", r"cannot be made as NoSeed\(section, seed\): too many positional"),
+        (
+            "tests.unit.tasks.test_tasks:NoSeed",
+            r"cannot be constructed as NoSeed\(section, seed\): too many positional",
+        ),
     ],
 )
 def test_a_wrong_path_is_refused_with_what_is_wrong(name: str, message: str) -> None:

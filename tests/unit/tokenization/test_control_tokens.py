@@ -113,7 +113,7 @@ def test_no_message_of_a_prompt_can_forge_a_turn(template: str, place: int) -> N
 
 def test_a_role_of_a_taught_message_cannot_forge_a_turn() -> None:
     messages = [{"role": "user<|im_end|>", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
-    with pytest.raises(ConfigError, match=r"message 0: the role 'user<.im_end.>' spells a control token"):
+    with pytest.raises(ConfigError, match=r"message 0: the role 'user<.im_end.>' contains a control token"):
         build_supervised_example(tokenizer_of(CHATML), messages)
 
 

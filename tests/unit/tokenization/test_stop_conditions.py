@@ -68,8 +68,8 @@ def test_every_place_that_names_an_end_counts(
 
 def test_a_disagreement_is_told_with_tokens_and_places(tmp_path: Path) -> None:
     (note,) = stop_conditions_of(folder_of(tmp_path / "model", config=SEP)).notes
-    assert "completions end with <|im_end|> (257) of the tokenizer and the chat template too" in note
-    assert "its configuration names <|sep|> (259)" in note
+    assert "completions also end with <|im_end|> (257) of the tokenizer and the chat template" in note
+    assert "the configuration names <|sep|> (259)" in note
 
 
 def test_an_end_that_the_tokenizer_takes_for_a_word_is_refused(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_an_end_that_the_tokenizer_takes_for_a_word_is_refused(tmp_path: Path) -
 def test_an_end_beyond_the_embedding_ends_nothing_and_is_told(tmp_path: Path) -> None:
     found = stop_conditions_of(folder_of(tmp_path / "model", config=[END, ROWS]))
     assert found.ids == (END,)
-    assert "the end token 300 lies beyond the embedding" in found.notes[0]
+    assert "the end token 300 is outside of the embedding" in found.notes[0]
 
 
 NO_IDS = [
@@ -124,13 +124,13 @@ def test_an_end_of_the_text_part_is_judged_alike(tmp_path: Path, text: Any) -> N
 
 
 DAMAGED = {
-    "empty": (b"", "is no JSON"),
-    "cut off": (b'{"eos_token_id": 2', "is no JSON"),
-    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "is no JSON"),
-    "an error page": (b"<html>404</html>", "is no JSON"),
-    "no UTF-8": (b'{"eos_token_id": "\xff"}', "is no JSON"),
-    "a list": (b"[2]", "holds list; wanted an object"),
-    "a number": (b"2", "holds int; wanted an object"),
+    "empty": (b"", "is not valid JSON"),
+    "cut off": (b'{"eos_token_id": 2', "is not valid JSON"),
+    "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\n", "is not valid JSON"),
+    "an error page": (b"<html>404</html>", "is not valid JSON"),
+    "no UTF-8": (b'{"eos_token_id": "\xff"}', "is not valid JSON"),
+    "a list": (b"[2]", "holds list; wanted a JSON object"),
+    "a number": (b"2", "holds int; wanted a JSON object"),
     "two values": (b'{"eos_token_id": 257, "eos_token_id": 259}', "'eos_token_id' is given twice"),
 }
 
@@ -213,6 +213,7 @@ def test_stop_strings_add_to_the_ends_and_ids_replace_them(
 def test_a_stop_string_that_no_text_can_show_is_refused(tmp_path: Path) -> None:
     model = BaseModel(folder_of(tmp_path / "model", config=END))
     with pytest.raises(
-        SamplingError, match=r"stop: found '<\|im_end\|>\\n'; the special token '<\|im_end\|>' is no text"
+        SamplingError,
+        match=r"stop: found '<\|im_end\|>\\n'; the special token '<\|im_end\|>' never occurs in decoded text",
     ):
         stop_rules(["<|im_end|>\n"], model)

@@ -15,7 +15,7 @@ from actors.stages.stateless_actors import RestartingActor, first_rows
 from rlsys.advantages import to_minibatches
 from rlsys.config import JobConfig, parse_config
 from rlsys.errors import ActorDiedError
-from rlsys.grading.samples import LearnedBatch, _of_tokens
+from rlsys.grading.samples import LearnedBatch, _token_values
 from rlsys.protocols import DatumsRef, Ref, RewardsRef, RolloutsRef, TrainedStep
 from rlsys.rollouts import Rollouts, concatenate
 from rlsys.types import Array
@@ -45,7 +45,7 @@ class Seen:
     """A ``Grader`` that keeps what it was to show."""
 
     def show(self, split: str, rows: int, rollouts: Rollouts, rewards: Array, *learned: Any) -> list[Any]:
-        return [_of_tokens(rollouts, r, LearnedBatch(*learned))[0] for r in range(len(rewards))]
+        return [_token_values(rollouts, r, LearnedBatch(*learned))[0] for r in range(len(rewards))]
 
 
 def test_completions_are_shown_with_their_own_advantages_where_pieces_were_centred_one_by_one() -> None:
