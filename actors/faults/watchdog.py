@@ -1,4 +1,4 @@
-"""Nothing waits for ever: who has work left and does not move is named, with its log, and the run stops."""
+"""Stops the run when an actor has pending work but makes no progress, and names it with the tail of its log."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from actors.faults.actor_calls import as_raised
 from actors.faults.actor_logs import Failures
 from rlsys.errors import ActorDiedError, RlsysError, StalledError
 
-SETTLE_S = 2.0  # a wait shorter than this asks nobody for progress
-POLL_S = 1.0  # between two questions for progress to one actor
-DEATH_GRACE_S = 5.0  # from an actor's death until its calls that still have not failed are given up
-BLIND_S = 5.0  # a driver that did not look for so long (it was stopped, or busy) looks again before it judges
-FETCH_S = 120.0  # for an answer that is there to come here
-FOR_EVER_S = 1e9
+SETTLE_S = 2.0  # a wait shorter than this requests no progress
+POLL_S = 1.0  # between two progress requests to one actor
+DEATH_GRACE_S = 5.0  # after an actor's death, until its calls that are still pending count as failed
+BLIND_S = 5.0  # a driver that was stopped or busy for so long collects new progress before it judges
+FETCH_S = 120.0  # limit for fetching a result that is ready
+NO_TIMEOUT_S = 1e9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiting:
-    """One answer that is waited for.
+    """One pending result.
 
-    `actor` has a method `progress` that answers while it works (an async actor, or a thread to spare), with a value
-    that changes as the work moves. Without an actor the limit counts from `since`.
+    `actor` has a method `progress` that answers during the work (an async actor, or one with a spare thread). Its value
+    changes when the work advances. Without an actor the time limit counts from `since`.
     """
 
     ref: ray.ObjectRef
@@ -38,24 +38,24 @@ class Waiting:
     what: str  # "sampling 8 completions of problems 3, 17, 40"
     actor: Any = None
     since: float = field(default_factory=time.monotonic)
-    together: str = ""  # of ranks that wait for one another: while one of them moves, all do
+    together: str = ""  # group of ranks that wait for one another: progress of one counts for all of them
 
 
 @dataclass(slots=True)
 class Heartbeat:
-    """What is known of one actor's progress."""
+    """The last known progress of one actor; times are of time.monotonic()."""
 
     moved: float = float("-inf")
     value: Any = None
     answered: bool = False
     asked: float = float("-inf")
-    answer: ray.ObjectRef | None = None  # to a question that is under way
+    answer: ray.ObjectRef | None = None  # of the progress request that is pending
     trouble: str = ""
     died: float | None = None
 
 
 class Watchdog:
-    """Judges one stage by "work remains and nothing moved". Use it from one thread."""
+    """Limits the time without progress while a stage has pending work. Not thread-safe."""
 
     def __init__(self, stage: str, limit_s: float, failures: Failures | None = None) -> None:
         self.stage, self.limit_s = stage, limit_s
@@ -64,11 +64,12 @@ class Watchdog:
         self._pulses: dict[str, Heartbeat] = {}
         self._looked = self._awake = time.monotonic()
 
-    def wait_any(self, waits: Sequence[Waiting], timeout_s: float = FOR_EVER_S) -> list[Waiting]:
-        """Those that have an answer or have failed (ask `value`), in the order given; none after `timeout_s`.
+    def wait_any(self, waits: Sequence[Waiting], timeout_s: float = NO_TIMEOUT_S) -> list[Waiting]:
+        """Wait until at least one result is ready or failed, and return all such waits in the order given (`value`
+        gives the result or raises). Empty after `timeout_s`.
 
         Raises:
-            StalledError: one of the others has not moved for the limit.
+            StalledError: another wait made no progress within the limit.
         """
         assert waits, "nothing to wait for"
         for one in waits:
@@ -98,7 +99,8 @@ class Watchdog:
         return [one for one in waits if one.ref in found or self._is_dead(one)]
 
     def _is_dead(self, waiting: Waiting) -> bool:
-        """Ray leaves calls pending whose node it lost without seeing it go; then progress tells first."""
+        """Whether the actor is known to be dead although its call is pending. Ray can leave calls pending after it lost
+        their node; a progress request then fails earlier."""
         pulse = self._pulse(waiting)
         return pulse is not None and pulse.died is not None and time.monotonic() - pulse.died > DEATH_GRACE_S
 
@@ -108,7 +110,7 @@ class Watchdog:
         return self._pulses.setdefault(actor_logs.actor_id(waiting.actor), Heartbeat())
 
     def _look(self, waits: Sequence[Waiting]) -> None:
-        """Take in the answers to the last questions for progress, and put new ones; waits for nothing."""
+        """Read the answers to pending progress requests and send new requests. Does not block."""
         now = time.monotonic()
         if now - self._looked > BLIND_S:
             self._awake = now
@@ -152,12 +154,12 @@ class Watchdog:
             raise self._stalled(stalled, waits, now)
 
     def _stalled(self, stalled: Sequence[Waiting], waits: Sequence[Waiting], now: float) -> StalledError:
-        # first those that do not even say how far they are: of ranks that wait for one another, it is them
+        # actors that do not report progress come first: among ranks that wait for one another, these are the cause
         stuck = sorted(stalled, key=lambda one: (self._responds(one, now), self._moved(one)))
         others = [one for one in waits if one not in stalled]
         said = [
-            f"{self.stage}: nothing moved for {self.limit_s:g} s. If the work may take this long without a sign of "
-            f"life, raise {self._key} (now {self.limit_s:g})",
+            f"{self.stage}: no progress for {self.limit_s:g} s. If the work can take this long without progress, raise "
+            f"{self._key} (now {self.limit_s:g})",
             *(f"  waiting for {self._described(one, now)}" for one in stuck),
             *(f"  also waiting for {self._described(one, now)}" for one in others),
         ]
@@ -183,31 +185,31 @@ class Watchdog:
         if pulse is None:
             return said
         if pulse.trouble:
-            return f"{said}; no progress to be had: {pulse.trouble}"
+            return f"{said}; progress is not available: {pulse.trouble}"
         if not pulse.answered:
-            return f"{said}; it has answered no question for its progress: it is busy or stuck, or has not started"
+            return f"{said}; it has not answered any progress request: it is busy, stuck or not started yet"
         if pulse.answer is not None and now - pulse.asked > 2 * POLL_S:
-            return f"{said}; its progress was {pulse.value}, and it has answered no question since"
+            return f"{said}; its last progress was {pulse.value}, and later progress requests were not answered"
         return f"{said}; its progress last changed {now - self._moved(one):.0f} s ago: {pulse.value}"
 
 
 def value(waiting: Waiting, failures: Failures | None = None, limit_s: float = FETCH_S) -> Any:
-    """The answer of one that `wait_any` has returned; what went wrong instead is also added to `failures`.
+    """The result of a wait that `wait_any` returned. An error is raised, and also added to `failures`.
 
     Raises:
-        RlsysError: the one that the actor raised, as it raised it.
-        ActorDiedError, DataLostError: it is gone, or what it needed is.
-        ActorFailedError: it raised an error from outside rlsys.
-        StalledError: the answer is there but cannot be fetched within the limit.
+        RlsysError: the error that the actor raised, unchanged.
+        ActorDiedError, DataLostError: the actor is dead, or an argument of its call is lost.
+        ActorFailedError: the actor raised an error from outside rlsys.
+        StalledError: the result is ready but cannot be fetched within the limit.
     """
     failures = failures or Failures()
     try:
         if not ray.wait([waiting.ref], timeout=0, fetch_local=False)[0] and waiting.actor is not None:
-            ray.get(waiting.actor.progress.remote(), timeout=DEATH_GRACE_S)  # of a dead actor: raises what it died of
+            ray.get(waiting.actor.progress.remote(), timeout=DEATH_GRACE_S)  # raises the cause of death of a dead actor
         return ray.get(waiting.ref, timeout=limit_s)
     except GetTimeoutError:
         raised: RlsysError = StalledError(
-            f"{waiting.who}: {waiting.what}: the answer could not be fetched within {limit_s:g} s; "
+            f"{waiting.who}: {waiting.what}: the result could not be fetched within {limit_s:g} s; "
             "the node that holds it does not send it"
         )
     except RayError as error:
@@ -217,23 +219,23 @@ def value(waiting: Waiting, failures: Failures | None = None, limit_s: float = F
 
 
 def _with_file(raised: RlsysError, file: Path | None) -> RlsysError:
-    """The error with the file that will hold its traceback, if it has one and there is one."""
+    """The error with a reference to `file`, if `file` will hold its traceback."""
     notes = getattr(raised, "__notes__", [])
     if file is None or not notes:
         return raised
-    named = type(raised)(f"{raised}; whole traceback in {file}")
+    pointing = type(raised)(f"{raised}; full traceback in {file}")
     for note in notes:
-        named.add_note(note)
-    return named
+        pointing.add_note(note)
+    return pointing
 
 
 def watched(ref: ray.ObjectRef, watchdog: Watchdog, who: str, what: str, actor: Any = None) -> Any:
-    """One answer; raises as `Watchdog.wait_any` and `value` do."""
+    """Wait for one result; raises as `Watchdog.wait_any` and `value` do."""
     return watched_all([Waiting(ref, who, what, actor)], watchdog)[0]
 
 
 def watched_all(waits: Sequence[Waiting], watchdog: Watchdog) -> list[Any]:
-    """All answers in the order given; the first to fail is the one that is raised."""
+    """Wait for all results, in the order given; raises the first failure."""
     answers: dict[int, Any] = {}
     pending = dict(enumerate(waits))
     while pending:

@@ -79,7 +79,7 @@ def test_capabilities_name_what_runs_and_what_could(service: rlsys.ServiceClient
     found = {model.model_name: model for model in client.get_server_capabilities().supported_models}
     assert found["tiny"].running and found["tiny"].max_context_length == 128
     assert not found["elsewhere"].running and "tiny-too" not in found
-    with pytest.raises(ConfigError, match="'elsewhere', no folder on this node"):
+    with pytest.raises(ConfigError, match="'elsewhere', which is not a folder on this node"):
         client.create_sampling_client(base_model="elsewhere")
 
 
