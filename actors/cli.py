@@ -38,7 +38,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the contents of the run directory and start over.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete the contents of the run directory and start over.")
+    ] = False,
 ) -> None:
     """Train a policy, or resume an interrupted run.
 
@@ -88,7 +90,9 @@ def evaluate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the JSON and the table; default: eval/ in the run directory.", callback=_expanded),
+        typer.Option(
+            help="Folder for the JSON and the table; default: eval/ in the run directory.", callback=_expanded
+        ),
     ] = None,
 ) -> None:
     """Evaluate a policy on the held-out problems: greedy accuracy and pass@k with confidence intervals.
@@ -300,9 +304,7 @@ def replay(
     tolerance: Annotated[float | None, typer.Option(help="Relative tolerance; default: 1e-5.", min=0.0)] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="JSON file to write: all metrics, and p, q and advantage of each token.", callback=_expanded
-        ),
+        typer.Option(help="JSON file to write: all metrics, and p, q and advantage of each token.", callback=_expanded),
     ] = None,
 ) -> None:
     """Recompute a step of a run from its saved rollouts and a checkpoint, and compare every metric.

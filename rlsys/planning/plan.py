@@ -226,7 +226,7 @@ def _memory(config: JobConfig, rows: Sequence[Row], nodes: Sequence[Node]) -> It
     if asked > found:
         each = " + ".join(f"{row.count} x {row.role} {gib(row.host_bytes)}" for row in rows)
         yield (
-            f"memory: {gib(asked)} predicted, {gib(found)} found, {gib(asked - found)} too few: {each} + other processes. "
+            f"memory: {gib(asked)} predicted, {gib(found)} found, {gib(asked - found)} too few: {each} + others. "
             "Lower learner.token_budget, learner.logprob_chunk_tokens, sampler.kv_cache_gb or sampler.max_num_seqs"
         )
     for row in rows:
@@ -302,15 +302,15 @@ def _warnings(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Ite
         )
     if computing_dtype(config.model.dtype, learner.device) != config.model.dtype:
         yield (
-            f"model.dtype {config.model.dtype}: torch has no fast kernels for it on this CPU, so the learner rounds the "
-            "weights to it and computes in float32; with model.dtype=float32 the learner is equally fast"
+            f"model.dtype {config.model.dtype}: torch has no fast kernels for it on this CPU, so the learner rounds "
+            "the weights to it and computes in float32; with model.dtype=float32 the learner is equally fast"
         )
     if sampler.enforce_eager and config.sampler_device == "cuda":
         yield "sampler.enforce_eager on a GPU: decoding without CUDA graphs is slow; set sampler.enforce_eager=false"
     optim, steps = config.rl.optim, config.rl.steps
     if optim.schedule != "constant" and optim.final_share == 0 and (optim.decay_steps or steps) < steps:
         yield (
-            f"rl.optim.decay_steps {optim.decay_steps}: the learning rate is 0 from step {optim.decay_steps} on, but "
+            f"rl.optim.decay_steps {optim.decay_steps}: the learning rate is 0 after step {optim.decay_steps}, but "
             f"rl.steps is {steps}; set rl.optim.final_share, or rl.optim.decay_steps={steps}"
         )
     if learner.num_workers > completions:
@@ -325,7 +325,7 @@ def _warnings(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Ite
                 f"compete with other actors for cores; set {who}.num_cpus={section.threads}"
             )
     memory = learner_memory(config, dims).peak
-    logits = memory.parts.get("logits and working space", 0)
+    logits = memory.parts.get("logits and workspace", 0)
     if learner.logprob_chunk_tokens > 128 and 2 * logits > memory.total:
         yield (
             f"learner.logprob_chunk_tokens {learner.logprob_chunk_tokens}: logits take more than half of the learner's "

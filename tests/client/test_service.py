@@ -59,7 +59,7 @@ def test_clients_of_a_closed_service_say_so(service: rlsys.ServiceClient, base: 
         lambda: trainer.optim_step(types.AdamParams()),
         lambda: sampler.compute_logprobs(types.ModelInput.from_ints([1, 2])),
     ):
-        with pytest.raises(ClusterError, match="this ServiceClient is closed") as raised:
+        with pytest.raises(ClusterError, match="this ServiceClient and its clients are closed") as raised:
             call()
     print(f"\nclosed client: {type(raised.value).__name__}: {raised.value}")
 
