@@ -34,9 +34,9 @@ def rlsys() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="The job's YAML.", callback=_expanded)],
+    config: Annotated[Path, typer.Argument(help="YAML file of the job.", callback=_expanded)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+        list[str] | None, typer.Argument(help="Overrides of the YAML: section.key=value.", metavar="[KEY=VALUE]...")
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete the contents of the run directory and start over.")
@@ -75,9 +75,9 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    config: Annotated[Path, typer.Argument(help="The job's YAML.", callback=_expanded)],
+    config: Annotated[Path, typer.Argument(help="YAML file of the job.", callback=_expanded)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+        list[str] | None, typer.Argument(help="Overrides of the YAML: section.key=value.", metavar="[KEY=VALUE]...")
     ] = None,
     checkpoint: Annotated[
         Path | None,
@@ -121,9 +121,9 @@ def evaluate(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="The job's YAML.", callback=_expanded)],
+    config: Annotated[Path, typer.Argument(help="YAML file of the job.", callback=_expanded)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+        list[str] | None, typer.Argument(help="Overrides of the YAML: section.key=value.", metavar="[KEY=VALUE]...")
     ] = None,
     address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.", envvar="RAY_ADDRESS")] = None,
     gpu_memory_gb: Annotated[
@@ -144,8 +144,8 @@ def plan(
 ) -> None:
     """Predict the memory and placement of a job, and check whether it fits. Starts nothing and needs no GPU.
 
-    Compares with the machine that --gpu-memory-gb, --gpus, --cpus and --memory-gb describe; without these options
-    with the cluster at cluster.address or RAY_ADDRESS, or else with this machine. Exit code 1: the job does not fit.
+    Compares with the machine described by --gpu-memory-gb, --gpus, --cpus and --memory-gb, else with the cluster at
+    cluster.address or RAY_ADDRESS, else with this machine. Exit code 1: the job does not fit.
     """
     from rich.console import Console
 
@@ -289,7 +289,7 @@ def ledger(
         raise ConfigError(f"{run}: has no checkpoint yet")
     epochs = Epochs(read_info(run)["train_problems"], job.rl.problems_per_step, job.run.seed)
     book = Ledger.from_bytes(latest.ledger, epochs)
-    print(f"{run}: {len(book)} problems drawn up to step {book.step}")
+    print(f"{run}: {len(book)} problems sampled up to step {book.step}")
     for state, reason, count in describe(book):
         print(f"{count:8}  {state}{f': {reason}' if reason else ''}")
 

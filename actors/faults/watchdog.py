@@ -61,7 +61,7 @@ class Watchdog:
         self.stage, self.limit_s = stage, limit_s
         self.failures = failures or Failures()
         self._settle_s, self._poll_s = min(SETTLE_S, limit_s / 4), min(POLL_S, limit_s / 4)
-        self._pulses: dict[str, Heartbeat] = {}
+        self._heartbeats: dict[str, Heartbeat] = {}
         self._looked = self._awake = time.monotonic()
 
     def wait_any(self, waits: Sequence[Waiting], timeout_s: float = NO_TIMEOUT_S) -> list[Waiting]:
@@ -72,9 +72,9 @@ class Watchdog:
             StalledError: another wait made no progress within the limit.
         """
         assert waits, "nothing to wait for"
-        for one in waits:
-            if one.actor is not None:
-                self.failures.name(one.actor, one.who)
+        for waiting in waits:
+            if waiting.actor is not None:
+                self.failures.name(waiting.actor, waiting.who)
         deadline = time.monotonic() + timeout_s
         while True:
             pause = min(self._poll_s, deadline - time.monotonic())
@@ -91,23 +91,25 @@ class Watchdog:
         return f"watchdog.{self.stage}_s"
 
     def _done(self, waits: Sequence[Waiting], pause: float) -> list[Waiting]:
-        refs = list(dict.fromkeys(one.ref for one in waits))
+        refs = list(dict.fromkeys(waiting.ref for waiting in waits))
         ready, rest = ray.wait(refs, num_returns=1, timeout=pause, fetch_local=False)
         if ready and rest:
             ready = [*ready, *ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]]
         found = set(ready)
-        return [one for one in waits if one.ref in found or self._is_dead(one)]
+        return [waiting for waiting in waits if waiting.ref in found or self._is_dead(waiting)]
 
     def _is_dead(self, waiting: Waiting) -> bool:
         """Whether the actor is known to be dead although its call is pending. Ray can leave calls pending after it lost
         their node; a progress request then fails earlier."""
-        pulse = self._pulse(waiting)
-        return pulse is not None and pulse.died is not None and time.monotonic() - pulse.died > DEATH_GRACE_S
+        heartbeat = self._heartbeat(waiting)
+        return (
+            heartbeat is not None and heartbeat.died is not None and time.monotonic() - heartbeat.died > DEATH_GRACE_S
+        )
 
-    def _pulse(self, waiting: Waiting) -> Heartbeat | None:
+    def _heartbeat(self, waiting: Waiting) -> Heartbeat | None:
         if waiting.actor is None:
             return None
-        return self._pulses.setdefault(actor_logs.actor_id(waiting.actor), Heartbeat())
+        return self._heartbeats.setdefault(actor_logs.actor_id(waiting.actor), Heartbeat())
 
     def _look(self, waits: Sequence[Waiting]) -> None:
         """Read the answers to pending progress requests and send new requests. Does not block."""
@@ -115,53 +117,53 @@ class Watchdog:
         if now - self._looked > BLIND_S:
             self._awake = now
         self._looked = now
-        for one in waits:
-            pulse = self._pulse(one)
-            if pulse is None or now - one.since < self._settle_s:
+        for waiting in waits:
+            heartbeat = self._heartbeat(waiting)
+            if heartbeat is None or now - waiting.since < self._settle_s:
                 continue
-            if pulse.answer is not None and ray.wait([pulse.answer], timeout=0)[0]:
-                self._hear(pulse, pulse.answer)
-            if pulse.answer is None and pulse.died is None and now - pulse.asked >= self._poll_s:
-                pulse.answer, pulse.asked = one.actor.progress.remote(), now
+            if heartbeat.answer is not None and ray.wait([heartbeat.answer], timeout=0)[0]:
+                self._hear(heartbeat, heartbeat.answer)
+            if heartbeat.answer is None and heartbeat.died is None and now - heartbeat.asked >= self._poll_s:
+                heartbeat.answer, heartbeat.asked = waiting.actor.progress.remote(), now
 
-    def _hear(self, pulse: Heartbeat, answer: ray.ObjectRef) -> None:
-        now, pulse.answer = time.monotonic(), None
+    def _hear(self, heartbeat: Heartbeat, answer: ray.ObjectRef) -> None:
+        now, heartbeat.answer = time.monotonic(), None
         try:
             value = ray.get(answer, timeout=POLL_S)
         except RayActorDiedError:
-            pulse.died, pulse.trouble = now, "it is dead"
+            heartbeat.died, heartbeat.trouble = now, "it is dead"
         except RayError as error:
-            pulse.trouble = str(as_raised(error, "progress"))
+            heartbeat.trouble = str(as_raised(error, "progress"))
         else:
-            if pulse.answered and value != pulse.value:
-                pulse.moved = now
-            pulse.value, pulse.answered, pulse.trouble = value, True, ""
+            if heartbeat.answered and value != heartbeat.value:
+                heartbeat.moved = now
+            heartbeat.value, heartbeat.answered, heartbeat.trouble = value, True, ""
 
     def _moved(self, waiting: Waiting) -> float:
-        pulse = self._pulse(waiting)
-        return waiting.since if pulse is None else max(waiting.since, pulse.moved)
+        heartbeat = self._heartbeat(waiting)
+        return waiting.since if heartbeat is None else max(waiting.since, heartbeat.moved)
 
     def _judge(self, waits: Sequence[Waiting]) -> None:
         now = time.monotonic()
         if now - self._awake < min(BLIND_S, self.limit_s):
             return
         moved: dict[Any, float] = {}
-        for one in waits:
-            key = one.together or one.ref
-            moved[key] = max(moved.get(key, float("-inf")), self._moved(one))
-        stalled = [one for one in waits if now - moved[one.together or one.ref] > self.limit_s]
+        for waiting in waits:
+            key = waiting.together or waiting.ref
+            moved[key] = max(moved.get(key, float("-inf")), self._moved(waiting))
+        stalled = [waiting for waiting in waits if now - moved[waiting.together or waiting.ref] > self.limit_s]
         if stalled:
             raise self._stalled(stalled, waits, now)
 
     def _stalled(self, stalled: Sequence[Waiting], waits: Sequence[Waiting], now: float) -> StalledError:
         # actors that do not report progress come first: among ranks that wait for one another, these are the cause
-        stuck = sorted(stalled, key=lambda one: (self._responds(one, now), self._moved(one)))
-        others = [one for one in waits if one not in stalled]
+        stuck = sorted(stalled, key=lambda waiting: (self._responds(waiting, now), self._moved(waiting)))
+        others = [waiting for waiting in waits if waiting not in stalled]
         said = [
             f"{self.stage}: no progress for {self.limit_s:g} s. If the work can take this long without progress, raise "
             f"{self._key} (now {self.limit_s:g})",
-            *(f"  waiting for {self._described(one, now)}" for one in stuck),
-            *(f"  also waiting for {self._described(one, now)}" for one in others),
+            *(f"  waiting for {self._described(waiting, now)}" for waiting in stuck),
+            *(f"  also waiting for {self._described(waiting, now)}" for waiting in others),
         ]
         if first := self.failures.first():
             said.append(first)
@@ -171,26 +173,26 @@ class Watchdog:
         self.failures.add(stuck[0].who, error)
         return error
 
-    def _responds(self, one: Waiting, now: float) -> bool:
-        pulse = self._pulse(one)
-        if pulse is None:
+    def _responds(self, waiting: Waiting, now: float) -> bool:
+        heartbeat = self._heartbeat(waiting)
+        if heartbeat is None:
             return True
-        silent = pulse.answer is not None and now - pulse.asked > 2 * POLL_S
-        return pulse.answered and not pulse.trouble and not silent
+        silent = heartbeat.answer is not None and now - heartbeat.asked > 2 * POLL_S
+        return heartbeat.answered and not heartbeat.trouble and not silent
 
-    def _described(self, one: Waiting, now: float) -> str:
-        asked = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - one.since)))
-        said = f"{one.who}: {one.what}; since {asked} ({now - one.since:.0f} s)"
-        pulse = self._pulse(one)
-        if pulse is None:
+    def _described(self, waiting: Waiting, now: float) -> str:
+        asked = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - waiting.since)))
+        said = f"{waiting.who}: {waiting.what}; since {asked} ({now - waiting.since:.0f} s)"
+        heartbeat = self._heartbeat(waiting)
+        if heartbeat is None:
             return said
-        if pulse.trouble:
-            return f"{said}; progress is not available: {pulse.trouble}"
-        if not pulse.answered:
+        if heartbeat.trouble:
+            return f"{said}; progress is not available: {heartbeat.trouble}"
+        if not heartbeat.answered:
             return f"{said}; it has not answered any progress request: it is busy, stuck or not started yet"
-        if pulse.answer is not None and now - pulse.asked > 2 * POLL_S:
-            return f"{said}; its last progress was {pulse.value}, and later progress requests were not answered"
-        return f"{said}; its progress last changed {now - self._moved(one):.0f} s ago: {pulse.value}"
+        if heartbeat.answer is not None and now - heartbeat.asked > 2 * POLL_S:
+            return f"{said}; its last progress was {heartbeat.value}, and later progress requests were not answered"
+        return f"{said}; its progress last changed {now - self._moved(waiting):.0f} s ago: {heartbeat.value}"
 
 
 def value(waiting: Waiting, failures: Failures | None = None, limit_s: float = FETCH_S) -> Any:
@@ -240,8 +242,8 @@ def watched_all(waits: Sequence[Waiting], watchdog: Watchdog) -> list[Any]:
     pending = dict(enumerate(waits))
     while pending:
         done = watchdog.wait_any(list(pending.values()))
-        for i, one in list(pending.items()):
-            if one in done:
-                answers[i] = value(one, watchdog.failures)
+        for i, waiting in list(pending.items()):
+            if waiting in done:
+                answers[i] = value(waiting, watchdog.failures)
                 del pending[i]
     return [answers[i] for i in range(len(waits))]

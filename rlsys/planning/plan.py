@@ -137,27 +137,27 @@ def _impossible(config: JobConfig, dims: ModelShape) -> Iterator[str]:
 def _placement(config: JobConfig, nodes: Sequence[Node]) -> Iterator[str]:
     """Shortfalls of resources: in total, per actor, and for all placement groups under their strategies."""
     groups = _groups(config)
-    wanted = [one for _, bundles, _ in groups for one in bundles]
+    wanted = [bundle for _, bundles, _ in groups for bundle in bundles]
     has = _sum([node.resources for node in nodes])
     short = False
-    for name in dict.fromkeys(name for one in wanted for name in one):
+    for name in dict.fromkeys(name for bundle in wanted for name in bundle):
         if name.startswith("node:"):
             if name not in has:
                 short = True
                 known = ", ".join(node.name for node in nodes)
                 yield f"learner.nodes, sampler.nodes: found no node {name.removeprefix('node:')!r}; nodes are {known}"
             continue
-        asked = sum(one.get(name, 0.0) for one in wanted)
+        asked = sum(bundle.get(name, 0.0) for bundle in wanted)
         if asked > has.get(name, 0.0) + 1e-9:
             short = True
             yield _shortfall(config, name, asked, has.get(name, 0.0))
     if short:
         return
     for who, bundles, strategy in groups:
-        for one in bundles:
-            if not any(_fits(one, node.resources) for node in nodes):
+        for bundle in bundles:
+            if not any(_fits(bundle, node.resources) for node in nodes):
                 short = True
-                yield f"no single node can hold one {who}, which needs {amounts(one)}; largest node: {_largest(nodes)}"
+                yield f"no single node can hold one {who}, which needs {amounts(bundle)}; largest: {_largest(nodes)}"
                 break
         if strategy == "STRICT_SPREAD" and len(bundles) > len(nodes):
             short = True
@@ -175,7 +175,7 @@ def _placement(config: JobConfig, nodes: Sequence[Node]) -> Iterator[str]:
     if not short and not _packs(wanted, nodes):
         yield (
             "the nodes have enough resources in total, but the actors do not fit onto them: actors need "
-            f"{'; '.join(amounts(one) for one in wanted)}; nodes have "
+            f"{'; '.join(amounts(bundle) for bundle in wanted)}; nodes have "
             f"{'; '.join(amounts(node.resources) for node in nodes)}. Request less per actor, or fewer workers"
         )
 
@@ -186,7 +186,7 @@ def _groups(config: JobConfig) -> list[tuple[str, list[dict[str, float]], str]]:
     ranks = [needs(learner, i) for i in range(learner.num_workers)]
     samplers = [needs(sampler, i) for i in range(sampler.num_workers)]
     if sampler.colocate:  # a learner rank and its sampler share one bundle, and use the GPU in turn
-        pairs = [_sum([rank, one]) for rank, one in zip(ranks, samplers, strict=True)]
+        pairs = [_sum([rank, sampler_needs]) for rank, sampler_needs in zip(ranks, samplers, strict=True)]
         return [("learner rank with its sampler", pairs, learner.placement)]
     return [("learner rank", ranks, learner.placement), ("sampler", samplers, sampler.placement)]
 
@@ -212,11 +212,11 @@ def _shortfall(config: JobConfig, name: str, asked: float, found: float) -> str:
 def _packs(wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> bool:
     """Whether first-fit decreasing places all bundles."""
     free = [dict(node.resources) for node in nodes]
-    for one in sorted(wanted, key=lambda one: (one.get("GPU", 0.0), one.get("CPU", 0.0)), reverse=True):
-        room = next((has for has in free if _fits(one, has)), None)
+    for bundle in sorted(wanted, key=lambda bundle: (bundle.get("GPU", 0.0), bundle.get("CPU", 0.0)), reverse=True):
+        room = next((has for has in free if _fits(bundle, has)), None)
         if room is None:
             return False
-        for name, amount in one.items():
+        for name, amount in bundle.items():
             room[name] = room.get(name, 0.0) - amount
     return True
 
@@ -361,4 +361,4 @@ def _fits(wanted: Mapping[str, float], has: Mapping[str, float]) -> bool:
 
 
 def _sum(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(one.get(name, 0.0) for one in amounts) for one in amounts for name in one}
+    return {name: sum(part.get(name, 0.0) for part in amounts) for part in amounts for name in part}

@@ -133,10 +133,10 @@ def _start(run_dir: Path, config: JobConfig, step: int) -> int:
 
 def _policy(run_dir: Path, config: JobConfig, started: int, device: str | None) -> Policy:
     """The run's learner as of step `started`, on one rank, for any number of ranks of the run."""
-    alone = {"num_workers": 1, "shard_base": False, "device": device or config.learner.device}
+    one_rank = {"num_workers": 1, "shard_base": False, "device": device or config.learner.device}
     config = config.model_copy(
         update={
-            "learner": config.learner.model_copy(update=alone),
+            "learner": config.learner.model_copy(update=one_rank),
             # a step whose |p - q| stopped the run can be replayed too
             "checks": config.checks.model_copy(update={"max_mean_logprob_diff": math.inf}),
         }
@@ -168,8 +168,8 @@ def _compute_advantages(
     recorded: SavedStep, config: JobConfig
 ) -> Iterator[tuple[list[tuple[DatumBatch, Array, bool]], Metrics]]:
     """Yield, for each call of the advantage stage, its minibatches and its metrics. A minibatch has its datums, their
-    completions, and whether all tokens are from the newest version. With `overlap` (`rlsys.async_loop`) each minibatch
-    had a call of its own; otherwise one call made all of them."""
+    completions, and whether all tokens are from the newest version. With `overlap` (`rlsys.async_loop`) each call made
+    one minibatch; otherwise one call made all of them."""
     if config.overlap.max_policy_lag is None:
         batches, rows, metrics, _ = to_minibatches(
             recorded.rollouts, recorded.rewards, config.rl, recorded.pieces, recorded.reference
