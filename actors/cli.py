@@ -1,4 +1,4 @@
-"""rlsys on the command line."""
+"""The `rlsys` command line: one function per command; its docstring is the command's help."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ def rlsys() -> None:
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="The job's YAML.", callback=_expanded)],
+    config: Annotated[Path, typer.Argument(help="YAML file of the job.", callback=_expanded)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+        list[str] | None, typer.Argument(help="Overrides of the YAML: section.key=value.", metavar="[KEY=VALUE]...")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: remove what the run directory holds.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete the contents of the run directory and start over.")
+    ] = False,
 ) -> None:
-    """Train a policy, or go on with a run that was interrupted.
+    """Train a policy, or resume an interrupted run.
 
-    Joins the cluster of RAY_ADDRESS or cluster.address, else starts Ray on this machine."""
+    Joins the Ray cluster at cluster.address or RAY_ADDRESS; without an address, starts Ray on this machine."""
     job = load_command(config, overrides or ())
 
-    from actors.job import train as run_job  # Ray and torch are loaded once the configuration is known to be right
+    from actors.job import train as run_job  # Ray and torch are imported only for a valid configuration
     from rlsys.tracking.progress import Progress, closing_rows
 
     progress = Progress()
@@ -53,7 +55,7 @@ def train(
         outcome = run_job(job, progress, fresh)
     except KeyboardInterrupt:
         progress.note(
-            f"Interrupted: stopped at once, a step in flight was dropped whole. What there was: {job.run_dir}"
+            f"Interrupted. The current step was discarded; run the command again to resume from {job.run_dir}"
         )
         raise typer.Exit(INTERRUPTED) from None
     rows = closing_rows(
@@ -66,49 +68,52 @@ def train(
         wandb_url=outcome.wandb_url,
         adapter=outcome.run_dir / "adapter",
     )
-    progress.summary("Interrupted; what there was is saved" if outcome.interrupted else "Done", rows)
+    progress.summary("Interrupted; the completed steps are saved" if outcome.interrupted else "Done", rows)
     if outcome.interrupted:
         raise typer.Exit(INTERRUPTED)
 
 
 @app.command("eval")
 def evaluate(
-    config: Annotated[Path, typer.Argument(help="The job's YAML.", callback=_expanded)],
+    config: Annotated[Path, typer.Argument(help="YAML file of the job.", callback=_expanded)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+        list[str] | None, typer.Argument(help="Overrides of the YAML: section.key=value.", metavar="[KEY=VALUE]...")
     ] = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="A run's directory, a checkpoint of one, or a merged model; none: the base.", callback=_expanded
+            help="Run directory, checkpoint folder or merged model; default: the base model.", callback=_expanded
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(help="Completions of each problem for pass@k; none: eval.samples.", min=0)
+        int | None, typer.Option(help="Completions per problem for pass@k; default: eval.samples.", min=0)
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of JSON and table; none: the run's, in eval/.", callback=_expanded)
+        Path | None,
+        typer.Option(
+            help="Folder for the JSON and the table; default: eval/ in the run directory.", callback=_expanded
+        ),
     ] = None,
 ) -> None:
-    """Evaluate a policy on the job's held-out problems: greedy accuracy and pass@k, with confidence intervals.
+    """Evaluate a policy on the held-out problems: greedy accuracy and pass@k with confidence intervals.
 
-    Trains nothing, and changes nothing of a run but its eval/, so that the run may be at work meanwhile.
+    Writes only to the output folder, so it can be used while the run is active.
     """
     job = load_command(config, [*(overrides or ()), *([] if samples is None else [f"eval.samples={samples}"])])
 
     from rlsys.evaluation.policy_source import find_policy
 
-    candidate = find_policy(job, checkpoint)
+    policy = find_policy(job, checkpoint)
 
-    from actors.evaluation import evaluate as run_evaluation  # Ray is loaded once there is something to evaluate
+    from actors.evaluation import evaluate as run_evaluation  # Ray is imported only if the policy exists
     from rlsys.evaluation.record import text, write
     from rlsys.tracking.progress import Progress
 
     progress = Progress()
     try:
-        record = run_evaluation(job, candidate, progress)
+        record = run_evaluation(job, policy, progress)
     except KeyboardInterrupt:
-        progress.note("Interrupted: nothing was written")
+        progress.note("Interrupted. Nothing was written")
         raise typer.Exit(INTERRUPTED) from None
     data, table = write(record, out or job.run_dir / "eval")
     print(f"\n{text(record)}\n{data}\n{table}")
@@ -116,24 +121,31 @@ def evaluate(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="The job's YAML.", callback=_expanded)],
+    config: Annotated[Path, typer.Argument(help="YAML file of the job.", callback=_expanded)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.key=value ...", metavar="[KEY=VALUE]...")
+        list[str] | None, typer.Argument(help="Overrides of the YAML: section.key=value.", metavar="[KEY=VALUE]...")
     ] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster.", envvar="RAY_ADDRESS")] = None,
+    address: Annotated[str | None, typer.Option(help="Address of a running Ray cluster.", envvar="RAY_ADDRESS")] = None,
     gpu_memory_gb: Annotated[
-        float | None, typer.Option(help="Of each GPU of a machine you have in mind, in 10^9 bytes as sold.", min=1)
+        float | None, typer.Option(help="Memory of each GPU of a described machine, in 10^9 bytes.", min=1)
     ] = None,
-    gpus: Annotated[int | None, typer.Option(help="GPUs of that machine; none: 1 with --gpu-memory-gb.", min=1)] = None,
-    cpus: Annotated[int | None, typer.Option(help="CPU cores of that machine; none: as here.", min=1)] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs of the described machine; default: 1 with --gpu-memory-gb.", min=1)
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option(help="CPU cores of the described machine; default: those of this machine.", min=1)
+    ] = None,
     memory_gb: Annotated[
-        float | None, typer.Option(help="Main memory of that machine in 10^9 bytes; none: what is free here.", min=1)
+        float | None,
+        typer.Option(
+            help="Host memory of the described machine, in 10^9 bytes; default: free memory of this machine.", min=1
+        ),
     ] = None,
 ) -> None:
-    """Say what a job would need and whether it fits, without starting anything; no GPU needed.
+    """Predict the memory and placement of a job, and check whether it fits. Starts nothing and needs no GPU.
 
-    Compares with the cluster of cluster.address or RAY_ADDRESS, else with this machine, or with the machine that
-    --gpu-memory-gb and its like describe. Exit code 1: it does not fit.
+    Compares with the machine described by --gpu-memory-gb, --gpus, --cpus and --memory-gb, else with the cluster at
+    cluster.address or RAY_ADDRESS, else with this machine. Exit code 1: the job does not fit.
     """
     from rich.console import Console
 
@@ -146,7 +158,7 @@ def plan(
     refuse_structure(job.model.path)
     notes: tuple[str, ...] = ()
     if _holds_more_than_a_config(job.model.path):
-        from rlsys.planning.model_folder import check_job  # brings transformers, which other plans do without
+        from rlsys.planning.model_folder import check_job  # imports transformers, which other plans do not need
 
         notes = check_job(job)
     dims = model_shape(job.model)
@@ -156,7 +168,9 @@ def plan(
         from rlsys.planning.plan import described_machine
 
         if gpus is not None and gpu_memory_gb is None:
-            raise ConfigError(f"--gpus {gpus}: found it without --gpu-memory-gb; wanted both, or neither for no GPU")
+            raise ConfigError(
+                f"--gpus {gpus} was given without --gpu-memory-gb; give both, or neither for a machine without GPUs"
+            )
         nodes = [described_machine(cpus or job.cluster.num_cpus, memory_gb, gpus or 1, gpu_memory_gb)]
     elif where:
         from actors.cluster.inventory import nodes_at
@@ -166,16 +180,16 @@ def plan(
         from actors.machine.gpus import this_machine
 
         nodes = [this_machine(job.cluster.num_cpus)]
-    found = compare(job, dims, nodes)
-    show(job, dims, nodes, found, Console(highlight=False))
+    comparison = compare(job, dims, nodes)
+    show(job, dims, nodes, comparison, Console(highlight=False))
     for note in notes:
         print(note)
-    if found.shortfalls:
+    if comparison.shortfalls:
         raise typer.Exit(1)
 
 
 def _holds_more_than_a_config(model_path: str | None) -> bool:
-    """A config.json alone is enough for a plan."""
+    """Whether there are files to check beside config.json, which alone is enough for a plan."""
     if model_path is None or not Path(model_path).exists():
         return False
     return Path(model_path).is_file() or {path.name for path in Path(model_path).iterdir()} != {"config.json"}
@@ -185,12 +199,12 @@ def _holds_more_than_a_config(model_path: str | None) -> bool:
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(help="A job whose model, cluster section and run.dir are looked at.", callback=_expanded),
+        typer.Argument(help="Job whose model, cluster section and run.dir are checked too.", callback=_expanded),
     ] = None,
 ) -> None:
-    """Check this machine: versions, devices, disk, ports, Ray, vLLM, logins; of a job, its model too.
+    """Check this machine: versions, devices, disk, ports, Ray, vLLM, logins; with CONFIG also the job's model.
 
-    Exit code 1 if anything fails."""
+    Exit code 1: a check failed."""
     from rich.console import Console
 
     from actors.doctor import examine
@@ -206,24 +220,27 @@ def doctor(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder.", callback=_expanded)],
-    out: Annotated[Path, typer.Argument(help="A new folder.", callback=_expanded)],
-    merged: Annotated[bool, typer.Option("--merged", help="The base with the adapter added to its weights.")] = False,
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder.", callback=_expanded)],
+    out: Annotated[Path, typer.Argument(help="Folder to create.", callback=_expanded)],
+    merged: Annotated[bool, typer.Option("--merged", help="Write the base with the adapter merged into it.")] = False,
     base: Annotated[
         str | None,
-        typer.Option(help="Of --merged: folder or hub name; else the checkpoint's own.", callback=_expanded_text),
+        typer.Option(
+            help="With --merged: folder or hub name of the base; default: the base named in the checkpoint.",
+            callback=_expanded_text,
+        ),
     ] = None,
     for_vllm: Annotated[
-        bool, typer.Option("--for-vllm", help="As vLLM loads it where PEFT's form is another: GLM-4's gate_up_proj.")
+        bool, typer.Option("--for-vllm", help="Use vLLM's layout where PEFT's differs (gate_up_proj of GLM-4).")
     ] = False,
 ) -> None:
-    """Write a checkpoint for other programs: the adapter as PEFT and vLLM load it, or one merged model.
+    """Export a checkpoint for PEFT and vLLM: the adapter alone, or with --merged one merged model.
 
-    Warns where PEFT would merge the adapter into another model than the one that was trained."""
+    Warns if PEFT's merge_and_unload() would give a different model than the trained one."""
     if base is not None and not merged:
-        raise ConfigError("--base: found it without --merged; an adapter alone needs no base")
+        raise ConfigError("--base was given without --merged; an adapter alone needs no base")
     if for_vllm and merged:
-        raise ConfigError("--for-vllm: found it with --merged; a merged model has one form")
+        raise ConfigError("--for-vllm was given with --merged; a merged model has only one layout")
 
     from rlsys.learner.adapter_checkpoint import read_info
     from rlsys.learner.export import export_adapter, export_merged
@@ -235,17 +252,19 @@ def export(
             print(warning, file=sys.stderr)
 
 
-RUN = typer.Argument(help="A run's name, or its directory.", callback=_expanded_text)
-ADDRESS = typer.Option(help="The Ray cluster; none: what the run's directory says.", envvar="RAY_ADDRESS")
+RUN = typer.Argument(help="Run name or run directory.", callback=_expanded_text)
+ADDRESS = typer.Option(
+    help="Address of the Ray cluster; default: the address recorded in the run directory.", envvar="RAY_ADDRESS"
+)
 
 
 @app.command()
 def scale(
     run: Annotated[str, RUN],
-    samplers: Annotated[int, typer.Option(help="How many there should be from now on.")],
+    samplers: Annotated[int, typer.Option(help="New number of samplers.")],
     address: Annotated[str | None, ADDRESS] = None,
 ) -> None:
-    """Add samplers to a running job, or have some leave after the groups that they hold."""
+    """Change the number of samplers of a running job. A removed sampler finishes its groups first."""
     if samplers < 1:
         raise ConfigError(f"--samplers {samplers}: wanted at least 1")
 
@@ -257,9 +276,9 @@ def scale(
 
 @app.command()
 def ledger(
-    run: Annotated[Path, typer.Argument(help="A run's directory; it may be running.", callback=_expanded)],
+    run: Annotated[Path, typer.Argument(help="Run directory; the run may be active.", callback=_expanded)],
 ) -> None:
-    """What has become of every problem that a run has drawn, as its last checkpoint has it."""
+    """Count the problems that a run has sampled by outcome, as of its last checkpoint."""
     from rlsys.data.problems import Epochs
     from rlsys.run_state.ledger import Ledger, describe
     from rlsys.run_state.resume import newest
@@ -271,25 +290,27 @@ def ledger(
         raise ConfigError(f"{run}: has no checkpoint yet")
     epochs = Epochs(read_info(run)["train_problems"], job.rl.problems_per_step, job.run.seed)
     book = Ledger.from_bytes(latest.ledger, epochs)
-    print(f"{run}: {len(book)} problems drawn up to step {book.step}")
+    print(f"{run}: {len(book)} problems sampled up to step {book.step}")
     for state, reason, count in describe(book):
         print(f"{count:8}  {state}{f': {reason}' if reason else ''}")
 
 
 @app.command()
 def replay(
-    run: Annotated[Path, typer.Argument(help="A run's directory.", callback=_expanded)],
-    step: Annotated[int, typer.Option(help="Of the steps whose rollouts are kept (tracking.rollout_steps).")],
-    device: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="None: the learner's own.")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Relative; none: 1e-5.", min=0.0)] = None,
+    run: Annotated[Path, typer.Argument(help="Run directory.", callback=_expanded)],
+    step: Annotated[int, typer.Option(help="Step to recompute; its rollouts must be kept (tracking.rollout_steps).")],
+    device: Annotated[
+        Literal["cpu", "cuda"] | None, typer.Option(help="Device to compute on; default: learner.device.")
+    ] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Relative tolerance; default: 1e-5.", min=0.0)] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="A JSON file: figures, and p, q and advantage of each token.", callback=_expanded),
+        typer.Option(help="JSON file to write: all metrics, and p, q and advantage of each token.", callback=_expanded),
     ] = None,
 ) -> None:
-    """Compute a step of a run again, from the rollouts and the checkpoint that it kept, and compare every figure.
+    """Recompute a step of a run from its saved rollouts and a checkpoint, and compare every metric.
 
-    Needs no Ray and no vLLM, and changes nothing in the run. Exit code 1: a figure differs by more than the tolerance.
+    Needs neither Ray nor vLLM, and does not change the run. Exit code 1: a metric differs by more than the tolerance.
     """
     from rich.console import Console
 
@@ -297,22 +318,22 @@ def replay(
     from rlsys.replay.replay_step import replay as compute
     from rlsys.replay.view import show, write
 
-    found = compute(run, step, device)
+    replayed = compute(run, step, device)
     bound = TOLERANCE if tolerance is None else tolerance
-    show(found, bound, Console())
+    show(replayed, bound, Console())
     if out is not None:
-        write(found, out)
-    if found.differing(bound):
+        write(replayed, out)
+    if replayed.differing(bound):
         raise typer.Exit(1)
 
 
 @app.command()
 def report(
     run: Annotated[
-        Path, typer.Argument(help="A run's directory; it may be running, or have died.", callback=_expanded)
+        Path, typer.Argument(help="Run directory; the run may be active, finished or crashed.", callback=_expanded)
     ],
 ) -> None:
-    """Write a run's report.html anew, from what it has written down so far: one page that needs no network."""
+    """Rewrite report.html from the files that the run has written so far. The page works without a network."""
     from rlsys.report.page import report_of
 
     print(report_of(run))
@@ -321,12 +342,12 @@ def report(
 @app.command()
 def stop(
     name: Annotated[
-        str | None, typer.Argument(help="A run's name or directory, or a detached deployment's name or base; none: "
-                                        "every deployment.", callback=_expanded_text)
+        str | None, typer.Argument(help="Run name or directory, or name or base of a detached deployment; default: "
+                                        "all deployments.", callback=_expanded_text)
     ] = None,
     address: Annotated[str | None, ADDRESS] = None,
 ) -> None:  # fmt: skip
-    """End a running job after the step in flight, or detached deployments that ServiceClient left running."""
+    """Stop a running job after its current step, or stop detached deployments of ServiceClient."""
     from actors.control import ask, reach, running
     from actors.service.deployment import stop as end
 
@@ -338,18 +359,19 @@ def stop(
         jobs = running()
     if known and not ended:
         raise ConfigError(
-            f"no running job or deployment is named {known!r}, and no deployment has such a base; "
+            f"no running job or deployment is named {known!r}, and no deployment serves a base of that name; "
             f"running jobs: {', '.join(jobs) or 'none'}"
         )
     print(f"stopped: {', '.join(ended)}" if ended else "no deployment was running")
 
 
 def main() -> None:
-    """The console script: an error of rlsys, or of a disk, is one readable message and exit code 1, not a traceback."""
+    """Entry point of the console script. Errors of rlsys and of the disk are printed as one message with exit code 1,
+    without a traceback."""
     drop_empty_variables()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # LANG=C and its like cannot write what a model may say
+            stream.reconfigure(errors="backslashreplace")  # LANG=C cannot encode all generated text
     try:
         app(standalone_mode=True)
     except OSError as error:

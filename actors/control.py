@@ -1,4 +1,4 @@
-"""Requests to a running job from outside (`rlsys scale`, `rlsys stop`): a named actor that its driver listens to."""
+"""Requests to a running job (`rlsys scale`, `rlsys stop`): a named actor holds them until the driver reads them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from rlsys.utils.shell_paths import command
 NAMESPACE = "rlsys"
 PREFIX = "job:"
 RELEASE_S, RELEASE_POLL_S = 15.0, 0.5
-ANSWER_TIMEOUT_S = 120.0  # the driver listens between calls; only the making of a base keeps it longer
+ANSWER_TIMEOUT_S = 120.0  # the driver reads requests between its calls; only training a base from scratch takes longer
 
 
 class JobControl:
-    """Async: keeps a request until the driver has answered it."""
+    """Async actor: holds each request until the driver has answered it."""
 
     def __init__(self) -> None:
         self.requests: asyncio.Queue[tuple[int, str, Any]] = asyncio.Queue()
@@ -57,23 +57,23 @@ class JobControl:
 
 
 class Control:
-    """The driver's end."""
+    """The driver's end of JobControl: reads requests and answers them with `handlers`."""
 
     def __init__(self, run: str, handlers: Mapping[str, Callable[[Any], str]]) -> None:
         """
         Raises:
-            ClusterError: a job of this name is running on the cluster already.
+            ClusterError: a job of this name is already running on the cluster.
         """
         self.handlers = handlers
         self.actor = _register(run)
         self._next = self.actor.next.remote()
 
     def listen(self) -> None:
-        """Answer what has been asked since; never blocks."""
+        """Answer all requests received since the last call. Does not block."""
         while ray.wait([self._next], timeout=0)[0]:
             try:
                 number, kind, about = ray.get(self._next)
-            except RayActorError:  # Ray starts it again; what was asked meanwhile has failed with it
+            except RayActorError:  # Ray restarts the actor; requests that it held have failed at their callers
                 self._next = self.actor.next.remote()
                 return
             text, failure = "", None
@@ -89,7 +89,7 @@ class Control:
 
 
 def _register(run: str) -> Any:
-    """A driver that was killed leaves its name behind for a moment."""
+    """Create the named actor. Retries for RELEASE_S: the name of a killed driver's actor is freed with a delay."""
     deadline = time.monotonic() + RELEASE_S
     while True:
         try:
@@ -98,18 +98,18 @@ def _register(run: str) -> Any:
         except ValueError as error:
             if time.monotonic() > deadline:
                 raise ClusterError(
-                    f"a job called {run!r} is running on this cluster already; give this one another run.name, or end "
-                    f"that one with `{command('rlsys', 'stop', run)}`"
+                    f"a job named {run!r} is already running on this cluster; choose another run.name, or stop the "
+                    f"running job with `{command('rlsys', 'stop', run)}`"
                 ) from error
             time.sleep(RELEASE_POLL_S)
 
 
 @contextmanager
 def reach(run: str | None, address: str | None) -> Iterator[str | None]:
-    """Join the cluster that a run is on; yields the run's name. `run`: its name or directory.
+    """Join the Ray cluster of a run and yield the run's name. `run`: its name or directory.
 
     Raises:
-        ClusterError: it cannot be reached.
+        ClusterError: the cluster cannot be reached.
     """
     places = [Path(run), Path("runs") / run] if run else []
     folder = next((place for place in places if (place / INFO).is_file()), None)
@@ -125,11 +125,11 @@ def reach(run: str | None, address: str | None) -> Iterator[str | None]:
 
 
 def ask(run: str, kind: str, about: Any) -> str:
-    """What the driver of a running job answers.
+    """Send a request to the driver of a running job and return its answer.
 
     Raises:
-        ConfigError: no job of that name runs on this cluster.
-        RlsysError: what the driver refused it with.
+        ConfigError: no job of that name is running on this cluster.
+        RlsysError: the driver refused the request.
     """
     try:
         actor = ray.get_actor(PREFIX + run, namespace=NAMESPACE)
@@ -140,12 +140,11 @@ def ask(run: str, kind: str, about: Any) -> str:
 
 
 def running() -> list[str]:
-    """Names of the jobs on this cluster."""
-    found = ray.util.list_named_actors(all_namespaces=True)
+    """Names of the jobs running on this cluster."""
     return sorted(
-        one["name"].removeprefix(PREFIX)
-        for one in found
-        if one["namespace"] == NAMESPACE and one["name"].startswith(PREFIX)
+        actor["name"].removeprefix(PREFIX)
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == NAMESPACE and actor["name"].startswith(PREFIX)
     )
 
 

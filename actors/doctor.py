@@ -1,6 +1,6 @@
-"""Is this machine fit to run a job? One check per subject, each with what was found and what would help.
+"""Checks of this machine for `rlsys doctor`. Each check reports a status, what was found, and a remedy.
 
-Libraries that can hang or crash (Ray's connection, vLLM's import) are tried in processes of their own, with a limit.
+Libraries that can hang or crash (connecting to Ray, importing vLLM) are tried in a subprocess with a time limit.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from rlsys.utils.env_variables import env_variable
 from rlsys.utils.free_memory import free_bytes
 from rlsys.utils.shell_paths import command
 
-RAY_LIMIT_S = 40.0  # a wrong token is refused after 20 s
-VLLM_LIMIT_S = 300.0  # its import takes 10 s on a quiet machine, and took minutes on a very busy one
+RAY_LIMIT_S = 40.0  # Ray refuses a wrong token after 20 s
+VLLM_LIMIT_S = 300.0  # importing vLLM takes 10 s on an idle machine, and took minutes on a very busy one
 KNOCK_LIMIT_S = 3.0
-DISK_FAIL, DISK_WARN = GIB, 10 * GIB  # Ray spills objects to disk and logs there; a run keeps checkpoints
-OPEN_FILES = 8192  # Ray asks for 65536 and lives with less; each actor holds dozens
+DISK_FAIL, DISK_WARN = GIB, 10 * GIB  # Ray spills objects and writes logs to disk; a run writes checkpoints
+OPEN_FILES = 8192  # Ray recommends 65536 and works with fewer; each actor opens dozens
 PORTS = {6379: "ray start --head", 8265: "Ray's dashboard and `ray job submit`"}
 WANDB_HOST = "api.wandb.ai"
 
 
 def examine(cluster: ClusterSection, out: Path, job: JobConfig | None = None) -> Iterator[Check]:
-    """Every check, the quick ones first. `out` is where runs are written, `job` the one whose model is looked at."""
+    """Yield all checks, the quick ones first. `out`: folder of the runs; `job`: its model is checked too."""
     quick: Sequence[Callable[[], Iterable[Check]]] = (
         python_version,
         package_versions,
@@ -72,11 +72,11 @@ def python_version() -> list[Check]:
     wanted, found = _own_metadata()[0], platform.python_version()
     if SpecifierSet(wanted).contains(found, prereleases=True):
         return [Check("python", "ok", f"{found} (wanted {wanted})")]
-    return [Check("python", "fail", f"{found}, wanted {wanted}", "make an environment with a Python of that range")]
+    return [Check("python", "fail", f"{found}, wanted {wanted}", "create an environment with a Python in that range")]
 
 
 def package_versions() -> list[Check]:
-    """Installed distributions against the ranges of pyproject.toml, and vLLM against the one whose inside is known."""
+    """Compare installed packages with the ranges in pyproject.toml, and vLLM with the versions that were checked."""
     wrong = [check for text in _own_metadata()[1] if (check := _package(Requirement(text))) is not None]
     wrong += [check for check in [_vllm_version()] if check is not None]
     return wrong or [Check("packages", "ok", f"all {len(_own_metadata()[1])} in range, vLLM {' or '.join(CHECKED)}")]
@@ -86,17 +86,17 @@ def devices() -> list[Check]:
     cores, memory = len(os.sched_getaffinity(0)), free_bytes()
     found = f"{cores} cores, {memory / GIB:.1f} GiB free"
     if memory < 4 * GIB:
-        return [Check("devices", "warn", found, "`rlsys plan CONFIG` says whether a job fits; 4 GiB are few")]
+        return [Check("devices", "warn", found, "less than 4 GiB; `rlsys plan CONFIG` says whether a job fits")]
     return [Check("devices", "ok", found)]
 
 
 def model(job: JobConfig) -> Check:
-    """The model's family and size from its config.json, and whether it can be trained and served as the job asks."""
+    """Family and size of the model from config.json, and whether the job can train and serve it."""
     try:
         refuse_unsupported_job(job)
         dims = model_shape(job.model)
     except ConfigError as error:
-        return Check("model", "fail", str(error), "`rlsys plan CONFIG` compares the whole job")
+        return Check("model", "fail", str(error), "`rlsys plan CONFIG` checks all of the job")
     windows = f", windows of {dims.window} tokens in {dims.windowed_layers} layers" if dims.window else ""
     found = f"{dims.family.name}: {dims.parameters / 1e6:,.1f} M parameters in {dims.num_layers} layers{windows}"
     return Check("model", "ok", f"{found} ({dims.source})")
@@ -107,28 +107,28 @@ def disk(name: str, where: Path) -> Check:
     while not folder.exists():
         folder = folder.parent
     try:
-        tempfile.TemporaryFile(dir=folder).close()  # permissions alone do not tell: a disk may be read-only
+        tempfile.TemporaryFile(dir=folder).close()  # permissions alone are not enough: a disk can be read-only
     except OSError as error:
-        help_ = "choose another place: run.dir for runs, RAY_TMPDIR for Ray"
+        help_ = "choose another folder: run.dir for runs, RAY_TMPDIR for Ray"
         return Check(f"disk, {name}", "fail", f"{folder} cannot be written: {error.strerror}", help_)
     free = shutil.disk_usage(folder).free
     status: Status = "ok" if free >= DISK_WARN else "warn" if free >= DISK_FAIL else "fail"
-    remedy = "" if status == "ok" else "make room, or choose another place: run.dir for runs, RAY_TMPDIR for Ray"
+    remedy = "" if status == "ok" else "free disk space, or choose another folder: run.dir for runs, RAY_TMPDIR for Ray"
     return Check(f"disk, {name}", status, f"{free / GIB:.1f} GiB free in {folder}", remedy)
 
 
 def surroundings(starts_ray: bool) -> list[Check]:
-    """Temporary folders, home directory and user, as a job that starts now would meet them."""
+    """Check the temporary folders, the home directory and the user name that a job would use."""
     found = list(faults(starts_ray))
     if not found:
-        return [Check("temporary files", "ok", f"{tempfile.gettempdir()}, with room for the names of sockets")]
+        return [Check("temporary files", "ok", f"{tempfile.gettempdir()}, short enough for socket paths")]
     return [Check(fault.name, "fail" if fault.fatal else "warn", fault.found, fault.remedy) for fault in found]
 
 
 def shared_memory(object_store_gb: float, where: Path = Path("/dev/shm")) -> Check:
     wanted = f"cluster.object_store_gb {object_store_gb:g}"
     if not where.is_dir():
-        return Check("shared memory", "fail", f"no {where}", "mount a tmpfs there: Ray keeps its objects in it")
+        return Check("shared memory", "fail", f"no {where}", "mount a tmpfs there: Ray's object store is in it")
     free = shutil.disk_usage(where).free / GIB
     if free < object_store_gb:
         help_ = f"in a container --shm-size={object_store_gb + 1:.0f}g, else lower cluster.object_store_gb"
@@ -142,8 +142,9 @@ def port(number: int, use: str) -> Check:
         try:
             probe.bind(("", number))
         except OSError as error:
-            found = f"taken by {_holder(number)} ({error.strerror})"
-            return Check(f"port {number}", "warn", found, f"needed by {use} alone; give it another port, or end that")
+            found = f"in use by {_holder(number)} ({error.strerror})"
+            remedy = f"only {use} needs this port; give it another port, or stop that process"
+            return Check(f"port {number}", "warn", found, remedy)
     return Check(f"port {number}", "ok", f"free, for {use}")
 
 
@@ -155,20 +156,20 @@ def open_files() -> Check:
 
 
 def token_file() -> Check:
-    """Ray writes its token readable for all."""
+    """Check the permissions of Ray's token: Ray creates the file readable by all users."""
     path = Path(env_variable("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.is_file():
         return Check("Ray token", "ok", f"none at {path}")
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         return Check(
-            "Ray token", "warn", f"{path} is open to other users (mode {mode:04o})", command("chmod", "600", path)
+            "Ray token", "warn", f"{path} is readable by other users (mode {mode:04o})", command("chmod", "600", path)
         )
-    return Check("Ray token", "ok", f"{path}, for its owner alone")
+    return Check("Ray token", "ok", f"{path}, readable by its owner only")
 
 
 def wandb_login() -> Check:
-    """Without the network: a key in the environment or in .netrc."""
+    """Look for a key in the environment or in .netrc, without using the network."""
     host = urlsplit(env_variable("WANDB_BASE_URL") or "").hostname or WANDB_HOST
     if env_variable("WANDB_API_KEY"):
         return Check("wandb", "ok", "WANDB_API_KEY is set")
@@ -192,12 +193,12 @@ def hub() -> Check:
         "model hub",
         "warn",
         f"{parts.hostname} does not answer ({problem}); {cache}",
-        "only models in the cache or in a folder (model.path) can be used; behind a proxy this may be a false alarm",
+        "use a model in the cache or in a folder (model.path); behind a proxy the hub may still work",
     )
 
 
 def model_files(job: JobConfig) -> list[Check]:
-    """Of the job's folder of a model: files, headers, tokenizer; no weight is loaded."""
+    """Check the files, headers and tokenizer of the job's model folder. Loads no weights."""
     from rlsys.planning.model_folder import check_job
 
     if job.model.path is None or not Path(job.model.path).exists():
@@ -207,19 +208,19 @@ def model_files(job: JobConfig) -> list[Check]:
     except ConfigError as error:
         return [Check("model files", "fail", str(error), "see docs/tokenizers.md and docs/tasks.md")]
     if notes:
-        return [Check("model files", "warn", note, "right where it is meant so") for note in notes]
-    return [Check("model files", "ok", f"{job.model.path}: configuration, weights and tokenizer fit together")]
+        return [Check("model files", "warn", note, "no change needed if this is intended") for note in notes]
+    return [Check("model files", "ok", f"{job.model.path}: configuration, weights and tokenizer are consistent")]
 
 
 def ray_answers(address: str | None) -> Check:
-    """Whether a cluster answers at the address that a job would join."""
+    """Check that a cluster answers at the address that a job would join."""
     if address is None:
         script, found = "import ray; print(ray.__version__)", "imports; no RAY_ADDRESS, so jobs start Ray themselves"
     else:
         host, _, number = address.removeprefix("ray://").rpartition(":")
         problem = _unreachable(host, int(number)) if number.isdigit() else None
         if problem is not None:
-            return Check("ray", "fail", f"nobody answers at {address}: {problem}", _START_RAY)
+            return Check("ray", "fail", f"nothing answers at {address}: {problem}", _START_RAY)
         script = (
             "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error'); "
             "print(int(ray.cluster_resources().get('CPU', 0)), 'cores on', len(ray.nodes()), 'nodes')"
@@ -233,7 +234,7 @@ def ray_answers(address: str | None) -> Check:
     return Check("ray", "ok", f"{found}: {done[0]}" if address else f"{done[0]} {found}")
 
 
-_START_RAY = "ray start --head, the same RAY_AUTH_MODE and token as the cluster, or unset RAY_ADDRESS"
+_START_RAY = "start it with `ray start --head`, use the cluster's RAY_AUTH_MODE and token, or unset RAY_ADDRESS"
 
 
 def vllm_build(job: JobConfig | None) -> Check:
@@ -241,7 +242,7 @@ def vllm_build(job: JobConfig | None) -> Check:
 
 
 def vllm_imports(limit_s: float = VLLM_LIMIT_S) -> Check:
-    """In a process of its own: import, and the private functions that rlsys replaces."""
+    """Import vLLM in a subprocess, and check the private functions that rlsys replaces."""
     device = built_for()
     script = (
         "from rlsys.config import SamplerSection\n"
@@ -255,12 +256,13 @@ def vllm_imports(limit_s: float = VLLM_LIMIT_S) -> Check:
         return Check("vLLM", "fail", done, f"install vLLM {PINNED} as requirements/ pins it")
     if minor(done[0]) != PINNED:
         found = f"{done[0]} imports for {device}. {CHECKED[minor(done[0])]}"
-        return Check("vLLM", "warn", found, f"{PINNED}, which requirements/ pins, is the one that the tests run")
-    return Check("vLLM", "ok", f"{done[0]} imports for {device}, and its inside is as rlsys.sampler.vllm expects")
+        return Check("vLLM", "warn", found, f"the tests run {PINNED}, the version pinned in requirements/")
+    return Check("vLLM", "ok", f"{done[0]} imports for {device}; its private functions match rlsys.sampler.vllm")
 
 
 def _own_metadata() -> tuple[str, list[str]]:
-    """requires-python and the requirements, of the installed rlsys or else of the source tree's pyproject.toml."""
+    """requires-python and the requirements of rlsys, from the source tree's pyproject.toml or else from the installed
+    package."""
     source = Path(__file__).parents[1] / "pyproject.toml"
     if source.is_file():
         project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
@@ -272,7 +274,7 @@ def _own_metadata() -> tuple[str, list[str]]:
 
 
 def _package(wanted: Requirement) -> Check | None:
-    """What is wrong with one distribution."""
+    """The failed check of one package; None if it is in range."""
     remedy = command("pip", "install", str(wanted))
     try:
         found = importlib.metadata.version(wanted.name)
@@ -298,7 +300,7 @@ def _vllm_version() -> Check | None:
 
 
 def _holder(number: int) -> str:
-    """Name and pid of who listens on a port, as far as this user may know."""
+    """Name and pid of the process that listens on a port, if this user can read them."""
     try:
         for connection in psutil.net_connections("inet"):
             if connection.laddr and connection.laddr.port == number and connection.status == psutil.CONN_LISTEN:
@@ -306,12 +308,12 @@ def _holder(number: int) -> str:
                     return "another user's process"
                 return f"{psutil.Process(connection.pid).name()}, pid {connection.pid}"
     except psutil.Error:
-        pass  # the holder's name is a courtesy; that the port is taken is known already
+        pass  # the name is extra information; the caller knows already that the port is in use
     return "an unknown process"
 
 
 def _unreachable(host: str, number: int) -> str | None:
-    """Why nobody can be reached there, within KNOCK_LIMIT_S even where the name server hangs."""
+    """Reason why a connection fails, or None. Returns within KNOCK_LIMIT_S even if the name server hangs."""
     problem: list[str | None] = [f"no answer within {KNOCK_LIMIT_S:g} s"]
 
     def knock() -> None:

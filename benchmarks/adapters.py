@@ -1,4 +1,4 @@
-"""Adapters of random weights on models of random weights, as snapshots and as the folders that vLLM reads by itself."""
+"""Random LoRA adapters for random models, as snapshots and as folders that stock vLLM can load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlsys.weight_sync.update import AdapterSnapshot, snapshot_of
 def random_snapshot(
     base: Path, run_id: str, version: int, rank: int, dtype: str, size: float = 0.02
 ) -> AdapterSnapshot:
-    """On the seven linear modules of each layer; `size` is that of B, and 0 makes an adapter that was never trained."""
+    """An adapter on the seven linear modules of each layer. `size`: scale of B; 0: an untrained adapter."""
     from transformers import AutoModelForCausalLM
 
     tensors = {}

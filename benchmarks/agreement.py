@@ -1,18 +1,18 @@
-"""How far learner and sampler agree on sampled tokens: |p - q| by position, beside two kernels of transformers.
+"""Difference between learner and sampler on sampled tokens: |p - q| by position, beside two kernels of transformers.
 
     python -m benchmarks.agreement [--dtypes bfloat16 float32 float16] [--gsm8k ../gsm8k] [--model models/...]
 
-Completions are drawn by the engine from a real model, once under version 0 of an adapter (the base) and once after a
-few optimizer steps have moved it. Each token then has four log-probabilities, given the tokens before it:
+The engine samples completions from a real model with version 0 of an adapter (the base), and again after a few
+optimizer steps. Each token then has four log-probabilities, given the tokens before it:
 
-    sampler   the engine's own as it drew the token; of a prompt's tokens, those with which it scores the prompt
+    sampler   the engine's value when it sampled the token; for prompt tokens, its prompt log-probabilities
     learner   rlsys.learner.learner, packed, as in the loss
     sdpa      transformers + PEFT, one sequence at a time, torch's fused attention
     eager     the same with transformers' eager attention
 
-Positions count from the prompt's first token. The goal: learner and sampler are no further from each other than sdpa
-and eager, two kernels of the same model in one library. Prints a table and writes a row for each dtype, whose values
-are means over the sampled tokens of one completion.
+Positions count from the prompt's first token. Target: learner and sampler do not differ more than sdpa and eager, two
+kernels of the same library. Prints a table and writes a row for each dtype; values are means over the sampled tokens
+of a completion.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from rlsys.types import Array, SamplingParams
 from rlsys.weight_sync.canary import canary_tokens
 
 RUN = "agreement"
-GROUP = 2  # completions of a prompt: the least that has advantages
+GROUP = 2  # completions per prompt: the minimum for an advantage
 SAMPLER, LEARNER, SDPA, EAGER, BASE = "sampler", "learner", "sdpa", "eager", "learner, no adapter"
 PAIRS = {
     "learner to sampler": (LEARNER, SAMPLER),
@@ -58,7 +58,7 @@ OURS, THEIRS = "learner to sampler", "sdpa to eager"
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Whole sequences under one version, and log-probabilities of their T tokens by who computed them."""
+    """Sequences sampled with one version, and the log-probabilities of their T tokens by each implementation."""
 
     version: int
     tokens: Array  # (T,) int32, prompt + completion of each sequence end to end
@@ -68,7 +68,7 @@ class Scored:
 
     @property
     def position(self) -> Array:
-        """(T,) of each token in its sequence."""
+        """(T,) position of each token in its sequence."""
         return np.arange(len(self.tokens)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
 
     def gap(self, one: str, other: str) -> Array:
@@ -77,7 +77,7 @@ class Scored:
         return found
 
     def by_completion(self, one: str, other: str) -> list[float]:
-        """Mean over the sampled tokens of each."""
+        """Mean over the sampled tokens of each completion."""
         gap = np.add.reduceat(np.where(self.sampled, self.gap(one, other), 0.0), self.offsets[:-1])
         return (gap / np.add.reduceat(self.sampled, self.offsets[:-1], dtype=np.int64)).tolist()
 
@@ -224,7 +224,7 @@ def row(found: list[Scored], dtype: str, about: str, computing: str, options: ar
 
 
 def table_of(of_row: Row) -> str:
-    """Mean and max by position, for people."""
+    """Text table of mean and max by position."""
     lines = [f"{'nats: mean (max)':<34} {'tokens':>6}  " + "".join(f"{name:>24}" for name in PAIRS)]
     for version, table in of_row.more["by position"].items():
         moved = of_row.more["mean distance to the base"][version]

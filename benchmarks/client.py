@@ -1,4 +1,4 @@
-"""What the client API costs: pipelining, custom losses both ways, many runs on one base. CPU, one learner, one sampler.
+"""Overhead of the client API: pipelining, custom losses at learner and caller, several runs on one base. Runs on a CPU.
 
     python benchmarks/client.py
 

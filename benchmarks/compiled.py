@@ -1,11 +1,11 @@
-"""Whether torch.compile pays for the learner: seconds of one update with its layers compiled and as they are.
+"""Speed of the learner with torch.compile: seconds of one update with compiled and with uncompiled layers.
 
     python -m benchmarks.compiled [--dtype bfloat16] [--threads 2] [--repeats 5]
 
-The update of benchmarks/learner.py, on three batches of other lengths than the one before, as steps of a job are.
-``parts`` compiles the MLP of each layer, which is free of what the compiler has to leave alone; ``layers`` each layer
-whole, attention on packed segments included. Shapes are dynamic. Compiling needs a C++ compiler and happens in the
-warm-up; how long that takes is printed. Held equal: model, adapter, batches, budget, threads.
+The update of benchmarks/learner.py on three batches of different lengths, as in the steps of a job. ``parts`` compiles
+the MLP of each layer, which has no graph breaks; ``layers`` compiles complete layers, including attention on packed
+segments. Shapes are dynamic. Compiling needs a C++ compiler and happens in the warm-up; its time is printed. Held
+equal: model, adapter, batches, budget, threads.
 """
 
 from __future__ import annotations

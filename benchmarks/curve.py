@@ -1,4 +1,4 @@
-"""Draw the held-out accuracy of several runs as one picture: the curves of the README.
+"""Draw the held-out accuracy of several runs as one SVG picture, for the README and docs/.
 
 python benchmarks/curve.py runs/quickstart-21 runs/quickstart-22 runs/quickstart-23 > docs/quickstart.svg
 """

@@ -1,10 +1,10 @@
-"""A custom loss against the built-in loss of the same form: seconds of one ``forward_backward`` with each.
+"""Speed of a custom loss against the equivalent built-in loss: seconds of one ``forward_backward`` with each.
 
     python -m benchmarks.custom_loss [--dtype bfloat16] [--threads 2] [--repeats 5]
 
-PPO's clipped ratio, once as ``losses.ppo`` and once as a user's function of the datums and their log-probabilities
-through ``Learner.forward_backward_custom``, on a 54M Qwen3 shape. Two batches: one that fits the token budget, and one
-of several micro-batches. Model, adapter, sequences, budget, threads and the gradient (checked here) are the same.
+PPO's clipped ratio as ``losses.ppo`` and as a user's function of datums and log-probabilities through
+``Learner.forward_backward_custom``, on a 54M Qwen3 shape. Two batches: one fits the token budget, one needs several
+micro-batches. Held equal: model, adapter, sequences, budget, threads. The gradients are checked to be equal.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""What a group costs the driver: 64 sampler actors, 4,096 groups in flight, answers replayed from a real run.
+"""Driver cost per group, with 64 sampler actors, 4,096 groups in flight, and answers replayed from a real run.
 
     python -m benchmarks.data_plane [--recorded RUN_DIR] [--samplers 64] [--groups 4096] [--repeats 5]
 
-Without --recorded the quickstart runs for two steps first, and what it recorded (steps/*.npz) is what is replayed.
+Without --recorded the quickstart runs for two steps first, and its saved rollouts (steps/*.npz) are replayed.
 
-Real: the sampler pool, the loop in sync and in overlapped running, the stages of rewards, advantages and learner with
-their watchdogs, the advantage actor, the rewards actor's door and its recording of steps, ledger, checkpoints, metrics
-and what else the job's observer writes. Left out (benchmarks/replaying.py): engines, graders' processes and texts, the
-learner's model; rows of completions shown to people; wandb.
+Real: the sampler pool, the synchronous and the overlapped loop, the reward, advantage and learner stages with their
+watchdogs, the advantage actor, the reward actor with its saving of steps, ledger, checkpoints, metrics, and everything
+else that the job's observer writes. Replaced (benchmarks/replaying.py) or left out: engines, grader processes and
+texts, the learner's model; completions in the rollouts table; wandb.
 
-A turn of each side is `--steps` steps of the loop, of `--groups` groups each. Measured is the CPU time of the whole
-driver process, Ray's threads in it included, per group. Beside it: bytes over all TCP connections of the driver, bytes
-that it deserialised, and its memory after every step. "10x longer" replays every completion ten times end to end.
+A turn of each side is `--steps` steps of the loop with `--groups` groups each. Measured is the CPU time of the driver
+process per group, including Ray's threads. Also reported: bytes over all TCP connections of the driver, bytes that it
+deserialised, and its memory after every step. "10x longer" repeats every completion ten times end to end.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ReplayedLearner(LearnerGroup):
 
 
 class Watching(JobObserver):
-    """The job's observer; reads the meter after every step."""
+    """Observer of the job that reads the meter after every step."""
 
     meter: Meter
     tokens: float = 0.0
@@ -148,7 +148,7 @@ def _refuse_renewal() -> Any:
 
 @contextmanager
 def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
-    """The actors of a job, as `actors.job_actors.job_actors` puts it together, with replaying actors."""
+    """The actors of a job, as started by `actors.job_actors.job_actors`, with replay actors."""
     progress = Progress(Console(stderr=True, highlight=False))
     with ExitStack() as ending:
         store = ending.enter_context(RunStore.open(config, note=progress.note))
@@ -195,13 +195,13 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
 
 
 def recorded(run_dir: Path) -> Recording:
-    """The last step that a run has recorded."""
+    """The last recorded step of a run."""
     found = load_step(run_dir, recorded_steps(run_dir)[-1])
     return Recording(found.rollouts, found.rewards)
 
 
 def quickstart(folder: Path) -> Path:
-    """Two steps of it; returns the run's directory."""
+    """Run the quickstart for two steps; returns the run directory."""
     overrides = [f"run.dir={folder}", "rl.steps=2", "eval.every_steps=0", "tracking.wandb=disabled"]
     config = load_config(CONFIG, overrides)
     train(config, Progress(Console(stderr=True, highlight=False)))
@@ -233,7 +233,7 @@ def job(folder: Path, samplers: int, groups: int, longest: int) -> JobConfig:
 
 
 def profile(work: Callable[[], Any]) -> list[str]:
-    """Where the loop's thread spends its own time: the functions with most of it."""
+    """The functions in which the loop's thread spends most of its time, without their callees."""
     profiler = cProfile.Profile(time.thread_time)
     profiler.runcall(work)
     stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]

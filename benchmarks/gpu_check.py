@@ -1,19 +1,19 @@
-"""The learner on a GPU, with nothing but torch, transformers and peft: ``make gpu-check``.
+"""Checks of the learner on a GPU; needs only torch, transformers and peft: ``make gpu-check``.
 
     python -m benchmarks.gpu_check --out FOLDER               everything, within 6 minutes
-    python -m benchmarks.gpu_check --skip-rows                numerics alone
+    python -m benchmarks.gpu_check --skip-rows                only numerics
     python -m benchmarks.gpu_check --only-rows --row 8b       the rows of one shape, "1.7b" or "8b"
     python -m benchmarks.gpu_check --device cpu               the same parts on a CPU, with tiny shapes
 
-The parts run in the order of what matters most: numerics of bfloat16, packing, prompt sharing and attention; the rows
-at 4,096 tokens a step, Qwen3-1.7B before 8B; the rows at 16,384; the other numerics. Each part has a time budget, and
-so has the run (``--minutes``). A part that no longer fits is left out by name.
+The most important parts run first: numerics of bfloat16, packing, prompt sharing and attention; then the rows with
+4,096 tokens per step, Qwen3-1.7B before 8B; the rows with 16,384; the other numerics. Each part and the run
+(``--minutes``) have a time limit. A part for which no time remains is skipped, and reported by name.
 
-Every fact is printed and appended to FOLDER/facts.jsonl when it is known (benchmarks/gpu_journal.py), so that a run
-that is cut off still tells. At the end FOLDER/gpu_check.json holds all checks. Exit code 1: a check failed; 3: none
-failed, but parts are missing. A row that misses its target fails nothing: speed is a target, numbers are a promise.
+Every fact is printed and appended to FOLDER/facts.jsonl at once (benchmarks/gpu_journal.py), so that an interrupted run
+still has results. At the end FOLDER/gpu_check.json holds all checks. Exit code 1: a check failed; 3: no check failed,
+but parts are missing. A row that misses its speed target is not a failed check.
 
-The estimates below (seconds) are guesses: nobody has run them on a GPU.
+The time estimates below (seconds) are guesses: nobody has run the parts on a GPU.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from benchmarks.rows import machine
 
 OUT = Path("runs/gpu-check")
 MINUTES = {"cuda": 6.0, "cpu": 45.0}  # the default; limits of parts below are for 6 and grow with the total
-ROWS = (("1.7b", 4096), ("8b", 4096), ("8b", 16_384), ("1.7b", 16_384))  # 8b stays loaded for its second size
+ROWS = (("1.7b", 4096), ("8b", 4096), ("8b", 16_384), ("1.7b", 16_384))  # 8b stays loaded between its two sizes
 TINY_SIZES = {4096: 256, 16_384: 1024}
 NEEDS = {"1.7b": 25.0, "8b": 60.0}
 LIMITS = {"1.7b": 75.0, "8b": 120.0}
@@ -60,7 +60,7 @@ MISSING = 3
 
 @dataclass
 class Session:
-    """What the parts share."""
+    """State shared by the parts."""
 
     options: argparse.Namespace
     report: Report
@@ -71,7 +71,7 @@ class Session:
     ceiling: float = 0.0
 
     def parts(self) -> Iterator[Part]:
-        """In the order in which they run."""
+        """All parts in the order in which they run."""
         numerics = {} if self.options.only_rows else gpu_numerics.checks(self.bench)
         asked = self.options.check or numerics
         wanted = {name: work for name, work in numerics.items() if name in asked}
@@ -81,7 +81,7 @@ class Session:
 
     def _numerics(self, name: str, work: Callable[[], Any]) -> Part:
         def alone(limit: float) -> str:
-            self.release()  # a row's models would hide what a check uses
+            self.release()  # a row's models would distort the memory that a check measures
             return self._timed(limit, name, work)
 
         return Part(name, NUMERICS_NEED, NUMERICS_LIMIT * self._stretch, alone)
@@ -149,7 +149,7 @@ def main() -> int:
 
 
 def _about(journal: Journal, options: argparse.Namespace) -> None:
-    """What the run is of, before anything can fail."""
+    """Record versions, device and options at the start of the run."""
     about = machine()
     for name in ("revision", "python", "processor", "cores"):
         journal.fact("machine", name, about[name])
@@ -190,7 +190,7 @@ def _finish(options: argparse.Namespace, parts: Parts, session: Session) -> int:
 def _settings() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("highest")  # no TF32: fp32 is what results are held to
+    torch.set_float32_matmul_precision("highest")  # no TF32: the bounds are for fp32
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 

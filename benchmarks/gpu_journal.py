@@ -1,7 +1,7 @@
-"""Facts of a run on a rented GPU as JSON lines, and the time that its parts may take.
+"""Journal of a run on a rented GPU: facts as JSON lines, and time limits of its parts.
 
-Every fact is printed and appended to `facts.jsonl` as soon as it is known, so a run that is cut off keeps what it
-found. Several processes may append to one journal: each line is a single write. Needs the standard library alone.
+Every fact is printed and appended to `facts.jsonl` at once, so an interrupted run keeps its results. Several processes
+can append to one journal: each line is a single write. Needs only the standard library.
 
     {"s": 41.3, "part": "sharing", "fact": "...", "value": 1.2e-06, "unit": "", "bound": 1e-05, "passed": true}
 """
@@ -27,7 +27,7 @@ DONE, CUT_OFF, LEFT_OUT, FAILED = "done", "cut off", "left out", "failed"
 
 
 class CutOff(BaseException):
-    """A part used up its time. No Exception, so that handlers of errors inside the part let it pass."""
+    """A part exceeded its time limit. Derives from BaseException, so that error handlers inside the part ignore it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def new_journal(folder: Path, began: float) -> Journal:
 
 
 def unusable(folder: Path) -> str | None:
-    """Why results cannot be written to `folder`, which is made if it is not there; None: they can."""
+    """Reason why results cannot be written to `folder`, which is created if missing; None: they can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / FACTS).open("a").close()
@@ -86,7 +86,7 @@ def as_text(line: dict[str, Any]) -> str:
 
 
 def read_facts(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a journal; a last line that was torn is left out."""
+    """Facts of a journal; an incomplete last line is ignored."""
     path = folder / FACTS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     found = []
@@ -110,7 +110,7 @@ class Notes:
         self.journal.fact(self.part, name, value, unit, **more)
 
     def check(self, name: str, value: float, bound: float, sense: str = "<=", unit: str = "", **more: Any) -> None:
-        """NaN passes nowhere."""
+        """Compare a value with its bound and record the result. NaN never passes."""
         passed = value <= bound if sense == "<=" else value >= bound
         if not passed:
             self.failed.append(name)
@@ -119,7 +119,7 @@ class Notes:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`needs_s`: least time that has to be left for the part to begin; `limit_s`: it is cut off after that."""
+    """One part of a run. `needs_s`: it is skipped if less time remains; `limit_s`: it is stopped after that time."""
 
     name: str
     needs_s: float
@@ -157,7 +157,7 @@ class Parts:
 
 
 def within(limit_s: float, work: Callable[[], str]) -> str:
-    """What `work` returns; CUT_OFF where it takes longer. For the main thread of a process."""
+    """Call `work` with a time limit: returns its result, or CUT_OFF. Only for the main thread of a process."""
     try:
         with _alarm(limit_s):
             return work()

@@ -1,4 +1,4 @@
-"""The complete loop on one GPU: ``make gpu-loop OUT=FOLDER``.
+"""Runs the complete training loop on one GPU: ``make gpu-loop OUT=FOLDER``.
 
     python -m benchmarks.gpu_loop FOLDER                           all parts, within 6 minutes
     python -m benchmarks.gpu_loop FOLDER --device cpu              the same parts on a CPU, with tiny shapes
@@ -7,16 +7,16 @@
 
     engine                    learner and vLLM engine in one process, Qwen3-0.6B's shape with random weights: start,
                               probe, attested syncs, |p - q| by position, rates, memory, sleep and wake
-    job colocated             `rlsys train configs/quickstart.yaml`, which makes its own base; sampler and learner take
-                              turns on the GPU; the engine is killed (SIGKILL) on the way
-    job half and half         the same on the base of the job before; sampler and learner hold half a GPU each
+    job colocated             `rlsys train configs/quickstart.yaml` with a base trained from scratch; sampler and
+                              learner use the GPU alternately; the engine is killed (SIGKILL) during the run
+    job half and half         the same on the base of the previous job; sampler and learner use half a GPU each
     engine with CUDA graphs   the first part without enforce_eager
 
-Every part is a process with a log of its own in FOLDER. Every fact is printed and appended to FOLDER/facts.jsonl when
-it is known (benchmarks/gpu_journal.py). A part that fails leaves the error as a fact, and the next part begins. A part
-that no longer fits into the time is left out by name. Exit code 1: something failed; 3: parts are missing.
+Every part is a process with a log file in FOLDER. Every fact is printed and appended to FOLDER/facts.jsonl at once
+(benchmarks/gpu_journal.py). If a part fails, its error is recorded as a fact, and the next part starts. A part for
+which no time remains is skipped, and reported by name. Exit code 1: a part failed; 3: parts are missing.
 
-The estimates below (seconds) are guesses: nobody has run them on a GPU.
+The time estimates below (seconds) are guesses: nobody has run the parts on a GPU.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ MISSING = 3
 
 
 def parts_of(journal: Journal, options: argparse.Namespace) -> list[Part]:
-    """In the order in which they run."""
+    """All parts in the order in which they run."""
     stretch = max(1.0, options.minutes / MINUTES["cuda"])
     shared = [f"--device={options.device}", *(f"--set={key}" for key in options.set)]
     found = []
@@ -80,7 +80,7 @@ def _work(journal: Journal, name: str, module: str, arguments: Sequence[str], de
 
 
 def about(journal: Journal) -> None:
-    """What the run is of, before anything can fail."""
+    """Record versions, device and options at the start of the run."""
     found = machine()
     for name in ("revision", "python", "processor", "cores"):
         journal.fact("machine", name, found[name])
@@ -136,7 +136,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _wrong_key(options: argparse.Namespace) -> str | None:
-    """What is wrong with `--set`, before any part starts; None: nothing."""
+    """Error message for a wrong `--set`, before any part starts; None: correct."""
     from benchmarks.gpu_loop_job import CONFIG, overrides
     from rlsys.config import load_config
     from rlsys.errors import ConfigError

@@ -1,7 +1,7 @@
-"""One learner and one vLLM engine in a process, without Ray: the shortest way to what sampler and learner share.
+"""One learner and one vLLM engine in one process, without Ray.
 
-A part of `make gpu-loop` (benchmarks/gpu_loop.py). The base has the shape of Qwen3-0.6B with random weights, on a CPU a
-tiny one. Rewards are drawn at random: the loop is what is looked at, not what it learns.
+A part of `make gpu-loop` (benchmarks/gpu_loop.py). The base has random weights and the shape of Qwen3-0.6B (on a CPU a
+tiny shape). Rewards are random, because this part checks the loop and not learning.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ PROMPTS = {"cuda": (40, 400, 1000), "cpu": (16, 60, 200)}  # shortest, longest, 
 
 @dataclass
 class Loop:
-    """Sampler and learner with what both were told, and the facts of their steps."""
+    """Sampler and learner with their configuration, and the facts of their steps."""
 
     notes: Notes
     config: JobConfig
@@ -74,12 +74,12 @@ class Loop:
         await self._wake(update, canary)
 
     async def _load(self, update: WeightUpdate) -> None:
-        told = await self.sampler.load(update)
+        answer = await self.sampler.load(update)
         version = update.snapshot.version
-        self.notes.fact(f"version {version}: installed and attested", told.seconds, "s")
+        self.notes.fact(f"version {version}: installed and attested", answer.seconds, "s")
         self.notes.fact(f"version {version}: adapter sent", update.snapshot.buffer.nbytes / 2**20, "MiB")
         name = f"version {version}: canary, sampler to learner"
-        self.notes.check(name, told.distance_new, update.bound, unit="nats", separation=told.separation)
+        self.notes.check(name, answer.distance_new, update.bound, unit="nats", separation=answer.separation)
 
     async def _sample(self, number: int, prompts: Array, offsets: Array, update: WeightUpdate) -> Rollouts:
         rl = self.config.rl
@@ -129,7 +129,7 @@ class Loop:
         self.notes.check("GPU memory that sleep gave back", (_free(self.device) - free) / GIB, 0.1, ">=", "GiB")
 
     async def _wake(self, update: WeightUpdate, before: Array) -> None:
-        """The engine has to hold the same version, in its slots and in its forward pass."""
+        """Check that the engine holds the same version, in its slots and in its forward pass."""
         if self.device == "cuda":
             torch.cuda.empty_cache()
         began = time.perf_counter()
@@ -211,18 +211,22 @@ async def _probe(notes: Notes, policy: Policy, sampler: Sampler) -> None:
     notes.fact("probe made by the learner", time.perf_counter() - began, "s")
     began = time.perf_counter()
     try:
-        told = await sampler.probe(probe)
+        answer = await sampler.probe(probe)
     except RlsysError as error:  # what follows says more about it
         notes.check("probe: sampler and learner compute the same base and adapter", 0.0, 1.0, ">=", note=str(error))
         return
     notes.fact("probe passed", time.perf_counter() - began, "s")
     notes.check(
-        "probe: sampler to learner", told.distance_new, probe.update.bound, unit="nats", to_base=told.distance_previous
+        "probe: sampler to learner",
+        answer.distance_new,
+        probe.update.bound,
+        unit="nats",
+        to_base=answer.distance_previous,
     )
 
 
 def _predictions(notes: Notes, config: JobConfig) -> None:
-    """What `rlsys plan` predicts, above imports."""
+    """Predictions of `rlsys plan`, without imports."""
     dims = model_shape(config.model)
     for role in (learner_memory(config, dims), sampler_memory(config, dims)):
         unit = "GiB" if config.learner.device == "cuda" else "GiB of the process"
@@ -237,7 +241,7 @@ def _timed(notes: Notes, name: str, work: Callable[[], Any]) -> Any:
 
 
 def _free(device: str) -> int:
-    """Bytes of the GPU that nobody holds."""
+    """Free bytes of the GPU."""
     if device == "cpu":
         return 0
     torch.cuda.synchronize()

@@ -1,7 +1,7 @@
-"""`rlsys train` on the arithmetic task, watched: a part of `make gpu-loop` (benchmarks/gpu_loop.py).
+"""Runs and monitors `rlsys train` on the arithmetic task: a part of `make gpu-loop` (benchmarks/gpu_loop.py).
 
-The first job makes its base; a later one in the same folder takes that base. With `--kill` the engine gets SIGKILL
-after the second step, and the job has to finish all its steps with another engine.
+The first job trains its base from scratch; a later job in the same folder uses that base. With `--kill` the engine gets
+SIGKILL after the second step, and the job must finish all its steps with a new engine.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ model.make.supervised.gate_accuracy=0.1 model.make.supervised.gate_problems=20 m
 
 
 def overrides(folder: Path, name: str, device: str, colocate: bool, asked: list[str]) -> list[str]:
-    """Of configs/quickstart.yaml; `asked` comes last and wins."""
+    """Overrides of configs/quickstart.yaml; `asked` comes last and takes precedence."""
     found = [*COMMON.split(), *(CUDA if device == "cuda" else CPU).split()]
     found += [f"run.name={name}", f"run.dir={folder / RUNS}", f"sampler.colocate={str(colocate).lower()}"]
     made = [base for base in sorted((folder / RUNS).glob("*/base")) if base.parent.name != name]
@@ -67,7 +67,7 @@ def overrides(folder: Path, name: str, device: str, colocate: bool, asked: list[
 
 @dataclass
 class Watch:
-    """What is seen of a job while it runs."""
+    """Monitor of a running job."""
 
     notes: Notes
     config: JobConfig
@@ -169,7 +169,7 @@ def watch(options: argparse.Namespace, notes: Notes) -> None:
 
 
 def _predictions(notes: Notes, config: JobConfig) -> None:
-    """What `rlsys plan` says before anything starts."""
+    """Record the predictions of `rlsys plan` before the job starts."""
     planned = plan(config, model_shape(config.model), [this_machine(config.cluster.num_cpus)])
     for row in planned.rows:
         peak = row.memory.peak
@@ -190,7 +190,7 @@ def _ended(notes: Notes, config: JobConfig, seen: Watch, log: Path) -> None:
 
 
 def _memory(notes: Notes, config: JobConfig, seen: Watch) -> None:
-    """Resident peaks of processes against the plan's, imports included."""
+    """Compare resident peaks of processes with the plan's predictions, imports included."""
     planned = plan(config, model_shape(config.model), [this_machine(config.cluster.num_cpus)])
     for row in planned.rows:
         peaks = sorted((size for role, size in seen.peaks.values() if role == row.role), reverse=True)

@@ -1,4 +1,4 @@
-"""What the parts of `make gpu-loop` share: their arguments, and an error that becomes a fact."""
+"""Shared code of the parts of `make gpu-loop`: arguments, and errors recorded as facts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_ON_CPU = "not on cpu"
 
 
 def part_options(*flags: str) -> argparse.Namespace:
-    """`flags`: switches that this part alone has."""
+    """Parse the arguments of a part. `flags`: switches that only this part has."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--began", type=float, required=True)

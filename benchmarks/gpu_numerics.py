@@ -1,13 +1,13 @@
-"""What a learner on `device` computes, against the same in float64 on the CPU: every path that only CUDA takes.
+"""Compares the learner on `device` with float64 on the CPU, for every code path that only CUDA uses.
 
-Roundings. fp32 has 2^-24 = 6e-8: through a few layers forward and back that leaves some 1e-6, and fp32 results are held
-to 2e-5 of the norm, sharing against not sharing, of which both are fp32, to 1e-5. bfloat16 rounds each intermediate
-result by up to 2^-9 = 2e-3 of itself. A layer hands on some forty rounded results forward and as many back: seven
-linears with their adapter's A, B and x A', four norms, rotation of q and k, probabilities and output of attention, the
-gate and its product, residuals. Were all of them as large as they may be and independent, n layers would leave
-sqrt(80 n) 2^-9 of a gradient; held is twice that, since they are not independent: 5 % for two layers. On CUDA the same
-is also held against the CPU's own bfloat16, and sharing against not sharing: neither may be more than twice as far from
-float64.
+Bounds. fp32 rounds by 2^-24 = 6e-8, which gives about 1e-6 through a few layers forward and backward. The bound for
+fp32 results is 2e-5 of the norm; for shared against unshared prompts, both in fp32, 1e-5. bfloat16 rounds each
+intermediate result by up to 2^-9 = 2e-3. A layer has about forty rounded results forward and as many backward: seven
+linear modules with A, B and x A' of their adapters, four norms, the rotation of q and k, probabilities and output of
+attention, the gate and its product, residuals. If all rounding errors were maximal and independent, n layers would give
+an error of sqrt(80 n) 2^-9 of a gradient. The bound is twice that, because they are not independent: 5 % for two
+layers. On CUDA results are also compared with bfloat16 on the CPU, and shared with unshared prompts: neither may be
+more than twice as far from float64.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ MAX_LENGTH = 2048
 
 @dataclass
 class Bench:
-    """One batch on one small base, and learners of it, each made once."""
+    """One batch on one small base, and learners on that base, each created once."""
 
     folder: Path
     device: str
@@ -123,7 +123,7 @@ FIRST = ("positions", "packing", "sharing", "attention", "attention with windows
 
 
 def checks(bench: Bench) -> dict[str, Callable[[], Iterator[Check]]]:
-    """By name, in the order in which they are run: FIRST, then the others."""
+    """Checks by name, in the order in which they run: FIRST, then the others."""
     of_bench = {
         "positions": lambda: positions(bench),
         "packing": lambda: packing(bench),
@@ -260,7 +260,7 @@ def _attention_errors(
     last[:, own] = slope[:, own]
     unseen = ~seen[own].any(0)
     leaked = max((float(x[:, :, unseen.to(device)].abs().max()) for x in run(last)[1][1:] if unseen.any()), default=0.0)
-    # A token that sees itself alone has no gradient of q and k: only rounding is there, so their norms are common.
+    # A token that attends only to itself has no gradient of q and k, only rounding errors, so one norm covers both.
     return error([out], [wanted]), error(found, slopes), leaked
 
 
@@ -295,7 +295,7 @@ def of_losses(bench: Bench) -> Iterator[Check]:
 
 
 def packing(bench: Bench) -> Iterator[Check]:
-    """Budgets from less than a sequence to more than the batch."""
+    """Packing with budgets from less than one sequence to more than the batch."""
     _, wanted = bench.wanted(SMOOTH)
     for budget, share in itertools.product((1, 150, 400, 100_000), (False, True)):
         _, found = update(bench.single, bench.batch, SMOOTH, token_budget=budget, share_prompts=share)
@@ -304,7 +304,7 @@ def packing(bench: Bench) -> Iterator[Check]:
 
 
 def sharing(bench: Bench) -> Iterator[Check]:
-    """Against the same learner without sharing, and proof that something was shared."""
+    """Shared prompts against the same learner without sharing, and a check that prompts were shared."""
     for loss in map(losses.resolve, LOSSES):
         plain, apart = update(bench.single, bench.batch, loss, share_prompts=False, token_budget=100_000)
         ours, shared = update(bench.single, bench.batch, loss, share_prompts=True, token_budget=100_000)
@@ -420,13 +420,13 @@ def _custom(learner: Learner, batch: DatumBatch, data: Sequence[Datum]) -> tuple
 
 
 def _sums_of_squares(data: Sequence[Datum], logprobs: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Not linear in any log-probability, and across datums."""
+    """A loss that is not linear in the log-probabilities, and couples datums."""
     sums = torch.stack([logp.mean() for logp in logprobs])
     return (sums - sums.mean()).square().sum() + sum(logp.square().mean() for logp in logprobs), {}
 
 
 def steps(bench: Bench) -> Iterator[Check]:
-    """Three steps with clipping and weight decay from the same weights; runs of their own, so that nothing moves."""
+    """Three steps with clipping and weight decay from the same weights, each check in its own runs."""
     adam = AdamParams(1e-3, weight_decay=0.01, grad_clip_norm=0.5)
     ends, norms = [], []
     for learner in (bench.exact, bench.single):
@@ -451,7 +451,7 @@ def steps(bench: Bench) -> Iterator[Check]:
 
 
 def _stepped(learner: Learner, state: RunState, batch: DatumBatch, adam: AdamParams) -> dict[str, Tensor]:
-    """What one step from this state makes of the weights, on the CPU."""
+    """The weights on the CPU after one step from this state."""
     learner.runs.restore("stepping", state)
     learner.forward_backward("stepping", batch, SMOOTH, where="weighted")
     learner.optim_step("stepping", adam)
@@ -463,7 +463,7 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def snapshot(bench: Bench) -> Iterator[Check]:
-    """What samplers would be given, alpha / r folded into B, is bit for bit what a CPU learner gives."""
+    """The snapshot for samplers (alpha / r folded into B) is bit-identical to that of a CPU learner."""
     ours, cpu = (learner.runs._adapters.scaled("a0") for learner in (bench.single, bench.made("cpu", torch.float32)))
     same = all(torch.equal(ours[name].cpu().bfloat16(), tensor.bfloat16()) for name, tensor in cpu.items())
     yield Check("adapter as samplers get it, in bfloat16: the same bits as on the CPU", float(same), 1.0, ">=")
@@ -488,7 +488,7 @@ def checkpointing(bench: Bench) -> Iterator[Check]:
 
 
 def out_of_memory(bench: Bench) -> Iterator[Check]:
-    """The process is given memory for a fourth of the batch at once; the update has to be made all the same."""
+    """Limit the process to the memory of a fourth of the batch; the update must still succeed."""
     random = np.random.default_rng(1)
     drawn = groups(np.full(8, 60), [random.integers(60, 200, 4) for _ in range(8)], bench.shape["vocab_size"], seed=1)
     tokens = len(drawn.tokens)
@@ -536,7 +536,7 @@ def _peak(device: str) -> int:
 
 
 def _distance(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """||g - g'|| / ||g'|| of everything together."""
+    """||g - g'|| / ||g'|| over all tensors together."""
     assert found.keys() == wanted.keys()
     return error([found[name] for name in wanted], wanted.values())
 

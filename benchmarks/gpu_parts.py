@@ -1,7 +1,6 @@
-"""What the checks on a GPU share: sections without pydantic, random bases made on the device, batches, one result each.
+"""Shared code of the GPU checks: sections without pydantic, random bases created on the device, batches, results.
 
-Nothing here or in what it imports needs more than torch, transformers and peft
-(tests/unit/benchmarks/test_gpu_check.py).
+This module and its imports need only torch, transformers and peft (tests/unit/benchmarks/test_gpu_check.py).
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class LearnerValues:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One figure against its bound; NaN passes nowhere."""
+    """One value compared with its bound; NaN never passes."""
 
     name: str
     found: float
@@ -137,7 +136,7 @@ def learner_of(
     base: Path, section: LearnerValues, saved: str, max_length: int, dtype: torch.dtype | None = None,
     lora: LoraValues = LoraValues(), bold: bool = True,
 ) -> Learner:  # fmt: skip
-    """With one run; a bold one's B is as large as makes a difference, and the same whatever the device."""
+    """A learner with one run. `bold`: B is large enough to change outputs, and the same on every device."""
     model = ModelValues(path=str(base), dtype=saved, max_length=max_length)
     learner = Learner(base, model, section, dtype=dtype)  # type: ignore[arg-type]
     learner.runs.create(RUN, lora, seed=1)  # type: ignore[arg-type]
@@ -157,13 +156,13 @@ def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def settle(learner: Learner, **changed: Any) -> None:
-    """Other settings for a learner that is loaded already, and a token budget that nothing has reduced."""
+    """Change the settings of a loaded learner, and reset its token budget."""
     learner._forward.section = replace(learner._forward.section, **changed)  # type: ignore[type-var]
     learner._forward.budget = TokenBudget(learner._forward.section.token_budget, ALONE)
 
 
 def gradient(learner: Learner) -> dict[str, Tensor]:
-    """What has accumulated, in float64 on the CPU; it is forgotten in the learner."""
+    """The accumulated gradient in float64 on the CPU; cleared in the learner."""
     found = {}
     for name, weight in learner.runs[RUN].parameters.items():
         assert weight.grad is not None, f"{name} has no gradient"
@@ -226,13 +225,13 @@ def datums_of(batch: DatumBatch) -> list[Datum]:
 
 @dataclass(slots=True)
 class Report:
-    """Checks as they come, each written at once; what raises is a check that failed."""
+    """Records checks as they finish. An exception counts as a failed check."""
 
     journal: Journal
     checks: list[Check] = field(default_factory=list)
 
     def run(self, part: str, work: Callable[[], Iterable[Check]]) -> str:
-        """DONE, or FAILED where a check did not pass or the work raised."""
+        """Run the work: DONE, or FAILED if a check did not pass or the work raised an error."""
         before = len(self.checks)
         try:
             for check in work():
@@ -241,8 +240,8 @@ class Report:
             import traceback
 
             where = traceback.extract_tb(caught.__traceback__)[-1]
-            told = f"{type(caught).__name__}: {str(caught)[:600]} ({Path(where.filename).name}:{where.lineno})"
-            self._add(part, Check(part, math.nan, 0.0, "<=", told))
+            message = f"{type(caught).__name__}: {str(caught)[:600]} ({Path(where.filename).name}:{where.lineno})"
+            self._add(part, Check(part, math.nan, 0.0, "<=", message))
             traceback.print_exc()
         return DONE if all(check.passed for check in self.checks[before:]) else FAILED
 

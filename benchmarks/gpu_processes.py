@@ -1,4 +1,4 @@
-"""Parts of `make gpu-loop` as processes: each has its own memory, its own log, and an end at its limit."""
+"""Runs the parts of `make gpu-loop` as processes, each with a log file and a time limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ERROR = re.compile(r"^(?:[\w.]*(?:Error|Exception)|SystemExit|error)\b[:(]")
 
 
 def part_environment(device: str) -> dict[str, str]:
-    """Nothing is fetched, output is not held back, and outside of Ray vLLM spawns its engine on CUDA."""
+    """Environment of a part: no downloads, unbuffered output, and vLLM spawns its engine process on CUDA."""
     mine = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     mine |= {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "RAY_memory_monitor_refresh_ms": "0"}
     mine |= {"RAY_USAGE_STATS_ENABLED": "0"}
@@ -36,7 +36,7 @@ def part_environment(device: str) -> dict[str, str]:
 def run_part(
     journal: Journal, part: str, module: str, arguments: Sequence[str], limit_s: float, environment: Mapping[str, str]
 ) -> str:
-    """Run `python -m module` with its output in a log of its own; returns DONE, FAILED or CUT_OFF.
+    """Run `python -m module` with its output in a log file; returns DONE, FAILED or CUT_OFF.
 
     The process writes its facts into the journal, and they are printed here as they arrive. A process that ends without
     having said why leaves the last error of its log as a fact.
@@ -82,7 +82,7 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
             except subprocess.TimeoutExpired:
                 family += descendants(process.pid)
     for child in family:
-        if child.is_running():  # psutil compares start times: a number that was given again is another process
+        if child.is_running():  # psutil compares start times, so a reused pid counts as ended
             child.kill()
     psutil.wait_procs(family, timeout=GRACE_S)
 
@@ -108,7 +108,7 @@ def engines(pid: int) -> list[psutil.Process]:
 
 
 def resident_peak(process: psutil.Process) -> int:
-    """Bytes, VmHWM; 0 where the process is gone."""
+    """Peak resident bytes (VmHWM) of a process; 0 if it has ended."""
     try:
         status = Path(f"/proc/{process.pid}/status").read_text()
     except OSError:

@@ -1,24 +1,24 @@
-"""The H200 row: a LoRA learner on Qwen3 shapes against transformers + PEFT with SDPA, tokens of completions per second.
+"""The H200 row: the LoRA learner on Qwen3 shapes against transformers + PEFT with SDPA, completion tokens per second.
 
-Both sides make the same update of the same sequences from the same base, one after the other: bfloat16 base with random
-weights, fp32 adapter of rank 16 on the seven linears, importance sampling on completions, AdamW (fused) with a rate of
-0, prompts of about 100 tokens, completions of 20 to 400, groups of 8. Micro-batches have at most the same number of
-tokens, padding included on the other side, and neither checkpoints gradients. Where one side runs out of memory, that
-number is halved for both. The other side is what its users run: prompts padded on the left, completions on the right,
-output layer at completions only (``logits_to_keep``), log-probabilities in fp32; once in the order given, and once
-sorted by length, which pads least. Before each timed step the same side makes one that is not timed, so that the memory
-which the other side left behind in torch's cache counts for neither.
+Both sides make the same update of the same sequences on the same base, one after the other: bfloat16 base with random
+weights, fp32 adapter of rank 16 on the seven linear modules, importance sampling on completions, AdamW (fused) with
+learning rate 0, prompts of about 100 tokens, completions of 20 to 400, groups of 8. Micro-batches have the same maximum
+number of tokens (with padding on the other side), and neither side uses activation checkpointing. If one side runs out
+of memory, the maximum is halved for both. The other side is the usual loop: prompts padded on the left, completions on
+the right, output layer only at completions (``logits_to_keep``), log-probabilities in fp32; once in the given order,
+and once sorted by length, which needs the least padding. Each timed step follows an untimed step of the same side, so
+that memory cached by torch for the other side has no effect.
 
 Model FLOPs of an update, N of the body's linear weights, A of the adapter, V x H of the output layer, t tokens, c of
 completions, sequences of L tokens, n layers of h heads of size d:
 
     4 N t + 6 A t + 4 V H c + 6 n h d sum(L^2)
 
-2 N per token forward and 2 N back, for a frozen weight has no gradient of its own; 2 A and 4 A; the output layer as
-the body; of attention's two products the causal half, 2 n h d L^2 forward, and twice that back. Nothing that is
-computed again counts, and neither does padding, so the share of the peak is of useful work. The peak is that of
-NVIDIA's data sheet, "H200 Tensor Core GPU", SXM, dense bfloat16: 989 TFLOP/s. No product reaches it; the share is also
-given of 790 TFLOP/s, the yardstick of the target, and of what one large product reached on this very device.
+2 N per token forward and 2 N backward, because a frozen weight has no gradient; 2 A and 4 A for the adapter; the output
+layer as the body; the causal half of attention's two products, 2 n h d L^2 forward, and twice that backward.
+Recomputation and padding do not count, so utilization refers to useful work. The peak is from NVIDIA's data sheet,
+"H200 Tensor Core GPU", SXM, dense bfloat16: 989 TFLOP/s. No matrix product reaches it; utilization is also given
+relative to 790 TFLOP/s, the reference of the target, and to one large matrix product on the same device.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 class Note(Protocol):
-    """Writes a fact of the part at work."""
+    """Writes a fact of the current part."""
 
     def __call__(self, name: str, value: Any, unit: str = "", /, **more: Any) -> None: ...
 
 
 def batch_of(tokens: int, vocabulary: int) -> DatumBatch:
-    """About so many tokens: groups of 8, the last one cut short."""
+    """A batch of about so many tokens: groups of 8, the last one truncated."""
     random = np.random.default_rng(0)
     prompts: list[int] = []
     completions: list[list[int]] = []
@@ -172,7 +172,7 @@ def padded(batch: DatumBatch, rows: list[int]) -> tuple[Tensor, Tensor, int, dic
 
 
 def flops(model: nn.Module, shape: dict[str, Any], batch: DatumBatch, rank: int = 16) -> float:
-    """Of one update: the formula above."""
+    """Model FLOPs of one update, by the formula in the module's docstring."""
     linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in name]
     assert linears
     body = sum(m.weight.numel() for m in linears if m.weight.shape[0] != rank and m.weight.shape[1] != rank)
@@ -186,7 +186,7 @@ def flops(model: nn.Module, shape: dict[str, Any], batch: DatumBatch, rank: int 
 
 @contextmanager
 def room(gigabytes: float) -> Iterator[Path]:
-    """A folder for a base, in memory where there is room for it twice."""
+    """Folder for a base, in /dev/shm if it has room for the base twice."""
     shm = Path("/dev/shm")
     roomy = shm.is_dir() and shutil.disk_usage(shm).free > 2e9 * gigabytes
     with tempfile.TemporaryDirectory(dir=shm if roomy else None) as folder:
@@ -252,7 +252,7 @@ def row(
     }
     peaks: dict[str, float] = {}
     sides: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):  # by turns, so that a busy machine is busy for all
+    for _ in range(repeats):  # alternate, so that other load affects all sides
         for name, step in steps.items():
             rate, peak = _timed(step, completions, device)
             peaks[name] = max(peaks.get(name, 0.0), peak)
@@ -318,7 +318,7 @@ def _timed(step: Callable[[], object], completions: float, device: str) -> tuple
 def _common_budget(
     batch: DatumBatch, size: int, ours: Learner, theirs: PeftLoop, device: str
 ) -> tuple[int, dict[str, float]]:
-    """The most tokens of a micro-batch with which both sides have memory enough, and both sides' loss: they have to
+    """The largest micro-batch, in tokens, for which both sides have enough memory, and both sides' loss: they must
     agree, or they do not compute the same."""
     budget = size
     while True:
@@ -349,7 +349,7 @@ def _parameters(shape: dict[str, Any]) -> int:
 
 
 def ceiling_of(device: str) -> float:
-    """What a large product of random numbers reaches here, FLOP/s."""
+    """FLOP/s of a large matrix product of random numbers on this device."""
     width = 8192 if device == "cuda" else 256
     a, b = (torch.randn(width, width, device=device, dtype=torch.bfloat16) for _ in range(2))
     found = []
@@ -379,7 +379,7 @@ def _free(device: str) -> None:
 
 
 def _reset(device: str) -> int:
-    """Bytes allocated now; the peak is counted from here."""
+    """Reset the peak statistics; returns the bytes allocated now."""
     _wait(device)
     if device != "cuda":
         return 0

@@ -1,10 +1,10 @@
-"""The grader on the adversarial table and on GSM8K's reference solutions.
+"""Accuracy of the grader on an adversarial table and on GSM8K's reference solutions, beside math-verify alone.
 
     python -m benchmarks.grading [GSM8K_FOLDER] [--write]
 
-GSM8K_FOLDER holds train.jsonl and test.jsonl with columns question and answer. Each solution is graded against its own
-answer, that plus one, and the next problem's where it differs, as written and in the formats of FORMATS. `--write` puts
-the rows in which math-verify alone disagrees into docs/grading.md.
+GSM8K_FOLDER holds train.jsonl and test.jsonl with columns question and answer. Each solution is graded against its
+answer, its answer plus one, and the next problem's answer if that differs, as written and in the formats of FORMATS.
+`--write` puts the rows in which math-verify alone disagrees into docs/grading.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlsys.rewards.grader_pool import ERROR, RIGHT, TIMEOUT, GraderPool
 from rlsys.rewards.math.answers import grade
 from tests.unit.rewards.math import grading_table
 
-TIME_LIMIT_S = 10.0  # of a grade; what math-verify does not finish in it, it does not finish
+TIME_LIMIT_S = 10.0  # per grade; math-verify does not finish slower cases at all
 FORMATS = (
     "{} is it.\n#### {}",
     r"\boxed{{{}}}",
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def table(write: bool) -> None:
-    """Through the pool, as in a run."""
+    """Grade the table through the pool, as in a run."""
     rows = grading_table.rows()
     ours, alone = (verdicts(grader, rows) for grader in (grade, grading_table.math_verify_alone))
     for name, found in (("rlsys", ours), ("math-verify alone", alone)):

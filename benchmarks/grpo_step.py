@@ -1,20 +1,20 @@
-"""Seconds of one whole GRPO step, rlsys against TRL's GRPOTrainer, by turns on the same cores.
+"""Seconds of one complete GRPO step: rlsys against TRL's GRPOTrainer, alternating on the same cores.
 
     python -m benchmarks.grpo_step --row tiny [--trl .bench]      # also: tiny-fp32, 54m
     python -m benchmarks.grpo_step --row smollm2 --gsm8k ../gsm8k --repeats 5 --trl-repeats 2   # the real model
 
-Both sides stay alive in processes of their own and make one step per turn, from the beginning of one step to that of
-the next: sampling, rewards, advantages, loss and gradient, AdamW, and for rlsys the adapter's way to the engine with
-its proof. rlsys is a job as `rlsys train` runs it. TRL generates with transformers' generate: with use_vllm (colocate)
-on vLLM 0.32 for CPU it was seen to fail in load_weights, when it hands its weights over ("'Parameter' object has no
-attribute 'weight_loader'"), and its server mode needs CUDA for that.
+Each side is a separate process that makes one step per turn. A step lasts until the start of the next one: sampling,
+rewards, advantages, loss and gradient, AdamW, and for rlsys the transfer of the adapter to the engine with its
+attestation. rlsys is a job as run by `rlsys train`. TRL generates with transformers' generate: with use_vllm (colocate)
+on vLLM 0.32 for CPU it was seen to fail in load_weights, when it transfers its weights ("'Parameter' object has no
+attribute 'weight_loader'"), and its server mode needs CUDA for the transfer.
 
-Held equal: model folder, dtype of the frozen base (adapters in float32), cores, the very prompts of each step and
-their order, 16 of them (8 for smollm2) with 8 completions of full length (the end token lies outside of the vocabulary;
-lengths are checked on both sides), temperature 1 without top-p and top-k, reward, group-normalised advantages, PPO clip
-at 0.2, each completion's mean, no KL, one AdamW step, LoRA of rank 16 on the seven linears, learning rate, gradient
-clipping, no evaluation, checkpoint or wandb in between. rlsys's step includes the sampler's log-probabilities of each
-token and the ratio to them.
+Held equal: model folder, dtype of the frozen base (adapters in float32), cores, prompts and their order, 16 prompts per
+step (8 for smollm2) with 8 completions of full length (the end token is outside of the vocabulary; lengths are checked
+on both sides), temperature 1 without top-p and top-k, reward, group-normalised advantages, PPO clip at 0.2, mean over
+each completion's tokens, no KL, one AdamW step, LoRA of rank 16 on the seven linear modules, learning rate, gradient
+clipping, no evaluation, checkpoint or wandb in between. The step of rlsys includes the sampler's log-probability of
+each token and the ratio p / q.
 
 A side may make fewer steps than the other (--trl-repeats, --trl-warmups); it makes the first ones.
 """
@@ -44,7 +44,7 @@ from rlsys.run_state.jsonl import read_metrics
 ROOT = Path(__file__).parents[1]
 GROUP = 8
 RUN = "grpo-step"
-POOL = 512  # prompts, in an order that both sides follow
+POOL = 512  # prompts, in the same order on both sides
 THREADS = 2
 LEARNING_RATE, RANK, ALPHA = 1e-4, 16, 32.0
 
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def step_tokens(self) -> int:
-        """Of a step's completions."""
+        """Number of tokens in a step's completions."""
         return self.prompts * GROUP * self.max_tokens
 
 
@@ -82,7 +82,7 @@ CASES = {
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What both sides are given: the model's folder, and problems as texts for TRL and as a task for rlsys."""
+    """Input of both sides: the model folder, and problems as texts for TRL and as a task for rlsys."""
 
     model: Path
     about_model: Mapping[str, Any]
@@ -113,7 +113,7 @@ def given(case: Case, folder: Path, gsm8k: Path | None) -> Given:
 
 
 def folder_of_model(case: Case, folder: Path) -> Path:
-    """As write_model makes it, with a tokenizer whose words are numbers, and an end that is never drawn."""
+    """Write a random model with a tokenizer whose words are numbers, and an end token that is never sampled."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -153,7 +153,7 @@ def job(case: Case, both: Given, folder: Path, steps: int, changes: list[str]) -
         "rl.problems_per_step": case.prompts,
         "rl.samples_per_problem": GROUP,
         "rl.sampling.max_tokens": case.max_tokens,
-        "rl.sampling.stop": [],  # the model's end is never drawn
+        "rl.sampling.stop": [],  # the model's end token is never sampled
         "rl.loss.name": "ppo",
         "rl.loss.params": {"clip_ratio": 0.2},
         "rl.advantages.normalise": "std",
@@ -195,7 +195,7 @@ def in_trl(case: Case, both: Given, folder: Path, steps: int, changes: dict[str,
 
 
 def install_trl(folder: Path) -> Path:
-    """TRL alone, on top of the libraries that are here: so that both sides have the same."""
+    """Install only TRL, on top of the installed libraries, so that both sides use the same ones."""
     if not (folder / "trl").exists():
         wanted = ROOT / "requirements" / "bench.txt"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), "-r"]
@@ -245,7 +245,7 @@ def counts(options: argparse.Namespace) -> tuple[dict[str, int], dict[str, int]]
 
 
 def require_full_lengths(case: Case, sides: Mapping[str, Side], run_dir: Path) -> None:
-    """Every completion of every step ran to its full length, on both sides."""
+    """Check that every completion of every step has the full length, on both sides."""
     found: dict[str, list[float]] = {}
     if "TRL" in sides:
         found["TRL"] = [turn["mean_length"] * case.prompts * GROUP for turn in sides["TRL"].turns]
@@ -260,7 +260,7 @@ def require_full_lengths(case: Case, sides: Mapping[str, Side], run_dir: Path) -
 
 
 def middle(side: Side, warmups: int) -> dict[str, float]:
-    """Medians of what the side said of its steps."""
+    """Medians of the times that a side reported for its steps."""
     turns = side.turns[warmups:]
     return {key: round(median(turn[key] for turn in turns), 4) for key in turns[0]}
 

@@ -1,7 +1,7 @@
-"""What both sides of benchmarks/grpo_step.py work on: prompts, and rewards that differ within groups.
+"""Prompts and rewards for both sides of benchmarks/grpo_step.py. Rewards differ within groups.
 
-Random words, for models of random weights: a word is a number below the vocabulary, and a token. Questions from a file,
-for the real model. Standard library only, but for the tasks as rlsys takes them.
+For random models prompts are random words: a word is a number below the vocabulary size, and one token. For the real
+model they are questions from a file. Needs only the standard library, except for the task classes of rlsys.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Learner tokens per second: ``rlsys.learner.learner.Learner`` against transformers + PEFT in padded batches.
+"""Tokens per second of ``rlsys.learner.learner.Learner`` against transformers + PEFT with padded batches.
 
     python -m benchmarks.learner [--dtype bfloat16 float32] [--threads 2] [--repeats 5] [--profile]
     python -m benchmarks.learner --model smollm2 --dtype bfloat16 --gsm8k ../gsm8k
 
 One update of a 54M Qwen3 shape with LoRA r16 on its seven linear layers: forward and backward over DATUMS sequences
 (groups of 8, prompts of 90 to 110 tokens, completion lengths uniform in 20 to 400, seed 0), then AdamW. The rate is
-completion tokens per second. Both sides have the token budget, the dtype (base in bfloat16 with fp32 adapters, or all
-fp32), the threads, the sequences and the loss (PPO's clipped ratio); neither checkpoints, nor shares prompts.
+completion tokens per second. Held equal: token budget, dtype (base in bfloat16 with fp32 adapters, or all fp32),
+threads, sequences and loss (PPO's clipped ratio). Neither side uses activation checkpointing or shared prompts.
 
 The other side pads on the right: rows x longest <= budget, attention mask, transformers' SDPA attention, logits of all
-positions, their log-softmax in fp32, gather, loss, backward, and AdamW after the last. It comes twice: sequences as
-they were drawn, which is the usual loop and the one that the target is against, and sorted by length first.
+positions, their log-softmax in fp32, gather, loss, backward, and AdamW after the last batch. It is measured twice: with
+sequences in random order, which is the usual loop and the reference of the target, and sorted by length.
 
-smollm2 is the same on the real model with sequences as a step of GRPO has them: 8 groups of 8 on a prompt of 100 to 150
-tokens, and completions of 200 tokens of text. There rlsys comes twice, as a job runs it, with the prompts of a group
-shared, and without; of lengths so equal, sorting changes nothing.
+smollm2 is the same with the real model and sequences as in a GRPO step: 8 groups of 8 completions of 200 tokens of
+text, on prompts of 100 to 150 tokens. Here rlsys is measured with shared prompts, as in a job, and without; sorting
+changes nothing, because the lengths are similar.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ TARGETS = {
 
 
 def drawn(datums: int, vocab_size: int, seed: int = 0) -> DatumBatch:
-    """Sequences whose completions alone count."""
+    """Random sequences with weight only on completions."""
     random = np.random.default_rng(seed)
     prompts = np.repeat(random.integers(90, 111, datums // GROUP), GROUP)
     completions = random.integers(20, 401, datums)
@@ -75,7 +75,7 @@ def drawn(datums: int, vocab_size: int, seed: int = 0) -> DatumBatch:
 
 
 def aligned(ids: Sequence[Array], prompts: Array, logprobs_T: Array, by_datum: Array) -> DatumBatch:
-    """Whole sequences whose first `prompts` tokens do not count."""
+    """Datums of complete sequences with weight 0 on the first `prompts` tokens."""
     lengths = np.array([len(sequence) - 1 for sequence in ids])  # predictions
     offsets = offsets_of(lengths)
     first = np.repeat(offsets[:-1] + prompts - 1, lengths)
@@ -111,7 +111,7 @@ def as_grpo_has_them(learner: Learner, problems: ProblemSet, groups: int, comple
 
 
 class Padded:
-    """transformers and PEFT as their documentation uses them."""
+    """transformers and PEFT, used as in their documentation."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
         from peft import LoraConfig, get_peft_model
@@ -179,7 +179,7 @@ def ours(folder: Path, dtype: str, threads: int, share: bool = False) -> Learner
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One model in each side's hands, and what they learn from."""
+    """The model of each side, and the batch."""
 
     learners: Mapping[str, Learner]  # side -> learner
     padded: Padded
@@ -240,7 +240,7 @@ def measure(model: str, dtype: str, threads: int, options: argparse.Namespace) -
         ALL: rate(lambda: update_padded(False)),
         SORTED: rate(lambda: update_padded(True)),
     }
-    # Before any step both are the bare base: the losses have to be the same number.
+    # Before any step both sides compute the base, so the losses must be equal.
     first = learner.forward_backward("run", batch, loss).loss_sum, padded.forward_backward(batch, True)
     learner.runs.forget_gradient("run")
     padded.optimizer.zero_grad(set_to_none=True)
@@ -280,7 +280,7 @@ def measure(model: str, dtype: str, threads: int, options: argparse.Namespace) -
 
 
 def profiled(work: Callable[[], object], most: int = 12) -> dict[str, str]:
-    """Share of the time per operation of torch, the largest first."""
+    """Time share of each torch operation, the largest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.learner_memory [--dtype bfloat16] [--threads 2] [--repeats 5]
 
-Every repetition of a side is a fresh process: load model and adapter, read the resident size, run one
-``forward_backward`` over the sequences of benchmarks/learner.py, read the peak (VmHWM). The value is the difference.
-The model has the body of the 54M shape; the other side is that of benchmarks/learner.py, sequences as drawn. glibc
-decides in both processes where large blocks come from.
+Every repetition of a side is a new process: load model and adapter, read the resident size, run one
+``forward_backward`` on the sequences of benchmarks/learner.py, read the peak (VmHWM). The value is the difference. The
+model has the body of the 54M shape; the other side is that of benchmarks/learner.py with sequences in random order.
+Both processes use glibc's default mmap threshold.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def one(side: str, folder: Path, dtype: str, threads: int, datums: int) -> int:
 
 
 def fresh(side: str, folder: Path, dtype: str, threads: int, datums: int) -> float:
-    """MiB, in a process of its own."""
+    """Growth in MiB, measured in a new process."""
     command = [sys.executable, "-m", "benchmarks.learner_memory", "--side", side, "--folder", str(folder)]
     command += ["--dtype", dtype, "--threads", str(threads), "--datums", str(datums)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

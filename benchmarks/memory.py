@@ -1,8 +1,8 @@
 """Predicted against measured memory of each role: ``python -m benchmarks.memory [CONFIG [KEY=VALUE...]]``.
 
 Without arguments: the quickstart, a 54M-parameter Qwen3 with short sequences, and the same with a vocabulary of
-151,936. Predictions are printed before the run starts. Measured is the highest resident size (VmHWM) of the learner,
-and of the sampler with its engine, less that of a process that has only imported what the role imports.
+151,936. Predictions are printed before the run starts. Measured is the peak resident size (VmHWM) of the learner, and
+of the sampler with its engine, minus that of a process that has only imported the same modules.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ SMALL_JOB = {
     "task": {"train_problems": 256, "eval_problems": 32},
     "learner": {"token_budget": 2048, "logprob_chunk_tokens": 1024},
     "sampler": {"max_num_seqs": 64, "max_num_batched_tokens": 2048, "kv_cache_gb": 0.5},
-    "rewards": {"function": "benchmarks.memory:toss"},  # a random model is never right, and equal rewards teach nothing
+    "rewards": {
+        "function": "benchmarks.memory:toss"
+    },  # a random model is never correct; equal rewards give no gradient
     "rl": {"steps": 3, "problems_per_step": 16, "samples_per_problem": 4, "sampling": {"max_tokens": 32}},
     "eval": {"every_steps": 0, "max_tokens": 32},
     "tracking": {"wandb": "disabled"},
@@ -83,7 +85,7 @@ def write_model(out: Path, vocab_size: int | None) -> Path:
 
 
 def imported(modules: str) -> dict[str, int]:
-    """Of a fresh process that imports these."""
+    """Resident bytes of a new process that imports these modules."""
     script = f"import importlib\nfor name in {modules.split()!r}: importlib.import_module(name)\n" + (
         "print(open('/proc/self/status').read())"
     )

@@ -1,4 +1,4 @@
-"""What a process that drives a job spends: CPU time, memory, bytes over its connections, bytes that it unpacks."""
+"""Measures the resources of a driver process: CPU time, memory, bytes over its connections, bytes deserialised."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COUNTED = ("wall_s", "cpu_s", "thread_s", "tcp_in", "tcp_out", "deserialised")
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Of this process, since it began; `memory` and `store` are what it has now."""
+    """Resources used by this process since its start; `memory` and `store`: current values."""
 
     wall_s: float
     cpu_s: float  # of all threads, Ray's included
@@ -37,7 +37,7 @@ class Reading:
 
 @dataclass
 class Meter:
-    """Reads its own process. Ray has to be up, and its connections to stay open between two readings."""
+    """Measures its own process. Ray must be running, and its connections must stay open between two readings."""
 
     deserialised: int = 0
     readings: list[Reading] = field(default_factory=list)

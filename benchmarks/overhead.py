@@ -1,10 +1,10 @@
-"""What a job of one learner rank and one sampler costs beside the same job at an earlier revision.
+"""Compares a job of one learner rank and one sampler with the same job at an earlier revision.
 
     python -m benchmarks.overhead d8be195 [--pairs 3] [--steps 12] [--out overhead.json]
 
-Both trees run the same YAML on the same base, one after the other and again in the other order, each in a fresh process
-with a Ray of its own. Compared are the medians of a step's parts (metrics.jsonl, without the first two steps), and the
-time between the ends of two steps, which also holds what stands between them, such as the checkpoint.
+Both revisions run the same YAML on the same base, in both orders, each in a new process with its own Ray cluster.
+Compared are the medians of a step's parts (metrics.jsonl, without the first two steps), and the time between the ends
+of two steps, which includes the work between steps, such as checkpoints.
 """
 
 from __future__ import annotations

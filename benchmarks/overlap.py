@@ -1,11 +1,11 @@
-"""The quickstart's job in sync and in overlapped running: accuracy and time, the sampler on one core, the learner on
-another.
+"""Accuracy and time of the quickstart with the synchronous and the overlapped loop; sampler and learner have one core
+each.
 
     python -m benchmarks.overlap [--seeds 21 22 23] [--lags 1 2] [--out overlap.json]
 
-Every seed's base is made once, by the sync run, and all modes train on it with the same problems, prompts, seeds and
-pinning. Time is that of the RL steps from metrics.jsonl, evaluations left out in both: sync adds up its stages, and an
-overlapped step lasts from one sync to the next.
+For each seed the synchronous run trains a base from scratch, and all modes use it with the same problems, prompts,
+seeds and pinning. Time is that of the RL steps in metrics.jsonl without evaluations: a synchronous step is the sum of
+its stages, an overlapped step lasts from one weight sync to the next.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Seconds per step of the overlapped loop and of the sync loop, the sampler on core 0 and the learner on core 1.
+"""Seconds per step of the overlapped and the synchronous loop, with the sampler on core 0 and the learner on core 1.
 
     python -m benchmarks.overlap_speed [--repeats 5] [--steps 8] [--words 80] [--set section.key=value]
 
-Whole jobs by turns, as `rlsys train` runs them; a run's value is the median of its steps without the first two. In the
-sync loop a step adds up its stages; in overlapped running it lasts from one sync to the next. Held equal: S54
-(benchmarks/shapes.py) in bfloat16, or float32 where the CPU has no kernels for that, with an fp32 adapter of rank 16,
-prompts of random words, completions of full length, one thread and one core for each of the two. Prompts are so long
-that sampling and learning take about the same time ("balanced"; both are shown). The sync loop with two threads and
-both cores for each stage stands beside it.
+Complete jobs as run by `rlsys train`, alternating; the value of a run is the median of its steps without the first two.
+A synchronous step is the sum of its stages; an overlapped step lasts from one weight sync to the next. Held equal: S54
+(benchmarks/shapes.py) in bfloat16, or float32 if the CPU has no bfloat16 kernels, with an fp32 adapter of rank 16,
+prompts of random words, completions of full length, one thread and one core for sampler and learner each. The length of
+prompts is chosen so that sampling and learning take about the same time ("balanced"; both times are shown). The
+synchronous loop with two threads and both cores for each stage is also measured.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def job(name: str, model: Path, folder: Path, options: argparse.Namespace, more:
         "rl.problems_per_step": options.problems,
         "rl.samples_per_problem": 8,
         "rl.sampling.max_tokens": options.max_tokens,
-        "rl.sampling.stop": [],  # the model's end is never drawn
+        "rl.sampling.stop": [],  # the model's end token is never sampled
         "eval.every_steps": 0,
         "eval.max_tokens": 4,
         "checkpoint.every_steps": 10_000,

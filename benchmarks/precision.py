@@ -1,4 +1,4 @@
-"""How fast torch multiplies matrices of each precision on this CPU: what rlsys/architectures/precision.py decides by.
+"""Speed of torch's matrix products in each precision on this CPU, the basis of rlsys/architectures/precision.py.
 
     python -m benchmarks.precision [--threads 2]
 

@@ -1,11 +1,11 @@
-"""The learner with prompts shared within groups against the same learner without: tokens of completions per second.
+"""Completion tokens per second of the learner with and without prompts shared within groups.
 
     python -m benchmarks.prefix_sharing [--prompt 512] [--completion 64] [--group 16] [--groups 1]
 
-One learner, one batch, one budget; `learner.share_prompts` alone differs. S54 (benchmarks/shapes.py), bfloat16 base
-with an fp32 adapter, and once float32; LoRA of rank 16 on the seven linears; importance sampling; forward_backward and
-optim_step with a learning rate of 0; log-probabilities at completions only, on both sides. Gradients of both sides are
-compared before anything is timed. A further row has prompts of 100 tokens and completions of 20 to 400 in groups of 8.
+One learner, one batch, one budget; only `learner.share_prompts` differs. S54 (benchmarks/shapes.py), bfloat16 base with
+an fp32 adapter, and once float32; LoRA of rank 16 on the seven linear modules; importance sampling; forward_backward
+and optim_step with learning rate 0; log-probabilities only at completions on both sides. The gradients are compared
+before timing. Another row has prompts of 100 tokens and completions of 20 to 400 in groups of 8.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The pretrained model that benchmarks measure on, and the prompts that it gets.
+"""The pretrained model of the benchmarks, and its prompts.
 
-SmolLM2-135M-Instruct, as `make real-model` brings it. Questions are GSM8K's where a folder with its train.jsonl and
-test.jsonl is given, else those of the arithmetic task; each stands in the model's own chat template, and only prompts
-of PROMPT_TOKENS are taken.
+SmolLM2-135M-Instruct from `make real-model`. Questions are GSM8K's if a folder with its train.jsonl and test.jsonl is
+given, else those of the arithmetic task. They are rendered with the model's chat template, and only prompts of
+PROMPT_TOKENS are used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Prompts:
 
     source: str
     template: str
-    problems: ProblemSet  # `prompts` holds the questions alone
+    problems: ProblemSet  # `prompts` holds only the questions
 
     @property
     def lengths(self) -> list[int]:
@@ -51,7 +51,7 @@ class Prompts:
 
 
 def real_model(folder: Path = FOLDER) -> Path:
-    """The folder, which is there and holds the pinned weights; else the benchmark ends."""
+    """The model folder, checked for the pinned weights; without it the benchmark ends."""
     try:
         verify(folder)
     except Unavailable as error:
@@ -66,7 +66,7 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def prompts_of(folder: Path, gsm8k: Path | None, span: tuple[int, int] = PROMPT_TOKENS) -> Prompts:
-    """All training problems whose prompts have span[0] to span[1] tokens, in their order."""
+    """All training problems whose prompts have span[0] to span[1] tokens, in order."""
     if gsm8k is None:
         source = "arithmetic task, 6 to 9 operations"
         section = TaskSection(name="arithmetic", min_operations=6, max_operations=9, train_problems=1024)
@@ -97,6 +97,8 @@ def write_endless(model: Path, out: Path) -> Path:
         fields = json.loads((model / name).read_text())
         (out / name).write_text(json.dumps({**fields, "eos_token_id": None}))
         if "vocab_size" in fields and tokenizer.eos_token_id < fields["vocab_size"]:
-            raise SystemExit(f"{model}: the embedding has a row for {NEVER}; wanted an end that cannot be drawn")
+            raise SystemExit(
+                f"{model}: the embedding has a row for {NEVER}; wanted an end token that cannot be sampled"
+            )
     shutil.copyfile(model / WEIGHTS, out / WEIGHTS)
     return out

@@ -1,18 +1,18 @@
-"""The real model in one go: sampler, learner and a whole step of GRPO, each against what a user would otherwise run.
+"""Benchmarks on the real model: sampler, learner and a complete GRPO step, each against the usual alternative.
 
     make real-model
     python -m benchmarks.real_model --gsm8k ../gsm8k                 # about two hours; nothing else on the machine
     python -m benchmarks.real_model --only sampler learner --repeats 3
     python -m benchmarks.real_model --only grpo --trl-repeats 2 --trl-warmups 0
 
-Three parts, one after the other, in processes of their own:
+Three parts, one after the other, each in a separate process:
 
     sampler   the sampler actor against vLLM's LLM.generate           (benchmarks/sampler.py --models smollm2)
     learner   the learner against transformers + PEFT                 (benchmarks/learner.py --model smollm2)
     grpo      a GRPO step against TRL's GRPOTrainer                   (benchmarks/grpo_step.py --row smollm2)
 
 Each has 8 prompts of 100 to 150 tokens with 8 completions of 200 tokens, in bfloat16, and writes its own rows. A step
-of TRL takes about nine minutes, so it may have fewer turns than rlsys; the row says how many.
+of TRL takes about nine minutes, so TRL can have fewer turns than rlsys; the row has both numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Actors that answer as a job's do, from a recording: what stands behind them (engine, graders, learner) is left out.
+"""Replay actors: they answer like the actors of a job, from recorded rollouts, without engine, graders or learner.
 
-They have the doors of `actors/`, return what those return, through Ray as those do, and import neither torch nor vLLM,
-so that 64 of them fit a small machine. A sampler's answer takes as long as its longest completion times a pace.
+They have the methods and return types of the classes in `actors/`, and import neither torch nor vLLM, so that 64 of
+them fit on a small machine. A sampler's call takes the length of its longest completion times a fixed time per token.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Recording:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """In place of a WeightUpdate, whose module imports torch: as many bytes."""
+    """Replaces WeightUpdate, whose module imports torch; has the same number of bytes."""
 
     version: int
     buffer: Array  # uint8
@@ -71,7 +71,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Attested:
-    """In place of an Attestation, for the same reason."""
+    """Replaces Attestation, for the same reason."""
 
     run_id: str
     version: int
@@ -83,7 +83,7 @@ class Attested:
 
 
 class ReplayingSampler:
-    """SamplerActor's methods."""
+    """Replay actor with the methods of SamplerActor."""
 
     def __init__(self, config: JobConfig, index: int) -> None:
         self.run_id, self.longer, self.pace, self.done = config.run.name, 1, 0.0, 0
@@ -121,7 +121,7 @@ class ReplayingSampler:
 
 
 class ReplayingRewards(RewardActor):
-    """The real door with recorded grades behind it."""
+    """The real RewardActor with recorded grades."""
 
     def start(self, base: Recording) -> None:
         self.started: Any = RecordedGrades(base)
@@ -138,7 +138,7 @@ class Grades:
 
 
 class RecordedGrades:
-    """In place of `rlsys.grading.grader.Grader`: no texts are made and no graders run."""
+    """Replaces `rlsys.grading.grader.Grader`: decodes no texts and runs no graders."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording, self.pool, self.done = recording, self, 0
@@ -164,7 +164,7 @@ class RecordedGrades:
 
 
 class ReplayingLearner:
-    """LearnerActor's door, one rank."""
+    """Replay actor with the methods of LearnerActor, for one rank."""
 
     def __init__(self, adapter_bytes: int, seconds: float) -> None:
         self.version, self.seconds = 0, seconds

@@ -1,4 +1,4 @@
-"""Pictures of a run's report for the docs: ``python -m benchmarks.report_pictures RUN [FOLDER]``, with Chromium."""
+"""Screenshots of a run's report for the docs: ``python -m benchmarks.report_pictures RUN [FOLDER]``; needs Chromium."""
 
 from __future__ import annotations
 

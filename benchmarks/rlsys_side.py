@@ -1,8 +1,8 @@
-"""A job of rlsys as a side of benchmarks/grpo_step.py: one step of its loop per turn.
+"""The rlsys side of benchmarks/grpo_step.py: a job that makes one step of its loop per turn.
 
     python -m benchmarks.rlsys_side section.key=value ...
 
-The job's Progress hears of every step at its end; there it is stopped until the next turn.
+The job calls its Progress at the end of every step; there it blocks until the next turn.
 """
 
 from __future__ import annotations

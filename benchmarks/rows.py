@@ -1,10 +1,10 @@
-"""What every benchmark of a target shares: sides by turns, one JSON file per row, the same facts of the machine.
+"""Shared code of the benchmarks with targets: alternating sides, one JSON file per row, a description of the machine.
 
-    benchmarks/results/<row>.json     what the command printed, written over by the next run
-    python -m benchmarks.rows         the table of docs/performance.md from those files
+    benchmarks/results/<row>.json     output of the command, overwritten by the next run
+    python -m benchmarks.rows         the table of docs/performance.md from these files
 
-Sides take turns within a repetition, so that a busy machine is busy for all of them, and the ratio is the median of the
-ratios within a repetition.
+Sides alternate within a repetition, so that other load on the machine affects all of them. The ratio is the median of
+the ratios of the repetitions.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def by_turns(
 
 
 def seconds(work: Callable[[], Any]) -> Callable[[], float]:
-    """A side that returns how long `work` takes."""
+    """A side that returns the seconds that `work` takes."""
 
     def side() -> float:
         began = time.perf_counter()
@@ -87,7 +87,7 @@ def seconds(work: Callable[[], Any]) -> Callable[[], float]:
 
 
 def ratios(row: Row, target: Target) -> list[float]:
-    """Of the repetitions that both sides have."""
+    """Ratios of the repetitions that both sides have."""
     return [of / to for of, to in zip(row.sides[target.of], row.sides[target.to], strict=False)]
 
 
@@ -186,7 +186,7 @@ def table(results: Path = RESULTS) -> str:
 
 
 def _short(processor: str) -> str:
-    """As "Intel(R) Xeon(R) Processor @ 2.10GHz" -> "Xeon"."""
+    """Short name of a CPU: "Intel(R) Xeon(R) Processor @ 2.10GHz" -> "Xeon"."""
     name = re.sub(r"\(R\)|\(TM\)|Processor|CPU|Intel|AMD|@.*", "", processor)
     return " ".join(name.split())
 

@@ -1,4 +1,4 @@
-"""Completion tokens per second of the sampler actor: without adapter against plain vLLM, with one against without.
+"""Completion tokens per second of the sampler actor: without an adapter against vLLM, and with an adapter.
 
     python -m benchmarks.sampler                          # bf16, one thread, three models: about 4 minutes
     python -m benchmarks.sampler --dtypes float32         # the same once more in fp32
@@ -7,18 +7,17 @@
 
 Writes two rows per model, dtype and number of threads.
 
-sampler_base_*: the actor, asked as a job asks it (through Ray, from a driver that fetches the counts and leaves the
-completions in the object store), serving the policy as a job evaluates its base: under an adapter that was never
-trained. Against `LLM.generate` of vLLM started by the same arguments, without LoRA, as who has no adapter would start
-it. Beside it: the same with LoRA enabled and no adapter asked for.
+sampler_base_*: the actor, called as in a job (through Ray, from a driver that fetches only the counts), with an
+untrained adapter, as a job evaluates its base. Against `LLM.generate` of vLLM with the same arguments but without LoRA.
+Also shown: `LLM.generate` with LoRA enabled and no adapter.
 
-sampler_lora_*: the actor with one trained adapter (rank 16 on the seven linear modules) against the same actor, and so
-the same engine, without. Beside it: stock vLLM's LoRA against stock vLLM without adapter, measured once.
+sampler_lora_*: the actor with one trained adapter (rank 16 on the seven linear modules) against the same actor and
+engine without it. Also shown: stock vLLM with LoRA against stock vLLM without an adapter, measured once.
 
-Held equal: model (random weights, but for smollm2), dtype, threads, prompts (fresh ones in every repetition, the same
-for all sides), lengths (nothing stops early), seeds and sampling parameters with the sampled tokens' log-probabilities,
-engine arguments but LoRA and the worker: so prefix cache and its blocks too, and the completions of a prompt are one
-request of n on both sides. vLLM's LLM runs its engine in a process of its own, as it does by default.
+Held equal: model (random weights, except smollm2), dtype, threads, prompts (new ones in every repetition, the same for
+all sides), lengths (no early stop), seeds, sampling parameters with log-probabilities of the sampled tokens, engine
+arguments except LoRA and the worker, and therefore the prefix cache. The completions of a prompt are one request with n
+on both sides. vLLM's LLM runs its engine in a separate process, as is its default.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Measuring:
-    """All engines of one model side by side."""
+    """All engines of one model."""
 
     def __init__(self, folder: Path, case: Case, dtype: str, threads: int, repeats: int, gsm8k: Path | None) -> None:
         self.case, self.base = case, folder / "base"
@@ -123,7 +122,7 @@ class Measuring:
         self.llm_plain, self.llm_slots = self._start_llms(folder / "adapter")
 
     def _start_actor(self) -> Any:
-        """The sampler actor as a job makes it, with both versions loaded."""
+        """Start the sampler actor as in a job, with both versions loaded."""
         section = self.config.sampler
         options = {"num_cpus": section.num_cpus, "max_concurrency": 1000, "runtime_env": threads_env(section.threads)}
         actor = ray.remote(SamplerActor).options(**options).remote(self.config, 0)
@@ -160,7 +159,7 @@ class Measuring:
         }
 
     def stock(self) -> float:
-        """Stock vLLM's speed with the adapter over that without."""
+        """Speed of stock vLLM with the adapter, relative to its speed without."""
         request = self.theirs(self.llm_slots, self.stock_request)
         request(np.arange(1))  # loads it
         return self.timed(request)() / self.timed(self.theirs(self.llm_slots, None))()

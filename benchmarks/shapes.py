@@ -1,4 +1,4 @@
-"""Models of random weights that benchmarks measure on, as Hugging Face folders. No tokenizer of words: ids are ids."""
+"""Random models for the benchmarks, as Hugging Face folders without a real tokenizer: prompts are token ids."""
 
 from __future__ import annotations
 

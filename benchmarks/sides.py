@@ -1,7 +1,7 @@
-"""Sides of a benchmark that live in processes of their own and make one step each by turns.
+"""Runs the sides of a benchmark as separate processes that alternate, one step per turn.
 
-The benchmark starts a `Side` with a command and gives it turns; the command's process holds the other end, a `Turn`,
-and is blocked in `wait` while it is not its turn. The clock is in the process whose step it is.
+The benchmark starts a `Side` with a command, and gives it turns. The command's process holds the other end, a `Turn`,
+and blocks in `wait` until its turn. The process that makes the step measures its time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REST_LIMIT_S = 5.0
 
 
 class Side:
-    """One side, seen from the benchmark."""
+    """One side, as seen by the benchmark."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> None:
         go_read, self._go = os.pipe()
@@ -91,7 +91,7 @@ class Side:
 
 
 class Turn:
-    """The side's own end."""
+    """The end in the side's process."""
 
     def __init__(self) -> None:
         self._go = os.fdopen(int(os.environ["TURN_GO_FD"]))

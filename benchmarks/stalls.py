@@ -1,8 +1,9 @@
-"""Five ways to stand still: what the user of `rlsys train` sees, and how many seconds after it happened.
+"""Five kinds of stall: the message that `rlsys train` prints, and the seconds until it appears.
 
     python -m benchmarks.stalls [--limit 10]
 
-Each is a job on a tiny random model with a Ray of its own; `--limit` is the watchdog's, whose default is 120 s.
+Each is a job on a tiny random model with its own Ray cluster; `--limit` sets the watchdog's limit (default in a job:
+120 s).
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def main() -> None:
             ("an engine that stands still", [], lambda driver: _send(driver, "EngineCore", signal.SIGSTOP)),
             ("a sampler killed, none may be replaced", ["cluster.max_restarts=0"],
              lambda driver: _send(driver, "ray::SamplerActor", signal.SIGKILL)),
-            ("a grader that sleeps for ever", ["rewards.function=tests.ray.graders:sleeper"], None),
+            ("a grader that never returns", ["rewards.function=tests.ray.graders:sleeper"], None),
             ("a placement that cannot be had", ["learner.num_workers=9"], None),
             ("a learner rank that stands still", ["learner.num_workers=2", "learner.num_cpus=0.5"],
              lambda driver: _send(driver, "ray::LearnerActor", signal.SIGSTOP)),

@@ -1,15 +1,15 @@
-"""Seconds that an adapter takes from the learner to its samplers, against a plain memory copy of the same bytes.
+"""Seconds to transfer an adapter from the learner to its samplers, against a memory copy of the same bytes.
 
     python -m benchmarks.sync --out sync.json      # from the repository's root; under 3 minutes
 
-The way is the job's: `publish` of an actor returns a WeightUpdate, its reference goes to `load` of each sampler. Time
-runs from the beginning of `publish` until the last sampler has read every byte, on the clock that all processes of a
-machine share. What an engine then does with the bytes is not in it, nor is the learner's hashing. The copy is from one
-array to another that has been written before, in the publishing actor.
+The transfer is that of a job: `publish` of an actor returns a WeightUpdate, whose reference is passed to `load` of each
+sampler. Time is measured from the start of `publish` until the last sampler has read every byte, on the machine's
+clock. It does not include the engine's processing of the bytes or the learner's hashing. The memory copy is between two
+arrays that were written before, in the publishing actor.
 
-Where: all on one node; publisher and samplers on two nodes of one address (Ray's own Cluster); and, as root, on two
-machines made of namespaces, joined by a virtual link (tests/nodes/machines.py). Repetitions go round all sizes and
-numbers of samplers, and a copy is timed beside each, so that a busy machine is busy for all.
+Measured on one node; on two nodes with one address (Ray's Cluster utility); and, as root, on two machines simulated
+with network namespaces and a virtual link (tests/nodes/machines.py). Repetitions alternate between all sizes and
+numbers of samplers, with a copy timed beside each, so that other load affects all of them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LAYERS, MODULES = 28, 7  # as many tensors as a rank-8 adapter of Qwen3-0.6B has
 
 
 class Publisher:
-    """Publishes as the learner does."""
+    """Publishes an update as the learner does."""
 
     def __init__(self, megabytes: float) -> None:
         columns = max(1, round(megabytes * 1e6 / 4 / RANK / (2 * LAYERS * MODULES)))
@@ -70,7 +70,7 @@ class Publisher:
 
 
 class Receiver:
-    """Takes an update as a sampler's actor does, and reads it."""
+    """Receives an update as a sampler actor does, and reads it."""
 
     async def load(self, update: WeightUpdate) -> tuple[float, int]:
         """When every byte had been read, and their sum as 64-bit numbers."""
@@ -162,7 +162,7 @@ def on_machines(where: str, options: argparse.Namespace) -> list[dict[str, Any]]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Medians with their range."""
+    """Table of medians with their range."""
     lines = [
         f"{'where':<24}{'MB':>5}{'samplers':>9}{'ms from put to last receipt':>32}{'ms of a copy':>22}{'ratio':>8}"
     ]

@@ -1,10 +1,10 @@
-"""TRL's GRPOTrainer as a side of benchmarks/grpo_step.py: one step of its training loop per turn.
+"""The TRL side of benchmarks/grpo_step.py: a GRPOTrainer that makes one step of its training loop per turn.
 
     python -m benchmarks.trl_side FILE     # JSON of the arguments
 
 Its folder comes first on PYTHONPATH (benchmarks/grpo_step.py installs it there); torch, transformers, PEFT and
-accelerate are those that rlsys uses. A step lasts from on_step_begin to the next one, so all that the trainer does
-between is in it: generation, rewards, advantages, loss, backward, AdamW.
+accelerate are those that rlsys uses. A step lasts from on_step_begin to the next on_step_begin, so it includes all work
+of the trainer: generation, rewards, advantages, loss, backward, AdamW.
 """
 
 from __future__ import annotations

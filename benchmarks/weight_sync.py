@@ -1,15 +1,14 @@
-"""Seconds from an optimizer step to the version that a sampler has attested, against what that cannot do without.
+"""Seconds from an optimizer step until a sampler has attested the new version, against the sum of the necessary parts.
 
     python -m benchmarks.weight_sync                   # S54 in bf16, ranks 8, 32 and 128: under 4 minutes
     python -m benchmarks.weight_sync --ranks 8 --repeats 9
 
-One learner and one sampler, driven by the job's own stages: LearnerGroup.publish and SamplerPool.load, as they stand,
-with the sampler full of older versions, of which one has to go. Before every repetition the learner makes a real step
-(untimed). The floor is measured in the same repetition, in the same processes: a copy of the adapter's bytes (from one
-array to another, both written before), vLLM's own add_lora of the same adapter from a file in /dev/shm under a new id
-into the same engine (its eviction included, the writing of the file not), one empty Ray call, and the two forward
-passes of the canary that the proof needs: the learner's and the engine's. Beside it: the seconds from the sync's end
-until a first token under the new version has come back to the driver.
+One learner and one sampler, driven by the stages of a job, LearnerGroup.publish and SamplerPool.load. All adapter slots
+of the sampler hold older versions, so one is evicted. Before every repetition the learner makes a real step (untimed).
+The sum of the necessary parts is measured in the same repetition and processes: a copy of the adapter's bytes between
+two arrays written before; vLLM's add_lora of the same adapter from a file in /dev/shm with a new id into the same
+engine, with the eviction and without writing the file; one empty Ray call; and the canary's forward passes of learner
+and engine. Also shown: the seconds from the end of the sync until the driver receives a first token of the new version.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ FLOOR = ("copy of the bytes", "vLLM's add_lora", "empty Ray call", "canary in th
 
 
 class MeasuredLearner(LearnerActor):
-    """The job's actor with what is measured apart."""
+    """The job's learner actor, with additional timings."""
 
     def step(self) -> None:
         """A real optimizer step on a few random tokens."""
@@ -86,7 +85,7 @@ class MeasuredLearner(LearnerActor):
 
 
 class MeasuredSampler(SamplerActor):
-    """The same of the sampler's."""
+    """The job's sampler actor, with additional timings."""
 
     async def empty(self) -> None:
         pass
@@ -117,7 +116,7 @@ class MeasuredSampler(SamplerActor):
 
 @contextmanager
 def stages(config: JobConfig) -> Iterator[tuple[LearnerGroup, SamplerPool]]:
-    """The job's, with nothing but a learner and a sampler."""
+    """The job's stages, with only a learner and a sampler."""
     actors.stages.learner_group.LearnerActor = MeasuredLearner  # type: ignore[attr-defined]
     actors.stages.sampler_pool.membership.SamplerActor = MeasuredSampler  # type: ignore[attr-defined]
     failures, note = Failures(), print

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# This node's TLS certificate, where RAY_USE_TLS is 1: made from the CA's key when that is there, else it has to be there
-# itself. It names this machine and its addresses, and the NAMEs by which others call it.
+# Creates this node's TLS certificate if RAY_USE_TLS is 1 and the CA's key exists; without the key, checks that the
+# certificate exists. The certificate contains this machine's host name and addresses, and the given NAMEs.
 #   certificate.sh [NAME ...]
 set -euo pipefail
 # shellcheck source=deploy/env.sh
@@ -10,8 +10,8 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
 if [ ! -r "$RLSYS_TLS_CA_KEY" ]; then
   for file in "$RAY_TLS_CA_CERT" "$RAY_TLS_SERVER_CERT" "$RAY_TLS_SERVER_KEY"; do
     [ -r "$file" ] || {
-      echo "certificate.sh: RAY_USE_TLS=1, and $file is not there: put this node's certificate there, or the CA's key at" \
-        "$RLSYS_TLS_CA_KEY to have one made" >&2
+      echo "certificate.sh: RAY_USE_TLS=1, but $file does not exist: copy this node's certificate there, or the CA's key" \
+        "to $RLSYS_TLS_CA_KEY to create the certificate" >&2
       exit 1
     }
   done
@@ -20,7 +20,7 @@ fi
 
 read -ra addresses < <(hostname -I)
 
-fits() { # whether the one that is there is this CA's, lasts another day and names every address of this machine
+fits() { # whether the certificate is from this CA, is valid for another day and has every address of this machine
   local address
   openssl verify -CAfile "$RAY_TLS_CA_CERT" "$RAY_TLS_SERVER_CERT" >/dev/null 2>&1 || return 1
   openssl x509 -in "$RAY_TLS_SERVER_CERT" -noout -checkend 86400 >/dev/null || return 1
@@ -39,7 +39,7 @@ folder=$(dirname "$RAY_TLS_SERVER_CERT")
 mkdir -p "$folder"
 making=$(mktemp -d "$folder/making.XXXXXX")
 trap 'rm -rf "$making"' EXIT
-quietly() { # openssl talks when all is well, too
+quietly() { # prints the output only on failure: openssl also prints on success
   "$@" 2>"$making/said" || {
     cat "$making/said" >&2
     exit 1

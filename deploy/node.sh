@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# One node of a Ray cluster, the same everywhere: images, Ray's launcher, KubeRay, Slurm, by hand.
-#   node.sh head   [--block] [ray start options]   the first node: GCS, dashboard on 127.0.0.1, raylet
-#   node.sh worker [--block] [ray start options]   another one; RAY_HEAD_IP names the head
-#   node.sh await N                                until N nodes are up
-#   node.sh stop                                   this node, and no other Ray on the machine
-#   node.sh certificate [NAME ...]                 this node's TLS certificate, where RAY_USE_TLS is 1
-# RLSYS_RAY_OPTIONS holds more options of `ray start`, such as --resources={"learner_node":1}; RLSYS_WAIT_S how long to wait.
+# Starts and stops one node of a Ray cluster; used by images, Ray's launcher, KubeRay, Slurm, and by hand.
+#   node.sh head   [--block] [ray start options]   start the first node: GCS, dashboard on 127.0.0.1, raylet
+#   node.sh worker [--block] [ray start options]   start another node; RAY_HEAD_IP: address of the head
+#   node.sh await N                                wait until N nodes are up
+#   node.sh stop                                   stop this node, but no other Ray on the machine
+#   node.sh certificate [NAME ...]                 create this node's TLS certificate if RAY_USE_TLS is 1
+# RLSYS_RAY_OPTIONS: more options of `ray start`, such as --resources={"learner_node":1}. RLSYS_WAIT_S: limit of waits.
 set -euo pipefail
 # shellcheck source=deploy/env.sh
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/env.sh"
@@ -19,23 +19,23 @@ die() {
   exit 1
 }
 
-runs() { # whether this node's session has Ray's processes in it: a number alone may be another's by now
+runs() { # whether Ray's processes are in this node's session; the session id alone may have been reused
   [ -s "$session_file" ] && pgrep --session "$(<"$session_file")" --full 'gcs_server|raylet' >/dev/null
 }
 
 start() {
   local more
   read -ra more <<<"${RLSYS_RAY_OPTIONS:-}"
-  # A worker would else take the head's folder, and two nodes of one machine would clear away each other's files.
+  # Otherwise a worker would use the head's folder, and two nodes on one machine would delete each other's files.
   [ -z "${RAY_TMPDIR:-}" ] || more+=(--temp-dir="$RAY_TMPDIR/ray")
   set -- --disable-usage-stats "$@" "${more[@]}"
   "$deploy/certificate.sh"
   case " $* " in
-  *" --block "*) exec ray start "$@" ;; # its end is the node's end
+  *" --block "*) exec ray start "$@" ;; # the node ends with this process
   esac
-  ! runs || die "a node of $(id -un) is up already; stop it first: node.sh stop"
+  ! runs || die "a node of $(id -un) is already running; stop it first: node.sh stop"
   mkdir -p "$folder"
-  # A session of its own is what stop ends. `ray stop` would end every Ray of this user on the machine.
+  # stop ends the processes of this new session. `ray stop` would end every Ray of this user on the machine.
   # shellcheck disable=SC2016  # expanded by the inner shell
   setsid --wait bash -c 'echo $$ >"$0" && exec ray start "$@"' "$session_file" "$@" </dev/null
 }
@@ -46,7 +46,7 @@ start_head() {
     --dashboard-agent-listen-port="${RLSYS_AGENT_PORT:-52365}" --ray-client-server-port="${RLSYS_CLIENT_PORT:-10001}" "$@"
 }
 
-knock() { # until something listens there: nodes of a job start in any order, and Ray alone gives up early or never
+knock() { # wait until the head listens: nodes of a job start in any order, and Ray itself gives up too early or never
   local end=$((SECONDS + wait_s))
   until (: >"/dev/tcp/$1/$RLSYS_PORT") 2>/dev/null; do
     ((SECONDS < end)) || die "nothing listens at $1:$RLSYS_PORT after $wait_s s"
@@ -64,9 +64,9 @@ await() {
   local nodes=${1:?usage: node.sh await N} head=${RAY_HEAD_IP:-127.0.0.1}
   knock "$head"
   local end=$((SECONDS + wait_s))
-  # A connection that began too early was seen to hang, so each try has its own end.
+  # A connection attempted too early was seen to hang, so each attempt has a time limit.
   until timeout 60 python3 -c "$count" "$nodes" "$head:$RLSYS_PORT"; do
-    ((SECONDS < end)) || die "not $nodes nodes up after $wait_s s"
+    ((SECONDS < end)) || die "fewer than $nodes nodes are up after $wait_s s"
   done
 }
 count='

@@ -4,14 +4,15 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --time=12:00:00
 #SBATCH --signal=B:TERM@120
-# A Ray cluster on the nodes of a Slurm job, one run on it, and the end of both. From the checkout, which all nodes see:
+# Starts a Ray cluster on the nodes of a Slurm job, runs one training job on it, and stops the cluster. Submit from the
+# checkout, which must be on a file system shared by all nodes:
 #   sbatch deploy/slurm.sh configs/quickstart.yaml [key=value ...]
-# With the packages for CUDA, which sample on GPUs alone, a job that asks for one:
+# The packages for CUDA sample only on GPUs, so request one:
 #   sbatch --gpus-per-node=1 deploy/slurm.sh configs/quickstart.yaml model.dtype=bfloat16 learner.device=cuda \
 #     learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?slurm.sh runs under sbatch}" # sbatch runs a copy of this file from elsewhere
-# Nodes can be shared: ports follow the job's number, and so does Ray's folder.
+# Nodes can be shared by several jobs, so ports and Ray's folder depend on the job id.
 export RLSYS_PORT="${RLSYS_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 export RLSYS_DASHBOARD_PORT="${RLSYS_DASHBOARD_PORT:-$((RLSYS_PORT + 10000))}"
 export RLSYS_AGENT_PORT="${RLSYS_AGENT_PORT:-$((RLSYS_PORT + 20000))}"
@@ -21,7 +22,7 @@ export RAY_TMPDIR="${RAY_TMPDIR:-/tmp/rlsys-$SLURM_JOB_ID}"
 source deploy/env.sh
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-on() { # on NODES COMMAND...: with all that the job was given there. Ends the subshell it runs in, so that signals reach it
+on() { # on NODES COMMAND...: with all resources of the job there. Replaces the subshell, so that signals reach srun
   local where=$1
   shift
   exec srun --overlap --nodelist="$where" --nodes="$(tr , '\n' <<<"$where" | wc -l)" --ntasks-per-node=1 \
@@ -49,4 +50,4 @@ fi
 
 RAY_ADDRESS="$RAY_HEAD_IP:$RLSYS_PORT" on "${nodes[0]}" rlsys train "$@" &
 steps+=($!)
-wait $! # a signal ends this wait, not that run: finish passes it on, and the run saves what it has
+wait $! # a signal ends this wait; finish sends it to the run, which then saves its state

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Run a job on a Ray cluster that is already up, from this checkout:
+# Runs a job from this checkout on a running Ray cluster:
 #   deploy/submit.sh http://head:8265 configs/quickstart.yaml run.dir=/data/runs [key=value ...]
-# Every node has the packages of requirements/; this checkout's code travels with the job. Give run.dir an absolute path on
-# the head node: the job's own folder goes away with it.
+# Every node needs the packages of requirements/; the code of this checkout is uploaded with the job. Set run.dir to an
+# absolute path on the head node: the job's working directory is deleted after the job.
 set -euo pipefail
 # shellcheck source=deploy/env.sh
 source "$(dirname "$(readlink -f "$0")")/env.sh"

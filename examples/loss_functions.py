@@ -1,4 +1,4 @@
-"""Tinker's tutorial 202, "Loss Functions": only the import line and the model's name are other ones.
+"""Tinker's tutorial 202, "Loss Functions", unchanged except for the import line and the model name.
 
 python examples/loss_functions.py MODEL_FOLDER
 """

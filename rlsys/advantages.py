@@ -1,13 +1,14 @@
-"""Rewards of a group -> advantages -> datums; docs/algorithms.md has the formulas with their sources.
+"""Computes advantages from the rewards of each group, and datums from advantages. docs/algorithms.md has the formulas
+with their sources.
 
-    A_t = (reward minus the group's baseline, over its std if asked  +  KL term of token t) / aggregate
+    A_t = ((reward - baseline of the group) / std of the group, if configured  +  KL term of token t) / aggregate
 
-The aggregate divides last and divides all, as 1/|o| in GRPO (arXiv:2402.03300, equation 3) stands before policy and KL
-terms alike; so ``kl_coef`` means the same under every aggregate. Tokens of an environment have no advantage and are in
-no mean.
+The aggregate divides the sum of both terms, as 1/|o| in GRPO (arXiv:2402.03300, equation 3) applies to policy and KL
+terms. So ``kl_coef`` has the same meaning with every aggregate. Tokens of an environment have no advantage and are not
+part of any mean.
 
-Axes: P groups, R completions, T completion tokens end to end, as in ``rlsys.rollouts``. Arithmetic is float64, results
-float32.
+Axes: P groups, R completions, T completion tokens end to end, as in ``rlsys.rollouts``. Computed in float64; results
+are float32.
 """
 
 from __future__ import annotations
@@ -26,17 +27,22 @@ from rlsys.types import Array
 if TYPE_CHECKING:
     from rlsys.config import AdvantageSection, RlSection
 
-STD_EPSILON = 1e-6  # far below any real spread; keeps rewards that differ by rounding from being blown up to +-1
+STD_EPSILON = 1e-6  # far below a real standard deviation; rewards that differ only by rounding do not become +-1
 
 
 def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) -> tuple[Array, Array]:
-    """((R,) float32 advantages, (R,) bool whether the completion's group agrees).
+    """Advantages of completions: ((R,) float32 advantages, (R,) bool whether the group has zero variance).
 
-    Reward minus the baseline: ``mean``, the group's mean (GRPO, arXiv:2402.03300, without its std; Dr. GRPO,
-    arXiv:2503.20783), ``leave_one_out``, the mean of the others (RLOO, arXiv:2402.14740), n/(n-1) times the same, or
-    ``none``, 0 (REINFORCE). ``normalise: std`` divides by the group's standard deviation (GRPO); the paper leaves open
-    which, here it is the sample's (n - 1), torch.std's default. A group whose rewards are all equal is exactly 0 under
-    a baseline; under ``none`` its advantages are its rewards.
+    An advantage is the reward minus a baseline: ``mean``, the group's mean (GRPO, arXiv:2402.03300, without its std;
+    Dr. GRPO, arXiv:2503.20783); ``leave_one_out``, the mean of the group's other rewards (RLOO, arXiv:2402.14740),
+    which gives n/(n-1) times the advantage of ``mean``; ``none``, 0 (REINFORCE). ``normalise: std`` divides by the
+    group's standard deviation (GRPO). The paper does not define it further; here it is the sample's (n - 1), the
+    default of torch.std. In a group with equal rewards all advantages are exactly 0, except with ``none``, where they
+    are the rewards.
+
+    Raises:
+        DatumError: a reward is not finite.
+        ConfigError: ``leave_one_out`` with a group of one completion.
     """
     rewards_R = np.asarray(rewards_R, np.float64)
     if not np.isfinite(rewards_R).all():
@@ -63,7 +69,7 @@ def group_advantages(rewards_R: Array, group: Array, section: AdvantageSection) 
 
 
 def zero_variance_groups(rewards_R: Array, group: Array, groups: int) -> Array:
-    """(P,) bool, whether all rewards of a group are the same; `group`: (R,) numbers below `groups`."""
+    """(P,) bool, whether all rewards of a group are equal. `group`: (R,) group of each reward; `groups`: P."""
     highest_P, lowest_P = np.full(groups, -np.inf), np.full(groups, np.inf)
     np.maximum.at(highest_P, group, rewards_R)
     np.minimum.at(lowest_P, group, rewards_R)
@@ -71,8 +77,8 @@ def zero_variance_groups(rewards_R: Array, group: Array, groups: int) -> Array:
 
 
 def groups_without_gradient(rewards_R: Array, group: Array, groups: int, section: AdvantageSection) -> Array:
-    """(P,) bool, whether every advantage of a group is 0: with a baseline that of all rewards the same, without one
-    that of all rewards 0. ``drop_agreeing`` leaves these out, and dynamic sampling replaces them."""
+    """(P,) bool, whether all advantages of a group are 0: with a baseline if all rewards are equal, without a baseline
+    if all rewards are 0. ``drop_agreeing`` removes such groups, and dynamic sampling replaces them."""
     agreeing_P = zero_variance_groups(rewards_R, group, groups)
     if section.baseline != "none":
         return agreeing_P
@@ -88,11 +94,15 @@ def fold_kl(
     discount: float = 0.0,
     weights_T: Array | None = None,
 ) -> tuple[Array, float]:
-    """((T,) float32 advantages with the penalty, mean of d = q - log p_ref over the tokens of the batch).
+    """Add a KL penalty to advantages: ((T,) float32 advantages, mean of d = q - log p_ref over the weighted tokens).
 
-    With adj = coef * w * (mean(d) - d), a token's advantage grows by adj_t + discount * adj_t+1 + discount^2 * adj_t+2
-    + ... to the end of its completion; discount 0 leaves adj_t alone. Tinker cookbook, ``incorporate_kl_penalty``.
-    ``offsets``: (R + 1,), completion r is [offsets[r]:offsets[r + 1]].
+    With adj_t = coef * w_t * (mean(d) - d_t), a token's advantage grows by adj_t + discount * adj_t+1 + discount^2 *
+    adj_t+2 + ... until the end of its completion; discount 0: by adj_t. Source: Tinker cookbook,
+    ``incorporate_kl_penalty``. ``offsets``: (R + 1,), completion r is [offsets[r]:offsets[r + 1]]; ``weights_T``: w,
+    default 1. Log-probabilities are nats.
+
+    Raises:
+        DatumError: d is not finite at a token with a weight.
     """
     d_T = np.asarray(logprobs_T, np.float64) - np.asarray(reference_logprobs_T, np.float64)
     w_T = np.ones(len(d_T)) if weights_T is None else np.asarray(weights_T, np.float64)
@@ -110,10 +120,10 @@ def fold_kl(
 
 
 def discounted_future_sum(values_T: Array, offsets: Array, discount: float) -> Array:
-    """(T,) sum over k of discount^k * values[t + k], within each completion.
+    """(T,) float64, sum over k of discount^k * values[t + k] within each completion.
 
-    By doubling: a sum over n tokens is the sum over n/2 from here plus discount^(n/2) times the one that starts n/2
-    further on, so that log2(longest) passes over flat arrays do.
+    Computed by doubling, in log2(longest completion) passes over flat arrays: the sum over n tokens from t is the sum
+    over n/2 tokens from t plus discount^(n/2) times the sum over n/2 tokens from t + n/2.
     """
     lengths_R = np.diff(offsets)
     total_T = np.array(values_T, np.float64)
@@ -129,14 +139,18 @@ def discounted_future_sum(values_T: Array, offsets: Array, discount: float) -> A
 def to_minibatches(
     rollouts: Rollouts, rewards_R: Array, rl: RlSection, num_minibatches: int, reference_logprobs_T: Array | None = None
 ) -> tuple[tuple[DatumBatch, ...], tuple[Array, ...], dict[str, float], Array]:
-    """A step's groups, split in draw order into so many batches that are learned from one after the other.
+    """Compute the advantages of a step's groups, and split the groups in sampling order into minibatches of datums.
 
-    Returns the batches; for each (D,) which completion a datum is; the figures of all; and (P,) int8 what became of
-    each group: TRAINED, AGREED (left out) or EMPTY (without a token to learn from). A batch may be without datums.
+    Returns (minibatches; per minibatch (D,) completion of each datum; metrics of all; (P,) int8 outcome of each group:
+    TRAINED, AGREED (dropped) or EMPTY (no token to train on)). A minibatch can have no datums.
 
-    ``reference_logprobs_T``: (T,) log-probabilities of the completion tokens under the reference, with a KL
-    coefficient only. A coefficient keeps groups without an advantage of their own, since their tokens differ from the
-    reference all the same; its mean is each batch's own.
+    ``reference_logprobs_T``: (T,) log-probabilities (nats) of the completion tokens under the reference model; required
+    with a KL coefficient and refused without one. With a KL coefficient groups of zero variance are kept, because the
+    KL term gives their tokens a gradient; the mean of the KL term is computed per minibatch.
+
+    Raises:
+        DatumError: rewards or reference log-probabilities do not match the rollouts, or are not finite.
+        ConfigError: as `group_advantages`.
     """
     section, lengths_R = rl.advantages, rollouts.lengths
     _refuse_unpaired(rollouts, rewards_R, section, reference_logprobs_T)
@@ -187,7 +201,7 @@ def _fold_kl_by_minibatch(
     trained_T: Array,
     row_ranges: Sequence[tuple[int, int]],
 ) -> float:
-    """``fold_kl`` into the advantages, in place, each piece with its own mean; the mean over all trained tokens."""
+    """Apply ``fold_kl`` to each minibatch in place; returns the mean of d over all trained tokens."""
     means, tokens = [], []
     for first, end in row_ranges:
         of = slice(rollouts.offsets[first], rollouts.offsets[end])
@@ -213,21 +227,21 @@ def _refuse_unpaired(
         raise DatumError(f"rewards: found {len(rewards_R)} for {R} completions; wanted one each, of at least one")
     if (section.kl_coef > 0) != (reference_logprobs_T is not None):
         found = "none" if reference_logprobs_T is None else "some"
-        wanted = "one per completion token" if section.kl_coef > 0 else "none, they would be computed for nothing"
+        wanted = "one per completion token" if section.kl_coef > 0 else "none, because nothing uses them"
         raise DatumError(f"reference_logprobs: found {found}, with kl_coef {section.kl_coef:g}; wanted {wanted}")
     if reference_logprobs_T is not None and np.shape(reference_logprobs_T) != (T,):
         raise DatumError(f"reference_logprobs: found shape {np.shape(reference_logprobs_T)}; wanted ({T},)")
 
 
 def _row_ranges(rollouts: Rollouts, num_minibatches: int) -> list[tuple[int, int]]:
-    """First completion and end of each piece: a group's completions are adjacent, and groups are in draw order."""
+    """(first, end) completion of each minibatch: a group's completions are adjacent, groups are in sampling order."""
     shares = np.array_split(np.arange(len(rollouts.problems)), num_minibatches)
     ends = np.searchsorted(rollouts.group, np.cumsum([len(share) for share in shares]))
     return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
 
 
 def _divisors(rollouts: Rollouts, rl: RlSection) -> Array:
-    """(R,) what a completion's advantages are divided by."""
+    """(R,) divisor of each completion's advantages (``aggregate``)."""
     if rl.advantages.aggregate == "length":
         return np.maximum(rollouts.sampled_lengths, 1)
     return np.full(len(rollouts.group), rl.sampling.max_tokens if rl.advantages.aggregate == "max_tokens" else 1)

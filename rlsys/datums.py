@@ -1,8 +1,7 @@
-"""Training sequences as columns.
+"""Columnar training sequences.
 
-``collate`` turns a user's datums into one batch and is the door at which they are checked against loss and model;
-``shift`` turns rollouts and advantages into the same batch. All rows are aligned to the T-1 predictions of
-``prompt + sample``:
+``collate`` validates a user's datums against loss and model, and joins them into one batch. ``shift`` builds the same
+kind of batch from rollouts and advantages. All columns are aligned to the T-1 predictions of ``prompt + sample``:
 
     prompt = a b, sample = x y   ->   tokens     a b x
                                       targets    b x y
@@ -10,8 +9,7 @@
                                       logprobs   0 q q
                                       advantages 0 A A
 
-A reply that an environment wrote in the midst of a sample is read and is a target too, with weight, logprob and
-advantage 0.
+A reply of an environment inside a sample is both input and target, with weight, logprob and advantage 0.
 """
 
 from __future__ import annotations
@@ -34,12 +32,12 @@ ALIASES = {"behavior_logprobs": "logprobs"}  # MinT's name
 
 @dataclass(frozen=True, slots=True)
 class DatumBatch:
-    """D datums, T positions end to end. ``columns`` holds what the loss reads: weights, logprobs, advantages."""
+    """D datums, T positions end to end. ``columns`` holds the inputs of the loss: weights, logprobs, advantages."""
 
-    tokens: Array  # (T,) int32, what the model reads
-    targets: Array  # (T,) int32, what it should say at each position
+    tokens: Array  # (T,) int32, input of the model
+    targets: Array  # (T,) int32, target token of each position
     offsets: Array  # (D + 1,) int64, datum d is [offsets[d]:offsets[d + 1]]
-    columns: Mapping[str, Array]  # each (T,) float32; "weights" is always there
+    columns: Mapping[str, Array]  # each (T,) float32; "weights" is always present
 
     def __post_init__(self) -> None:
         assert len(self.tokens) == len(self.targets) == self.offsets[-1]
@@ -56,11 +54,11 @@ class DatumBatch:
 
 
 def collate(data: Sequence[Datum], loss: Loss, *, vocab_size: int, max_length: int) -> DatumBatch:
-    """The user's datums as one batch, checked against loss and model before anything is applied.
+    """Validate the user's datums against loss and model, and join them into one batch.
 
     Raises:
         MissingInputError: a datum lacks an input that the loss requires.
-        DatumError: anything else that is wrong, with the datum's index, the key, what was found and what was wanted.
+        DatumError: a datum is invalid otherwise; the message has its index, the key, what was found and wanted.
     """
     if len(data) == 0:
         raise DatumError("data: found no datums; wanted at least one")
@@ -71,7 +69,7 @@ def collate(data: Sequence[Datum], loss: Loss, *, vocab_size: int, max_length: i
     for key, ids in (("model_input", tokens), ("loss_fn_inputs['target_tokens']", targets)):
         wanted = f"ids from 0 to {vocab_size - 1}, the model's vocabulary"
         _refuse_where((ids < 0) | (ids >= vocab_size), ids, offsets, key, wanted)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf and is refused below
+    with np.errstate(over="ignore"):  # values beyond float32 become inf and are refused below
         columns = {
             key: np.concatenate([arrays[key] for arrays in inputs]).astype(np.float32)
             for key in sorted(loss.required | {"weights"})
@@ -82,7 +80,7 @@ def collate(data: Sequence[Datum], loss: Loss, *, vocab_size: int, max_length: i
 
 
 def _inputs(where: str, datum: Datum, loss: Loss, max_length: int) -> dict[str, Array]:
-    """target_tokens, weights and what the loss requires, each (N,)."""
+    """target_tokens, weights and the inputs that the loss requires, each (N,)."""
     if not isinstance(datum, Datum):
         raise DatumError(f"{where}: found a {type(datum).__name__}; wanted a Datum")
     N = datum.model_input.length
@@ -92,17 +90,17 @@ def _inputs(where: str, datum: Datum, loss: Loss, max_length: int) -> dict[str, 
     arrays = {key: to_array(value) for key, value in values.items() if key != "mask"}
     arrays.setdefault("weights", np.ones(N, np.float32))
     if arrays["weights"].shape == (N + 1,):
-        arrays["weights"] = arrays["weights"][1:]  # the first token of a sequence is nobody's target
+        arrays["weights"] = arrays["weights"][1:]  # the first token of a sequence is not a target
     if "advantages" in arrays and arrays["advantages"].shape in ((), (1,)):
         arrays["advantages"] = np.broadcast_to(arrays["advantages"], N)
-    for key, array in arrays.items():  # again: the containers are the user's, who may have changed them
+    for key, array in arrays.items():  # checked again: the user may have changed the containers
         if array.shape != (N,):
             raise DatumError(f"{where}: loss_fn_inputs[{key!r}]: found shape {array.shape}; wanted ({N},)")
     return arrays
 
 
 def _named(where: str, inputs: Mapping[str, object], loss: Loss) -> dict[str, object]:
-    """The inputs under their right names; none missing, none unknown."""
+    """Replace aliases by the names of the inputs; refuse missing and unknown inputs."""
     values = dict(inputs)
     required = loss.required | {"target_tokens"}
     for alias, name in ALIASES.items():
@@ -118,7 +116,7 @@ def _named(where: str, inputs: Mapping[str, object], loss: Loss) -> dict[str, ob
     allowed = required | {"weights", "mask"}
     for key in sorted(values.keys() - allowed, key=str):
         raise DatumError(
-            f"{where}: loss_fn_inputs[{key!r}] is no input of {loss.name!r}; "
+            f"{where}: loss_fn_inputs[{key!r}] is not an input of {loss.name!r}; "
             f"wanted only {sorted(allowed)}{did_you_mean(key, allowed)}"
         )
     return values
@@ -132,14 +130,17 @@ def _refuse_where(bad_T: Array, values_T: Array, offsets: Array, key: str, wante
 
 
 def learned_rows(rollouts: Rollouts, keep_R: Array | None = None) -> Array:
-    """(D,) the completions that make a datum: those kept, but for ones in which no token is a model's."""
+    """(D,) completions that become datums: those in ``keep_R`` (default: all) with at least one sampled token."""
     has_tokens_R = rollouts.sampled_lengths > 0
     return np.flatnonzero(has_tokens_R if keep_R is None else has_tokens_R & keep_R)
 
 
 def shift(rollouts: Rollouts, advantages_T: Array, keep_R: Array | None = None) -> DatumBatch:
-    """One datum per completion of ``learned_rows``, in that order, as in the picture above; ``advantages_T`` has one
-    value per completion token.
+    """Build one datum per completion of ``learned_rows``, in that order, aligned as in the module's docstring.
+    ``advantages_T``: (T,), one value per completion token.
+
+    Raises:
+        DatumError: a prompt is empty.
     """
     kept = learned_rows(rollouts, keep_R)
     completion_lengths, starts = rollouts.lengths[kept], rollouts.offsets[:-1][kept]
@@ -150,12 +151,12 @@ def shift(rollouts: Rollouts, advantages_T: Array, keep_R: Array | None = None) 
     from_prompt = spans(rollouts.prompt_offsets[:-1][rollouts.group[kept]], prompt_lengths)
     from_completion = spans(starts, completion_lengths)
 
-    whole = offsets_of(prompt_lengths + completion_lengths)  # prompt + sample, end to end
-    tokens = np.empty(whole[-1], np.int32)
-    tokens[spans(whole[:-1], prompt_lengths)] = rollouts.prompt_tokens[from_prompt]
-    tokens[spans(whole[:-1] + prompt_lengths, completion_lengths)] = rollouts.tokens[from_completion]
+    ends = offsets_of(prompt_lengths + completion_lengths)  # of prompt + sample, end to end
+    tokens = np.empty(ends[-1], np.int32)
+    tokens[spans(ends[:-1], prompt_lengths)] = rollouts.prompt_tokens[from_prompt]
+    tokens[spans(ends[:-1] + prompt_lengths, completion_lengths)] = rollouts.tokens[from_completion]
 
-    offsets = whole - np.arange(len(whole))  # one prediction fewer than tokens
+    offsets = ends - np.arange(len(ends))  # one prediction fewer than tokens
     predicted = spans(offsets[:-1] + prompt_lengths - 1, completion_lengths)
     columns = {key: np.zeros(offsets[-1], np.float32) for key in ("weights", "logprobs", "advantages")}
     by_model = rollouts.sampled[from_completion]
@@ -163,15 +164,15 @@ def shift(rollouts: Rollouts, advantages_T: Array, keep_R: Array | None = None) 
     columns["logprobs"][predicted] = np.where(by_model, rollouts.logprobs[from_completion], 0.0)
     columns["advantages"][predicted] = np.where(by_model, advantages_T[from_completion], 0.0)
     return DatumBatch(
-        tokens=tokens[spans(whole[:-1], np.diff(offsets))],
-        targets=tokens[spans(whole[:-1] + 1, np.diff(offsets))],
+        tokens=tokens[spans(ends[:-1], np.diff(offsets))],
+        targets=tokens[spans(ends[:-1] + 1, np.diff(offsets))],
         offsets=offsets,
         columns=columns,
     )
 
 
 def concatenate(batches: Sequence[DatumBatch]) -> DatumBatch:
-    """Several batches with the same columns as one."""
+    """Join batches with the same columns into one."""
     assert len(batches) > 0
     assert all(batch.columns.keys() == batches[0].columns.keys() for batch in batches)
     return DatumBatch(
@@ -183,7 +184,7 @@ def concatenate(batches: Sequence[DatumBatch]) -> DatumBatch:
 
 
 def take(batch: DatumBatch, indices: Array | Sequence[int]) -> DatumBatch:
-    """The datums at ``indices`` (numbers, in that order, or a mask)."""
+    """The datums at ``indices``: integers, in that order, or a boolean mask."""
     picked = np.arange(batch.num_datums)[indices]
     lengths = batch.lengths[picked]
     at = spans(batch.offsets[:-1][picked], lengths)

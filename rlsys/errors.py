@@ -1,28 +1,28 @@
-"""Every error that rlsys raises on purpose, in one tree.
+"""The tree of errors raised by rlsys.
 
     RlsysError
-    ├── ConfigError (ValueError)           a job's YAML or an override is wrong
+    ├── ConfigError (ValueError)           invalid configuration: a job's YAML, an override, an option
     │   └── RunExistsError                 the run directory already holds a run
-    ├── DatumError (ValueError)            a datum is wrong: which datum, which key, found, wanted
+    ├── DatumError (ValueError)            invalid datum: which datum, which key, found, wanted
     │   └── MissingInputError (KeyError)   the loss requires an input that the datum lacks
-    ├── LossError (ValueError)             unknown loss, or unknown or impossible loss_fn_config
-    ├── SamplingError (ValueError)         a sampling request that cannot be served as asked
-    ├── GradientError (ArithmeticError)    no gradient, or one that is not finite; weights are untouched
-    ├── DivergedError (ArithmeticError)    an update has destroyed the policy: no finite numbers, or no gradient
-    ├── WeightSyncError (RuntimeError)     a sampler does not hold the weights that it should
-    ├── MismatchError (RuntimeError)       learner and sampler disagree on log-probabilities
-    ├── GradingError (RuntimeError)        too many graders failed for the rewards to mean anything
-    ├── QualityError (RuntimeError)        a stage ended below the quality that the next one needs
-    ├── StalledError (TimeoutError)        work remains and nothing moved within the limit
-    ├── ClusterError (RuntimeError)        the cluster cannot be reached or lacks what the job asks for
-    ├── ActorFailedError (RuntimeError)    an actor died, or raised something that is not in this tree
-    │   ├── ActorDiedError                 it is gone, or its engine is: its work can be done again by another
-    │   └── DataLostError                  what a stage made was on a node that is gone: the stage can be done again
-    ├── StorageError (RuntimeError)        a disk does not take what has to be written: full, read-only, over quota
-    └── CheckpointError (ValueError)       a file of weights is damaged, foreign or misplaced
+    ├── LossError (ValueError)             unknown loss, or invalid loss_fn_config
+    ├── SamplingError (ValueError)         invalid sampling request
+    ├── GradientError (ArithmeticError)    no gradient, or one that is not finite; weights are not changed
+    ├── DivergedError (ArithmeticError)    an update destroyed the policy: values are not finite, or no gradient
+    ├── WeightSyncError (RuntimeError)     a sampler does not hold the published weights
+    ├── MismatchError (RuntimeError)       log-probabilities of learner and sampler differ too much
+    ├── GradingError (RuntimeError)        too many graders failed for the rewards to be useful
+    ├── QualityError (RuntimeError)        a stage ended below the quality that the next stage needs
+    ├── StalledError (TimeoutError)        pending work made no progress within the time limit
+    ├── ClusterError (RuntimeError)        the cluster cannot be reached, or has too few resources
+    ├── ActorFailedError (RuntimeError)    an actor died, or raised an error from outside this tree
+    │   ├── ActorDiedError                 the actor or its engine died: another actor can repeat its work
+    │   └── DataLostError                  an output was lost with its node: the stage can be repeated
+    ├── StorageError (RuntimeError)        a disk cannot be written: full, read-only, over quota
+    └── CheckpointError (ValueError)       weight files are damaged, foreign or misplaced
 
-To add one: derive from RlsysError and the builtin that a caller would expect, take one message, and draw it above.
-One message and no other state keeps every error picklable, so that it survives the way out of an actor.
+To add an error: derive from RlsysError and the builtin that a caller would expect, take one message as the only
+argument, and add it to the tree above. An error without other state can be pickled, so Ray can return it from an actor.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from collections.abc import Iterable
 
 
 class RlsysError(Exception):
-    """The root: catch it to catch all that rlsys raises on purpose."""
+    """Base class of all errors raised by rlsys."""
 
 
 class ConfigError(RlsysError, ValueError):
-    """A job's configuration is wrong."""
+    """The configuration of a job or a client is invalid."""
 
 
 class RunExistsError(ConfigError):
@@ -44,7 +44,7 @@ class RunExistsError(ConfigError):
 
 
 class DatumError(RlsysError, ValueError):
-    """A datum is wrong in itself or for the loss it was submitted to."""
+    """A datum is invalid, in itself or for its loss."""
 
 
 class MissingInputError(DatumError, KeyError):
@@ -54,31 +54,31 @@ class MissingInputError(DatumError, KeyError):
 
 
 class LossError(RlsysError, ValueError):
-    """No such loss, or its loss_fn_config is not one that it takes."""
+    """The loss is unknown, or its loss_fn_config is invalid."""
 
 
 class SamplingError(RlsysError, ValueError):
-    """A sampling request cannot be served as asked."""
+    """A sampling request is invalid or cannot be served."""
 
 
 class GradientError(RlsysError, ArithmeticError):
-    """optim_step has no gradient, or one that is not finite; the weights are as before."""
+    """optim_step has no gradient, or a gradient that is not finite. Weights are not changed."""
 
 
 class DivergedError(RlsysError, ArithmeticError):
-    """An update has destroyed the policy: its log-probabilities are not finite, or nothing moves it any more."""
+    """An update destroyed the policy: log-probabilities are not finite, or the gradient is exactly 0."""
 
 
 class WeightSyncError(RlsysError, RuntimeError):
-    """A sampler could not prove that it serves the weights it was sent."""
+    """A sampler could not prove that it serves the published weights."""
 
 
 class MismatchError(RlsysError, RuntimeError):
-    """Learner and sampler give the same tokens too different log-probabilities."""
+    """Learner and sampler compute different log-probabilities for the same tokens."""
 
 
 class GradingError(RlsysError, RuntimeError):
-    """So many graders failed that training on their zeros would be wrong."""
+    """Too many graders failed: training on their zero rewards would be wrong."""
 
 
 class QualityError(RlsysError, RuntimeError):
@@ -86,11 +86,11 @@ class QualityError(RlsysError, RuntimeError):
 
 
 class StalledError(RlsysError, TimeoutError):
-    """Work remains and nothing moved within the limit."""
+    """Pending work made no progress within the time limit."""
 
 
 class ClusterError(RlsysError, RuntimeError):
-    """The Ray cluster cannot be reached, or lacks what the job asks for."""
+    """The Ray cluster cannot be reached, or has too few resources for the job."""
 
 
 class ActorFailedError(RlsysError, RuntimeError):
@@ -98,22 +98,22 @@ class ActorFailedError(RlsysError, RuntimeError):
 
 
 class ActorDiedError(ActorFailedError):
-    """An actor or its engine is gone. What it was doing may or may not have been done."""
+    """An actor or its engine died. Its current call may or may not have taken effect."""
 
 
 class DataLostError(ActorFailedError):
-    """An object that a stage had made is gone with its node."""
+    """An output of a stage was lost with the node that held it."""
 
 
 class StorageError(RlsysError, RuntimeError):
-    """A disk does not take what has to be written."""
+    """A disk cannot be written."""
 
 
 class CheckpointError(RlsysError, ValueError):
-    """A file of weights is damaged, foreign or misplaced."""
+    """Weight files are damaged, belong to another model, or are in the wrong place."""
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """The end of a message about a name that is not known; empty where no known name is near."""
+    """Suffix for an error message about an unknown name: the nearest known name; empty if none is near."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

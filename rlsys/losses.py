@@ -1,14 +1,14 @@
-"""Losses: one equation, one function, one source each; a loss is the plain sum of its values over all positions.
+"""Losses. Each is one function with its equation and source. A loss is the plain sum of its values over all positions.
 
-Per token: p = log-probability of the target under the learner, q = under the sampler, A = advantage, r = exp(p - q),
-w = weight. A function here gives the value without w; ``Loss.__call__`` alone applies w and the mask. "Tinker" is its
-documentation page "Loss Functions", "MinT" the page of the same name of the Mind Lab Toolkit.
+Per token: p = log-probability (nats) of the target under the learner, q = under the sampler, A = advantage,
+r = exp(p - q), w = weight. The functions return (T,) values without w; ``Loss.__call__`` applies w and the mask.
+"Tinker" refers to its documentation page "Loss Functions", "MinT" to the page of that name of the Mind Lab Toolkit.
 
-Where a ratio overflows at a position that counts, value and gradient are left infinite: a finite guard would train on
-a wrong gradient, while ``optim_step`` refuses one that is not finite. Sampled tokens do not get there by themselves
-(in float32 it takes p - q > 88), broken log-probabilities do.
+If a ratio overflows at a position with a weight, value and gradient stay infinite: clamping would train on a wrong
+gradient, whereas ``optim_step`` refuses a gradient that is not finite. In float32 an overflow needs p - q > 88, which
+only broken log-probabilities reach.
 
-To add a loss: write its function, give it a line in ``_LOSSES``, and a golden test.
+To add a loss: write its function, add a line to ``_LOSSES``, and add a golden test.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def cross_entropy(p_T: Tensor) -> Tensor:
 
 
 def importance_sampling(p_T: Tensor, q_T: Tensor, adv_T: Tensor) -> Tensor:
-    """-r A, whose gradient is REINFORCE's on policy.  Kahn and Marshall 1953; Williams 1992; Tinker, MinT."""
+    """-r A; on policy its gradient is that of REINFORCE.  Kahn and Marshall 1953; Williams 1992; Tinker, MinT."""
     return -(p_T - q_T).exp() * adv_T
 
 
 def ppo(p_T: Tensor, q_T: Tensor, adv_T: Tensor, *, low: float, high: float) -> Tensor:
     """-min(r A, clip(r, low, high) A).  Schulman et al. 2017, arXiv:1707.06347, equation 7; Tinker, MinT.
 
-    The minimum is min(r, high) A for A > 0 and max(r, low) A for A < 0. Clamped before exp and not after, so that a
-    clipped token whose r overflows has the gradient 0 and not 0 * inf.
+    The minimum is min(r, high) A for A > 0 and max(r, low) A for A < 0. It is clamped before exp, so that a clipped
+    token whose r overflows has gradient 0 instead of 0 * inf.
     """
     x_T = p_T - q_T
     return -torch.where(adv_T > 0, x_T.clamp(max=_log(high)), x_T.clamp(min=_log(low))).exp() * adv_T
@@ -52,7 +52,7 @@ def cispo(
 ) -> Tensor:
     """-sg(clip(r, low, high)) p A.  MiniMax-M1 2025, arXiv:2506.13585; Tinker, MinT.
 
-    With a sharpness (MinT's ``beta``) the clip is soft; see `soft_clip`.
+    sg: stop-gradient. With `sharpness` (MinT's ``beta``) the clip is soft, see `soft_clip`.
     """
     x_T = (p_T - q_T).detach()
     weight_T = x_T.exp().clamp(low, high) if sharpness is None else soft_clip(x_T, low, high, sharpness)
@@ -62,9 +62,9 @@ def cispo(
 def soft_clip(x_T: Tensor, low: float, high: float, beta: float) -> Tensor:
     """exp(a + s(x - a) - s(x - b)), a = ln low, b = ln high, s(z) = ln(1 + e^(beta z)) / beta.
 
-    Ours: MinT names a soft clip and its sharpness, without a formula. Since s(z) = max(z, 0) + ln(1 + e^(-beta |z|))
-    / beta, the exponent is the hard clip of x and a correction of at most ln 2 / beta, which stays exact for large x
-    and for low = 0, where the formula is exp(x - s(x - b)).
+    The formula is ours: MinT names a soft clip and its sharpness, but gives no formula. Because s(z) = max(z, 0) +
+    ln(1 + e^(-beta |z|)) / beta, the exponent is computed as the hard clip of x plus a correction of at most
+    ln 2 / beta. This is exact also for large x, and for low = 0, where the formula is exp(x - s(x - b)).
     """
     a, b = _log(low), _log(high)
     above_low_T = (-beta * (x_T - a).abs()).exp().log1p()
@@ -75,7 +75,7 @@ def soft_clip(x_T: Tensor, low: float, high: float, beta: float) -> Tensor:
 def dro(p_T: Tensor, q_T: Tensor, adv_T: Tensor, *, beta: float) -> Tensor:
     """-(p A - beta/2 (p - q)^2).  Richemond et al. 2024, arXiv:2405.19107, without its value function; Tinker, MinT.
 
-    A zero advantage does not silence the quadratic term: prompt positions need w = 0.
+    The quadratic term does not vanish for A = 0, so prompt positions need w = 0.
     """
     return -(p_T * adv_T - 0.5 * beta * (p_T - q_T) ** 2)
 
@@ -86,30 +86,35 @@ def _log(bound: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A loss with its parameters; made by `resolve`. ``required``: the inputs it needs besides target_tokens."""
+    """A loss with its parameters, created by `resolve`. ``required``: its inputs besides target_tokens."""
 
     name: str
     required: frozenset[str]
     params: Config = field(default_factory=dict)
 
     def __call__(self, logp_T: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-        """(T,) weighted values, whose sum is the loss; exactly 0, gradient included, where the weight is 0."""
+        """(T,) weighted values, whose sum is the loss. Value and gradient are exactly 0 where the weight is 0.
+        ``columns``: (T,) inputs by name.
+
+        Raises:
+            MissingInputError: a required column is missing.
+        """
         _require_columns(self, columns)
         inputs = [logp_T] + [columns[key] for key in _RATIO_INPUTS if key in self.required]
         weights_T = columns.get("weights")
         counts_T = torch.ones_like(logp_T, dtype=torch.bool) if weights_T is None else weights_T != 0
         if _LOSSES[self.name].silent_at_zero_advantage:
             counts_T = counts_T & (columns["advantages"] != 0)
-        # Masked on the way in: after exp, autograd would still multiply by the infinity that the mask hides.
+        # Inputs are masked, not values: otherwise autograd would multiply the masked gradient 0 by an infinite exp.
         values_T = _LOSSES[self.name].equation(*(torch.where(counts_T, x, 0.0) for x in inputs), **self.params)
         return values_T if weights_T is None else torch.where(counts_T, weights_T, 0.0) * values_T
 
 
 def resolve(name: str, config: Config | None = None) -> Loss:
-    """The loss of that name with its ``loss_fn_config``.
+    """Look up a loss by name, and set its parameters from ``loss_fn_config``.
 
     Raises:
-        LossError: no such loss, or a config that it does not take.
+        LossError: no such loss, or an invalid config.
     """
     if not isinstance(name, str) or name not in _LOSSES:
         raise LossError(f"loss_fn: found {name!r}; wanted one of {', '.join(_LOSSES)}{did_you_mean(name, _LOSSES)}")
@@ -119,7 +124,7 @@ def resolve(name: str, config: Config | None = None) -> Loss:
         where = f"loss_fn_config[{key!r}] of {name!r}"
         if key not in spec.keys:
             takes = f"it takes {', '.join(spec.keys)}" if spec.keys else "it takes no parameters"
-            raise LossError(f"{where} is no parameter of this loss; {takes}{did_you_mean(key, spec.keys)}")
+            raise LossError(f"{where} is not a parameter of this loss; {takes}{did_you_mean(key, spec.keys)}")
         if not is_number(value):
             raise LossError(f"{where}: found {value!r}; wanted a finite number")
     return Loss(name, spec.required, spec.parse({key: float(value) for key, value in config.items()}))
@@ -164,7 +169,7 @@ def _cispo_params(config: Config) -> Config:
 
 
 def _dro_params(config: Config) -> Config:
-    beta = config.get("beta", 0.05)  # the published example's value; no document states a default
+    beta = config.get("beta", 0.05)  # value of the published example; no document gives a default
     if beta < 0:
         raise LossError(f"loss_fn_config['beta'] of 'dro': found {beta:g}; wanted a number >= 0")
     return {"beta": beta}
@@ -176,7 +181,7 @@ class _Spec:
     required: frozenset[str]
     parse: Callable[[Config], Config]
     keys: tuple[str, ...] = ()
-    silent_at_zero_advantage: bool = False  # the value is a multiple of A, so a token with A = 0 is as good as masked
+    silent_at_zero_advantage: bool = False  # the value is a multiple of A, so a token with A = 0 is masked
 
 
 _RATIO_INPUTS = ("logprobs", "advantages")  # in the order in which the equations take them
@@ -192,12 +197,13 @@ _LOSSES = {
 
 
 def metrics(loss: Loss, logp_T: Array, columns: Mapping[str, Array]) -> dict[str, float]:
-    """Figures of a whole batch under ``name:reduction``, over the positions that count, in float64.
+    """Metrics of a batch, named ``name:reduction``, over its unmasked positions. Computed in float64.
 
-    Those are the positions with w != 0. Where no position is masked, as in datums without weights, one whose advantage
-    and logprob are both exactly 0 is taken for a prompt's: there 0 is a filler and no log-probability.
+    Unmasked positions have w != 0. If the batch masks no position (datums without weights), positions with advantage
+    and logprob exactly 0 are treated as prompt positions: there 0 is padding, not a log-probability.
 
-    k1 = q - p and k3 = r - 1 - (p - q) both estimate KL(q || p).  Schulman 2020, joschu.net/blog/kl-approx.html.
+    k1 = q - p and k3 = r - 1 - (p - q) are both estimators of KL(q || p).  Schulman 2020,
+    joschu.net/blog/kl-approx.html.
     """
     _require_columns(loss, columns)
     counts_T = np.asarray(columns["weights"]) != 0 if "weights" in columns else np.ones(len(logp_T), bool)
@@ -209,7 +215,7 @@ def metrics(loss: Loss, logp_T: Array, columns: Mapping[str, Array]) -> dict[str
         weights_T = inputs["weights"]
         return {"nll:mean": _mean(-(p_T * weights_T).sum(), np.abs(weights_T).sum())}
     x_T = p_T - inputs["logprobs"]
-    with np.errstate(over="ignore"):  # an overflow is reported as inf, which is what it is
+    with np.errstate(over="ignore"):  # an overflow is reported as inf
         r_T = np.exp(x_T)
         k3_T = np.expm1(x_T) - x_T
     n = len(x_T)
@@ -225,7 +231,7 @@ def metrics(loss: Loss, logp_T: Array, columns: Mapping[str, Array]) -> dict[str
 
 
 def _clipped(loss: Loss, r_T: Array, adv_T: Array) -> Array:
-    """(T,) bool: ppo, the clipped branch is strictly the smaller; cispo, the ratio lies outside the bounds."""
+    """(T,) bool, whether a token is clipped. ppo: the clipped term is strictly smaller; cispo: r is out of bounds."""
     if "low" not in loss.params:
         return np.zeros(len(r_T), bool)
     below_T, above_T = r_T < loss.params["low"], r_T > loss.params["high"]

@@ -1,4 +1,4 @@
-"""Figures of a step, and how those of its parts become one figure."""
+"""Metrics of a step: reduces the metrics of its parts (minibatches, samplers) to one value each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SUMS = frozenset(
         "sampler/out_of_turns",
     }
 )
-# What a mean is over, by its name or else its section: parts that are larger count for more.
+# Weights of means, by metric name or else by section: the count over which the mean was computed.
 WEIGHTS = {
     "sampler/version_mean": "policy/tokens",
     "sampler": "sampler/completions",
@@ -37,9 +37,9 @@ WEIGHTS = {
 
 
 def reduce_metrics(parts: Sequence[Metrics]) -> dict[str, float]:
-    """One figure of each name: sums of counts, the extreme of ``_max`` and ``_min``, else the weighted mean.
-
-    A figure that only some parts have is combined over those. The last part's counts where a name says ``version``.
+    """Reduce the metrics of several parts: counts are summed, ``_max`` and ``_min`` take the extreme, of
+    ``policy/version`` the last value counts, and all others are weighted means. A metric that only some parts have is
+    reduced over these parts.
     """
     combined: dict[str, float] = {}
     for name in dict.fromkeys(name for part in parts for name in part):
@@ -58,7 +58,7 @@ def reduce_metrics(parts: Sequence[Metrics]) -> dict[str, float]:
         else:
             weights = [part.get(WEIGHTS.get(name) or WEIGHTS.get(name.partition("/")[0], ""), 1.0) for part in having]
             combined[name] = _weighted_mean(values, weights)
-            if name == "reward/std":  # of all completions: around the mean of all
+            if name == "reward/std":  # of all completions, around their common mean
                 means = [part["reward/mean"] for part in having]
                 squares = [std**2 + mean**2 for std, mean in zip(values, means, strict=True)]
                 combined[name] = math.sqrt(

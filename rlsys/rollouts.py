@@ -1,7 +1,7 @@
-"""Columnar rollouts: what samplers produce, graders and the advantage actor consume.
+"""Columnar rollouts: produced by samplers, consumed by graders and the advantage actor.
 
-Flat arrays and offsets, so that Ray ships a batch without copies or per-token objects. Axes: P groups (one prompt
-each), R completions (all groups' end to end, a group's are adjacent), T completion tokens end to end.
+Flat arrays and offsets, so that Ray transfers a batch without copies or per-token objects. Axes: P groups (one prompt
+each), R completions (those of a group are adjacent), T completion tokens end to end.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import numpy as np
 from rlsys.types import Array
 
 STOP, LENGTH = 0, 1  # values of Rollouts.stop_reasons
-ENVIRONMENT = -2  # value of Rollouts.versions: no model wrote the token, a reply did; its log-probability is 0
+ENVIRONMENT = -2  # value of Rollouts.versions: token of an environment's reply; its log-probability is 0
 
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """R completions of P prompts; log-probabilities (nats) under the distribution that drew them."""
+    """R completions of P prompts, with log-probabilities (nats) under the distribution they were sampled from."""
 
-    problems: Array  # (P,) int64, which problem of the problem set
+    problems: Array  # (P,) int64, id in the problem set
     prompt_tokens: Array  # int32, the P prompts end to end
     prompt_offsets: Array  # (P + 1,) int64
     group: Array  # (R,) int32, row of `problems`; ascending
     tokens: Array  # (T,) int32, the R completions end to end
     logprobs: Array  # (T,) float32
-    versions: Array  # (T,) int32, the adapter version that produced each token, or ENVIRONMENT
+    versions: Array  # (T,) int32, adapter version that sampled each token, or ENVIRONMENT
     offsets: Array  # (R + 1,) int64, completion r is [offsets[r]:offsets[r + 1]]
     stop_reasons: Array  # (R,) int8, STOP or LENGTH
 
@@ -44,17 +44,17 @@ class Rollouts:
 
     @property
     def sampled(self) -> Array:
-        """(T,) bool, the tokens that a model wrote: those that are trained on."""
+        """(T,) bool, tokens sampled by the model; only these are trained on."""
         return self.versions != ENVIRONMENT
 
     @property
     def sampled_lengths(self) -> Array:
-        """(R,) tokens of each completion that a model wrote."""
+        """(R,) number of sampled tokens of each completion."""
         written = np.concatenate([[0], np.cumsum(self.sampled)])
         return np.diff(written[self.offsets])
 
     def counts(self) -> dict[str, float]:
-        """Sums, so that several samplers' add up."""
+        """Counts of completions, sampled tokens and truncated completions; they can be summed over samplers."""
         return {
             "completions": float(len(self.group)),
             "tokens": float(np.count_nonzero(self.sampled)),
@@ -62,16 +62,16 @@ class Rollouts:
         }
 
     def completion(self, r: int) -> Array:
-        """The tokens of completion r, a view."""
+        """Tokens of completion r, as a view."""
         return self.tokens[self.offsets[r] : self.offsets[r + 1]]
 
     def prompt(self, p: int) -> Array:
-        """The tokens of prompt p, a view."""
+        """Tokens of prompt p, as a view."""
         return self.prompt_tokens[self.prompt_offsets[p] : self.prompt_offsets[p + 1]]
 
 
 def concatenate(parts: Sequence[Rollouts]) -> Rollouts:
-    """Several samplers' rollouts as one; groups stay whole because each part holds whole groups."""
+    """Join the rollouts of several samplers. Each part holds complete groups."""
     if len(parts) == 1:
         return parts[0]
     first_group = np.cumsum([0] + [len(part.problems) for part in parts[:-1]])
@@ -96,12 +96,12 @@ def offsets_of(lengths: Array | Sequence[int]) -> Array:
 
 
 def join_offsets(parts: Sequence[Array]) -> Array:
-    """Offsets of several columns laid end to end."""
+    """Offsets of several columns joined end to end."""
     return offsets_of(np.concatenate([np.diff(part) for part in parts]))
 
 
 def spans(starts: Array, lengths: Array) -> Array:
-    """Ranges end to end: starts 5 0, lengths 2 3 -> 5 6 0 1 2."""
+    """Indices of ranges, end to end: starts 5 0, lengths 2 3 -> 5 6 0 1 2."""
     offsets = offsets_of(lengths)
     indices: Array = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths)
     return indices

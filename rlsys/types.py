@@ -1,8 +1,8 @@
-"""The public nouns, named after the Tinker vocabulary. numpy only.
+"""Public data types of the client API, named as in Tinker. Needs only numpy.
 
-Shapes are ``(N,)`` with N = ``model_input.length``; log-probabilities are nats (natural log). Position i of
-``model_input`` predicts ``target_tokens[i]``: targets come already shifted. What is checked here is what one object
-can know by itself; what depends on the loss or the model is checked on submission (``rlsys.datums.collate``).
+Shapes are ``(N,)`` with N = ``model_input.length``. Log-probabilities are nats (natural log). Position i of
+``model_input`` predicts ``target_tokens[i]``: targets are already shifted. Constructors check a single object; checks
+against the loss or the model are made on submission (``rlsys.datums.collate``).
 """
 
 from __future__ import annotations
@@ -26,12 +26,16 @@ DType = Literal["float32", "int64"]
 StopReason = Literal["stop", "length"]
 
 INTEGER_INPUTS = frozenset({"target_tokens"})
-MAX_TOKEN_ID = 2**31 - 1  # batches travel as int32
-LEAST_EPS = 1e-38  # of AdamW, in float32: 0 would make 0/0 of a weight whose gradients have all been 0
+MAX_TOKEN_ID = 2**31 - 1  # batches use int32
+LEAST_EPS = 1e-38  # of AdamW in float32: eps 0 would give 0/0 for a weight whose gradients were all 0
 
 
 def to_array(value: Any) -> Array:
-    """A numpy array of a list, numpy array, torch tensor or TensorData, sharing memory where it can."""
+    """Convert a list, numpy array, torch tensor or TensorData to a numpy array, without a copy if possible.
+
+    Raises:
+        DatumError: the value is ragged or not numeric.
+    """
     if isinstance(value, TensorData):
         return value.to_numpy()
     if hasattr(value, "detach"):
@@ -44,10 +48,13 @@ def to_array(value: Any) -> Array:
 
 
 class TensorData:
-    """A small dense tensor with a dtype of the wire: ``float32`` or ``int64``.
+    """A dense tensor with dtype ``float32`` or ``int64``.
 
-    Behaves like the sequence it holds: ``len``, iteration, slicing, ``numpy.asarray``.
-    ``TensorData(data=[1.0, 2.0], dtype="float32", shape=[2])`` takes the flat values in C order, as Tinker does.
+    Behaves like a sequence: ``len``, iteration, slicing, ``numpy.asarray``.
+    ``TensorData(data=[1.0, 2.0], dtype="float32", shape=[2])`` takes flat values in C order, as in Tinker.
+
+    Raises:
+        DatumError: values are not numbers, do not fit the dtype, or do not match `shape`.
     """
 
     __slots__ = ("_array",)
@@ -57,7 +64,7 @@ class TensorData:
         if dtype is None:
             dtype = "int64" if array.dtype.kind in "iub" else "float32"
         if dtype not in ("float32", "int64"):
-            raise DatumError(f"TensorData: dtype {dtype!r} is not known; wanted 'float32' or 'int64'")
+            raise DatumError(f"TensorData: unknown dtype {dtype!r}; wanted 'float32' or 'int64'")
         if array.dtype.kind not in "iubf":
             raise DatumError(f"TensorData: found values of numpy dtype {array.dtype}; wanted numbers")
         array = _cast(array, dtype)
@@ -77,7 +84,7 @@ class TensorData:
 
     @property
     def data(self) -> list[float] | list[int]:
-        """The values, flat, in C order."""
+        """The flat values in C order."""
         values: list[Any] = self._array.reshape(-1).tolist()
         return values
 
@@ -127,7 +134,7 @@ class TensorData:
 
 
 def _cast(array: Array, dtype: DType) -> Array:
-    """The array in `dtype`, which has to hold its values: int64 exactly, float32 up to rounding."""
+    """Cast to `dtype`. Raises DatumError if int64 does not hold the values exactly, or float32 overflows."""
     with np.errstate(over="ignore", invalid="ignore"):
         cast = array.astype(dtype, copy=False)
     if dtype == "int64" and not (cast == array).all():
@@ -141,7 +148,7 @@ def _cast(array: Array, dtype: DType) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class EncodedTextChunk:
-    """A run of token ids."""
+    """A chunk of token ids."""
 
     tokens: Sequence[int]
 
@@ -151,7 +158,7 @@ class EncodedTextChunk:
 
 
 class ModelInput:
-    """The token ids that a model reads, in order."""
+    """The token ids of a model's input."""
 
     __slots__ = ("_tokens",)
 
@@ -161,7 +168,7 @@ class ModelInput:
 
     @classmethod
     def from_ints(cls, tokens: Sequence[int] | Array) -> ModelInput:
-        return cls([EncodedTextChunk(tokens)])  # type: ignore[arg-type]  # any sequence of ints serves
+        return cls([EncodedTextChunk(tokens)])  # type: ignore[arg-type]  # any sequence of ints is accepted
 
     @classmethod
     def empty(cls) -> ModelInput:
@@ -213,14 +220,14 @@ def _token_ids(tokens: Any) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Datum:
-    """One sequence with everything that its loss needs; no batch-level state.
+    """One training sequence with all inputs of its loss.
 
-    ``loss_fn_inputs`` maps names to lists, numpy arrays, torch tensors or TensorData; each is ``(N,)``, except that
-    ``advantages`` may be a scalar or length 1 (counts for the whole sequence). The containers are kept as given, so
-    that results can come back in the container of ``target_tokens``.
+    ``loss_fn_inputs`` maps names to lists, numpy arrays, torch tensors or TensorData. Each is ``(N,)``, except that
+    ``advantages`` can be a scalar or of length 1 (one advantage for all tokens), and ``weights`` of length N + 1, whose
+    first value is dropped. Containers are kept unchanged: results use the container type of ``target_tokens``.
 
     Raises:
-        DatumError: a value that is not numeric or not finite, has a wrong dtype, or whose length is not N.
+        DatumError: a value is not numeric, not finite, of a wrong dtype, or of a wrong length.
     """
 
     model_input: ModelInput
@@ -260,15 +267,15 @@ def _check_input(key: str, array: Array, length: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to draw completions.
+    """Sampling parameters of a request.
 
-    ``stop``: None: the model's own end tokens end a completion. Strings end it beside those; one that is the text of a
-    special token is that token. Token ids end it alone, and [] means never.
-    ``seed``: the same seed draws the same, and the completions of one request differ. None: a client's request draws
-    anew each time, in this session and in every later one.
+    ``stop``: None: the model's end tokens end a completion. Strings end it in addition to those; the text of a special
+    token stands for that token. Token ids replace the model's end tokens, and [] means no stop condition.
+    ``seed``: the same seed gives the same completions; the completions of one request use different random numbers.
+    None: random in every request and every session.
 
     Raises:
-        SamplingError: a value outside its range.
+        SamplingError: a value is out of range.
     """
 
     max_tokens: int = 128
@@ -307,10 +314,10 @@ def _is_token_id(value: Any) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """A finite real number; True and False are none."""
+    """Whether the value is a finite real number; True and False are not."""
     try:
         return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
+    except OverflowError:  # an integer beyond the range of float
         return False
 
 
@@ -321,12 +328,13 @@ def _require(ok: bool, name: str, found: object, wanted: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AdamParams:
-    """One AdamW step. Names and defaults of the Tinker contract; weight decay is decoupled (arXiv:1711.05101).
+    """Parameters of one AdamW step, with the names and defaults of Tinker; weight decay is decoupled
+    (arXiv:1711.05101).
 
-    ``grad_clip_norm``: bound on the global L2 norm of the summed gradient, 0 for none.
+    ``grad_clip_norm``: maximum of the global L2 norm of the summed gradient; 0: no clipping.
 
     Raises:
-        ConfigError: a value outside its range.
+        ConfigError: a value is out of range.
     """
 
     learning_rate: float = 1e-4
@@ -361,7 +369,8 @@ class BatchResult:
 
 @dataclass(frozen=True, slots=True)
 class ForwardBackwardOutput:
-    """``loss`` equals ``metrics["loss:sum"]``; ``loss_fn_outputs[i]["logprobs"]`` is ``(N,)`` in nats."""
+    """Result of a forward or forward-backward pass. ``loss`` equals ``metrics["loss:sum"]``;
+    ``loss_fn_outputs[i]["logprobs"]`` is ``(N,)`` in nats."""
 
     loss: float
     metrics: Mapping[str, float]
@@ -370,14 +379,14 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True, slots=True)
 class OptimStepResponse:
-    """``metrics`` has ``grad_norm``, the global L2 norm before clipping."""
+    """Result of an optimizer step. ``metrics["grad_norm"]``: global L2 norm before clipping."""
 
     metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class SampledSequence:
-    """One completion, a sampled stop token included; ``logprobs`` are of the distribution drawn from."""
+    """One completion, including a sampled stop token. ``logprobs``: nats, under the distribution sampled from."""
 
     tokens: list[int]
     logprobs: list[float]

@@ -1,1 +1,1 @@
-"""The Ray cluster: connecting, placement, nodes, and what is sent to them."""
+"""The Ray cluster: connection, placement groups, nodes, and the data sent to them."""

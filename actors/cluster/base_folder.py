@@ -1,4 +1,4 @@
-"""A base model on the node of the actor that needs it."""
+"""Makes the base model available as a local folder on an actor's node."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from rlsys.modeling.base_model import unpack_folder
 
 Base = (
     str | Mapping[str, bytes]
-)  # a folder or hub name that every node can read, or a packed folder that came through Ray
+)  # a folder or hub name that every node can read, or a packed folder sent through Ray's object store
 WANTED = [
     "*.json",
     "*.safetensors",
     "*.txt",
     "*.model",
     "*.jinja",
-]  # no pickles, no other formats' copies of the weights
+]  # excludes pickles and copies of the weights in other formats
 
 
 @contextmanager
 def local_folder(base: Base) -> Iterator[Path]:
-    """The folder to load the base from; a packed one is unpacked until the block ends, since it is in memory by then.
+    """Yield the folder to load the base from. A packed base is unpacked into a temporary folder, which is deleted when
+    the block ends: by then the weights are loaded.
 
     Raises:
-        ConfigError: model.path is neither a folder of this node nor a model that the hub gives, or holds no model that
-            can be trained.
+        ConfigError: model.path is neither a folder on this node nor a model that the hub provides, or its model cannot
+            be trained.
     """
     if isinstance(base, str):
         folder = Path(base) if Path(base).is_dir() else _download(base)
-        from rlsys.planning.model_folder import check_files  # brings transformers, which clients do without until here
+        from rlsys.planning.model_folder import check_files  # imports transformers, which clients do not need before
 
         check_files(folder)
         yield folder
@@ -50,6 +51,6 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=WANTED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"model.path: {name!r} is no folder on this node, and the Hugging Face hub does not give it: "
+            f"model.path: {name!r} is not a folder on this node, and the Hugging Face hub does not provide it: "
             f"{str(error).splitlines()[0]}"
         ) from None

@@ -1,4 +1,4 @@
-"""The nodes of a Ray cluster as a plan reads them."""
+"""Lists the nodes of a Ray cluster for `rlsys plan`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rlsys.planning.plan import Node
 
 
 def nodes_at(address: str) -> list[Node]:
-    """Of a running cluster; joins it for a moment.
+    """Nodes that are alive, with their resources and memory. Connects to the cluster, and disconnects afterwards.
 
     Raises:
-        ClusterError: nobody answers there.
+        ClusterError: no cluster answers at the address.
     """
     with cluster(ClusterSection(address=checked_address(address))):
         return [
@@ -28,4 +28,4 @@ def nodes_at(address: str) -> list[Node]:
         ]
 
 
-_SIZES = ("memory", "object_store_memory")  # bytes, not places
+_SIZES = ("memory", "object_store_memory")  # resources in bytes, which placement does not count

@@ -1,4 +1,4 @@
-"""Processors that a job is pinned to (`learner.cores`, `sampler.cores`)."""
+"""Pins processes to CPU cores (`learner.cores`, `sampler.cores`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rlsys.utils.env_variables import env_variable
 
 
 def pin(cores: Sequence[int], key: str) -> None:
-    """Restrict this process, and those that it starts, to `cores`; empty: no restriction.
+    """Pin this process and its children to `cores`; empty: no pinning.
 
     Raises:
-        ConfigError: this node lacks one of them. The system would use the others without a word.
+        ConfigError: a core is not available on this node. sched_setaffinity alone would silently use the others.
     """
     if cores:
         _refuse_absent(cores, key)
@@ -23,7 +23,7 @@ def pin(cores: Sequence[int], key: str) -> None:
 
 
 def refuse_absent_cores(address: str | None, learner: LearnerSection | None, sampler: SamplerSection) -> None:
-    """Check the keys before anything starts, where no cluster is joined: its actors run on this machine."""
+    """Check the keys before anything starts if the job joins no cluster: then its actors run on this machine."""
     if checked_address(address or env_variable("RAY_ADDRESS")):
         return
     if learner is not None:
@@ -36,13 +36,13 @@ def _refuse_absent(cores: Sequence[int], key: str) -> None:
     absent = sorted(set(cores) - there)
     if absent:
         raise ConfigError(
-            f"{key}: {', '.join(map(str, absent))} is no processor that this process may use on {os.uname().nodename}: "
-            f"{_ranges(sorted(there))}. Name some of these, or [] for any"
+            f"{key}: {', '.join(map(str, absent))} is not available to this process on {os.uname().nodename}. "
+            f"Available cores: {_ranges(sorted(there))}. Choose among these, or set [] for no pinning"
         )
 
 
 def _ranges(cores: Sequence[int]) -> str:
-    """As ``0-3, 8``."""
+    """Format sorted numbers as ranges: ``0-3, 8``."""
     runs: list[list[int]] = []
     for core in cores:
         if runs and core == runs[-1][-1] + 1:

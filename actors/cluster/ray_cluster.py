@@ -1,4 +1,4 @@
-"""The Ray cluster of a job: joined when one is named, else started on this machine and stopped after the job."""
+"""Connects a job to its Ray cluster: joins the cluster at an address, or starts Ray on this machine for the job."""
 
 from __future__ import annotations
 
@@ -22,20 +22,25 @@ from rlsys.sampler.vllm_build import Device, refuse_other_torch, refuse_other_vl
 from rlsys.utils.env_variables import env_variable, set_default
 
 KNOCK_TIMEOUT_S = 10.0
-START = "Start one with `ray start --head`, or unset RAY_ADDRESS to have one started here for this job"
+START = "Start one with `ray start --head`, or unset RAY_ADDRESS: the job then starts Ray on this machine"
 REFUSED = ("unauthenticated", "authentication token", "token authentication", "invalid token", "authenticationerror")
 
 
 @contextmanager
 def cluster(section: ClusterSection) -> Iterator[str]:
-    """Yields where the cluster is, in words. ``cluster.address`` beats RAY_ADDRESS."""
+    """Connect for the duration of the block; yields a description of the cluster. ``cluster.address`` takes precedence
+    over RAY_ADDRESS.
+
+    Raises:
+        ClusterError: the environment is unusable, or the cluster cannot be joined.
+    """
     address = checked_address(section.address or env_variable("RAY_ADDRESS"))
     check_process_environment(starts_ray=not address)
-    # Ray prints every death of a worker in its own words; ours are told once, with their cause
+    # Ray prints a message for every dead worker; rlsys reports each failure once, with its cause
     # (actors/faults/actor_logs.py).
-    ray_worker.print_to_stdstream = _said_elsewhere
-    set_default("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls whose answer nobody wants any more
-    # Ray ends actors by a kill, after which sockets of engines and folders of fork servers would stay behind.
+    ray_worker.print_to_stdstream = _print_nothing
+    set_default("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls whose result is no longer needed
+    # Ray kills actors, which would leave the sockets of engines and the folders of fork servers behind.
     with tempfile.TemporaryDirectory(prefix="rlsys-", ignore_cleanup_errors=True) as scratch:
         where = _join(address) if address else _start(section, scratch)
         try:
@@ -45,8 +50,8 @@ def cluster(section: ClusterSection) -> Iterator[str]:
 
 
 def refuse_other_builds(section: ClusterSection, sampler: Device, learner: Device) -> None:
-    """Compare the packages here with the devices asked for, if Ray starts on this machine. On a cluster that is joined,
-    each actor compares on its own node.
+    """Compare the installed builds with the configured devices, if Ray starts on this machine. On a joined cluster each
+    actor makes the comparison on its node.
 
     Raises:
         ClusterError: vLLM or torch is built for another device.
@@ -58,10 +63,10 @@ def refuse_other_builds(section: ClusterSection, sampler: Device, learner: Devic
 
 
 def _leave() -> None:
-    """Stop what was started here, or disconnect from what was joined.
+    """Stop Ray if this process started it, or disconnect from the joined cluster.
 
-    Ray ends the process when a reference is let go of while it shuts down, and Python's garbage collector lets go of
-    them in whatever thread it happens to run, such as that of wandb: it must not run meanwhile.
+    Ray aborts the process when an object reference is released during shutdown. Python's garbage collector releases
+    references in any thread, such as wandb's, so it is disabled meanwhile.
     """
     gc.collect()
     gc.disable()
@@ -71,8 +76,8 @@ def _leave() -> None:
         gc.enable()
 
 
-def _said_elsewhere(data: Any, ignore_prefix: bool) -> None:
-    """In place of what Ray puts on the terminal."""
+def _print_nothing(data: Any, ignore_prefix: bool) -> None:
+    """Replaces Ray's function that prints worker messages on the terminal."""
 
 
 def _join(address: str) -> str:
@@ -89,7 +94,7 @@ def _join(address: str) -> str:
 
 
 def why_not_joined(where: str, error: BaseException) -> str:
-    """What Ray's error on joining means, and the way out: refused, of another version, or not there."""
+    """Explain Ray's connection error and its remedy: wrong token, other version, no cluster, or another service."""
     chain, text = error, str(error)
     while (chain := chain.__cause__ or chain.__context__) is not None:  # type: ignore[assignment]
         text += f" {chain}"
@@ -99,32 +104,32 @@ def why_not_joined(where: str, error: BaseException) -> str:
         now = f"RAY_AUTH_MODE is {mode!r} here" if mode else "RAY_AUTH_MODE is not set here"
         return (
             f"the Ray cluster at {where} refuses this process's token: {_line(error)}. {now}. Set RAY_AUTH_MODE to "
-            "what the cluster was started with: disabled, or token with the cluster's own token in RAY_AUTH_TOKEN, in "
-            "the file of RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token"
+            "the mode that the cluster was started with: disabled, or token with the cluster's token in "
+            "RAY_AUTH_TOKEN, in the file RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token"
         )
     if "version mismatch" in low or "versions don't match" in low:
         return (
-            f"the Ray cluster at {where} is of another version: {' '.join(text.split())[:300]}. Use the same Ray and "
+            f"the Ray cluster at {where} has another version: {' '.join(text.split())[:300]}. Use the same Ray and "
             "Python on both sides (pip install 'ray[default]==VERSION'), or start a cluster from this environment"
         )
     if "could not find any running ray instance" in low or "'auto'" in low:
         return f"no Ray cluster answers at {where}: {_line(error)}. {START}"
     tls = env_variable("RAY_USE_TLS") or "0"
     return (
-        f"something listens at {where}, but it does not answer as a Ray cluster does: {_line(error)}. Look at the port "
-        "(6379 unless `ray start --head --port` says otherwise; 8265 is the dashboard and takes no jobs of this kind), "
-        f"at TLS (RAY_USE_TLS is {tls!r} here, and has to be the same on both sides), and at RAY_AUTH_MODE and token"
+        f"a process listens at {where}, but it does not answer like a Ray cluster: {_line(error)}. Check the port "
+        "(6379 unless changed with `ray start --head --port`; 8265 is the dashboard, which drivers cannot join), "
+        f"TLS (RAY_USE_TLS is {tls!r} here, and must be the same on both sides), RAY_AUTH_MODE and the token"
     )
 
 
 def _line(error: BaseException) -> str:
-    """The first sentence: Ray adds advice of its own for several lines."""
+    """First sentence of an error message; Ray appends several lines of advice."""
     said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return said.partition(". ")[0].strip().rstrip(".")
 
 
 def _knock(address: str) -> None:
-    """Ask whether anything listens at a ``host:port``: ray.init alone was seen to wait minutes for nobody."""
+    """Connect to ``host:port`` to see whether a process listens there; ray.init alone was seen to wait for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
@@ -146,5 +151,5 @@ def _start(section: ClusterSection, scratch: str) -> str:
 
 
 def threads_env(threads: int) -> dict[str, dict[str, str]]:
-    """A runtime_env that fixes the threads of numerical libraries before they are loaded."""
+    """Ray runtime_env that sets the thread count of numerical libraries before they are imported."""
     return {"env_vars": {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}}

@@ -1,1 +1,1 @@
-"""Detects actors that died or hang, and reports why."""
+"""Detects actors that died or hang, and reports the cause."""

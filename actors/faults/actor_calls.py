@@ -1,4 +1,4 @@
-"""Waiting for actors: every wait has a limit, and what went wrong comes out as one readable error."""
+"""Waits for results of actors with a time limit, and converts Ray's errors into those of rlsys/errors.py."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from rlsys.utils.gpu_errors import Role, advised
 DEATHS = (RayActorError, NodeDiedError, WorkerCrashedError, LocalRayletDiedError, OutOfMemoryError)
 
 _COLOUR = re.compile(r"\x1b\[\d*m")
-# What Ray puts in place of "Traceback (most recent call last):"; the last one is of the actor that failed first.
+# Ray's replacement for "Traceback (most recent call last):"; the last match belongs to the actor that failed first.
 _HEADER = re.compile(r"ray::(?P<call>[\w.<>-]+)\(\) \(pid=(?P<pid>\d+), ip=(?P<ip>[^,)]+)(?:, actor_id=(?P<id>\w+))?")
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<name>.+)')
 _OURS = re.compile(r".*/((?:rlsys|actors)/.+)")
 _FOREIGN = re.compile(r"/(site-packages|dist-packages|lib/python3[^/]*)/|^python/ray/|^<")
-_LAST_SAID = 1000  # characters of a traceback: its exception, of which the first line alone is shown
+_EXCEPTION_CHARACTERS = 1000  # last characters of a traceback, which hold the message of its exception
 _ROLES: tuple[Role, ...] = ("learner", "sampler")
 _RAISED = re.compile(r"^[\w.]+(?:Error|Exception|Exit|Interrupt|Warning)\b.*")
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a failure began, read from Ray's text: the exception that reaches us has lost it."""
+    """Source of a failure, parsed from Ray's error text; the exception object no longer holds it."""
 
-    name: str  # the actor's class and process, as nobody has given it a name here
+    name: str  # class and process of the actor; empty if it is the actor that was called
     actor_id: str  # hex; empty for a task
-    place: str  # "rlsys/learner/policy.py:88 in step"; empty where Ray gave no frames
-    block: str  # the one traceback that tells it
+    place: str  # "rlsys/learner/policy.py:88 in step"; empty if Ray's text has no frames
+    block: str  # the part of the text with the traceback of the actor that failed first
 
 
 def wait(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
-    """The value behind one reference. `what` names who does what, for the message.
+    """Get the value of one reference. `what` names the actor and its work, for error messages.
 
     Raises:
-        RlsysError: the one that the actor raised, as it raised it.
-        ActorDiedError, DataLostError: it is gone, or what it needed is.
-        ActorFailedError: it raised an error from outside rlsys.
-        StalledError: no answer within the limit.
+        RlsysError: the error that the actor raised, unchanged.
+        ActorDiedError, DataLostError: the actor is dead, or an argument of its call is lost.
+        ActorFailedError: the actor raised an error from outside rlsys.
+        StalledError: no result within the limit.
     """
     try:
         return ray.get(ref, timeout=timeout_s)
@@ -64,10 +64,11 @@ def wait(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
 
 
 def as_raised(error: BaseException, who: str, names: Mapping[str, str] | None = None) -> RlsysError:
-    """Ray's error as ours, in one line; the traceback of an error from outside rlsys is its note.
+    """Convert a Ray error into an RlsysError with a one-line message. For an error from outside rlsys the traceback is
+    added as a note.
 
-    `who` was waited for. Where another actor failed before it, that one is named: by `names` (actor id -> who) if it is
-    there, else by its class and process. Only a death of `who` itself is an ActorDiedError.
+    `who`: the actor whose result was awaited. If another actor failed first, the message names that actor: by `names`
+    (actor id -> name), or else by class and process. Only the death of `who` itself becomes an ActorDiedError.
     """
     if isinstance(error, RlsysError) and not isinstance(error, RayError):
         return error
@@ -77,12 +78,12 @@ def as_raised(error: BaseException, who: str, names: Mapping[str, str] | None = 
         return cause
     text = _COLOUR.sub("", str(error))
     if isinstance(cause, ObjectLostError):
-        return DataLostError(f"{who}: what it needed is lost with the node or actor that held it: {_first_line(cause)}")
+        return DataLostError(f"{who}: its input is lost with the node or actor that held it: {_first_line(cause)}")
     if isinstance(cause, RayActorError) and getattr(cause, "_actor_init_failed", False):
         return _failed(_origin(str(cause.error_msg)), _last_raised(str(cause.error_msg)), who, names)
-    if isinstance(cause, DEATHS) and isinstance(error, RayTaskError):  # it lives, but not who was to make its argument
+    if isinstance(cause, DEATHS) and isinstance(error, RayTaskError):  # alive, but the actor that makes its input died
         gone = names.get(getattr(cause, "actor_id", None) or "", "another actor")
-        return DataLostError(f"{who}: what it needed is lost with {gone}: {_ending(cause)}")
+        return DataLostError(f"{who}: its input is lost with {gone}: {_ending(cause)}")
     if isinstance(cause, DEATHS):
         return ActorDiedError(f"{who}: {_ending(cause)}")
     if not isinstance(error, RayTaskError):
@@ -100,9 +101,9 @@ def _failed(origin: Origin, raised: str, who: str, names: Mapping[str, str]) -> 
 
 
 def _advised(raised: str, block: str, culprit: str) -> str:
-    """With what helps against an error of CUDA, NCCL or vLLM."""
+    """Append advice for known errors of CUDA, NCCL and vLLM."""
     role = next((role for role in _ROLES if culprit.lower().startswith(role)), None)
-    return raised if role is None else advised(raised, f"{raised}\n{block[-_LAST_SAID:]}", role)
+    return raised if role is None else advised(raised, f"{raised}\n{block[-_EXCEPTION_CHARACTERS:]}", role)
 
 
 def _origin(text: str) -> Origin:
@@ -111,14 +112,14 @@ def _origin(text: str) -> Origin:
         return Origin("", "", _place(text), text)
     last = headers[-1]
     block = _COLOUR.sub("", text)[last.start() :]
-    same = last["id"] == headers[0]["id"]  # the actor that was asked, whose name the caller knows
+    same = last["id"] == headers[0]["id"]  # the actor that was called, whose name the caller knows
     kind = last["call"].partition(".")[0]
     name = "" if same else f"{kind} (pid {last['pid']} on {last['ip']})"
     return Origin(name, last["id"] or "", _place(block), block)
 
 
 def _place(block: str) -> str:
-    """The last frame that is ours or the user's; else the last one."""
+    """The last frame in code of rlsys or of the user; without such a frame the last one."""
     frames = list(_FRAME.finditer(block))
     if not frames:
         return ""
@@ -134,7 +135,7 @@ def _last_raised(text: str) -> str:
 
 
 def _ending(error: RayError) -> str:
-    """Ray's account of a death, without what it says of every death."""
+    """Ray's reason for the death of an actor, without the text that Ray adds to every death."""
     text = str(error)
     process = re.search(r"pid: (\d+)", text), re.search(r"\bip: (\S+)", text)
     where = f" (pid {process[0][1]} on {process[1][1]})" if process[0] and process[1] else ""

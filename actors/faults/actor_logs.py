@@ -1,4 +1,4 @@
-"""What actors left behind: the tail of an actor's log, alive or dead, and the error that came first."""
+"""Logs and errors of actors: the tail of a live or dead actor's log, and the first error of a chain of failures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MARKERS = (":job_id:", ":actor_name:", ":task_name:")
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """An actor's process, as the cluster's head remembers it."""
+    """An actor's process, as recorded in Ray's GCS."""
 
     pid: int
     ip: str
@@ -42,7 +42,7 @@ def actor_id(actor: Any) -> str:
 
 
 def process_of(actor: Any) -> Process | None:
-    """None before the actor has a process. Ray's own way to ask (ray.util.state) needs its dashboard."""
+    """The actor's process; None before it has one. Reads the GCS, because ray.util.state needs Ray's dashboard."""
     accessor = ray._private.state.state._connect_and_get_accessor()
     packed = accessor.get_actor_info(actor._actor_id)
     if packed is None:
@@ -55,9 +55,10 @@ def process_of(actor: Any) -> Process | None:
 
 
 def tail(actor: Any, lines: int = LINES, timeout_s: float = TIMEOUT_S) -> str:
-    """The last lines that the actor's process wrote, under a line that says where; or why there are none.
+    """The last lines that the actor's process wrote, below a line with file and process; or the reason why there is no
+    log.
 
-    Never raises and never takes longer than the limit: it is asked for while something else is being reported.
+    Never raises, and never takes longer than the limit: it is called while another error is reported.
     """
     found = ["no answer from the cluster in time"]
 
@@ -76,7 +77,7 @@ def tail(actor: Any, lines: int = LINES, timeout_s: float = TIMEOUT_S) -> str:
 def _tail(actor: Any, lines: int, timeout_s: float) -> str:
     process = process_of(actor)
     if process is None:
-        return "no log: it never had a process"
+        return "no log: the actor never had a process"
     here = process.node == ray.get_runtime_context().get_node_id()
     files = read_tails(process.worker, process.pid, lines) if here else {}
     if not files:
@@ -91,11 +92,11 @@ def _tail(actor: Any, lines: int, timeout_s: float) -> str:
 
 
 def _shown(path: str, text: list[str], process: Process) -> str:
-    return "\n".join([f"end of {path} ({process}):", *(f"  | {line}" for line in text or ["(it wrote nothing)"])])
+    return "\n".join([f"end of {path} ({process}):", *(f"  | {line}" for line in text or ["(empty)"])])
 
 
 def read_tails(worker: str, pid: int, lines: int) -> Mapping[str, list[str]]:
-    """File -> its last lines, on this node: what the process wrote as errors, and its output if there were none."""
+    """File -> its last lines, on this node: the process's stderr, or its stdout if stderr is empty."""
     folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
     found: dict[str, list[str]] = {}
     for kind in ("err", "out"):
@@ -116,10 +117,12 @@ def _last_lines(path: Path, lines: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    at: float  # seconds since the epoch, when it was seen
+    """One error, with the log of the actor that caused it."""
+
+    at: float  # seconds since the epoch, when the driver saw the error
     who: str
     text: str
-    tail: str  # of the actor's log; empty where no actor is to blame
+    tail: str  # end of the actor's log; empty if no actor caused the error
 
     def __str__(self) -> str:
         said = f"at {time.strftime('%H:%M:%S', time.localtime(self.at))}: {self.text}"
@@ -127,45 +130,45 @@ class Failure:
 
 
 class Failures:
-    """What went wrong since the last step that went right; the first of it is the cause of the rest.
+    """Errors since the last completed step; the first one is the cause of the others.
 
-    With a `file`, everything is also appended there, with tracebacks and log tails.
+    With a `file`, each error is also appended there, with its traceback and log tail.
     """
 
     def __init__(self, file: Path | None = None) -> None:
         self.file = file
-        self.names: dict[str, str] = {}  # actor id -> who it is
+        self.names: dict[str, str] = {}  # actor id -> name in messages
         self._seen: list[Failure] = []
 
     def name(self, actor: Any, who: str) -> None:
-        """Who an actor is, for errors that reach us by way of others."""
+        """Register an actor's name, for errors that arrive through other actors."""
         self.names[actor_id(actor)] = who
 
     def add(self, who: str, error: BaseException, actor: Any = None) -> None:
-        """Remember an error, once, with the log of the actor whose fault it is."""
-        if any(one.text == str(error) for one in self._seen):
+        """Record an error once. `actor`: the actor that caused it, whose log is added."""
+        if any(failure.text == str(error) for failure in self._seen):
             return
         seen = Failure(time.time(), who, str(error), tail(actor) if actor is not None else "")
         self._seen.append(seen)
         if self.file is not None:
-            whole = "\n".join([f"{type(error).__name__} {seen}", *getattr(error, "__notes__", [])])
+            entry = "\n".join([f"{type(error).__name__} {seen}", *getattr(error, "__notes__", [])])
             with contextlib.suppress(OSError), self.file.open("a", encoding="utf-8", errors="replace") as file:
-                file.write(f"{whole}\n\n")  # where the disk is full, that is what the run ends with
+                file.write(f"{entry}\n\n")  # on a full disk the run's final error is about the disk
 
     def first(self) -> str:
-        """The first error in words, with its log's tail; empty without one."""
+        """Text of the first error with the tail of its log; empty if there is no error."""
         return f"first error {self._seen[0]}" if self._seen else ""
 
     def forget(self) -> None:
-        """A step went right, so what came before it was healed."""
+        """Drop all errors: a step was completed, so the run has recovered from them."""
         self._seen.clear()
 
     def gone(self, what: str, limit: int) -> ActorDiedError:
-        """What ends a run in which too many died: `what`, the key that allows no more, and the first error."""
+        """Error that ends a run after too many deaths: `what` died, the key with the limit, and the first error."""
         return ActorDiedError("\n".join([f"{what} (cluster.max_restarts is {limit})", self.first()]).rstrip())
 
     def report(self, last: BaseException) -> str:
-        """The run's last message: the error that ended it, and the one that came first if that is another."""
+        """The run's final message: the error that ended it, and the first error if that is another one."""
         if not self._seen or self._seen[0].text in str(last):
             return str(last)
         return f"{last}\n{self.first()}"

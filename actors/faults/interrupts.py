@@ -1,6 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first lets the step in flight finish, the second stops at once.
+"""Handles Ctrl-C, SIGTERM and SIGHUP: the first signal stops after the current step, the second stops at once.
 
-A terminal that is closed often sends SIGHUP twice (its shell and the kernel both do), so a second one asks for nothing.
+A closed terminal often sends SIGHUP twice (from the shell and from the kernel), so a second SIGHUP is ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from types import FrameType
 
 
 class Interrupts:
-    """Outside of `between_steps` a signal is a KeyboardInterrupt at once, since there is no step to finish."""
+    """Outside of `between_steps` a signal raises KeyboardInterrupt at once, because there is no step to finish."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         self.note = note
@@ -25,7 +25,7 @@ class Interrupts:
     def watched(self) -> Iterator[Interrupts]:
         """Handle the signals until the block ends."""
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which is how nohup asks to go on
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores SIGHUP: keep running
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
@@ -36,7 +36,7 @@ class Interrupts:
 
     @contextmanager
     def between_steps(self) -> Iterator[Callable[[], bool]]:
-        """Yields what the loop asks before each step: was a stop requested?"""
+        """Yields a function that the loop calls before each step: whether a stop was requested."""
         self._patient = True
         try:
             yield lambda: self.requested
@@ -44,9 +44,9 @@ class Interrupts:
             self._patient = False
 
     def request(self) -> str:
-        """As the first signal would, from elsewhere; what happens now, in words."""
+        """Request a stop without a signal, with the effect of the first one. Returns the answer for the user."""
         self.requested = True
-        return "stopping after the step in flight"
+        return "stopping after the current step"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:
@@ -57,11 +57,11 @@ class Interrupts:
         if self.requested or not self._patient:
             raise KeyboardInterrupt
         self.requested = True
-        self.note("stopping after the step in flight; interrupt again to drop it and stop now")
+        self.note("stopping after the current step; interrupt again to discard the step and stop now")
 
 
 def _leave_terminal() -> None:
-    """Writing to a terminal that hung up fails, and what ends a run has things to say: from now on to nobody."""
+    """Redirect stdout and stderr to /dev/null if the terminal is gone: a failed write would stop the shutdown."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")

@@ -1,4 +1,4 @@
-"""Nothing waits for ever: who has work left and does not move is named, with its log, and the run stops."""
+"""Stops the run when an actor has pending work but makes no progress, and names it with the tail of its log."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from actors.faults.actor_calls import as_raised
 from actors.faults.actor_logs import Failures
 from rlsys.errors import ActorDiedError, RlsysError, StalledError
 
-SETTLE_S = 2.0  # a wait shorter than this asks nobody for progress
-POLL_S = 1.0  # between two questions for progress to one actor
-DEATH_GRACE_S = 5.0  # from an actor's death until its calls that still have not failed are given up
-BLIND_S = 5.0  # a driver that did not look for so long (it was stopped, or busy) looks again before it judges
-FETCH_S = 120.0  # for an answer that is there to come here
-FOR_EVER_S = 1e9
+SETTLE_S = 2.0  # a wait shorter than this requests no progress
+POLL_S = 1.0  # between two progress requests to one actor
+DEATH_GRACE_S = 5.0  # after an actor's death, until its calls that are still pending count as failed
+BLIND_S = 5.0  # a driver that was stopped or busy for so long collects new progress before it judges
+FETCH_S = 120.0  # limit for fetching a result that is ready
+NO_TIMEOUT_S = 1e9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiting:
-    """One answer that is waited for.
+    """One pending result.
 
-    `actor` has a method `progress` that answers while it works (an async actor, or a thread to spare), with a value
-    that changes as the work moves. Without an actor the limit counts from `since`.
+    `actor` has a method `progress` that answers during the work (an async actor, or one with a spare thread). Its value
+    changes when the work advances. Without an actor the time limit counts from `since`.
     """
 
     ref: ray.ObjectRef
@@ -38,42 +38,43 @@ class Waiting:
     what: str  # "sampling 8 completions of problems 3, 17, 40"
     actor: Any = None
     since: float = field(default_factory=time.monotonic)
-    together: str = ""  # of ranks that wait for one another: while one of them moves, all do
+    together: str = ""  # group of ranks that wait for one another: progress of one counts for all of them
 
 
 @dataclass(slots=True)
 class Heartbeat:
-    """What is known of one actor's progress."""
+    """The last known progress of one actor; times are of time.monotonic()."""
 
     moved: float = float("-inf")
     value: Any = None
     answered: bool = False
     asked: float = float("-inf")
-    answer: ray.ObjectRef | None = None  # to a question that is under way
+    answer: ray.ObjectRef | None = None  # of the progress request that is pending
     trouble: str = ""
     died: float | None = None
 
 
 class Watchdog:
-    """Judges one stage by "work remains and nothing moved". Use it from one thread."""
+    """Limits the time without progress while a stage has pending work. Not thread-safe."""
 
     def __init__(self, stage: str, limit_s: float, failures: Failures | None = None) -> None:
         self.stage, self.limit_s = stage, limit_s
         self.failures = failures or Failures()
         self._settle_s, self._poll_s = min(SETTLE_S, limit_s / 4), min(POLL_S, limit_s / 4)
-        self._pulses: dict[str, Heartbeat] = {}
+        self._heartbeats: dict[str, Heartbeat] = {}
         self._looked = self._awake = time.monotonic()
 
-    def wait_any(self, waits: Sequence[Waiting], timeout_s: float = FOR_EVER_S) -> list[Waiting]:
-        """Those that have an answer or have failed (ask `value`), in the order given; none after `timeout_s`.
+    def wait_any(self, waits: Sequence[Waiting], timeout_s: float = NO_TIMEOUT_S) -> list[Waiting]:
+        """Wait until at least one result is ready or failed, and return all such waits in the order given (`value`
+        gives the result or raises). Empty after `timeout_s`.
 
         Raises:
-            StalledError: one of the others has not moved for the limit.
+            StalledError: another wait made no progress within the limit.
         """
         assert waits, "nothing to wait for"
-        for one in waits:
-            if one.actor is not None:
-                self.failures.name(one.actor, one.who)
+        for waiting in waits:
+            if waiting.actor is not None:
+                self.failures.name(waiting.actor, waiting.who)
         deadline = time.monotonic() + timeout_s
         while True:
             pause = min(self._poll_s, deadline - time.monotonic())
@@ -90,76 +91,79 @@ class Watchdog:
         return f"watchdog.{self.stage}_s"
 
     def _done(self, waits: Sequence[Waiting], pause: float) -> list[Waiting]:
-        refs = list(dict.fromkeys(one.ref for one in waits))
+        refs = list(dict.fromkeys(waiting.ref for waiting in waits))
         ready, rest = ray.wait(refs, num_returns=1, timeout=pause, fetch_local=False)
         if ready and rest:
             ready = [*ready, *ray.wait(rest, num_returns=len(rest), timeout=0, fetch_local=False)[0]]
         found = set(ready)
-        return [one for one in waits if one.ref in found or self._is_dead(one)]
+        return [waiting for waiting in waits if waiting.ref in found or self._is_dead(waiting)]
 
     def _is_dead(self, waiting: Waiting) -> bool:
-        """Ray leaves calls pending whose node it lost without seeing it go; then progress tells first."""
-        pulse = self._pulse(waiting)
-        return pulse is not None and pulse.died is not None and time.monotonic() - pulse.died > DEATH_GRACE_S
+        """Whether the actor is known to be dead although its call is pending. Ray can leave calls pending after it lost
+        their node; a progress request then fails earlier."""
+        heartbeat = self._heartbeat(waiting)
+        return (
+            heartbeat is not None and heartbeat.died is not None and time.monotonic() - heartbeat.died > DEATH_GRACE_S
+        )
 
-    def _pulse(self, waiting: Waiting) -> Heartbeat | None:
+    def _heartbeat(self, waiting: Waiting) -> Heartbeat | None:
         if waiting.actor is None:
             return None
-        return self._pulses.setdefault(actor_logs.actor_id(waiting.actor), Heartbeat())
+        return self._heartbeats.setdefault(actor_logs.actor_id(waiting.actor), Heartbeat())
 
     def _look(self, waits: Sequence[Waiting]) -> None:
-        """Take in the answers to the last questions for progress, and put new ones; waits for nothing."""
+        """Read the answers to pending progress requests and send new requests. Does not block."""
         now = time.monotonic()
         if now - self._looked > BLIND_S:
             self._awake = now
         self._looked = now
-        for one in waits:
-            pulse = self._pulse(one)
-            if pulse is None or now - one.since < self._settle_s:
+        for waiting in waits:
+            heartbeat = self._heartbeat(waiting)
+            if heartbeat is None or now - waiting.since < self._settle_s:
                 continue
-            if pulse.answer is not None and ray.wait([pulse.answer], timeout=0)[0]:
-                self._hear(pulse, pulse.answer)
-            if pulse.answer is None and pulse.died is None and now - pulse.asked >= self._poll_s:
-                pulse.answer, pulse.asked = one.actor.progress.remote(), now
+            if heartbeat.answer is not None and ray.wait([heartbeat.answer], timeout=0)[0]:
+                self._hear(heartbeat, heartbeat.answer)
+            if heartbeat.answer is None and heartbeat.died is None and now - heartbeat.asked >= self._poll_s:
+                heartbeat.answer, heartbeat.asked = waiting.actor.progress.remote(), now
 
-    def _hear(self, pulse: Heartbeat, answer: ray.ObjectRef) -> None:
-        now, pulse.answer = time.monotonic(), None
+    def _hear(self, heartbeat: Heartbeat, answer: ray.ObjectRef) -> None:
+        now, heartbeat.answer = time.monotonic(), None
         try:
             value = ray.get(answer, timeout=POLL_S)
         except RayActorDiedError:
-            pulse.died, pulse.trouble = now, "it is dead"
+            heartbeat.died, heartbeat.trouble = now, "it is dead"
         except RayError as error:
-            pulse.trouble = str(as_raised(error, "progress"))
+            heartbeat.trouble = str(as_raised(error, "progress"))
         else:
-            if pulse.answered and value != pulse.value:
-                pulse.moved = now
-            pulse.value, pulse.answered, pulse.trouble = value, True, ""
+            if heartbeat.answered and value != heartbeat.value:
+                heartbeat.moved = now
+            heartbeat.value, heartbeat.answered, heartbeat.trouble = value, True, ""
 
     def _moved(self, waiting: Waiting) -> float:
-        pulse = self._pulse(waiting)
-        return waiting.since if pulse is None else max(waiting.since, pulse.moved)
+        heartbeat = self._heartbeat(waiting)
+        return waiting.since if heartbeat is None else max(waiting.since, heartbeat.moved)
 
     def _judge(self, waits: Sequence[Waiting]) -> None:
         now = time.monotonic()
         if now - self._awake < min(BLIND_S, self.limit_s):
             return
         moved: dict[Any, float] = {}
-        for one in waits:
-            key = one.together or one.ref
-            moved[key] = max(moved.get(key, float("-inf")), self._moved(one))
-        stalled = [one for one in waits if now - moved[one.together or one.ref] > self.limit_s]
+        for waiting in waits:
+            key = waiting.together or waiting.ref
+            moved[key] = max(moved.get(key, float("-inf")), self._moved(waiting))
+        stalled = [waiting for waiting in waits if now - moved[waiting.together or waiting.ref] > self.limit_s]
         if stalled:
             raise self._stalled(stalled, waits, now)
 
     def _stalled(self, stalled: Sequence[Waiting], waits: Sequence[Waiting], now: float) -> StalledError:
-        # first those that do not even say how far they are: of ranks that wait for one another, it is them
-        stuck = sorted(stalled, key=lambda one: (self._responds(one, now), self._moved(one)))
-        others = [one for one in waits if one not in stalled]
+        # actors that do not report progress come first: among ranks that wait for one another, these are the cause
+        stuck = sorted(stalled, key=lambda waiting: (self._responds(waiting, now), self._moved(waiting)))
+        others = [waiting for waiting in waits if waiting not in stalled]
         said = [
-            f"{self.stage}: nothing moved for {self.limit_s:g} s. If the work may take this long without a sign of "
-            f"life, raise {self._key} (now {self.limit_s:g})",
-            *(f"  waiting for {self._described(one, now)}" for one in stuck),
-            *(f"  also waiting for {self._described(one, now)}" for one in others),
+            f"{self.stage}: no progress for {self.limit_s:g} s. If the work can take this long without progress, raise "
+            f"{self._key} (now {self.limit_s:g})",
+            *(f"  waiting for {self._described(waiting, now)}" for waiting in stuck),
+            *(f"  also waiting for {self._described(waiting, now)}" for waiting in others),
         ]
         if first := self.failures.first():
             said.append(first)
@@ -169,45 +173,45 @@ class Watchdog:
         self.failures.add(stuck[0].who, error)
         return error
 
-    def _responds(self, one: Waiting, now: float) -> bool:
-        pulse = self._pulse(one)
-        if pulse is None:
+    def _responds(self, waiting: Waiting, now: float) -> bool:
+        heartbeat = self._heartbeat(waiting)
+        if heartbeat is None:
             return True
-        silent = pulse.answer is not None and now - pulse.asked > 2 * POLL_S
-        return pulse.answered and not pulse.trouble and not silent
+        silent = heartbeat.answer is not None and now - heartbeat.asked > 2 * POLL_S
+        return heartbeat.answered and not heartbeat.trouble and not silent
 
-    def _described(self, one: Waiting, now: float) -> str:
-        asked = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - one.since)))
-        said = f"{one.who}: {one.what}; since {asked} ({now - one.since:.0f} s)"
-        pulse = self._pulse(one)
-        if pulse is None:
+    def _described(self, waiting: Waiting, now: float) -> str:
+        asked = time.strftime("%H:%M:%S", time.localtime(time.time() - (now - waiting.since)))
+        said = f"{waiting.who}: {waiting.what}; since {asked} ({now - waiting.since:.0f} s)"
+        heartbeat = self._heartbeat(waiting)
+        if heartbeat is None:
             return said
-        if pulse.trouble:
-            return f"{said}; no progress to be had: {pulse.trouble}"
-        if not pulse.answered:
-            return f"{said}; it has answered no question for its progress: it is busy or stuck, or has not started"
-        if pulse.answer is not None and now - pulse.asked > 2 * POLL_S:
-            return f"{said}; its progress was {pulse.value}, and it has answered no question since"
-        return f"{said}; its progress last changed {now - self._moved(one):.0f} s ago: {pulse.value}"
+        if heartbeat.trouble:
+            return f"{said}; progress is not available: {heartbeat.trouble}"
+        if not heartbeat.answered:
+            return f"{said}; it has not answered any progress request: it is busy, stuck or not started yet"
+        if heartbeat.answer is not None and now - heartbeat.asked > 2 * POLL_S:
+            return f"{said}; its last progress was {heartbeat.value}, and later progress requests were not answered"
+        return f"{said}; its progress last changed {now - self._moved(waiting):.0f} s ago: {heartbeat.value}"
 
 
 def value(waiting: Waiting, failures: Failures | None = None, limit_s: float = FETCH_S) -> Any:
-    """The answer of one that `wait_any` has returned; what went wrong instead is also added to `failures`.
+    """The result of a wait that `wait_any` returned. An error is raised, and also added to `failures`.
 
     Raises:
-        RlsysError: the one that the actor raised, as it raised it.
-        ActorDiedError, DataLostError: it is gone, or what it needed is.
-        ActorFailedError: it raised an error from outside rlsys.
-        StalledError: the answer is there but cannot be fetched within the limit.
+        RlsysError: the error that the actor raised, unchanged.
+        ActorDiedError, DataLostError: the actor is dead, or an argument of its call is lost.
+        ActorFailedError: the actor raised an error from outside rlsys.
+        StalledError: the result is ready but cannot be fetched within the limit.
     """
     failures = failures or Failures()
     try:
         if not ray.wait([waiting.ref], timeout=0, fetch_local=False)[0] and waiting.actor is not None:
-            ray.get(waiting.actor.progress.remote(), timeout=DEATH_GRACE_S)  # of a dead actor: raises what it died of
+            ray.get(waiting.actor.progress.remote(), timeout=DEATH_GRACE_S)  # raises the cause of death of a dead actor
         return ray.get(waiting.ref, timeout=limit_s)
     except GetTimeoutError:
         raised: RlsysError = StalledError(
-            f"{waiting.who}: {waiting.what}: the answer could not be fetched within {limit_s:g} s; "
+            f"{waiting.who}: {waiting.what}: the result could not be fetched within {limit_s:g} s; "
             "the node that holds it does not send it"
         )
     except RayError as error:
@@ -217,29 +221,29 @@ def value(waiting: Waiting, failures: Failures | None = None, limit_s: float = F
 
 
 def _with_file(raised: RlsysError, file: Path | None) -> RlsysError:
-    """The error with the file that will hold its traceback, if it has one and there is one."""
+    """The error with a reference to `file`, if `file` will hold its traceback."""
     notes = getattr(raised, "__notes__", [])
     if file is None or not notes:
         return raised
-    named = type(raised)(f"{raised}; whole traceback in {file}")
+    pointing = type(raised)(f"{raised}; full traceback in {file}")
     for note in notes:
-        named.add_note(note)
-    return named
+        pointing.add_note(note)
+    return pointing
 
 
 def watched(ref: ray.ObjectRef, watchdog: Watchdog, who: str, what: str, actor: Any = None) -> Any:
-    """One answer; raises as `Watchdog.wait_any` and `value` do."""
+    """Wait for one result; raises as `Watchdog.wait_any` and `value` do."""
     return watched_all([Waiting(ref, who, what, actor)], watchdog)[0]
 
 
 def watched_all(waits: Sequence[Waiting], watchdog: Watchdog) -> list[Any]:
-    """All answers in the order given; the first to fail is the one that is raised."""
+    """Wait for all results, in the order given; raises the first failure."""
     answers: dict[int, Any] = {}
     pending = dict(enumerate(waits))
     while pending:
         done = watchdog.wait_any(list(pending.values()))
-        for i, one in list(pending.items()):
-            if one in done:
-                answers[i] = value(one, watchdog.failures)
+        for i, waiting in list(pending.items()):
+            if waiting in done:
+                answers[i] = value(waiting, watchdog.failures)
                 del pending[i]
     return [answers[i] for i in range(len(waits))]

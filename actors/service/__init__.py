@@ -1,1 +1,1 @@
-"""Deployments for `rlsys.ServiceClient` on Ray."""
+"""Deployments on Ray, which serve `rlsys.ServiceClient`."""

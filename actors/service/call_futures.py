@@ -1,4 +1,4 @@
-"""Answers of actors as futures of this process, with what went wrong as one readable error."""
+"""Converts Ray object references to concurrent.futures.Future, with Ray's errors converted to RlsysError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def future_of(ref: ray.ObjectRef, what: str) -> Future[Any]:
-    """The value behind a reference. `what` names who does what, for the message."""
+    """A future of the referenced value. `what` names the actor and its work, for error messages."""
     answer: Future[Any] = Future()
 
     def settle(done: Future[Any]) -> None:
@@ -30,20 +30,20 @@ def future_of(ref: ray.ObjectRef, what: str) -> Future[Any]:
     return answer
 
 
-def together(parts: Sequence[Future[Any]], whole: Future[T], value: T) -> None:
-    """Settle `whole` with `value` once all parts are done, or with the first error among them."""
-    lock, left = threading.Lock(), [len(parts)]
+def together(parts: Sequence[Future[Any]], combined: Future[T], value: T) -> None:
+    """Set the result of `combined` to `value` when all `parts` are done, or set the first error among them."""
+    lock, pending = threading.Lock(), [len(parts)]
 
     def settle(part: Future[Any]) -> None:
         error = part.exception()
         with lock:
-            left[0] -= 1
-            if whole.done():
+            pending[0] -= 1
+            if combined.done():
                 return
             if error is not None:
-                whole.set_exception(error)
-            elif not left[0]:
-                whole.set_result(value)
+                combined.set_exception(error)
+            elif not pending[0]:
+                combined.set_result(value)
 
     for part in parts:
         part.add_done_callback(settle)

@@ -1,4 +1,4 @@
-"""Deployments on a Ray cluster: one base model with a learner and samplers, found by name or started here."""
+"""Deployments on a Ray cluster: a base model with one learner actor and samplers. Joins a running one or starts it."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ from rlsys.utils.shell_paths import as_written
 NAMESPACE = "rlsys"
 ASK_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 30.0
-MANY_CALLS = 10_000  # at once in a door: a call that waits for its turn must not keep out the one it waits for
+MANY_CALLS = 10_000  # concurrent calls of an actor: a call that waits for its turn must not block the call before it
 
 
 class RayBackend:
-    """Deployments by base model. What was started here ends here, unless the config says detached."""
+    """`rlsys.client.backend.Backend` on Ray: deployments by base model. `close` ends the deployments that were started
+    here, except detached ones."""
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
@@ -61,25 +62,25 @@ class RayBackend:
     def deployment(self, base_model: str) -> RayDeployment:
         source = self._source(base_model)
         with self._starting:
-            found = self._joined.get(source)
-            if found is None:
-                found = self._join(source) or self._start(base_model, source)
-                self._joined[source] = found
-            return found
+            deployment = self._joined.get(source)
+            if deployment is None:
+                deployment = self._join(source) or self._start(base_model, source)
+                self._joined[source] = deployment
+            return deployment
 
     def base_model_of(self, path: str) -> str:
         from rlsys.learner.adapter_checkpoint import (
-            read_info,  # brings the learner's libraries, which clients do without
+            read_info,  # imports the learner's libraries, which most clients do not need
         )
 
         return read_info(folder_of(Path(self._checkpoints), path)).base_name
 
     def known(self) -> list[About | str]:
-        running = [future_of(actor.about.remote(), "learner: what it runs") for actor in _running().values()]
-        found = [about.result(ASK_TIMEOUT_S) for about in running]
-        sources = {about.folder for about in found}
+        asked = [future_of(actor.about.remote(), "learner: describing its base") for actor in _running().values()]
+        running = [about.result(ASK_TIMEOUT_S) for about in asked]
+        sources = {about.folder for about in running}
         idle = [name for name, source in self._config.models.items() if _resolved(source) not in sources]
-        return [*found, *idle]
+        return [*running, *idle]
 
     def close(self) -> None:
         for actors in self._started:
@@ -88,7 +89,7 @@ class RayBackend:
         self._cluster.close()
 
     def _source(self, base_model: str) -> str:
-        """The folder or hub name that loads it.
+        """The folder or hub name to load the base from.
 
         Raises:
             ConfigError: no such model.
@@ -96,7 +97,7 @@ class RayBackend:
         source = _resolved(self._config.source(base_model))
         if Path(source).is_dir() or _key(source) in _running():
             return source
-        reason = "no folder on this node"
+        reason = "which is not a folder on this node"
         if base_model not in self._config.models and source.count("/") == 1 and not source.startswith((".", "/")):
             try:
                 with local_folder(source):
@@ -106,8 +107,8 @@ class RayBackend:
         raise ConfigError(f"base_model: found {base_model!r}, {reason}; known models: {self._known_names()}")
 
     def _known_names(self) -> str:
-        names = [f"{one.base_model!r} (running)" if isinstance(one, About) else repr(one) for one in self.known()]
-        return ", ".join(names) or "none; give a model folder, or name one in ServiceConfig(models={name: folder})"
+        names = [f"{base.base_model!r} (running)" if isinstance(base, About) else repr(base) for base in self.known()]
+        return ", ".join(names) or "none; give a model folder, or add one to ServiceConfig(models={name: folder})"
 
     def _join(self, source: str) -> RayDeployment | None:
         learner = _running().get(_key(source))
@@ -126,10 +127,10 @@ class RayBackend:
         actors: list[Any] = []
         try:
             for i in range(engine.section.num_workers):
-                door = _learner_actor(ServiceSampler, engine.section, name=f"sampler/{_key(source)}/{i}", **named)
-                actors.append(door.remote(engine, i))
-            door = _learner_actor(ServiceLearner, host.learner, name=f"learner/{_key(source)}", **named)
-            actors.append(door.remote(host, self._config.gap_timeout_s))
+                actor_class = _actor_class(ServiceSampler, engine.section, name=f"sampler/{_key(source)}/{i}", **named)
+                actors.append(actor_class.remote(engine, i))
+            actor_class = _actor_class(ServiceLearner, host.learner, name=f"learner/{_key(source)}", **named)
+            actors.append(actor_class.remote(host, self._config.gap_timeout_s))
             *samplers, learner = actors
             about = _brought_up(
                 learner, samplers, self._config.start_timeout_s, may_share(host.learner, engine.section)
@@ -142,7 +143,7 @@ class RayBackend:
         return RayDeployment(about, learner, samplers, self._model_id)
 
     def _specs(self, base_model: str, source: str) -> tuple[HostSpec, SamplerSpec]:
-        from rlsys.planning.model_folder import check_tokenizer  # brings transformers, which joining needs not
+        from rlsys.planning.model_folder import check_tokenizer  # imports transformers, which joining does not need
 
         config = self._config
         with local_folder(source) as folder:
@@ -232,7 +233,8 @@ class RayDeployment:
         )
 
     def release(self, snapshot: SnapshotHandle) -> None:
-        """Called by the garbage collector, in the middle of anything: noted here, and sent with the next call."""
+        """Queue the release, and send it with the next call: the garbage collector calls this in any thread, at any
+        time."""
         self._unneeded.append(lambda: [sampler.release.remote(snapshot.key) for sampler in self._samplers])
 
     def drop_model(self, model_id: str, seq: int) -> None:
@@ -240,7 +242,8 @@ class RayDeployment:
         self._unneeded.append(lambda: self._learner.submit.remote(model_id, seq, Drop()))
 
     def _held(self, answer: Future[SnapshotHandle]) -> Future[SnapshotHandle]:
-        """Every sampler knows the snapshot before the caller does: an async actor does not keep calls in order."""
+        """Register the snapshot with every sampler before the caller gets it: async actors do not keep the order of
+        calls."""
         registered: Future[SnapshotHandle] = Future()
 
         def register(done: Future[SnapshotHandle]) -> None:
@@ -251,7 +254,7 @@ class RayDeployment:
                     for i, sampler in enumerate(self._samplers)
                 ]
                 together(calls, registered, handle)
-            except BaseException as error:  # the process edge of a callback: it goes to whoever holds the future
+            except BaseException as error:  # edge of a callback: the error belongs to the holder of the future
                 registered.set_exception(error)
 
         answer.add_done_callback(register)
@@ -267,7 +270,8 @@ class RayDeployment:
                 self._unneeded.popleft()()
 
 
-def _learner_actor(kind: type, section: LearnerSection | SamplerSection, **options: Any) -> Any:
+def _actor_class(kind: type, section: LearnerSection | SamplerSection, **options: Any) -> Any:
+    """The Ray actor class of `kind` with the resources of its section."""
     return ray.remote(kind).options(
         num_cpus=section.num_cpus,
         num_gpus=section.num_gpus,
@@ -277,10 +281,10 @@ def _learner_actor(kind: type, section: LearnerSection | SamplerSection, **optio
 
 
 def stop(name: str | None = None) -> list[str]:
-    """End running deployments, or the one detached under that name or of that base; returns their bases."""
+    """Stop the deployment with that detached name or that base; None: all deployments. Returns their base models."""
     ended = []
     for key, learner in _running().items():
-        about = future_of(learner.about.remote(), "learner: what it runs").result(ASK_TIMEOUT_S)
+        about = future_of(learner.about.remote(), "learner: describing its base").result(ASK_TIMEOUT_S)
         if name in (None, about.detached, about.base_model, about.folder):
             _end([*(ray.get_actor(found, namespace=NAMESPACE) for found in _names(f"sampler/{key}/")), learner])
             ended.append(about.base_model)
@@ -288,8 +292,8 @@ def stop(name: str | None = None) -> list[str]:
 
 
 def _brought_up(learner: Any, samplers: Sequence[Any], limit_s: float, shared: bool) -> About:
-    """Load the base everywhere, and have every sampler prove that adapters reach its forward pass. `shared`: learner
-    and samplers may be on one GPU."""
+    """Load the base in all actors, and have every sampler prove that adapters reach its forward pass. `shared`: learner
+    and samplers may share a GPU."""
     deadline = time.monotonic() + limit_s
     preloading = [(sampler, future_of(sampler.preload.remote(), "sampler: loading vLLM")) for sampler in samplers]
     loading = future_of(learner.start.remote(), "learner: loading the base")
@@ -313,7 +317,7 @@ def _brought_up(learner: Any, samplers: Sequence[Any], limit_s: float, shared: b
 
 
 def _end(actors: Sequence[Any]) -> None:
-    """Engines end by themselves where they can, then every actor is killed."""
+    """Ask the actors to stop, so that engines shut down cleanly; after STOP_TIMEOUT_S kill them all."""
     stopping = [actor.stop.remote() for actor in actors]
     ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S) if stopping else None
     for actor in actors:
@@ -321,19 +325,22 @@ def _end(actors: Sequence[Any]) -> None:
 
 
 def _running() -> dict[str, Any]:
-    """Learner actors by the key of their base."""
+    """Running learner actors by the key of their base."""
     found = {}
     for name in _names("learner/"):
         try:
             found[name.removeprefix("learner/")] = ray.get_actor(name, namespace=NAMESPACE)
-        except ValueError:  # it ended between the two questions
+        except ValueError:  # it ended after its name was listed
             continue
     return found
 
 
 def _names(prefix: str) -> list[str]:
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(one["name"] for one in named if one["namespace"] == NAMESPACE and one["name"].startswith(prefix))
+    """Names of this namespace's actors that begin with `prefix`."""
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(
+        actor["name"] for actor in actors if actor["namespace"] == NAMESPACE and actor["name"].startswith(prefix)
+    )
 
 
 def _resolved(source: str) -> str:

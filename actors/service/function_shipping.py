@@ -1,4 +1,4 @@
-"""A user's function as bytes that another node can load."""
+"""Serializes a user's function so that another node can load it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rlsys.errors import LossError
 
 
 def ship(fn: Callable[..., Any]) -> bytes:
-    """Functions of installed packages travel by name, those of the user's own files with their code.
+    """Pickle a function: by reference if its package is installed, with its code if it is from the user's files.
 
     Raises:
-        LossError: something that the function uses cannot travel; it is named.
+        LossError: an object that the function uses cannot be pickled; the message names it.
     """
     module = sys.modules.get(getattr(fn, "__module__", None) or "")
     with _by_value(module):
         try:
             shipped: bytes = cloudpickle.dumps(fn)
-        except Exception as error:  # pickling fails with whatever the object's own code raises
+        except Exception as error:  # pickling can raise any error of the object's code
             name = getattr(fn, "__qualname__", repr(fn))
             raise LossError(
                 f"custom loss {name!r} cannot be shipped to the learner: {_culprit(fn)} cannot be pickled ({error}). "
-                "Make it inside the function, or pass where='caller' to run the function here"
+                "Create it inside the function, or pass where='caller' to run the function in this process"
             ) from error
     return shipped
 
@@ -48,7 +48,7 @@ def _by_value(module: ModuleType | None) -> Iterator[None]:
 
 
 def _is_users(module: ModuleType) -> bool:
-    """A file that is not installed, which the learner's node need not have."""
+    """Whether the module is a file outside of installed packages, which the learner's node may lack."""
     file = getattr(module, "__file__", None)
     if file is None or module.__name__ == "__main__" or module.__name__.split(".")[0] in ("rlsys", "actors"):
         return False
@@ -57,7 +57,7 @@ def _is_users(module: ModuleType) -> bool:
 
 
 def _culprit(fn: Callable[..., Any]) -> str:
-    """The variable that the function closes over, or the global that it reads, which does not pickle."""
+    """Description of the closure variable, global or default argument that cannot be pickled."""
     function = inspect.unwrap(fn) if inspect.isfunction(fn) else getattr(fn, "__call__", fn)  # noqa: B004
     try:
         names = inspect.getclosurevars(function)
@@ -73,6 +73,6 @@ def _culprit(fn: Callable[..., Any]) -> str:
         for name, value in variables.items():
             try:
                 cloudpickle.dumps(value)
-            except Exception:  # the one that is looked for
+            except Exception:  # this variable is the cause
                 return f"its {kind} {name!r}, a {type(value).__name__},"
-    return "what it refers to"
+    return "an object that it uses"

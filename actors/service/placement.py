@@ -1,4 +1,4 @@
-"""Where a deployment's learner and samplers fit: sections by the devices found, and an early no."""
+"""Chooses the resources of a deployment by the cluster's devices, and refuses a deployment that does not fit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from rlsys.config import LearnerSection, Precision, SamplerSection, gpu_shares
 from rlsys.errors import ClusterError, ConfigError
 
 SETTLE_S = 5.0  # Ray counts an ended actor's resources as free only after a moment
-RANK, LIVE = 32, 8  # of samplers by default: Tinker's default rank, and eight snapshots
+RANK, LIVE = 32, 8  # defaults of samplers: Tinker's default rank, and eight adapter slots
 
 
 def sections(config: ServiceConfig, has: Mapping[str, float]) -> tuple[LearnerSection, SamplerSection]:
-    """What the config gives, else one learner and one sampler that share what the cluster has.
+    """Sections of the config; without them one learner and one sampler that share the cluster's CPUs or GPUs.
+    `has`: resource name -> amount in the cluster.
 
     Raises:
-        ConfigError: what the config gives and what the cluster has do not go together on its GPUs.
+        ConfigError: learner and samplers do not fit together on the cluster's GPUs.
     """
     cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
     if gpus >= 1:
@@ -27,7 +28,7 @@ def sections(config: ServiceConfig, has: Mapping[str, float]) -> tuple[LearnerSe
         learner = LearnerSection(device="cuda", num_gpus=share)
         sampler = SamplerSection(
             num_gpus=share,
-            gpu_memory_utilization=0.85 if share == 1.0 else 0.45,  # contexts of two processes lie beside it
+            gpu_memory_utilization=0.85 if share == 1.0 else 0.45,  # the CUDA contexts of two processes need memory too
             max_lora_rank=RANK,
             max_live_adapters=LIVE,
         )
@@ -42,10 +43,10 @@ def sections(config: ServiceConfig, has: Mapping[str, float]) -> tuple[LearnerSe
 
 
 def dtype_of(config: ServiceConfig, sampler: SamplerSection) -> Precision:
-    """Of the base, which learner and samplers share.
+    """Dtype of the base, the same for learner and samplers.
 
     Raises:
-        ConfigError: the samplers cannot serve adapters in the dtype that the config asks for.
+        ConfigError: the samplers cannot serve adapters in the configured dtype.
     """
     try:
         return config.dtype_for(sampler)
@@ -54,10 +55,10 @@ def dtype_of(config: ServiceConfig, sampler: SamplerSection) -> Precision:
 
 
 def refuse_shortfall(learner: LearnerSection, sampler: SamplerSection) -> None:
-    """Compare with what the cluster has free, before any actor could wait for it in silence.
+    """Compare with the cluster's free resources, before Ray would queue the actors silently.
 
     Raises:
-        ClusterError: the shortfall, and what asks for it.
+        ClusterError: too few resources; the message has the shortfall and the sections that request them.
     """
     total, deadline = ray.cluster_resources(), time.monotonic() + SETTLE_S
     while True:
@@ -70,17 +71,17 @@ def refuse_shortfall(learner: LearnerSection, sampler: SamplerSection) -> None:
         time.sleep(0.1)
     resource, asked, found = short
     raise ClusterError(
-        f"a deployment asks for {asked:g} {resource}s (learner {_needs(learner, resource):g} + {sampler.num_workers} "
+        f"a deployment needs {asked:g} {resource}s (learner {_needs(learner, resource):g} + {sampler.num_workers} "
         f"sampler(s) x {_needs(sampler, resource):g}), the cluster has {found:g} free of {total.get(resource, 0.0):g}: "
-        f"{asked - found:g} too few. End another deployment (`rlsys stop`, ServiceClient.close()), or ask for less "
-        "with ServiceConfig(learner=..., sampler=...): num_cpus and num_gpus may be parts of one"
+        f"{asked - found:g} too few. Stop another deployment (`rlsys stop`, ServiceClient.close()), or request less "
+        "with ServiceConfig(learner=..., sampler=...): num_cpus and num_gpus may be fractions"
     )
 
 
 def shortfall(
     learner: LearnerSection, sampler: SamplerSection, has: Mapping[str, float]
 ) -> tuple[str, float, float] | None:
-    """(resource, asked, found) of the first that does not suffice."""
+    """(resource, requested, available) of the first resource that is too small; None if all suffice."""
     for resource in ("CPU", "GPU"):
         asked = _needs(learner, resource) + sampler.num_workers * _needs(sampler, resource)
         found = has.get(resource, 0.0)

@@ -1,4 +1,4 @@
-"""Door onto a vLLM engine that many sampling clients share."""
+"""Actor class of a deployment's sampler: one vLLM engine shared by many sampling clients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlsys.weight_sync.canary import StartupProbe
 
 
 class ServiceSampler:
-    """Async: many calls at once, which is how the engine batches them."""
+    """Async actor: serves many calls concurrently, so that the engine can batch them."""
 
     def __init__(self, spec: SamplerSpec, index: int) -> None:
         from rlsys.sampler import engine
@@ -54,7 +54,8 @@ class ServiceSampler:
         await self.engine.probe(probe, self.spec.max_canary_diff)
 
     async def register(self, key: str, ref: list[Any]) -> None:
-        """One more client holds this snapshot. `ref` is wrapped in a list, so that Ray does not fetch it here."""
+        """Count one more client that holds this snapshot. `ref` is wrapped in a list, so that Ray does not fetch the
+        snapshot yet."""
         self.opened[key] += 1
         self.refs[key] = ref[0]
 
@@ -85,7 +86,7 @@ class ServiceSampler:
 
     async def _load(self, key: str) -> None:
         if key not in self.refs:
-            raise SamplingError(f"snapshot {key} is not held by any client any more")
+            raise SamplingError(f"snapshot {key} was released: no client holds it any more")
         await self.engine.serve(key, await self.refs[key], self.spec.max_canary_diff)
 
     async def _unload(self, key: str) -> None:

@@ -1,8 +1,8 @@
-"""The primitives in a user's hands, after the Tinker SDK: a service, training clients, sampling clients, futures.
+"""Client API, modelled on the Tinker SDK: service client, training clients, sampling clients, futures.
 
-Nothing here knows Ray. A `Backend` (see ``rlsys.client.backend``) is what reaches learner and samplers; the one on Ray
-is ``actors.service.deployment``. ``rlsys.service.learner_host``, ``turns`` and ``snapshot_cache`` are the other end of
-the wire: what a learner door and a sampler door do, in order.
+This package does not import Ray. A `Backend` (``rlsys.client.backend``) connects clients to learner and samplers; the
+backend on Ray is ``actors.service.deployment``. ``rlsys.service`` is the server side: it executes the calls of training
+clients in order, and manages the snapshots in an engine.
 """
 
 from rlsys.client.config import ServiceConfig

@@ -1,4 +1,4 @@
-"""The boundary between clients and whatever runs learner and samplers. Arrays and frozen dataclasses cross it."""
+"""Interface between clients and the processes of learner and samplers. Arrays and frozen dataclasses cross it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What a deployment says about its base model."""
+    """Description of a deployment and its base model."""
 
-    base_model: str  # the name under which it was asked for
-    folder: str  # where its learner found it
+    base_model: str  # name given by the client that started the deployment
+    folder: str  # folder or hub name from which the learner loaded it
     arch: str
     vocab_size: int
     max_length: int  # tokens of prompt + completion
     max_lora_rank: int
     lora_alpha: float
-    serves_unembed: bool  # whether samplers can serve an adapter of the unembedding
+    serves_unembed: bool  # whether samplers can serve an adapter on the unembedding
     tokenizer: Mapping[str, bytes]  # name -> content of its files
-    detached: str | None  # the name under which it outlives its starter, until `rlsys stop`
+    detached: str | None  # name of a deployment that keeps running until `rlsys stop`; None: it ends with its client
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ class ModelHandle:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotHandle:
-    """One immutable version of one run's adapter, for samplers. ``ref`` is the backend's own."""
+    """One immutable version of a run's adapter, for samplers. Only the backend reads ``ref``."""
 
-    key: str  # unique: the same key is the same bits for ever
+    key: str  # unique: the bits behind a key never change
     model_id: str
     version: int  # optimizer steps
     ref: Any
-    path: str | None = None  # where it is saved, if it is
+    path: str | None = None  # path of the saved snapshot; None: not saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class SampleAnswer:
 
 
 class Deployment(Protocol):
-    """A running base model. Every future fails with an RlsysError."""
+    """A running base model with a learner and samplers. Every future that fails raises an RlsysError."""
 
     about: About
 
@@ -76,10 +76,10 @@ class Deployment(Protocol):
         """Send a request, which the learner executes after all smaller `seq` of this model."""
 
     def ship(self, fn: Callable[..., Any]) -> bytes:
-        """A function as bytes that `host` can load. Raises LossError, naming the object that cannot travel."""
+        """Serialize a function for the learner. Raises LossError, naming the object that cannot be pickled."""
 
     def open(self, path: str) -> Future[SnapshotHandle]:
-        """A snapshot from a saved one."""
+        """Open a saved snapshot."""
 
     def sample(
         self,
@@ -92,28 +92,30 @@ class Deployment(Protocol):
     ) -> Future[SampleAnswer]: ...
 
     def logprobs(self, snapshot: SnapshotHandle | None, tokens: Array) -> Future[Array]:
-        """(N,) float32 nats of each token given those before it; the first is 0."""
+        """(N,) float32 log-probabilities (nats) of each token given the tokens before it; the first is 0."""
 
     def release(self, snapshot: SnapshotHandle) -> None:
-        """No request for this snapshot will come from here any more. Never raises, never waits."""
+        """Release the snapshot: this client will not request it again. Never raises, never blocks."""
 
     def drop_model(self, model_id: str, seq: int) -> None:
-        """No call for this run will come from here after `seq`. Never raises, never waits."""
+        """Drop the run: this client will not call it after `seq`. Never raises, never blocks."""
 
 
 class Backend(Protocol):
+    """Finds and starts deployments."""
+
     def deployment(self, base_model: str) -> Deployment:
-        """The running deployment of a base, or a new one.
+        """Return the running deployment of a base, or start one.
 
         Raises:
             ConfigError: no such model; the message lists the known ones.
-            ClusterError: too few resources; the message has the shortfall.
+            ClusterError: too few resources; the message names the shortfall.
         """
 
     def base_model_of(self, path: str) -> str:
-        """The base that a saved state was trained on."""
+        """Base model on which a saved state was trained."""
 
     def known(self) -> list[About | str]:
-        """Running deployments, and names of models that can be started."""
+        """List running deployments, and names of models that can be started."""
 
     def close(self) -> None: ...

@@ -1,4 +1,4 @@
-"""What a `ServiceClient` starts where nothing runs yet. Sections are those of a job's YAML."""
+"""Configuration of the deployments that a `ServiceClient` starts. Sections are the same as in a job's YAML."""
 
 from __future__ import annotations
 
@@ -26,33 +26,31 @@ def _whole_models(value: object) -> object:
 
 
 class ServiceConfig(Section):
-    """One deployment per base model: a learner that all training clients share, and samplers."""
+    """Configuration of a deployment: one base model with a learner, shared by all training clients, and samplers."""
 
     cluster: ClusterSection = ClusterSection()
     models: Annotated[dict[str, PathText], BeforeValidator(_whole_models)] = Field(
         default_factory=dict
     )  # name -> folder
-    detached: Name | None = None  # a name: what is started lives on until `rlsys stop`
-    # of the frozen base, in learner and sampler alike; None: bfloat16 for samplers on CUDA, float32 on the CPU
+    detached: Name | None = None  # a name: deployments keep running until `rlsys stop`; None: they end with the client
+    # dtype of the frozen base in learner and samplers; None: bfloat16 if samplers run on CUDA, float32 on a CPU
     dtype: Precision | None = None
-    max_length: int = Field(
-        2048, ge=8, lt=2**24
-    )  # tokens of prompt + completion; less where the model has fewer positions
-    lora_alpha: float = Field(32.0, gt=0)  # the Tinker API has no alpha; its documents imply this one
-    learner: LearnerSection | None = None  # None: by the devices found
+    max_length: int = Field(2048, ge=8, lt=2**24)  # tokens of prompt + completion; limited by the model's positions
+    lora_alpha: float = Field(32.0, gt=0)  # the Tinker API has no alpha; its documents imply this value
+    learner: LearnerSection | None = None  # None: chosen by the cluster's devices
     sampler: SamplerSection | None = None
-    checkpoints: PathText = "checkpoints"  # the folder, on the learner's node, under which states are saved
+    checkpoints: PathText = "checkpoints"  # folder on the learner's node for saved states
     start_timeout_s: Seconds = 900.0
-    room_timeout_s: Seconds = 120.0  # how long a request waits for room in a full engine
-    gap_timeout_s: Seconds = 600.0  # how long a call waits for one entered before it that never arrives
+    room_timeout_s: Seconds = 120.0  # limit for a request that waits for a free adapter slot of the engine
+    gap_timeout_s: Seconds = 600.0  # limit for a call that waits for an earlier call that has not arrived
 
     @field_validator("learner")
     @classmethod
     def _one_rank(cls, section: LearnerSection | None) -> LearnerSection | None:
         if section is not None and section.num_workers > 1:
             raise ValueError(
-                f"learner.num_workers: found {section.num_workers}; a deployment has one learner rank, several are for "
-                "`rlsys train`"
+                f"learner.num_workers: found {section.num_workers}; wanted 1: only `rlsys train` supports several "
+                "learner ranks"
             )
         return section
 
@@ -61,8 +59,9 @@ class ServiceConfig(Section):
     def _awake(cls, section: SamplerSection | None) -> SamplerSection | None:
         if section is not None and section.colocate:
             raise ValueError(
-                "sampler.colocate: a deployment's learner and samplers work at the same time, so none sleeps; set "
-                "sampler.colocate=false, and a part of the GPU for each (learner.num_gpus, sampler.num_gpus)"
+                "sampler.colocate: learner and samplers of a deployment work at the same time, so they cannot use a "
+                "GPU in turn; set sampler.colocate=false, and a share of the GPU for each (learner.num_gpus, "
+                "sampler.num_gpus)"
             )
         return section
 
@@ -76,18 +75,18 @@ class ServiceConfig(Section):
         return self
 
     def source(self, base_model: str) -> str:
-        """The folder or hub name that a name of `models` stands for, or that `base_model` is itself.
+        """Folder or hub name of a base model: looked up in `models`, or else `base_model` itself.
 
         Raises:
-            ConfigError: it is a path with a variable or a user that does not exist.
+            ConfigError: the path contains a variable or a user that does not exist.
         """
         return self.models[base_model] if base_model in self.models else expand(base_model)
 
     def dtype_for(self, sampler: SamplerSection) -> Precision:
-        """Of a deployment with these samplers.
+        """Dtype of the base in a deployment with these samplers.
 
         Raises:
-            ValueError: they cannot serve adapters in the dtype that was asked for.
+            ValueError: the samplers cannot serve adapters in the configured dtype.
         """
         dtype = self.dtype or (HALF_ON_CUDA if sampler.device == "cuda" else "float32")
         refuse_dtype(dtype, sampler, "dtype")
@@ -95,7 +94,7 @@ class ServiceConfig(Section):
 
 
 class HostSpec(Section):
-    """A deployment's learner as its door is told."""
+    """Constructor argument of a deployment's learner actor."""
 
     base_model: str
     model: ModelSection
@@ -108,10 +107,10 @@ class HostSpec(Section):
 
 
 class SamplerSpec(Section):
-    """A deployment's samplers as their doors are told."""
+    """Constructor argument of a deployment's sampler actors."""
 
     model: ModelSection
     section: SamplerSection
     device: Literal["cpu", "cuda"]
-    max_canary_diff: float | None  # nats; None: from the noise of learner and engine
+    max_canary_diff: float | None  # nats; None: a bound from the numerical noise of learner and engine
     room_timeout_s: float

@@ -1,4 +1,4 @@
-"""Per-token results in the user's own kind of container: that of the datum's ``target_tokens``."""
+"""Returns per-token results in the container type of the datum's ``target_tokens``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlsys.types import Array, Datum, TensorData
 
 
 def like(container: Any, values: Array) -> Any:
-    """`values` (N,) as list, numpy array, torch tensor or TensorData."""
+    """Convert `values` (N,) to the type of `container`: list, numpy array, torch tensor or TensorData."""
     if isinstance(container, TensorData):
         return TensorData(values)
     if isinstance(container, np.ndarray):
@@ -19,12 +19,12 @@ def like(container: Any, values: Array) -> Any:
     if hasattr(container, "detach"):
         import torch
 
-        return torch.from_numpy(np.array(values))  # a copy: what came through Ray is read-only
+        return torch.from_numpy(np.array(values))  # a copy: arrays from Ray's object store are read-only
     return values.tolist()
 
 
 def outputs(data: Sequence[Datum], logprobs_T: Array) -> list[dict[str, Any]]:
-    """One ``{"logprobs": (N,)}`` per datum, whose values lie end to end in `logprobs_T`."""
+    """Split `logprobs_T` (T,), the datums' values end to end, into one ``{"logprobs": (N,)}`` per datum."""
     ends = np.cumsum([datum.model_input.length for datum in data])
     return [
         {"logprobs": like(datum.loss_fn_inputs["target_tokens"], part)}

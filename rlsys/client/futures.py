@@ -1,4 +1,4 @@
-"""What a call that takes a while returns: for threads ``.result(timeout)``, for tasks ``await``."""
+"""Futures returned by client calls: ``.result(timeout)`` in threads, ``await`` in asyncio tasks."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ T = TypeVar("T")
 
 
 class ApiFuture(Generic[T], Awaitable[T]):
-    """The answer to one call. May be asked any number of times, from any thread or event loop."""
+    """The result of one call. Can be read any number of times, from any thread or event loop."""
 
     def __init__(self, answer: Future[Any], what: str, read: Callable[[Any], T], client: object = None) -> None:
         self._answer, self._what, self._read = answer, what, read
-        self._client = client  # what it holds on the cluster is let go when nobody waits for its answers either
+        self._client = client  # keeps the client, and its objects on the cluster, alive until the result is not needed
         self._lock = threading.Lock()
         self._value: tuple[T, ...] = ()
 
     def result(self, timeout: float | None = None) -> T:
-        """The value.
+        """Wait for the result. `timeout`: seconds; None: no limit.
 
         Raises:
-            RlsysError: what went wrong, as it was raised where it went wrong.
-            StalledError: no answer within `timeout` seconds; the call goes on, and may be asked again.
+            RlsysError: the error that the call raised, unchanged.
+            StalledError: no result within `timeout` seconds; the call continues, and `result` can be called again.
         """
         try:
-            found = self._answer.result(timeout)
+            answer = self._answer.result(timeout)
         except TimeoutError:
             if self._answer.done():
                 raise
             raise self._late(timeout) from None
-        return self._once(found)
+        return self._once(answer)
 
     async def result_async(self, timeout: float | None = None) -> T:
         """As `result`, without blocking the event loop."""
         waiting = asyncio.shield(asyncio.wrap_future(self._answer))  # a cancelled waiter must not cancel the call
         try:
-            found = await asyncio.wait_for(waiting, timeout)
+            answer = await asyncio.wait_for(waiting, timeout)
         except TimeoutError:
             if self._answer.done():
                 raise
             raise self._late(timeout) from None
-        return self._once(found)
+        return self._once(answer)
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
@@ -54,18 +54,21 @@ class ApiFuture(Generic[T], Awaitable[T]):
     def done(self) -> bool:
         return self._answer.done()
 
-    def _once(self, found: Any) -> T:
+    def _once(self, answer: Any) -> T:
+        """Convert the answer at the first call, and return the same object afterwards."""
         with self._lock:
             if not self._value:
-                self._value = (self._read(found),)
+                self._value = (self._read(answer),)
             return self._value[0]
 
     def _late(self, timeout: float | None) -> StalledError:
-        return StalledError(f"{self._what}: no answer within {timeout:g} s; the call goes on, ask again to wait longer")
+        return StalledError(
+            f"{self._what}: no answer within {timeout:g} s; the call continues, call result() again to wait longer"
+        )
 
 
 class Ready:
-    """A client that is there already, for scripts that wait for it as for a future."""
+    """Base class of clients that also act as a finished future, for scripts that call ``.result()`` on a client."""
 
     def result(self, timeout: float | None = None) -> Self:
         return self

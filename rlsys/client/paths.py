@@ -1,4 +1,4 @@
-"""Names of saved states: ``rlsys://<model id>/<kind>/<name>``, in the scheme of Tinker's paths; or a folder."""
+"""Paths of saved states: ``rlsys://<model id>/<kind>/<name>``, with the structure of Tinker's paths, or a folder."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ def path_of(model_id: str, kind: Kind, name: str) -> str:
 
 
 def given(path: str) -> str:
-    """A saved state as its user names it. In a folder's path ``~``, variables and what it is relative to are those of
-    the user's process, whichever process reads it.
+    """Make a user's path of a saved state independent of the process: expand ``~`` and variables, and make a relative
+    folder absolute, in the user's process.
 
     Raises:
-        ConfigError: it is a path with a variable or a user that does not exist.
+        ConfigError: the path contains a variable or a user that does not exist.
     """
     return path if "://" in path else str(Path(expand(path)).absolute())
 
 
 def folder_of(root: Path, path: str) -> Path:
-    """The folder that a path means, under `root` unless it is a folder already.
+    """Folder of a saved state: below `root` for an ``rlsys://`` path, or else the path itself.
 
     Raises:
-        CheckpointError: it is neither, or a name in it is no plain one.
+        CheckpointError: the path has another form, or contains an invalid name.
     """
     if "://" not in path:
         return Path(path)
     match = _PATH.fullmatch(path)
     if match is None:
         raise CheckpointError(
-            f"{path!r} is no saved state; wanted what save_state or save_weights_for_sampler returned "
+            f"{path!r} is not a saved state; wanted a path returned by save_state or save_weights_for_sampler "
             "(rlsys://<model id>/weights/<name> or .../sampler_weights/<name>), or a checkpoint folder"
         )
     return new_folder_of(root, *match.groups())
 
 
 def new_folder_of(root: Path, model_id: str, kind: str, name: str) -> Path:
-    """Where a state of that name is saved. Raises CheckpointError as `folder_of` does."""
+    """Folder for a new state of that name. Raises CheckpointError as `folder_of` does."""
     from rlsys.learner.adapter_checkpoint import checkpoint_path
 
     return checkpoint_path(root / model_id.replace(":", ".") / kind, name)

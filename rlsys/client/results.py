@@ -1,4 +1,4 @@
-"""What calls return beside the nouns of `rlsys.types`; names and fields after the Tinker SDK."""
+"""Return types of client calls in addition to `rlsys.types`; names and fields follow the Tinker SDK."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ModelData:
 
 @dataclass(frozen=True, slots=True)
 class GetInfoResponse:
-    """``lora_alpha`` is ours: the Tinker API has none."""
+    """Model and adapter of a training client. ``lora_alpha`` is an addition to the Tinker API."""
 
     model_data: ModelData
     model_id: str
@@ -46,7 +46,7 @@ class GetInfoResponse:
 
 @dataclass(frozen=True, slots=True)
 class SupportedModel:
-    """``running``: a deployment answers at once; else asking for the model starts one."""
+    """A model of the service. ``running``: a deployment exists; otherwise the first request starts one."""
 
     model_name: str
     running: bool
@@ -55,16 +55,18 @@ class SupportedModel:
 
 @dataclass(frozen=True, slots=True)
 class ServerCapabilities:
+    """Models and losses of the service."""
+
     supported_models: Sequence[SupportedModel]
     losses: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
 class ShapedSequence(SampledSequence):
-    """A completion with the shaping it was drawn under.
+    """A completion with the sampling parameters that shaped its distribution.
 
-    A datum carries no temperature: training computes p at temperature 1 over the whole vocabulary. Where ``on_policy``
-    is False, ``logprobs`` are of another distribution than that, and the ratio p / q is not 1 before the first step.
+    Training computes p at temperature 1 over the full vocabulary. If ``on_policy`` is False, ``logprobs`` belong to
+    another distribution, and the ratio p / q is not 1 before the first step.
     """
 
     temperature: float = 1.0
@@ -78,6 +80,7 @@ class ShapedSequence(SampledSequence):
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponse(SampleResponse):
-    """``topk_prompt_logprobs[i]``: (token id, nats), the likeliest first; None where nothing predicts the token."""
+    """Completions and prompt scores. ``topk_prompt_logprobs[i]``: (token id, nats) pairs, most likely first; None for
+    the first token."""
 
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None

@@ -1,4 +1,4 @@
-"""A sampling client: one immutable version of one policy, or the base itself."""
+"""Sampling client: samples from one immutable version of a policy, or from the base model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rlsys.errors import SamplingError
 from rlsys.rollouts import LENGTH
 from rlsys.types import Array, ModelInput, SamplingParams
 
-MAX_TOPK = 20  # what vLLM computes at most
+MAX_TOPK = 20  # vLLM's limit
 
 
 class SamplingClient(Ready):
-    """Answers from the same weights for ever, whatever is trained or saved later."""
+    """Samples from one snapshot. Later training does not change its weights."""
 
     def __init__(self, deployment: Deployment, snapshot: SnapshotHandle | None, check_open: Callable[[], None]) -> None:
         self._deployment, self._snapshot, self._check_open = deployment, snapshot, check_open
@@ -34,7 +34,7 @@ class SamplingClient(Ready):
 
     @property
     def model_path(self) -> str | None:
-        """Where the snapshot is saved; None for the base and for one that lives in memory alone."""
+        """Path of the saved snapshot; None for the base and for a snapshot that exists only in memory."""
         return None if self._snapshot is None else self._snapshot.path
 
     def sample(
@@ -45,16 +45,17 @@ class SamplingClient(Ready):
         include_prompt_logprobs: bool = False,
         topk_prompt_logprobs: int = 0,
     ) -> ApiFuture[ScoredResponse]:
-        """`num_samples` completions of a prompt, which differ among themselves.
+        """Sample `num_samples` completions of a prompt. Completions of one call use different random numbers.
 
-        ``sampling_params.seed`` None draws anew in every call, whatever the session. A seed repeats, in later sessions
-        too: the same seed, prompt, `num_samples` and weights draw the same tokens (in float32 on CPU to the bit;
-        elsewhere rounding may turn a token), and so does temperature 0.
+        ``sampling_params.seed`` None: random in every call and every session. With a seed, the same seed, prompt,
+        `num_samples` and weights give the same tokens in every session, and so does temperature 0. On CPU in float32
+        this is exact; elsewhere rounding can change a token.
 
         Prompt log-probabilities are nats at temperature 1, one per prompt token; the first is None.
 
         Raises:
-            SamplingError: an argument out of range; in the future, where only the sampler can know.
+            SamplingError: an argument is out of range. Errors that only the sampler can detect are raised by the
+                future.
         """
         self._check_open()
         tokens = _tokens(prompt)
@@ -78,7 +79,8 @@ class SamplingClient(Ready):
         return await self.sample(prompt, num_samples, sampling_params, include_prompt_logprobs, topk_prompt_logprobs)
 
     def compute_logprobs(self, prompt: ModelInput) -> ApiFuture[list[float | None]]:
-        """Nats of each token of `prompt` given those before it, at temperature 1; None for the first."""
+        """Log-probability (nats, temperature 1) of each token of `prompt` given the tokens before it; None for the
+        first."""
         self._check_open()
         answer = self._deployment.logprobs(self._snapshot, _tokens(prompt))
         return self._future(answer, "compute_logprobs", _prompt_logprobs)
@@ -87,6 +89,7 @@ class SamplingClient(Ready):
         return await self.compute_logprobs(prompt)
 
     def get_tokenizer(self) -> Any:
+        """The base model's tokenizer, loaded with transformers."""
         return tokenizer_of(self._deployment.about)
 
     def _future(self, answer: Future[Any], what: str, read: Callable[[Any], Any]) -> ApiFuture[Any]:

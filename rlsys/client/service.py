@@ -1,4 +1,4 @@
-"""The way in: finds or starts what runs a base model, and makes training and sampling clients on it."""
+"""Service client, the entry point of the client API: finds or starts deployments, and creates clients on them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlsys.config import LoraSection, SamplerSection
 from rlsys.errors import ClusterError, ConfigError
 from rlsys.utils.shell_paths import as_written, expand
 
-BACKEND = "actors.service.deployment"  # the one on Ray, by name: this package does not know Ray
+BACKEND = "actors.service.deployment"  # the backend on Ray, imported by name: this package does not depend on Ray
 
 
 class ServiceClient:
-    """Joins the Ray cluster of ``config.cluster.address`` or RAY_ADDRESS, or starts one on this machine.
+    """Joins the Ray cluster at ``config.cluster.address`` or RAY_ADDRESS, or starts Ray on this machine.
 
-    What is started here ends with `close` (or the process), unless ``config.detached`` names it. `models` maps names to
-    model folders, beside those of the config.
+    Deployments started by this client end with `close` or with the process, unless ``config.detached`` is set.
+    `models`: name -> model folder, in addition to ``config.models``.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ServiceClient:
         self._backend = backend
         self._starting = threading.Lock()
         self._closed = False
-        self._told: set[str] = set()  # bases of which was said that their unembedding is not trained
+        self._warned: set[str] = set()  # bases whose untrained unembedding a warning has mentioned
 
     def create_lora_training_client(
         self,
@@ -55,25 +55,26 @@ class ServiceClient:
         train_attn: bool = True,
         train_unembed: bool | None = None,
     ) -> TrainingClient:
-        """A new adapter that begins as the base; the same seed, rank and targets make the same weights.
+        """Create a LoRA adapter and its training client. The new adapter does not change the base's outputs (B is 0).
+        The same seed, rank and targets give the same weights.
 
-        `seed` None is 0. `train_unembed` None: wherever samplers can serve it, which is on CPU; elsewhere it is off,
-        and the first client of a base says so in a warning.
+        `seed` None: 0. `train_unembed` None: on if samplers can serve an adapter on the unembedding, which they can on
+        a CPU; otherwise off, with a warning at the first client of a base.
 
         Raises:
-            ConfigError: no such model (the known ones are listed), or a rank or targets that cannot be served.
-            ClusterError: too few resources for a deployment; the shortfall is named.
+            ConfigError: no such model (the message lists the known ones), or the rank or targets cannot be served.
+            ClusterError: too few resources for a deployment; the message names the shortfall.
         """
         self._refuse_unsupported(base_model, train_mlp)
         deployment = self._deployment(base_model)
         about = deployment.about
         lora = _lora(about, rank, train_mlp, train_attn, train_unembed)
-        if train_unembed is None and not about.serves_unembed and about.base_model not in self._told:
-            self._told.add(about.base_model)
+        if train_unembed is None and not about.serves_unembed and about.base_model not in self._warned:
+            self._warned.add(about.base_model)
             warnings.warn(
-                f"{about.base_model}: train_unembed is on by default in the Tinker API and off here, since samplers of "
-                "this base cannot serve an adapter of the unembedding (on CUDA none can); train_unembed=False says "
-                "the same without this warning",
+                f"{about.base_model}: train_unembed is on by default in the Tinker API, but off here, because samplers "
+                "of this base cannot serve an adapter on the unembedding (on CUDA none can); pass train_unembed=False "
+                "to disable this warning",
                 stacklevel=2,
             )
         return self._training(deployment, deployment.create_model(lora, seed or 0).result())
@@ -92,10 +93,10 @@ class ServiceClient:
         )
 
     def create_training_client_from_state(self, path: str, base_model: str | None = None) -> TrainingClient:
-        """A new run with a saved state's weights; its optimizer starts anew.
+        """Create a training client with the weights of a saved state and a new optimizer state.
 
         Raises:
-            CheckpointError: damaged or foreign.
+            CheckpointError: the state is damaged or belongs to another base.
         """
         return self._restored(path, base_model, optimizer=False)
 
@@ -105,7 +106,7 @@ class ServiceClient:
     def create_training_client_from_state_with_optimizer(
         self, path: str, base_model: str | None = None
     ) -> TrainingClient:
-        """As `create_training_client_from_state`, with the optimizer's state to the bit."""
+        """As `create_training_client_from_state`, with the saved optimizer state."""
         return self._restored(path, base_model, optimizer=True)
 
     async def create_training_client_from_state_with_optimizer_async(
@@ -114,11 +115,11 @@ class ServiceClient:
         return await asyncio.to_thread(self.create_training_client_from_state_with_optimizer, path, base_model)
 
     def create_sampling_client(self, model_path: str | None = None, base_model: str | None = None) -> SamplingClient:
-        """A client that samples from a saved adapter (`model_path`), or from the base itself (`base_model`).
+        """Create a client that samples from a saved adapter (`model_path`) or from the base (`base_model`).
 
         Raises:
             ConfigError: neither is given, or no such model.
-            CheckpointError: `model_path` is damaged or foreign.
+            CheckpointError: `model_path` is damaged or belongs to another base.
         """
         if model_path is None and base_model is None:
             raise ConfigError("create_sampling_client: found neither base_model nor model_path; wanted one of them")
@@ -136,7 +137,7 @@ class ServiceClient:
         return await asyncio.to_thread(self.create_sampling_client, model_path, base_model)
 
     def get_server_capabilities(self) -> ServerCapabilities:
-        """The models that run or can be started by name, and the losses."""
+        """List the models that run or can be started by name, and the losses."""
         models = [
             SupportedModel(found.base_model, True, found.max_length)
             if isinstance(found, About)
@@ -149,7 +150,8 @@ class ServiceClient:
         return await asyncio.to_thread(self.get_server_capabilities)
 
     def close(self) -> None:
-        """End what was started here; clients made here refuse to work from now on. May be called twice."""
+        """Stop the deployments started by this client. Its training and sampling clients raise from now on. Can be
+        called twice."""
         with self._starting:
             self._closed = True
             if self._backend is not None:
@@ -176,8 +178,8 @@ class ServiceClient:
         return self._reached().deployment(base_model)
 
     def _refuse_unsupported(self, base_model: str, train_mlp: bool) -> None:
-        """Of a model on this machine, before Ray or an engine starts for it."""
-        if self._backend is not None:  # it looks itself, and what runs already has been looked at
+        """Refuse an unsupported model on this machine before Ray or an engine starts for it."""
+        if self._backend is not None:  # the backend makes this check itself
             return
         found = local_config(self.config.source(base_model))
         if found is None:
@@ -185,10 +187,12 @@ class ServiceClient:
         sampler = self.config.sampler or SamplerSection()
         refuse_unsupported(
             *found,
-            max_length=1,  # a deployment takes what the model has, up to ServiceConfig.max_length
+            max_length=1,  # a deployment uses the model's maximum, limited by ServiceConfig.max_length
             lora=LoraSection(train_mlp=train_mlp),
             sampler=sampler,
-            device="cuda" if self.config.sampler is None or sampler.num_gpus else "cpu",  # None: what the cluster has
+            device="cuda"
+            if self.config.sampler is None or sampler.num_gpus
+            else "cpu",  # None: not known before joining
         )
 
     def _reached(self) -> Backend:
@@ -201,7 +205,7 @@ class ServiceClient:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClusterError("this ServiceClient is closed, and so are the clients it made; make a new ServiceClient")
+            raise ClusterError("this ServiceClient and its clients are closed; create a new ServiceClient")
 
 
 def _lora(about: About, rank: int, train_mlp: bool, train_attn: bool, train_unembed: bool | None) -> LoraSection:
@@ -209,7 +213,7 @@ def _lora(about: About, rank: int, train_mlp: bool, train_attn: bool, train_unem
         raise ConfigError(f"rank: found {rank!r}; wanted a whole number, at least 1")
     unembed = about.serves_unembed if train_unembed is None else train_unembed
     if not (train_mlp or train_attn or unembed):
-        raise ConfigError("train_mlp, train_attn, train_unembed: found all off; wanted at least one, or nothing trains")
+        raise ConfigError("train_mlp, train_attn, train_unembed: found all False; wanted at least one True")
     return LoraSection(
         rank=rank, alpha=about.lora_alpha, train_mlp=train_mlp, train_attn=train_attn, train_unembed=unembed
     )

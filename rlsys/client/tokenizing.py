@@ -1,4 +1,4 @@
-"""A deployment's tokenizer at the caller, from the files that came with it: no shared file system, no network."""
+"""Loads a deployment's tokenizer in the client's process from the files in `About`, without shared files or network."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _loaded: dict[str, Any] = {}
 
 
 def tokenizer_of(about: About) -> Any:
-    """The base model's tokenizer as transformers loads it.
+    """The base model's tokenizer, loaded with transformers.
 
     Raises:
-        ConfigError: the base has none.
+        ConfigError: the base has no tokenizer files.
     """
     if about.folder not in _loaded:
         _loaded[about.folder] = _load(about)

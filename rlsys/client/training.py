@@ -1,7 +1,7 @@
-"""A training client: one run's adapter on a deployment's learner.
+"""Training client: trains one adapter on a deployment's learner.
 
-Each call takes a number when it is entered and takes effect in that order, from however many threads and tasks calls
-come, and however many are in flight. So ``forward_backward`` and ``optim_step`` may be submitted together.
+Each call gets a sequence number when it is submitted, and the learner executes calls in this order, for any number of
+threads, tasks and pending calls. So ``forward_backward`` and ``optim_step`` can be submitted together.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Result = ApiFuture[ForwardBackwardOutput]
 
 
 class TrainingClient(Ready):
-    """Made by `ServiceClient`. Safe for several threads and event loops."""
+    """Training client of one run, created by `ServiceClient`. Safe to use from several threads and event loops."""
 
     def __init__(self, deployment: Deployment, model: ModelHandle, check_open: Callable[[], None]) -> None:
         self._deployment, self._model, self._check_open = deployment, model, check_open
@@ -68,12 +68,13 @@ class TrainingClient(Ready):
     def forward_backward(
         self, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None = None
     ) -> Result:
-        """Add the gradient of the loss, summed over positions and datums, to what has accumulated.
+        """Compute the loss, summed over positions and datums, and add its gradient to the accumulated gradient.
 
         Raises:
-            LossError: no such loss, or a config that it does not take.
+            LossError: no such loss, or an invalid `loss_fn_config`.
             MissingInputError: a datum lacks an input of the loss.
-            DatumError: a datum is wrong: its index, the key, what was found and what was wanted. Nothing is applied.
+            DatumError: a datum is invalid; the message has its index, the key, what was found and what was wanted. No
+                gradient is added.
         """
         return self._pass(requests.ForwardBackward, data, loss_fn, loss_fn_config)
 
@@ -85,13 +86,13 @@ class TrainingClient(Ready):
     def forward_backward_custom(
         self, data: Sequence[Datum], fn: Callable[..., Any], where: Where = "learner"
     ) -> Result:
-        """As `forward_backward`, with ``fn(data, logprobs) -> (loss, metrics)`` as the loss over all datums at once.
+        """As `forward_backward`, with ``fn(data, logprobs) -> (loss, metrics)`` as the loss of all datums together.
 
-        ``logprobs[d]``: a (N_d,) float32 torch tensor, in nats. `where`: "learner" ships `fn`, whose side effects then
-        stay there; "caller" runs it here, between two passes.
+        ``logprobs[d]``: (N_d,) float32 torch tensor, in nats. `where`: "learner" sends `fn` to the learner, where also
+        its side effects happen; "caller" runs it in this process, between a forward and a backward pass.
 
         Raises:
-            LossError: `fn` cannot be shipped; in the future, `fn` failed or returned something else than it should.
+            LossError: `fn` cannot be pickled. Raised by the future: `fn` failed or returned an invalid value.
             DatumError: as `forward_backward`.
         """
         if where == "learner":
@@ -106,10 +107,10 @@ class TrainingClient(Ready):
         return self.forward_backward_custom(data, fn, where)
 
     def optim_step(self, adam_params: AdamParams) -> ApiFuture[OptimStepResponse]:
-        """Apply the accumulated gradient by one AdamW step, and clear it.
+        """Apply the accumulated gradient with one AdamW step, and clear it.
 
-        Raises, in the future:
-            GradientError: there is no gradient, or its norm is not finite; weights and optimizer state are as before.
+        Raised by the future:
+            GradientError: there is no gradient, or its norm is not finite. Weights and optimizer state do not change.
         """
         if not isinstance(adam_params, AdamParams):
             raise ConfigError(f"adam_params: found a {type(adam_params).__name__}; wanted AdamParams(...)")
@@ -121,10 +122,10 @@ class TrainingClient(Ready):
     def save_state(
         self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
     ) -> ApiFuture[SaveWeightsResponse]:
-        """Weights and optimizer state as of the last `optim_step`, under ``rlsys://<model id>/weights/<name>``.
+        """Save weights and optimizer state as of the last `optim_step`, as ``rlsys://<model id>/weights/<name>``.
 
-        Raises, in the future:
-            CheckpointError: the name is taken or no plain name.
+        Raised by the future:
+            CheckpointError: the name is in use or invalid.
         """
         _note_ttl(ttl_seconds)
         return self._call(requests.SaveState(name, overwrite), SaveWeightsResponse)
@@ -135,10 +136,10 @@ class TrainingClient(Ready):
         return self.save_state(name, ttl_seconds, overwrite)
 
     def load_state(self, path: str) -> ApiFuture[LoadWeightsResponse]:
-        """A saved state's weights into this run; the optimizer starts anew and accumulated gradients are cleared.
+        """Load the weights of a saved state. The optimizer state is reset and the accumulated gradient is cleared.
 
-        Raises, in the future:
-            CheckpointError: damaged, foreign, or of another rank or other targets. The run is as before.
+        Raised by the future:
+            CheckpointError: the state is damaged, or belongs to another base, rank or targets. The run does not change.
         """
         return self._call(requests.LoadState(given(path), False), LoadWeightsResponse)
 
@@ -155,7 +156,7 @@ class TrainingClient(Ready):
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, overwrite: bool = False
     ) -> ApiFuture[SaveWeightsForSamplerResponse]:
-        """The weights for ``create_sampling_client(model_path=...)``. Raises as `save_state` does."""
+        """Save the weights for ``create_sampling_client(model_path=...)``. Raises as `save_state` does."""
         _note_ttl(ttl_seconds)
         return self._call(requests.SaveWeightsForSampler(name, overwrite), SaveWeightsForSamplerResponse)
 
@@ -165,14 +166,15 @@ class TrainingClient(Ready):
         return self.save_weights_for_sampler(name, ttl_seconds, overwrite)
 
     def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
-        """A client that samples from the weights as they are now, for ever; through memory unless `name` is given."""
+        """Create a sampling client on a snapshot of the current weights. The snapshot is saved only if `name` is
+        given."""
         return self._snapshot(name).result()
 
     async def save_weights_and_get_sampling_client_async(self, name: str | None = None) -> SamplingClient:
         return await self._snapshot(name)
 
     def get_tokenizer(self) -> Any:
-        """The base model's tokenizer as transformers loads it."""
+        """The base model's tokenizer, loaded with transformers."""
         return tokenizer_of(self._deployment.about)
 
     def get_info(self) -> GetInfoResponse:
@@ -207,7 +209,8 @@ class TrainingClient(Ready):
         return self._call(request, lambda answer: _output(data, answer))
 
     def _custom_at_caller(self, data: list[Datum], fn: Callable[..., Any]) -> Result:
-        """Two turns are taken at once, so that whatever is entered next comes after both."""
+        """Forward at the learner, `fn` here, backward at the learner. Both sequence numbers are taken at once, so that
+        calls submitted later are executed after both passes."""
         from rlsys.learner.custom_loss import collate_custom, result_metrics, surrogate_data, surrogate_weights
 
         about, result = self._deployment.about, Future[BatchResult]()
@@ -299,6 +302,6 @@ def _output(data: Sequence[Datum], answer: BatchResult) -> ForwardBackwardOutput
 def _note_ttl(ttl_seconds: int | None) -> None:
     if ttl_seconds is not None:
         warnings.warn(
-            f"ttl_seconds={ttl_seconds}: checkpoints here are files of yours and stay until you delete them",
+            f"ttl_seconds={ttl_seconds} has no effect: checkpoints are files that are kept until you delete them",
             stacklevel=3,
         )

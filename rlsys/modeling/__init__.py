@@ -1,1 +1,1 @@
-"""The forward and backward pass of the model that is trained: attention, LoRA, log-probabilities."""
+"""Forward and backward pass of the trained model: attention, LoRA, log-probabilities."""

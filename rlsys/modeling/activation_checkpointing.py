@@ -1,5 +1,6 @@
-"""Gradient checkpointing (Chen et al. 2016, arXiv:1604.06174): of a layer only its input is kept, and the layer runs
-again in the backward pass. Values and gradients have the same bits; memory falls, time grows by about a forward."""
+"""Activation checkpointing (Chen et al. 2016, arXiv:1604.06174): autograd saves only the input of each layer, and the
+backward pass recomputes the layer. Values and gradients are bit-identical; it needs less memory, and the time of about
+one more forward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def keep_inputs_only(layers: Sequence[nn.Module]) -> None:
-    """Where gradients are recorded, these layers keep their inputs alone. They may be shared among ranks later."""
+    """Checkpoint these layers whenever gradients are recorded. Also works if the layers are sharded afterwards."""
     for layer in layers:
         layer.forward = _Recomputed(layer.forward)
 

@@ -1,8 +1,8 @@
-"""Causal attention over a pack (rlsys/modeling/prefix_layout.py), as an attention function of transformers; no
-flash-attn needed.
+"""Causal attention over packed sequences (rlsys/modeling/prefix_layout.py), as an attention function for transformers.
+Does not need flash-attn.
 
-The segments travel as a keyword argument of the model's forward down to here, so there is no global state. Windows,
-soft caps and sinks come from each layer the same way. rlsys/modeling/attention_kernels.py has the arithmetic.
+The model's forward passes the segments to this function as a keyword argument, so there is no global state. Windows,
+soft caps and sinks are passed by each layer in the same way. The kernels are in rlsys/modeling/attention_kernels.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rlsys.modeling.prefix_layout import Segments
 
 NAME = "rlsys_packed"
 SEGMENTS = "rlsys_segments"  # the keyword argument of the model's forward
-_NO_MATTER = frozenset({"dropout", "position_ids", "cache_position"})  # in evaluation, as what is None or False
+_IGNORED = frozenset({"dropout", "position_ids", "cache_position"})  # arguments without effect in evaluation mode
 
 
 def packed_attention(
@@ -29,26 +29,27 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    sliding_window: int | None = None,  # a token sees itself and so many less one before it
+    sliding_window: int | None = None,  # w: a token attends to itself and the w - 1 tokens before it
     softcap: float | None = None,
     s_aux: Tensor | None = None,  # (Hq,) sinks
     is_causal: bool | None = None,
     rlsys_segments: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """(1, T, Hq, head_dim): every token attends to the earlier ones of its own segment and to itself.
+    """(1, T, Hq, head_dim): each token attends to itself, to earlier tokens of its segment, and to the segment that it
+    reads.
 
     Raises:
-        ConfigError: the model asks for something that this attention does not do.
+        ConfigError: the model uses an attention feature that is not implemented here.
     """
     name, segments, window = type(module).__name__, rlsys_segments, sliding_window
     if segments is None:
         raise ConfigError(f"{name} does not pass {SEGMENTS} on to its attention, so its sequences cannot be packed")
     given = {key for key, argument in kwargs.items() if argument is not None and argument is not False}
-    wants = sorted(given - _NO_MATTER)
-    if wants or is_causal is False:
-        what = ", ".join(wants) or "later tokens"
-        raise ConfigError(f"{name} wants {what} in its attention, which packed attention does not compute")
+    unknown = sorted(given - _IGNORED)
+    if unknown or is_causal is False:
+        what = ", ".join(unknown) or "later tokens"
+        raise ConfigError(f"{name} uses {what} in its attention, which packed attention does not implement")
     if window is not None and window >= segments.longest:
         window = None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -62,5 +63,5 @@ def packed_attention(
 
 
 def register() -> None:
-    """Make NAME known to transformers; again is harmless."""
+    """Register NAME with transformers. Can be called repeatedly."""
     AttentionInterface.register(NAME, packed_attention)

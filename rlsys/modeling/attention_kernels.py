@@ -1,21 +1,21 @@
-"""The arithmetic of packed attention (rlsys/modeling/prefix_layout.py); queries, keys and values are (T, heads,
-head_dim).
+"""Kernels of packed attention (rlsys/modeling/prefix_layout.py). Queries, keys and values are (T, heads, head_dim).
 
-    two_parts   torch's flash kernel for CPU on rectangles of similar lengths, and once more for shared prompts
-    tiled       windows and soft caps: runs of queries with the keys they see, by the same kernel under a mask or, under
-                a cap and on other devices, by matrix products
-    varlen      torch's variable-length kernel for CUDA; a shared prompt's keys are repeated for its readers
-    masked      scaled_dot_product_attention under a (T, T) mask
+    two_parts   torch's flash kernel for CPU: one call per rectangle of similar lengths, one more per shared prompt
+    tiled       sliding windows and soft caps: blocks of queries with the keys that they attend to. Uses the same kernel
+                with a mask; with a soft cap, or on another device than a CPU, matrix products
+    varlen      torch's variable-length kernel for CUDA; the keys of a shared prompt are repeated for each reader
+    masked      scaled_dot_product_attention with a (T, T) mask
 
-Of tokens that see their own segment (1) and a prompt (2), with outputs o and L = log sum exp of their scores:
+For tokens that attend to their segment (1) and to a prompt (2), with outputs o and L = log sum exp of the scores:
 
     L = log(e^L1 + e^L2)        o = e^(L1 - L) o1 + e^(L2 - L) o2
 
-and the gradient of each part is what the kernel's backward gives for the common o and L: its probabilities are then
-exp(score - L), and its correction <do, o> that of the whole (FlashAttention-2, arXiv:2307.08691, section 3.1.2).
+The gradient of each part is the result of the kernel's backward with the combined o and L: its probabilities are then
+exp(score - L), and its correction term <do, o> is that of the combined output (FlashAttention-2, arXiv:2307.08691,
+section 3.1.2).
 
-A sink is one more score s, seen by every token, whose value is 0: it enters L, and its gradient is -exp(s - L) <do, o>.
-A soft cap c makes a score c tanh(score / c).
+A sink is an additional score s that every token attends to, with value 0: it is part of L, and its gradient is
+-exp(s - L) <do, o>. A soft cap c replaces a score by c tanh(score / c).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.nn.functional import scaled_dot_product_attention, softplus
 
 from rlsys.modeling.prefix_layout import Rectangle, Segments, Tile
 
-SCORE_BYTES = 32 * 2**20  # of scores that exist at once where they are made as such
+SCORE_BYTES = 32 * 2**20  # limit of the scores that exist at once in `tiled` by matrix products
 
 
 def masked(
@@ -47,11 +47,11 @@ def masked(
 def varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None, window: int | None
 ) -> Tensor:
-    # Written after torch's documentation; no GPU was at hand to run it. `make gpu-check` does, and `check_packing` sees
-    # at every load whether a reader's last query stands at its last key.
+    # Written from torch's documentation, never run on a GPU. `make gpu-check` tests it, and `check_packing` verifies at
+    # every load that a reader's last query is aligned with its last key.
     from torch.nn.attention.varlen import varlen_attn
 
-    # Before torch 2.12 there is no such argument, and fewer heads of keys need none.
+    # torch before 2.12 has no argument enable_gqa, and accepts fewer heads of keys without it.
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     lists = segments.key_lists(window)
     if lists.keys is not None:
@@ -64,8 +64,8 @@ def varlen(
 
 
 class _TwoParts(torch.autograd.Function):
-    """The formulas of the module's docstring. Kept for the way back: q, k, v, the output and L, nothing padded
-    and nothing cast."""
+    """Segment and shared prompt, combined by the module docstring's formulas. Saves q, k, v, the output and L for the
+    backward pass, without padding and without casts."""
 
     @staticmethod
     def forward(
@@ -106,22 +106,22 @@ class _TwoParts(torch.autograd.Function):
                 _rows(grads[0], shape, padding=0.0), *(_rows(x, shape) for x in (query, key, value, out)),
                 _rows(total[..., None], shape)[..., 0], 0.0, True, scale=ctx.scale,
             )  # fmt: skip
-            for whole, part in zip((of_query, of_key, of_value), found, strict=True):
-                _put_rows(whole, shape, part.transpose(1, 2))
+            for total_grad, part in zip((of_query, of_key, of_value), found, strict=True):
+                _put_rows(total_grad, shape, part.transpose(1, 2))
         for reading in ctx.segments.readings:
             readers, read = slice(reading.start, reading.stop), slice(reading.first, reading.last)
             found = _flash_backward(
                 _heads(grads[0][readers]), _heads(query[readers]), _heads(key[read]), _heads(value[read]),
                 _heads(out[readers]), total[readers].T[None].contiguous(), 0.0, False, scale=ctx.scale,
             )  # fmt: skip
-            for whole, part in zip((of_query[readers], of_key[read], of_value[read]), found, strict=True):
-                whole += part[0].transpose(0, 1)
+            for total_grad, part in zip((of_query[readers], of_key[read], of_value[read]), found, strict=True):
+                total_grad += part[0].transpose(0, 1)
         of_sinks = _of_sinks(sinks, grads[0], out, total) if ctx.needs_input_grad[3] else None
         return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), of_sinks, None, None
 
 
 class _Tiled(torch.autograd.Function):
-    """Every query is in one tile, so that nothing is merged; a key may be in several."""
+    """Attention by tiles. Each query is in exactly one tile, so outputs need no merging; a key can be in several."""
 
     @staticmethod
     def forward(
@@ -163,7 +163,7 @@ class _Tiled(torch.autograd.Function):
         for tile in ctx.segments.tiles(ctx.window):
             q, o = (_gathered(x, tile.cells, tile.rows) for x in (query, out))
             k, v = (_gathered(x, tile.keys, tile.rows) for x in (key, value))
-            # What pads a row may see other keys than the token that it repeats: L makes its probabilities 0.
+            # Padding can attend to other keys than the token that it repeats; L = inf makes its probabilities 0.
             g, logsumexp = _padded(grads[0], tile, 0.0), _padded(total, tile, math.inf).contiguous()
             if ctx.products:
                 hidden = tile.hidden(ctx.window)
@@ -172,8 +172,8 @@ class _Tiled(torch.autograd.Function):
                 bias = _bias(tile, ctx.window, q)
                 found = _flash_backward(g, q, k, v, o, logsumexp, 0.0, bias is None, attn_mask=bias, scale=ctx.scale)
             _put_rows(of_query, tile, found[0].transpose(1, 2))
-            for whole, part in zip((of_key, of_value), found[1:], strict=True):
-                whole.index_add_(0, tile.keys, part.transpose(1, 2).reshape(-1, *whole.shape[1:]))
+            for total_grad, part in zip((of_key, of_value), found[1:], strict=True):
+                total_grad.index_add_(0, tile.keys, part.transpose(1, 2).reshape(-1, *total_grad.shape[1:]))
         of_sinks = _of_sinks(sinks, grads[0], out, total) if ctx.needs_input_grad[3] else None
         return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), of_sinks, *4 * [None]
 
@@ -185,7 +185,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 def _sink(out: Tensor, total: Tensor, sinks: Tensor | None) -> None:
-    """Let the sinks (H,) into (T, H, head_dim) outputs and (T, H) log sums, in place."""
+    """Add the sinks (H,) to (T, H, head_dim) outputs and (T, H) log-sum-exps, in place."""
     if sinks is not None:
         gap = sinks.detach().to(total.dtype) - total
         out *= gap.neg().sigmoid()[..., None]
@@ -200,7 +200,7 @@ def _of_sinks(sinks: Tensor, grad: Tensor, out: Tensor, total: Tensor) -> Tensor
 def _by_products(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float, cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Output (n, Hq, L, head_dim) and log sum exp (n, Hq, L) of rows, as the flash kernel gives them."""
+    """Output (n, Hq, L, head_dim) and log-sum-exp (n, Hq, L) of rows, as returned by the flash kernel."""
     out, total = torch.empty_like(query), query.new_empty(query.shape[:3])
     for rows in _portions(query, key):
         q, k, v = _grouped(query[rows], key), key[rows], value[rows]
@@ -251,49 +251,49 @@ def _scores(
 
 
 def _grouped(query: Tensor, key: Tensor) -> Tensor:
-    """(n, Hq, L, head_dim) as (n, Hkv, Hq / Hkv * L, head_dim): the heads that share keys, one after another."""
+    """(n, Hq, L, head_dim) as (n, Hkv, Hq / Hkv * L, head_dim): query heads that share keys are joined."""
     return query.reshape(len(query), key.shape[1], -1, query.shape[-1])
 
 
 def _portions(query: Tensor, key: Tensor) -> list[slice]:
-    """Rows whose scores fit in SCORE_BYTES together; one row at least."""
+    """Slices of rows whose scores fit in SCORE_BYTES together; at least one row each."""
     each = query.shape[1] * query.shape[2] * key.shape[2] * query.itemsize
     rows = max(1, SCORE_BYTES // each)
     return [slice(first, first + rows) for first in range(0, len(query), rows)]
 
 
 def _bias(tile: Tile, window: int | None, query: Tensor) -> Tensor | None:
-    """What the flash kernel adds to scores; None where it is plainly causal."""
+    """Mask that the flash kernel adds to the scores; None if the tile is purely causal."""
     if tile.is_causal(window):
         return None
     return query.new_zeros(tile.length, tile.before + tile.length).masked_fill_(tile.hidden(window), -math.inf)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What the kernel computes in: on CPU it is slower in bfloat16 than in float32, casts included."""
+    """Dtype in which the kernel computes: on CPU bfloat16 is slower than float32 including the casts."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _heads(tokens: Tensor) -> Tensor:
-    """(t, H, head_dim) as one row of a batch, (1, H, t, head_dim)."""
+    """Reshape (t, H, head_dim) to a batch of one row, (1, H, t, head_dim)."""
     return tokens.to(_wide(tokens.dtype)).transpose(0, 1)[None]
 
 
 def _gathered(tokens: Tensor, cells: Tensor, rows: int) -> Tensor:
-    """(n, H, cells / n, ...) of the pack's (T, H, ...)."""
+    """Gather rows (n, H, cells / n, ...) from the pack's (T, H, ...)."""
     found = tokens.index_select(0, cells).to(_wide(tokens.dtype))
     return found.view(rows, -1, *tokens.shape[1:]).transpose(1, 2)
 
 
 def _padded(tokens: Tensor, shape: Rectangle | Tile, padding: float) -> Tensor:
-    """(n, H, L, ...) of the pack's (T, H, ...), where what pads a row is this number."""
+    """Gather rows (n, H, L, ...) from the pack's (T, H, ...), padded with the value `padding`."""
     cells = tokens.new_full((shape.rows * shape.length, *tokens.shape[1:]), padding)
     cells.index_copy_(0, shape.places, tokens.index_select(0, shape.tokens))
     return cells.to(_wide(tokens.dtype)).view(shape.rows, shape.length, *tokens.shape[1:]).transpose(1, 2)
 
 
 def _rows(tokens: Tensor, shape: Rectangle, padding: float | None = None) -> Tensor:
-    """(n, H, L, ...) of the pack's (T, H, ...). Padding repeats a row's last token, unless it is to be a number."""
+    """Gather rows (n, H, L, ...) from the pack's (T, H, ...). `padding` None: repeat the last token of a row."""
     if shape.span:
         cells = tokens[slice(*shape.span)].to(_wide(tokens.dtype))
         return cells.reshape(shape.rows, shape.length, *tokens.shape[1:]).transpose(1, 2)
@@ -301,7 +301,7 @@ def _rows(tokens: Tensor, shape: Rectangle, padding: float | None = None) -> Ten
 
 
 def _put_rows(tokens: Tensor, shape: Rectangle | Tile, rows: Tensor) -> None:
-    """(n, L, H, ...) into their places of the pack's (T, H, ...)."""
+    """Scatter rows (n, L, H, ...) into the pack's (T, H, ...), in place."""
     cells = rows.reshape(shape.rows * shape.length, *tokens.shape[1:])
     if isinstance(shape, Rectangle) and shape.span:
         tokens[slice(*shape.span)] = cells

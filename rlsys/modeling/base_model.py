@@ -1,7 +1,7 @@
-"""A base model as a folder: made from nothing, and carried to nodes that share no file system.
+"""Creates a base model with random weights, and packs a model folder for nodes without a shared file system.
 
-``initial_model`` writes a random Qwen3 in Hugging Face format; ``pack_folder`` and ``unpack_folder`` turn a folder into
-named bytes with a manifest of their hashes and back. A folder appears whole or not at all.
+``initial_model`` writes a random Qwen3 in Hugging Face format. ``pack_folder`` and ``unpack_folder`` convert a folder
+to named bytes with a manifest of hashes, and back. Folders are created atomically.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MANIFEST = "rlsys-manifest.txt"  # one line "<hash>  <name>" per file, sorted by
 
 
 def initial_model(make: MakeSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int, out: Path) -> None:
-    """Write a random fp32 Qwen3 of these dimensions with its tokenizer to the new folder `out`.
+    """Write a random fp32 Qwen3 with these dimensions and its tokenizer to the new folder `out`.
 
-    The vocabulary is the tokenizer's, which may be smaller than ``make.vocab_size``: an id that no text can have must
-    not be sampled.
+    The vocabulary size is the tokenizer's, which can be smaller than ``make.vocab_size``: otherwise ids without a token
+    could be sampled.
     """
     if make.num_heads % make.num_kv_heads:
         raise ConfigError(
@@ -54,9 +54,9 @@ def initial_model(make: MakeSection, tokenizer: PreTrainedTokenizerBase, max_len
 
 
 def pack_folder(path: Path) -> dict[str, bytes]:
-    """Relative name -> content of every file under `path`, with a manifest; links are followed to what they hold."""
+    """Relative name -> content of every file below `path`, and a manifest. Symbolic links are followed."""
     if not path.is_dir():
-        raise CheckpointError(f"{path}: found no folder to pack")
+        raise CheckpointError(f"{path}: not a folder; wanted the folder of a model")
     files = {name: file.read_bytes() for name, file in _files_under(path).items() if name != MANIFEST}
     if not files:
         raise CheckpointError(f"{path}: found an empty folder; wanted the files of a model")
@@ -64,11 +64,12 @@ def pack_folder(path: Path) -> dict[str, bytes]:
 
 
 def unpack_folder(files: Mapping[str, bytes], path: Path) -> None:
-    """Write what ``pack_folder`` gave to `path`. Several processes may do it at once; an equal folder is left.
+    """Write the result of ``pack_folder`` to `path`. Several processes can do this concurrently; a folder with the same
+    content is kept.
 
     Raises:
-        CheckpointError: a name that leaves `path`, content that its manifest does not vouch for, or a folder at `path`
-            with other content.
+        CheckpointError: a file name leaves `path`, the content does not match the manifest, or `path` exists with other
+            content.
     """
     contents = {name: content for name, content in files.items() if name != MANIFEST}
     for name in contents:
@@ -84,7 +85,7 @@ def unpack_folder(files: Mapping[str, bytes], path: Path) -> None:
                     target.write_bytes(content)
             return
         except FileExistsError:
-            pass  # another process was first: its folder has to hold the same
+            pass  # another process was faster; its folder is compared below
     found = _files_under(path)
     if found.keys() != files.keys() or any(found[name].read_bytes() != files[name] for name in found):
         raise CheckpointError(f"{path}: found a folder with other content; remove it, or unpack elsewhere")
@@ -103,4 +104,4 @@ def _check_name(name: str) -> None:
     pure = PurePosixPath(name)
     plain = str(pure) == name and name.isprintable() and "\\" not in name
     if not plain or pure.is_absolute() or ".." in pure.parts or name == ".":
-        raise CheckpointError(f"packed file {name!r}: the name leaves the folder, or is no plain relative path")
+        raise CheckpointError(f"packed file {name!r}: the name leaves the folder, or is not a plain relative path")

@@ -1,17 +1,18 @@
-"""Log-probabilities of target tokens, a chunk of rows at a time: a bounded part of the (T, V) logits exists at once.
+"""Log-probabilities of target tokens, computed in chunks of rows, so that only a part of the (T, V) logits exists.
 
     p_t = log softmax(f(W h_t) / temperature)[y_t],   dp_t / dh_t = ((e(y_t) - softmax)_t f'(W h_t)) W / temperature
 
-f is what some models do to their logits: a scale, f(z) = s z, or a soft cap, f(z) = c tanh(z / c). It rounds where
-transformers and vLLM round, to the model's dtype after each operation.
+f is the logit transform of some models: a scale, f(z) = s z, or a soft cap, f(z) = c tanh(z / c). It rounds to the
+model's dtype after each operation, as transformers and vLLM do.
 
-p_t depends on h_t alone, so with a frozen W its gradient is one row of a (T, H) tensor, computed while the logits are
-there: one product more, where running the chunk again in the backward pass would be two. Where the output layer is
-trained (all weights, or an adapter on it) the chunk is run again. Softmax and logarithm are in fp32 (float64 where the
-model is). Entropy, where it is wanted, is -sum softmax log softmax of the same chunk, in nats, without a gradient.
+p_t depends only on h_t. So with a frozen W the gradient is one row of a (T, H) tensor, which is computed in the forward
+pass while the chunk's logits exist. This costs one more matrix product; recomputing the chunk in the backward pass
+would cost two. If the output layer is trained (all weights, or an adapter on it), the chunk is recomputed. Softmax and
+logarithm are computed in fp32 (in float64 for a float64 model). The optional entropy is -sum softmax log softmax of the
+same chunk, in nats, without a gradient.
 
-A chunk is as many rows as make CHUNK_BYTES of logits, so memory depends neither on T nor on V. On CPU the softmax goes
-through a chunk in blocks that stay in the cache, and its result takes the place of the logits.
+A chunk has as many rows as fit in CHUNK_BYTES of logits, so memory does not depend on T or V. On CPU the softmax is
+computed in blocks that fit in the cache, and overwrites the logits.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 64 * 2**20  # of logits in the model's dtype; see docs/performance.md
-BLOCK = 262_144  # values of a block on CPU for each thread; as in rms_norm.py, few meetings of threads count too
+BLOCK = 262_144  # values per block and CPU thread; larger blocks need fewer thread synchronizations, see rms_norm.py
 
 
 @dataclass(frozen=True, slots=True)
 class LogitTransform:
-    """f of the module's docstring; at most one of the two is given."""
+    """f of the module's docstring: a scale or a soft cap, at most one of them."""
 
     scale: float = 1.0
     cap: float | None = None
 
     def of(self, logits: Tensor) -> Tensor:
-        """New logits."""
+        """Transformed logits, as a new tensor."""
         changed = logits.clone()
         self.apply(changed, wants_slope=False)
         return changed
 
     def apply(self, logits: Tensor, *, wants_slope: bool) -> Tensor | None:
-        """Change `logits` in place. What f' is besides the scale, where it is wanted and not 1 everywhere."""
+        """Transform `logits` in place. Returns f' without the scale, if `wants_slope`; None if it is 1 everywhere."""
         if self.scale != 1.0:
             logits.mul_(self.scale)
         if self.cap is None:
@@ -65,11 +66,10 @@ def token_logprobs(
     chunk: int,
     transform: LogitTransform = AS_THEY_ARE,
 ) -> Tensor:
-    """(T,) nats of each target; hidden_T is (T, H), `head` maps it to ``head.out_features`` logits.
-
-    `chunk` is the most rows of logits that exist at once.
+    """(T,) log-probabilities (nats) of the targets (T,). hidden_T: (T, H); `head` maps it to ``head.out_features``
+    logits; `chunk`: maximum number of rows of logits that exist at once.
     """
-    return _found(head, hidden_T, targets_T, temperature, chunk, transform, False)[0]
+    return _compute(head, hidden_T, targets_T, temperature, chunk, transform, False)[0]
 
 
 def logprobs_and_entropy(
@@ -80,17 +80,17 @@ def logprobs_and_entropy(
     chunk: int,
     transform: LogitTransform = AS_THEY_ARE,
 ) -> tuple[Tensor, Tensor]:
-    """``token_logprobs``, and (T,) nats of entropy of the same distributions, without a gradient."""
-    found, entropy_T = _found(head, hidden_T, targets_T, temperature, chunk, transform, True)
-    return found, entropy_T
+    """``token_logprobs``, and the (T,) entropies (nats) of the same distributions, without a gradient."""
+    logp_T, entropy_T = _compute(head, hidden_T, targets_T, temperature, chunk, transform, True)
+    return logp_T, entropy_T
 
 
 def chunk_rows(vocab_size: int, dtype: torch.dtype, most: int) -> int:
-    """Rows of logits that exist at once."""
+    """Rows of a chunk: at most `most`, and at most CHUNK_BYTES of logits."""
     return max(1, min(most, CHUNK_BYTES // (vocab_size * dtype.itemsize)))
 
 
-def _found(
+def _compute(
     head: nn.Module,
     hidden_T: Tensor,
     targets_T: Tensor,
@@ -126,7 +126,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 class _Picked(torch.autograd.Function):
-    """Log-probability and entropy of rows of logits, which are used up: autograd refuses any other use of them."""
+    """Log-probability and entropy of rows of logits. Overwrites the logits; autograd refuses any other use of them."""
 
     @staticmethod
     def forward(
@@ -174,7 +174,7 @@ class _FrozenHead(torch.autograd.Function):
             found.append(_into(logits, targets_T[part], temperature, transform, wants_grad, wants_entropy))
             if slope_T is not None:
                 torch.mm(logits, weight, out=slope_T[part])
-            del logits  # before the next are made
+            del logits  # free the memory before the next chunk
         logp_T, entropy_T = (torch.cat(column) for column in zip(*found, strict=True))
         if slope_T is not None:
             divisor = temperature / transform.scale
@@ -196,7 +196,8 @@ def _into(
     wants_slope: bool,
     wants_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (n,) and entropies, (n,) or (0,); `logits` (n, V) are used up or become the slope."""
+    """Log-probabilities (n,), and entropies (n,), or (0,) if not wanted. Overwrites `logits` (n, V), with the slope if
+    wanted."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logp = torch.empty(len(logits), dtype=wide, device=logits.device)
     entropy = torch.empty(len(logits) if wants_entropy else 0, dtype=wide, device=logits.device)
@@ -218,10 +219,10 @@ def _softmax(
     entropy: Tensor | None,
     wants_slope: bool,
 ) -> None:
-    """Fill `logp` and `entropy`, each (n,). `logits` (n, V) become (e(y) - softmax) f' if wanted, without the scale and
-    the temperature, else anything."""
+    """Fill `logp` and `entropy`, each (n,). Overwrites `logits` (n, V): if `wants_slope` with (e(y) - softmax) f',
+    without the scale and the temperature."""
     slope = transform.apply(logits, wants_slope=wants_slope)
-    wide = _wide(logits)  # the logits themselves where they are wide already
+    wide = _wide(logits)  # no copy if the logits are in this dtype already
     if temperature != 1.0:
         wide.div_(temperature)
     wide.sub_(wide.amax(-1, keepdim=True))
@@ -232,7 +233,7 @@ def _softmax(
     log_total = total.log()
     at_target -= log_total
     logp.copy_(at_target[:, 0])
-    if entropy is not None and shifted is not None:  # of p = exp(x) / z it is log z - sum p x
+    if entropy is not None and shifted is not None:  # entropy of p = exp(x) / z: log z - sum p x
         entropy.copy_(log_total[:, 0] - torch.linalg.vecdot(wide, shifted) / total[:, 0])
     if wants_slope:
         wide.div_(total.neg_()).scatter_(1, targets[:, None], -at_target.expm1())  # exact where p is near 1

@@ -1,9 +1,9 @@
-"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on one base, several at once, by PEFT.
+"""LoRA adapters (Hu et al. 2021, arXiv:2106.09685): several on one base, with PEFT.
 
-Modules are found by role (rlsys/modeling/module_roles.py), so that fused ones are adapted as they are. Their names are
-those of the whole checkpoint, also where the base is its text part (rlsys/modeling/text_part.py). Adapters are named
-"a0", "a1", ... inside PEFT, whose names may hold no dots. Initial weights depend on the seed and the module's name
-alone: not on the global random state, on other adapters, or on which other modules are adapted.
+Target modules are found by role (rlsys/modeling/module_roles.py), so fused modules are adapted without splitting. Names
+of modules are those of the complete checkpoint, also if the base is its text part (rlsys/modeling/text_part.py). Inside
+PEFT adapters are named "a0", "a1", ..., because PEFT's names cannot contain dots. Initial weights depend only on the
+seed and the module's name: not on the global random state, on other adapters, or on the other target modules.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ TARGETS = {"train_attn": "attention", "train_mlp": "mlp", "train_unembed": "unem
 
 
 class Adapters:
-    """The adapters of one base model; at most one is active, none means the bare base."""
+    """The adapters of one base model. At most one is active; without an active one the model computes as the base."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._tuner: LoraModel | None = None
-        self._layers: dict[str, LoraLayer] = {}  # module path in the whole checkpoint's model -> layer
+        self._layers: dict[str, LoraLayer] = {}  # module path in the complete checkpoint's model -> layer
         self._active: str | None = None
         self._count = 0
 
     def add(self, section: LoraSection, seed: int, dtype: torch.dtype) -> str:
-        """A new adapter's name. A is uniform in +-1/sqrt(in), B is 0, so it begins as the base.
+        """Create an adapter, and return its name. A is uniform in +-1/sqrt(in) and B is 0, so outputs are the base's.
 
         Raises:
-            ConfigError: the model has no such modules that adapters can go to.
+            ConfigError: the model has no target modules for this section.
         """
         config = LoraConfig(
             r=section.rank,
-            lora_alpha=section.alpha,  # PEFT says int and computes with any number
+            lora_alpha=section.alpha,  # PEFT's annotation is int, but any number works
             target_modules=_shortest(self._model, target_paths(self._model, section)),
             lora_dropout=0.0,
             bias="none",
@@ -66,8 +66,8 @@ class Adapters:
         )
         name = f"a{self._count}"
         self._count += 1
-        # PEFT draws initial weights of its own, which are replaced here and must not move the global random state.
-        # It warns that an adapter on a tied output layer cannot be merged into it: ours is meant for the output alone.
+        # PEFT's initial weights are replaced below, and must not advance the global random state. PEFT warns that an
+        # adapter on a tied output layer cannot be merged; here it applies only to the output, not to the embedding.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
             if self._tuner is None:
@@ -85,10 +85,10 @@ class Adapters:
         for path, layer in self._of(name).items():
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             bound = 1.0 / math.sqrt(a.shape[1])
-            drawn = torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=_generator(seed, path))
-            a.data = drawn.to(a.device, dtype)
+            values = torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=_generator(seed, path))
+            a.data = values.to(a.device, dtype)
             b.data = torch.zeros_like(b, dtype=dtype)
-        self._active = name  # as PEFT has just made it
+        self._active = name  # PEFT activates a new adapter
         self.activate(None)
         return name
 
@@ -98,13 +98,13 @@ class Adapters:
         self._tuner.delete_adapter(name)
 
     def activate(self, name: str | None) -> None:
-        """Forward passes from now on go through this adapter alone; None: through the base alone."""
+        """Use this adapter in subsequent forward passes; None: the base without an adapter."""
         if self._tuner is not None and name != self._active:
             self._tuner.set_adapter([] if name is None else name)
             self._active = name
 
     def head(self) -> nn.Module:
-        """The output layer of the active adapter: the bare one where the adapter does not touch it."""
+        """The output layer with the active adapter; without an adapter on it, the base's module."""
         head: nn.Module = self._model.get_output_embeddings()
         if isinstance(head, LoraLayer) and (self._active is None or self._active not in head.lora_A):
             head = head.get_base_layer()
@@ -119,7 +119,7 @@ class Adapters:
         return found
 
     def scaled(self, name: str) -> dict[str, Tensor]:
-        """The same with alpha / r folded into B, in the adapter's own precision."""
+        """As `parameters`, with the scale alpha / r multiplied into B, in the adapter's dtype."""
         scale = {path: layer.scaling[name] for path, layer in self._of(name).items()}
         return {
             key: weight.detach() * scale[key.removesuffix(".lora_B")] if key.endswith(".lora_B") else weight.detach()
@@ -127,21 +127,21 @@ class Adapters:
         }
 
     def enlarge(self, name: str, size: float, seed: int) -> None:
-        """Draw B so that each delta is `size` times as large as the weight that it changes."""
+        """Set B to random values such that the RMS of each weight delta is `size` times that of the weight."""
         for path, layer in self._of(name).items():
             b, base = layer.lora_B[name].weight, whole(layer.get_base_layer().weight.detach())
             (rank, inputs), rms = layer.lora_A[name].weight.shape, float(base.float().square().mean().sqrt())
             spread = size * rms / layer.scaling[name] * math.sqrt(3.0 * inputs / rank)  # A's variance is 1 / (3 in)
-            drawn = torch.randn(b.shape, generator=_generator(seed, f"{path}.lora_B"))
-            b.data = (drawn * spread).to(b.device, b.dtype)
+            values = torch.randn(b.shape, generator=_generator(seed, f"{path}.lora_B"))
+            b.data = (values * spread).to(b.device, b.dtype)
 
     def save(self, name: str, out: Path, base: str) -> None:
-        """PEFT's layout: adapter_config.json and adapter_model.safetensors, in the adapter's own precision."""
+        """Write the adapter in PEFT's format, adapter_config.json and adapter_model.safetensors, in its dtype."""
         assert self._tuner is not None
         out.mkdir(parents=True, exist_ok=True)
         config = copy.copy(self._tuner.peft_config[name])
         config.base_model_name_or_path, config.inference_mode = base, True
-        if is_part(self._model):  # the short names are also those of modules in the other parts
+        if is_part(self._model):  # short names would match modules of other parts too
             config.target_modules = _pattern(list(self._of(name)))
         config.save_pretrained(str(out))
         weights = {
@@ -155,54 +155,56 @@ class Adapters:
 
 
 def target_paths(model: PreTrainedModel, section: LoraSection) -> list[str]:
-    """Modules that an adapter goes to.
+    """Paths of the target modules of an adapter.
 
     Raises:
-        ConfigError: nothing is to be trained, or the model has no linear modules of a wanted role.
+        ConfigError: no role is trained, or the model has no linear modules of a trained role.
     """
     wanted = [role for option, role in TARGETS.items() if getattr(section, option)]
     if not wanted:
-        raise ConfigError(f"lora: found none of {', '.join(TARGETS)}; wanted at least one, or nothing is trained")
+        raise ConfigError(f"lora: found none of {', '.join(TARGETS)}; wanted at least one")
     found, kind = roles_of(model), type(model).__name__
     if "mlp" in wanted and found.experts is not None:
         raise ConfigError(
-            f"lora.train_mlp: {kind} is a mixture of experts and keeps their weights stacked in {found.experts}, where "
-            "adapters do not reach; set lora.train_mlp=false to train its attention"
+            f"lora.train_mlp: {kind} is a mixture of experts with stacked weights in {found.experts}, which adapters "
+            "do not support; set lora.train_mlp=false to train only the attention"
         )
     for option, role in TARGETS.items():
         if role in wanted and not getattr(found, role):
-            raise ConfigError(f"lora.{option}: {kind} has no linear modules of its {role}; set lora.{option}=false")
+            raise ConfigError(
+                f"lora.{option}: {kind} has no linear modules with the role {role}; set lora.{option}=false"
+            )
     return [path for role in wanted for path in getattr(found, role)]
 
 
 def _shortest(model: PreTrainedModel, paths: Sequence[str]) -> list[str]:
-    """Last parts of the paths where they name these modules and no others, as people write them; else the paths."""
+    """Last parts of the paths if they match exactly these modules, as is usual in PEFT; otherwise the paths."""
     short = names(tuple(paths))
     named = [path for path, module in model.named_modules() if path.rpartition(".")[2] in short and is_linear(module)]
     return list(short) if sorted(named) == sorted(paths) else list(paths)
 
 
 def _pattern(paths: Sequence[str]) -> str:
-    """A regular expression that matches these paths whole, with the layers' numbers left open."""
+    """Regular expression for the full paths, with any layer number."""
     kinds = dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(path)) for path in paths)
     return "|".join(kinds)
 
 
 def _fuse(layers: Mapping[str, LoraLayer]) -> None:
-    """Replace PEFT's forward of layers that are plain linear ones; others keep it, and the log names them."""
-    left = []
+    """Replace PEFT's forward of plain linear layers. Other layers keep PEFT's, and a log message names them."""
+    unfused = []
     for path, layer in layers.items():
         if type(layer) is LoraLinear and type(layer.get_base_layer()) is nn.Linear:
             layer.forward = _Fused(layer)
         else:
-            left.append(path)
-    if left:
-        _logger.warning("adapters of %s run through PEFT's own forward, slower and larger", ", ".join(left))
+            unfused.append(path)
+    if unfused:
+        _logger.warning("adapters on %s use PEFT's forward, which needs more time and memory", ", ".join(unfused))
 
 
 class _Fused:
-    """A layer's forward. It reads weights at each call: an optimizer changes them, and a base shared by ranks is whole
-    only now."""
+    """Forward of a LoRA layer. Reads the weights at each call, because the optimizer replaces them and a sharded base
+    is complete only during the call."""
 
     def __init__(self, layer: LoraLinear) -> None:
         self._layer = layer
@@ -212,8 +214,8 @@ class _Fused:
         base = layer.get_base_layer()
         active = [name for name in layer.active_adapters if name in layer.lora_A]
         if not active:
-            found: Tensor = base(x)
-            return found
+            output: Tensor = base(x)
+            return output
         (name,) = active
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         return lora_linear(x, base.weight, base.bias, a, b, layer.scaling[name])

@@ -1,10 +1,10 @@
-"""A frozen linear layer with a low-rank adapter as one function with its gradient written out.
+"""Frozen linear layer with a LoRA adapter, as one autograd function.
 
     y = x W' + s (x A') B'        dx = g W + s (g B) A,   dA = s (g B)' x,   dB = s g' (x A')
 
-PEFT computes it from five operations. Where the base is in half precision and the adapter in fp32, as here, it also
-casts every layer's input to fp32 and keeps the copy for the backward pass; here the adapter is cast, which is small.
-What is kept is x itself and x A' (T, r). Gradients arrive in the adapter's own precision.
+PEFT uses five operations. With a half-precision base and an fp32 adapter it casts the input of every layer to fp32, and
+saves the copy for the backward pass. Here the adapter is cast instead, which is small. Saved are x and x A' (T, r).
+Gradients of A and B are in the adapter's dtype.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """(..., out) of x (..., in), weight (out, in), a (r, in) and b (out, r). Weight and bias get no gradient."""
+    """y (..., out) from x (..., in), weight (out, in), a (r, in) and b (out, r). Weight and bias get no gradient."""
     return _adapted_linear(x, weight, bias, a, b, scale)
 
 
@@ -48,7 +48,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _scaled(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Scaled in the adapter's own precision, and only then rounded."""
+    """Scale `b` in the adapter's dtype, then cast."""
     return (b.detach() * scale).to(dtype)
 
 

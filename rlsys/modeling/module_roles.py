@@ -1,10 +1,10 @@
-"""Which linear modules of a decoder do what: attention, MLP, unembedding. Found by structure, not by name.
+"""Roles of a decoder's linear modules: attention, MLP, unembedding. Determined by structure, not by name.
 
     self_attn.q_proj  .k_proj  .v_proj  .o_proj      attention; Phi-3 has qkv_proj and o_proj
     mlp.gate_proj  .up_proj  .down_proj              MLP; Phi-3 and GLM-4 have gate_up_proj and down_proj
     lm_head                                          unembedding, tied to the embeddings or not
 
-An attention module of transformers says whether it is causal, which no other module does.
+Attention modules are recognised by the attribute ``is_causal``, which only attention modules of transformers have.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Roles:
     attention: tuple[str, ...]
     mlp: tuple[str, ...]
     unembedding: tuple[str, ...]
-    experts: str | None = None  # class of a module whose weights are no linear modules, as in a mixture of experts
+    experts: str | None = None  # class of a module with stacked weights instead of linear modules (mixture of experts)
 
 
 def roles_of(model: PreTrainedModel) -> Roles:
-    """Of a causal language model, with adapters or without.
+    """Roles of the linear modules of a causal language model, with or without adapters.
 
     Raises:
-        ConfigError: there is no list of decoder layers.
+        ConfigError: the model has no list of decoder layers.
     """
     layers, head = decoder_layers(model), model.get_output_embeddings()
     attention, mlp, experts = list[str](), list[str](), None
@@ -51,15 +51,15 @@ def roles_of(model: PreTrainedModel) -> Roles:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """(path, layer) of each.
+    """(path, layer) of each decoder layer.
 
     Raises:
-        ConfigError: there is no list of decoder layers.
+        ConfigError: the model has no list of decoder layers.
     """
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ConfigError(
-            f"model.path: {type(model).__name__} has no list of decoder layers called 'layers'; wanted a decoder-only "
+            f"model.path: {type(model).__name__} has no list of decoder layers named 'layers'; wanted a decoder-only "
             "language model"
         )
     path = next(name for name, module in model.named_modules() if module is layers)
@@ -67,17 +67,17 @@ def decoder_layers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can go to it, or has."""
+    """Whether the module is a linear layer, with or without an adapter."""
     return isinstance(getattr(module, "get_base_layer", lambda: module)(), nn.Linear)
 
 
 def names(paths: tuple[str, ...]) -> tuple[str, ...]:
-    """Last parts of module paths, each once."""
+    """Last parts of module paths, without duplicates."""
     return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
 def skeleton(config: Any) -> PreTrainedModel:
-    """The model that a configuration describes, without memory for weights."""
+    """The model of a configuration on the meta device, without memory for weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -86,7 +86,7 @@ def skeleton(config: Any) -> PreTrainedModel:
 
 
 def _without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of all inside; a layer with adapters is one, whatever it is made of."""
+    """(path, module) of all submodules. A LoRA layer counts as one module; its parts are skipped."""
     inside: list[str] = []
     for name, part in module.named_modules():
         if not any(name.startswith(f"{layer}.") for layer in inside):
@@ -96,5 +96,5 @@ def _without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _has_adapters(module: nn.Module) -> bool:
-    """Whether PEFT put its layer in the place of the module, which then is that layer's base."""
+    """Whether the module is a LoRA layer of PEFT, which wraps the original module."""
     return hasattr(module, "get_base_layer")

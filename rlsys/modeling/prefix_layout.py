@@ -1,12 +1,12 @@
-"""Which token sees which, in a pack of sequences laid end to end, and the layouts in which attention computes it.
+"""Attention pattern of a pack (sequences end to end, with shared prompts), and the layouts in which it is computed.
 
-A segment is a run of tokens that see the earlier ones of their own segment and themselves. It may read one other whole
-segment besides: the prompt that several completions share stands in the pack once, and each completion reads it.
+A token attends to itself and to earlier tokens of its segment. A segment can also read one other segment completely: a
+prompt that several completions share is in the pack once, and each completion reads it.
 
-    a a a | x x | y y y | b b         reads  -  0  0  -         x and y see a; b is a sequence of its own
+    a a a | x x | y y y | b b         reads  -  0  0  -         x and y attend to a; b is independent
 
-Under a window of w a token sees itself and the w - 1 before it, by positions in its sequence: a reader goes on from the
-end of what it reads.
+With a sliding window of w a token attends to itself and to the w - 1 tokens before it in its sequence, where a reader
+continues the segment that it reads.
 """
 
 from __future__ import annotations
@@ -21,44 +21,44 @@ from torch import Tensor
 from rlsys.rollouts import offsets_of, spans
 from rlsys.types import Array
 
-SHORTEST_SHARE = 0.75  # of a rectangle's longest row; measured on CPU: fewer, larger calls against work on padding
-TILE = 128  # queries of one row of a tile: with more, more keys are masked; with fewer, more of them are gathered
-TILE_KEYS = 16_384  # of all rows of one tile: they are copied
+SHORTEST_SHARE = 0.75  # shortest / longest row of a rectangle; measured on CPU: fewer kernel calls against more padding
+TILE = 128  # queries per row of a tile: larger tiles mask more keys, smaller tiles gather more keys
+TILE_KEYS = 16_384  # maximum keys of one tile, which are copied
 ALONE = -1  # value of Segments.reads
 
 
 @dataclass(frozen=True, slots=True)
 class Rectangle:
-    """Segments of similar length as right-padded rows. Causal attention needs no mask then: what pads a row comes last,
-    and no real token looks ahead."""
+    """Segments of similar length as right-padded rows. Causal attention needs no mask for the padding: it comes last,
+    and no real token attends to later positions."""
 
     rows: int  # n
-    length: int  # L, of the longest
-    span: tuple[int, int] | None  # these tokens of the pack are the cells, in order and without padding
-    cells: Tensor  # (n * L,) int64, the token in each cell; padding repeats the row's last
-    tokens: Tensor  # (t,) int64, the real ones
-    places: Tensor  # (t,) int64, the cell of each
+    length: int  # L, of the longest segment
+    span: tuple[int, int] | None  # range of the pack that equals the cells in order; None: padded or not contiguous
+    cells: Tensor  # (n * L,) int64, token of each cell; padding repeats the last token of the row
+    tokens: Tensor  # (t,) int64, tokens without padding
+    places: Tensor  # (t,) int64, cell of each of these tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Runs of queries of similar length as right-padded rows, each with all the keys that one of them sees: `before`
-    keys, then the run itself. Which query sees which key is then the same in every row."""
+    """Blocks of queries of similar length as right-padded rows, each with all keys that its queries attend to: `before`
+    earlier keys, then those of the block. So all rows have the same mask."""
 
     rows: int  # n
-    length: int  # L, of the longest
+    length: int  # L, of the longest block
     before: int  # B
-    cells: Tensor  # (n * L,) int64, the token in each query's cell; padding repeats the row's last
-    tokens: Tensor  # (t,) int64, the real ones
-    places: Tensor  # (t,) int64, the cell of each
-    keys: Tensor  # (n * (B + L),) int64, the token in each key's cell
+    cells: Tensor  # (n * L,) int64, token of each query cell; padding repeats the last token of the row
+    tokens: Tensor  # (t,) int64, query tokens without padding
+    places: Tensor  # (t,) int64, cell of each of these tokens
+    keys: Tensor  # (n * (B + L),) int64, token of each key cell
 
     def is_causal(self, window: int | None) -> bool:
-        """Whether nothing is hidden but what comes later, and the first query sees one key."""
+        """Whether plain causal attention is correct: no earlier keys, and no key outside of the window."""
         return self.before == 0 and (window is None or window >= self.length)
 
     def hidden(self, window: int | None) -> Tensor:
-        """(L, B + L) bool, which key (column) a query (row) does not see."""
+        """(L, B + L) bool, whether a key (column) is masked for a query (row)."""
         ahead = torch.arange(-self.before, self.length, device=self.keys.device) - torch.arange(
             self.length, device=self.keys.device
         ).unsqueeze(1)
@@ -67,7 +67,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The tokens [start:stop] see all of [first:last]."""
+    """Tokens [start:stop] of the pack attend to all tokens [first:last]."""
 
     start: int
     stop: int
@@ -77,22 +77,23 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class KeyLists:
-    """For kernels that take queries and keys of each segment end to end: a reader's keys are what it reads, then its
-    own. Causal there means that the last query sees the last key, and windows count back from there."""
+    """Layout for variable-length kernels: queries and keys of all segments end to end. The keys of a reader are those
+    of the segment that it reads, then its own. The kernel aligns the last query with the last key, and windows count
+    back from there."""
 
     offsets: Tensor  # (S + 1,) int32, of queries
     key_offsets: Tensor  # (S + 1,) int32
-    keys: Tensor | None  # (K,) int64, the pack's token of each key; None: keys are the tokens themselves
+    keys: Tensor | None  # (K,) int64, token of each key; None: keys are the tokens of the pack in order
     longest: int
     longest_keys: int
 
 
 @dataclass(frozen=True)
 class Segments:
-    """S segments end to end. Readers of one segment stand side by side."""
+    """S segments end to end. All readers of a segment are adjacent."""
 
-    lengths: Array  # (S,) int64, none is 0
-    reads: Array  # (S,) int64, number of the segment that this one reads, or ALONE
+    lengths: Array  # (S,) int64, at least 1
+    reads: Array  # (S,) int64, index of the segment that this segment reads, or ALONE
     device: torch.device | str = "cpu"
     _tiles: dict[int | None, tuple[Tile, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _key_lists: dict[int | None, KeyLists] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -107,12 +108,12 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence, what it reads included."""
+        """Tokens of the longest sequence, including the segment that it reads."""
         return int((self.lengths + self._read_lengths).max())
 
     @cached_property
     def rectangles(self) -> tuple[Rectangle, ...]:
-        """All segments, by falling length."""
+        """All segments as rectangles, sorted by decreasing length."""
         order = np.argsort(-self.lengths, kind="stable")
         found, first = [], 0
         while first < len(order):
@@ -124,7 +125,7 @@ class Segments:
 
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
-        """One for each segment that is read."""
+        """One Reading for each segment that others read."""
         readers = np.flatnonzero(self.reads != ALONE)
         read, at = np.unique(self.reads[readers], return_index=True)
         counts = np.bincount(self.reads[readers], minlength=len(self.lengths))[read]
@@ -135,19 +136,19 @@ class Segments:
         return tuple(Reading(*map(int, row)) for row in zip(*columns, strict=True))
 
     def tiles(self, window: int | None) -> tuple[Tile, ...]:
-        """All queries in runs of at most TILE, those with as many keys before them together."""
+        """All queries in blocks of at most TILE; blocks with the same number of earlier keys share a tile."""
         if window not in self._tiles:
             self._tiles[window] = self._new_tiles(window)
         return self._tiles[window]
 
     def key_lists(self, window: int | None) -> KeyLists:
-        """Keys that no query of a segment sees are left out of its list."""
+        """Keys of each segment, without keys outside of the window of all its queries."""
         if window not in self._key_lists:
             self._key_lists[window] = self._new_key_lists(window)
         return self._key_lists[window]
 
     def mask(self, window: int | None) -> Tensor:
-        """(T, T) bool, which token (row) sees which (column): for kernels that know no layout."""
+        """(T, T) bool, whether a token (row) attends to another (column), for kernels that take a mask."""
         owner = self._ids(np.repeat(np.arange(len(self.lengths)), self.lengths))
         reads = self._ids(np.repeat(self.reads, self.lengths))
         seen = ((owner[:, None] == owner) | (reads[:, None] == owner)).tril_()
@@ -159,7 +160,7 @@ class Segments:
     def _new_tiles(self, window: int | None) -> tuple[Tile, ...]:
         counts = -(-self.lengths // TILE)
         owner = np.repeat(np.arange(len(self.lengths)), counts)
-        first = TILE * spans(np.zeros_like(counts), counts)  # of a run, in its segment
+        first = TILE * spans(np.zeros_like(counts), counts)  # start of a block in its segment
         lengths = np.minimum(TILE, self.lengths[owner] - first)
         before = self._read_lengths[owner] + first
         if window is not None:
@@ -214,7 +215,7 @@ class Segments:
 
     @cached_property
     def _read_lengths(self) -> Array:
-        """(S,) tokens that each segment reads besides its own."""
+        """(S,) length of the segment that each segment reads; 0 for ALONE."""
         lengths: Array = np.where(self.reads != ALONE, self.lengths[self.reads], 0)
         return lengths
 
@@ -223,11 +224,11 @@ class Segments:
         rows, longest, total = len(members), int(lengths[0]), int(lengths.sum())
         column = np.arange(longest)
         cells = starts[:, None] + np.minimum(column, lengths[:, None] - 1)
-        whole = total == rows * longest and (np.diff(starts) == longest).all()
+        contiguous = total == rows * longest and (np.diff(starts) == longest).all()
         return Rectangle(
             rows,
             longest,
-            (int(starts[0]), int(starts[0]) + total) if whole else None,
+            (int(starts[0]), int(starts[0]) + total) if contiguous else None,
             self._ids(cells.reshape(-1)),
             self._ids(spans(starts, lengths)),
             self._ids(np.flatnonzero(column < lengths[:, None])),
@@ -238,6 +239,6 @@ class Segments:
 
 
 def alone(lengths: Array, device: torch.device | str = "cpu") -> Segments:
-    """Sequences of these lengths that share nothing."""
+    """Segments of these lengths without shared prompts."""
     lengths = np.asarray(lengths, np.int64)
     return Segments(lengths, np.full(len(lengths), ALONE), device)

@@ -1,9 +1,9 @@
-"""Where transformers and vLLM compute the same model differently, the learner computes what its samplers do.
+"""Makes the learner compute like vLLM where transformers and vLLM implement a model differently.
 
-Rotary embeddings whose factors depend on the length (longrope): transformers goes by the longest sequence of a forward
-pass, so that a token depends on what it is packed with; vLLM by the longest sequence that it may ever be given.
+Rotary embeddings with length-dependent factors (longrope): transformers selects the factors by the longest sequence of
+a forward pass, so a token's values depend on the other sequences of its pack; vLLM by its maximum sequence length.
 
-Cohere 2's window: one token longer in vLLM, as the model was trained.
+Sliding window of Cohere 2: one token longer in vLLM, as the model was trained.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rlsys.errors import ConfigError
 
 _WINDOW_AND_ITSELF = ("cohere2",)  # model types whose window does not count the token itself
-_FIXED = "longrope, fixed"  # a rope_type that transformers leaves alone
+_FIXED = "longrope, fixed"  # a rope_type that transformers does not update
 
 
 def match_sampler(model: PreTrainedModel, max_length: int) -> None:
-    """Compute as an engine that was started for sequences of `max_length` tokens.
+    """Change the model to compute like a vLLM engine for sequences of up to `max_length` tokens.
 
     Raises:
-        ConfigError: the model's rotary embedding cannot be made to.
+        ConfigError: the model's rotary embedding cannot match vLLM's.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -41,7 +41,7 @@ def match_sampler(model: PreTrainedModel, max_length: int) -> None:
 
 @contextmanager
 def as_published(model: PreTrainedModel) -> Iterator[None]:
-    """In the block the model's configuration is the one that it came with."""
+    """Restore the published configuration during the block, such as for saving the model."""
     _change_window(model, -1)
     try:
         yield
@@ -63,12 +63,12 @@ def _fix_rotary(model: PreTrainedModel, module: nn.Module, kind: str, max_length
     name, config = type(model).__name__, module.config
     if "dynamic" in kind:
         raise ConfigError(
-            f"{name} has a rotary embedding of type {kind!r}, whose frequencies change with the length of a sequence: "
-            "transformers and vLLM do not agree on them; wanted another rope_type in config.json"
+            f"{name} has a rotary embedding of type {kind!r}, whose frequencies depend on the sequence length and "
+            "differ between transformers and vLLM; wanted another rope_type in config.json"
         )
     if kind != "longrope":
         return
     prefix, which = ("", {}) if layer_type is None else (f"{layer_type}_", {"layer_type": layer_type})
-    # An engine for max_length tokens has room for one more (rlsys/sampler/engine_args.py), and vLLM goes by that.
+    # rlsys starts engines with max_model_len = max_length + 1 (rlsys/sampler/engine_args.py), which vLLM uses here.
     frequencies, _ = ROPE_INIT_FUNCTIONS[kind](config, model.device, seq_len=max_length + 1, **which)
     module.register_buffer(f"{prefix}inv_freq", frequencies, persistent=False)

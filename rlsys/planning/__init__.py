@@ -1,1 +1,1 @@
-"""What is checked before a job starts: memory, placement and the model's folder."""
+"""Checks made before a job starts: predicted memory, placement, and the model folder."""

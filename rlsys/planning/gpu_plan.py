@@ -1,4 +1,4 @@
-"""What a plan says of GPU memory. Every figure is a prediction that nobody has measured on CUDA."""
+"""GPU memory in a plan: shortfalls and warnings. All figures are predictions that were never measured on CUDA."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from rlsys.planning.memory import (
     sampler_memory,
 )
 
-LEAST_HELD = 0.15  # of the sequences that run at once, were all as long as can be
+LEAST_HELD = 0.15  # share of the concurrent sequences, all of model.max_length, that the KV cache should hold
 
 
 def gpu_shortfalls(
     config: JobConfig, dims: ModelShape, learner: RoleMemory, sampler: RoleMemory, total: int | None
 ) -> Iterator[str]:
-    """On a GPU of `total` bytes: each role in its part, and the two of a pair that takes turns beside each other."""
+    """Shortfalls on a GPU of `total` bytes: of each role within its share of the GPU, and of a learner and a sampler
+    that share the GPU (sampler.colocate) together. None if the GPU's memory is not known."""
     if total is None:
         return
     learner_on_gpu, sampler_on_gpu = config.learner.device == "cuda", config.sampler_device == "cuda"
     part = min(1.0, config.learner.num_gpus)
     if learner_on_gpu and torch_bytes(learner) > part * total:
         yield (
-            f"{_UNMEASURED}: one learner needs {gib(torch_bytes(learner))}, learner.num_gpus "
-            f"{config.learner.num_gpus:g} gives it {gib(int(part * total))} of {gib(total)}; {_less_for(config)}"
+            f"{_UNMEASURED}: a learner needs {gib(torch_bytes(learner))}, and learner.num_gpus "
+            f"{config.learner.num_gpus:g} allows {gib(int(part * total))} of {gib(total)}; {_less_for(config)}"
         )
     share = int(config.sampler.gpu_memory_utilization * total)
     if sampler_on_gpu:
         needed = sampler.peak.total + (config.model.max_length + 1) * kv_bytes_per_token(config, dims)
         if needed > share:
             yield (
-                f"{_UNMEASURED}: one sampler needs {gib(needed)} with the KV cache of one full sequence, "
-                f"sampler.gpu_memory_utilization gives it {gib(share)} of {gib(total)}; raise it, or lower "
+                f"{_UNMEASURED}: a sampler needs {gib(needed)} with the KV cache of one sequence of full length, and "
+                f"sampler.gpu_memory_utilization allows {gib(share)} of {gib(total)}; raise it, or lower "
                 "sampler.max_num_batched_tokens, sampler.max_num_seqs or sampler.max_live_adapters"
             )
     if not (config.sampler.colocate and learner_on_gpu and sampler_on_gpu):
@@ -49,12 +50,12 @@ def gpu_shortfalls(
         fits = math.floor((1 - resting / total) * 100) / 100
         yield (
             f"{_UNMEASURED}: a learner keeps {gib(resting)} between its calls, and sampler.gpu_memory_utilization "
-            f"{config.sampler.gpu_memory_utilization:g} asks for {gib(share)} of {gib(total)} beside it; "
+            f"{config.sampler.gpu_memory_utilization:g} takes {gib(share)} of the same {gib(total)}; "
             + (f"set sampler.gpu_memory_utilization={fits:g}" if fits > 0 else "the model is too large for this GPU")
         )
     if learner.peak.total + engine_asleep(config) > total:
         yield (
-            f"{_UNMEASURED}: one learner needs {gib(learner.peak.total)}, and a sampler that sleeps keeps "
+            f"{_UNMEASURED}: a learner needs {gib(learner.peak.total)}, and a sleeping sampler keeps "
             f"{gib(engine_asleep(config))} of the GPU's {gib(total)}; {_less_for(config)}"
         )
 
@@ -63,13 +64,13 @@ _UNMEASURED = "GPU memory (unmeasured prediction)"
 
 
 def torch_bytes(learner: RoleMemory) -> int:
-    """Without the context, which torch's limit for a learner on a shared GPU does not count."""
+    """Peak bytes of a learner without the CUDA context, which torch's memory limit on a shared GPU does not count."""
     peak = learner.peak
     return peak.total - peak.parts.get("CUDA context", 0)
 
 
 def _less_for(config: JobConfig) -> str:
-    """Keys that lower a learner's memory, those first that cost least."""
+    """Advice with the keys that lower a learner's memory, the cheapest first."""
     keys = ["a smaller learner.token_budget"]
     if not config.learner.gradient_checkpointing:
         keys.append("learner.gradient_checkpointing=true")
@@ -81,7 +82,7 @@ def _less_for(config: JobConfig) -> str:
 
 
 def gpu_warnings(config: JobConfig, dims: ModelShape, total: int | None) -> Iterator[str]:
-    """Of a KV cache on a GPU that holds few of the sequences that are to run at once."""
+    """Warn if the KV cache on a GPU holds only a small share of the concurrent sequences."""
     if config.sampler_device != "cuda" or total is None:
         return
     cache = int(config.sampler.gpu_memory_utilization * total) - sampler_memory(config, dims).peak.total
@@ -90,6 +91,6 @@ def gpu_warnings(config: JobConfig, dims: ModelShape, total: int | None) -> Iter
     if 0 < held < running * LEAST_HELD:
         yield (
             f"sampler.gpu_memory_utilization {config.sampler.gpu_memory_utilization:g} leaves {gib(cache)} for the KV "
-            f"cache, {held} sequences of model.max_length {config.model.max_length} of the {running} that run at once: "
-            "long ones are computed in parts more than once; raise it, or set a smaller sampler.max_num_seqs"
+            f"cache, enough for {held} sequences of model.max_length {config.model.max_length} of {running} concurrent "
+            "ones: vLLM will preempt and recompute long sequences; raise it, or lower sampler.max_num_seqs"
         )

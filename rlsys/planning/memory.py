@@ -1,8 +1,9 @@
-"""Predicted memory of each role, from a model's dimensions and a job: how far a process grows beyond its imports.
+"""Predicts the memory of each role from the model's shape and the job: the growth of a process beyond its imports.
 
-A role passes through phases (loading, updating, ...), each a sum of named parts; its peak is the largest phase. What
-autograd keeps was read off ``torch.autograd.graph.saved_tensors_hooks``; benchmarks/memory.py compares predictions
-with runs. T tokens are in a packed micro-batch, V is the vocabulary, r the adapter's rank.
+A role passes through phases (loading, updating, ...). Each phase is a sum of named parts, and the role's peak is its
+largest phase. The tensors that autograd saves were listed with ``torch.autograd.graph.saved_tensors_hooks``;
+benchmarks/memory.py compares predictions with runs. T: tokens of a packed micro-batch, V: vocabulary size, r: rank of
+the adapter. All sizes are bytes.
 """
 
 from __future__ import annotations
@@ -21,47 +22,50 @@ from rlsys.utils.env_variables import set_default
 
 MIB, GIB = 2**20, 2**30
 FP32 = 4
-LOGIT_BYTES = 64 * MIB  # of a chunk of logits, whatever the vocabulary
-LOGIT_BLOCK = 262_144  # values of the softmax that a thread of a CPU works on at once
-CANARY_TOKENS = 1536  # of the long canary (rlsys/weight_sync/canary.py), which a learner scores by eager attention
-CANARY_ROWS = 80  # of its positions, which a sampler scores at once
+LOGIT_BYTES = 64 * MIB  # largest chunk of logits, for any vocabulary
+LOGIT_BLOCK = 262_144  # softmax values per block of a CPU thread
+CANARY_TOKENS = 1536  # length of the long canary (rlsys/weight_sync/canary.py), scored by a learner in eager attention
+CANARY_ROWS = 80  # canary positions that a sampler scores in one step
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
 
-# glibc serves smaller blocks from a heap that is left in pieces, larger ones by pages that go back at once. Its own
-# limit moves up to 32 MiB: a learner of 54M parameters then grew to 2933 MiB, with 4 MiB to 1834, with 1 MiB to 1509,
-# which is what it holds. Page faults cost: updates of a 0.4M model took 12 to 24 % longer with 4 MiB, so small models
-# keep glibc's own limit; in larger ones the matrix products outweigh them.
+# Below a threshold glibc allocates blocks from a heap, which fragments; above it with mmap, whose pages are returned
+# when a block is freed. glibc raises the threshold by itself, up to 32 MiB. With that a learner of 54M parameters grew
+# to 2933 MiB; with a threshold of 4 MiB to 1834, and with 1 MiB to 1509, the size of its live tensors. mmap costs page
+# faults: updates of a 0.4M model took 12 to 24 % longer with 4 MiB. So small models keep glibc's threshold; in larger
+# models the time of the matrix products dominates.
 MMAP_THRESHOLD, SMALL_HIDDEN = MIB, 256
 M_MMAP_THRESHOLD = -3  # malloc.h
-# oneDNN keeps a kernel of each shape of matrix product, 1,024 of them, each about 0.5 MiB of code and data, and torch
-# keeps what calls them in a cache of its own. A new number of rows needs new ones, and the steps of an engine and the
-# micro-batches of a bfloat16 learner rarely have the same: either grew by 500 to 700 MiB over a run. Made anew they
-# cost 4 ms where a decoding step of a 135M model takes 30 to 80 ms; small models keep all of them. A layer needs fewer
-# than 64 forward and backward.
+# oneDNN caches one kernel per shape of matrix product, up to 1,024 kernels of about 0.5 MiB, and torch caches the
+# objects that call them. Each new number of rows needs new kernels, and the steps of an engine and the micro-batches
+# of a bfloat16 learner rarely repeat a number of rows: both grew by 500 to 700 MiB over a run. Recompiling the kernels
+# costs 4 ms per decoding step of a 135M model, which takes 30 to 80 ms. So larger models cache 64 kernels, more than a
+# layer needs forward and backward, and small models keep the default.
 KERNEL_CACHES, KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 64
-LEARNER_KERNELS, ENGINE_KERNELS = 80 * MIB, 40 * MIB  # of so many; measured. Products in float32 are MKL's in a learner
-HEAP_SLACK = 1.4  # of what is served from the heap; measured
-HEAP_SLACK_OF_SMALL = 3.2  # where glibc decides; fitted to the quickstart, the only such model that was measured
+LEARNER_KERNELS, ENGINE_KERNELS = 80 * MIB, 40 * MIB  # measured with 64; float32 products of a learner use MKL
+HEAP_SLACK = 1.4  # heap size / live blocks in the heap; measured
+HEAP_SLACK_OF_SMALL = 3.2  # with glibc's threshold; fitted to the quickstart, the only such model that was measured
 
-# What a process grows by whatever it holds: thread pools, kernels that are made at first use, Ray's own buffers.
+# Growth of a process that does not depend on the model: thread pools, kernels compiled at first use, Ray's buffers.
 LEARNER_RUNTIME = 40 * MIB
 SAMPLER_RUNTIME = 60 * MIB  # the actor and its engine together
 
-# What a process on a GPU takes whatever it holds. Assumed, not measured: reports of vLLM users give 0.3 to 0.5 GiB for
-# a context with the workspaces of cuBLAS, and its logs 0.4 to 0.6 GiB for CUDA graphs of a few dozen batch sizes.
+# GPU memory of a process that does not depend on the model. Assumed, not measured: users of vLLM report 0.3 to 0.5 GiB
+# for a context with the workspaces of cuBLAS, and vLLM logs 0.4 to 0.6 GiB for CUDA graphs of a few dozen batch sizes.
 CUDA_CONTEXT, CUDA_GRAPHS = 512 * MIB, GIB
 
-# Measured resident sizes of processes that have imported what their role imports, and of rewards and advantages whole;
-# a grader process and the driver are estimates.
+# Measured resident sizes: of learner and sampler processes after their imports, of the reward and the advantage actor
+# in total. The grader process and the driver are estimates.
 IMPORTS = {"learner": 460 * MIB, "sampler": 1230 * MIB}  # the sampler's actor and its engine
 LIGHT_MEMORY = {"rewards": 470 * MIB, "advantages": 110 * MIB, "grader process": 60 * MIB}
-DRIVER_MEMORY = 600 * MIB  # the command itself and Ray's own processes
+DRIVER_MEMORY = 600 * MIB  # the command and Ray's processes
 
-Blocks = list[tuple[int, float]]  # (how many, bytes per token of one)
+Blocks = list[tuple[int, float]]  # (number of tensors, bytes per token of each)
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
+    """Memory in one phase of a role, by part."""
+
     name: str
     parts: Mapping[str, int]  # bytes
 
@@ -72,7 +76,7 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class RoleMemory:
-    """Of one actor with its engine, above imports."""
+    """Memory of one actor and its engine in each phase, without imports."""
 
     role: str
     phases: tuple[Phase, ...]
@@ -87,22 +91,22 @@ def gib(size: int) -> str:
 
 
 def learner_memory(config: JobConfig, dims: ModelShape) -> RoleMemory:
-    """Of one rank."""
+    """Memory of one learner rank: loading, comparing, updating, saving; training the base with `model.make`."""
     phases = [_supervised(config, dims)] if config.model.make else []
     phases += [_loading(config, dims), _comparing(config, dims), _updating(config, dims), _saving(config, dims)]
     if config.learner.device == "cpu" and mmap_threshold(dims.hidden_size) == math.inf:
-        phases = [_in_pieces(phase) for phase in phases]
+        phases = [_with_fragmentation(phase) for phase in phases]
     return RoleMemory("learner", tuple(phases))
 
 
-def _in_pieces(phase: Phase) -> Phase:
-    """With what glibc's heap keeps beside the blocks in use; large ones, such as logits, never are in it."""
+def _with_fragmentation(phase: Phase) -> Phase:
+    """The phase with the fragmentation of glibc's heap. Large blocks, such as logits, are not in the heap."""
     kept = int((HEAP_SLACK_OF_SMALL - 1) * phase.parts.get("activations", 0))
-    return Phase(phase.name, {**phase.parts, "heap in pieces": kept})
+    return Phase(phase.name, {**phase.parts, "heap fragmentation": kept})
 
 
 def sampler_memory(config: JobConfig, dims: ModelShape) -> RoleMemory:
-    """Of one sampler; on a GPU without its KV cache, which takes what gpu_memory_utilization leaves."""
+    """Memory of one sampler; on a GPU without its KV cache, which takes the rest of gpu_memory_utilization."""
     size = SAVED_BYTES[config.model.dtype]
     weights = dims.parameters * size
     passing = {"activations": _engine_activations(config, dims), "logits": _engine_logits(config, dims)}
@@ -112,7 +116,7 @@ def sampler_memory(config: JobConfig, dims: ModelShape) -> RoleMemory:
         "loading",
         {
             "weights": weights,
-            "files of the weights": dims.parameters * dims.saved_bytes,
+            "weight files": dims.parameters * dims.saved_bytes,
             "runtime": SAMPLER_RUNTIME,
         },
     )
@@ -120,7 +124,8 @@ def sampler_memory(config: JobConfig, dims: ModelShape) -> RoleMemory:
         "serving",
         {
             "weights": weights,
-            "packed ends": 2 * dims.embedding_parameters * size,  # vLLM packs embedding and output layer, tied or not
+            # vLLM packs the embedding and the output layer, tied or not
+            "packed embeddings": 2 * dims.embedding_parameters * size,
             "KV cache": int(config.sampler.kv_cache_gb * GIB),
             "LoRA slots": _slots(config, dims),
             **passing,
@@ -132,19 +137,19 @@ def sampler_memory(config: JobConfig, dims: ModelShape) -> RoleMemory:
 
 
 def _kept_by_engine(config: JobConfig, dims: ModelShape) -> dict[str, int]:
-    """Of one worker on a GPU, whatever it is asked."""
+    """GPU memory that one engine worker always holds, by part."""
     weights = dims.parameters * SAVED_BYTES[config.model.dtype] // config.sampler.tensor_parallel_size
     graphs = {} if config.sampler.enforce_eager else {"CUDA graphs": CUDA_GRAPHS}
     return {"weights": weights, "LoRA slots": _slots(config, dims), **graphs, "CUDA context": CUDA_CONTEXT}
 
 
 def engine_asleep(config: JobConfig) -> int:
-    """GPU memory that an engine keeps at sleep: graphs and context belong to no pool that vLLM can give back."""
+    """GPU memory of a sleeping engine: CUDA graphs and context, which vLLM cannot release."""
     return CUDA_CONTEXT + (0 if config.sampler.enforce_eager else CUDA_GRAPHS)
 
 
 def engine_host_copy(config: JobConfig, dims: ModelShape) -> int:
-    """Pinned host memory of an engine that sleeps: weights and LoRA slots wait there until it wakes."""
+    """Pinned host memory of a sleeping engine: weights and LoRA slots are copied there until it wakes up."""
     if not (config.sampler.colocate and config.sampler_device == "cuda"):
         return 0
     kept = _kept_by_engine(config, dims)
@@ -152,12 +157,12 @@ def engine_host_copy(config: JobConfig, dims: ModelShape) -> int:
 
 
 def learner_between_calls(config: JobConfig, dims: ModelShape) -> int:
-    """GPU memory of a rank that is not at work."""
+    """GPU memory of a learner rank between its calls."""
     return sum(_weights(config, dims).values()) + sum(_trained(config, dims).values()) + CUDA_CONTEXT
 
 
 def adapter_parameters(lora: LoraSection, dims: ModelShape) -> int:
-    """Of one run."""
+    """Number of LoRA parameters of one run."""
     attention = dims.num_layers * _sides(dims.attention) if lora.train_attn else 0
     mlp = (dims.num_layers - dims.mixture_layers) * _sides(dims.mlp) if lora.train_mlp else 0
     ends = dims.hidden_size + dims.vocab_size if lora.train_unembed else 0
@@ -165,12 +170,13 @@ def adapter_parameters(lora: LoraSection, dims: ModelShape) -> int:
 
 
 def _sides(linears: Mapping[str, tuple[int, int]]) -> int:
-    """Of adapters of rank 1 on all of them."""
+    """LoRA parameters per unit of rank on all these linear modules: inputs + outputs."""
     return sum(inputs + outputs for inputs, outputs in linears.values())
 
 
 def micro_batch_tokens(config: JobConfig) -> int:
-    """T of the largest micro-batch of one rank: the budget, unless the batch is smaller or one sequence larger."""
+    """T of the largest micro-batch of one rank: the token budget, unless the batch is smaller or one sequence is longer
+    than the budget."""
     sequences = config.rl.problems_per_step * config.rl.samples_per_problem
     longest = config.model.max_length - 1
     share = math.ceil(sequences / config.learner.num_workers) * longest
@@ -178,7 +184,7 @@ def micro_batch_tokens(config: JobConfig) -> int:
 
 
 def activations(config: JobConfig, dims: ModelShape, tokens: int) -> int:
-    """What autograd keeps of `tokens` packed tokens until the backward pass has used it."""
+    """Bytes that autograd saves for the backward pass of `tokens` packed tokens."""
     attention = _resident(config, dims, _attention_blocks(config, dims), tokens)
     mlp = _resident(config, dims, _mlp_blocks(config, dims), tokens)
     mixture = _resident(config, dims, _mixture_blocks(config, dims), tokens)
@@ -188,23 +194,25 @@ def activations(config: JobConfig, dims: ModelShape, tokens: int) -> int:
         return dims.num_layers * attention + mlps + ends
     inputs = _resident(config, dims, [(1, _computed_bytes(config) * dims.hidden_size)], tokens)
     largest = max(mlp, mixture) if dims.mixture_layers else mlp
-    return dims.num_layers * inputs + attention + largest + ends  # one layer at a time is run again
+    return dims.num_layers * inputs + attention + largest + ends  # the backward pass recomputes one layer at a time
 
 
 def working(config: JobConfig, dims: ModelShape, tokens: int) -> int:
-    """What exists for a moment at the end of the forward pass (logits) or early in the backward pass (MLP)."""
+    """Temporary bytes: the larger of logits (end of the forward pass) and MLP (start of the backward pass)."""
     of_mlp = _resident(config, dims, [(3, FP32 * dims.intermediate_size)], tokens)
     return max(_head_bytes(config, dims, tokens), of_mlp)
 
 
 def mmap_threshold(hidden_size: int) -> float:
-    """Bytes from which a learner's process asks the system for pages of their own; without end where glibc decides."""
+    """Block size in bytes from which a process allocates with mmap; infinite for small models, which keep glibc's
+    threshold."""
     return math.inf if hidden_size < SMALL_HIDDEN else MMAP_THRESHOLD
 
 
 def bound_growth(hidden_size: int) -> None:
-    """Settle, for this process, what would let it grow over a run, as the predictions expect it. Call before its first
-    matrix product. Another C library than glibc is left as it is, and so is a limit that the user has set."""
+    """Set this process's mmap threshold and kernel caches as the predictions assume, so that it does not grow over a
+    run. Call before the first matrix product. Keeps caches that the user has set, and does nothing to C libraries other
+    than glibc."""
     if mmap_threshold(hidden_size) < math.inf:
         for name in KERNEL_CACHES:
             set_default(name, str(KEPT_KERNELS))
@@ -217,28 +225,28 @@ def kv_bytes_per_token(config: JobConfig, dims: ModelShape) -> int:
 
 
 def slot_width(section: SamplerSection) -> int:
-    """Of one LoRA slot of the engine."""
+    """Rank for which the engine allocates one LoRA slot."""
     return next((rank for rank in ENGINE_RANKS if rank >= section.max_lora_rank), section.max_lora_rank)
 
 
 def _resident(config: JobConfig, dims: ModelShape, blocks: Blocks, tokens: int) -> int:
-    """Bytes that blocks of so many tokens take, with the heap's slack where they are small."""
+    """Bytes of all `blocks` for `tokens` tokens, with the heap's slack for small blocks."""
     threshold = mmap_threshold(dims.hidden_size)
     limit = threshold if config.learner.device == "cpu" and threshold < math.inf else 0
     return int(sum(count * tokens * width * (HEAP_SLACK if tokens * width < limit else 1.0) for count, width in blocks))
 
 
 def _computed_bytes(config: JobConfig) -> int:
-    """Of one number of the base's layers in the learner."""
+    """Bytes per value of the base's layers in the learner."""
     return SAVED_BYTES[computing_dtype(config.model.dtype, config.learner.device)]
 
 
 def _attention_blocks(config: JobConfig, dims: ModelShape) -> Blocks:
-    """Kept of one layer but its MLP, all in the dtype that is computed in but for norms' and attention's figures per
-    row.
+    """Tensors that autograd saves of one layer, without its MLP. They are in the compute dtype, except for the fp32
+    row statistics of norms and attention.
 
-    Attention keeps q, k, v and its output, q and k also from before their norms; the norms of the layer keep their
-    inputs and the adapters those norms' outputs; every adapter keeps x A'.
+    Attention saves q, k, v and its output, and q and k before their norms too. Norms save their inputs. Adapters save
+    their inputs (the norms' outputs) and x A'.
     """
     lora, size = config.lora, _computed_bytes(config)
     hidden, query, kv = dims.hidden_size, dims.query_size, dims.kv_size
@@ -247,7 +255,7 @@ def _attention_blocks(config: JobConfig, dims: ModelShape) -> Blocks:
     blocks: Blocks = [(2, size * query), (2, size * kv), (dims.family.norms, of_norms * hidden), (1, small)]
     if dims.family.head_norms != "none":
         blocks += [(1, of_norms * query), (1, of_norms * kv)]
-    if "qkv_proj" in dims.attention:  # values are a view of what is kept whole
+    if "qkv_proj" in dims.attention:  # v is a view of the fused output, which is kept
         blocks += [(1, size * query), (1, size * kv)]
     if lora.train_attn:
         blocks += [(1, size * hidden), (len(dims.attention), size * lora.rank)]
@@ -255,7 +263,7 @@ def _attention_blocks(config: JobConfig, dims: ModelShape) -> Blocks:
 
 
 def _mlp_blocks(config: JobConfig, dims: ModelShape) -> Blocks:
-    """Kept of one MLP: gate, silu(gate), up and their product, which an adapter reads."""
+    """Tensors that autograd saves of one MLP: gate, silu(gate), up, and their product for the adapter on it."""
     lora, size = config.lora, _computed_bytes(config)
     blocks: Blocks = [(3, size * dims.intermediate_size)]
     if lora.train_mlp:
@@ -264,21 +272,21 @@ def _mlp_blocks(config: JobConfig, dims: ModelShape) -> Blocks:
 
 
 def _mixture_blocks(config: JobConfig, dims: ModelShape) -> Blocks:
-    """The same of each expert that a token goes to, and what comes out of it."""
+    """Tensors that autograd saves of the experts of a token: as `_mlp_blocks`, and each expert's output."""
     size, times = _computed_bytes(config), dims.experts_per_token
     of_activation = 6 if dims.family.expert_biases else 3  # gpt-oss clamps gate and up, and adds one to up
     return [(times * of_activation, size * dims.expert_size), (times, size * dims.hidden_size)]
 
 
 def _end_blocks(config: JobConfig, dims: ModelShape) -> Blocks:
-    """Kept outside of the layers: the last norm's input, the output layer's gradient, cosines and sines."""
+    """Tensors saved outside of the layers: input of the last norm, gradient of the output layer, rotary embeddings."""
     size = _computed_bytes(config)
     return [(2, size * dims.hidden_size), (2, size * dims.head_dim)]
 
 
 def _head_bytes(config: JobConfig, dims: ModelShape, tokens: int) -> int:
-    """A chunk of logits and the fp32 blocks that go through its softmax; where the layer is trained, what its backward
-    pass keeps and makes of the chunk too."""
+    """Bytes of a chunk of logits and of the fp32 blocks of its softmax. If the output layer is trained, also of the
+    copies for its backward pass."""
     size, chunk = _computed_bytes(config), config.learner.logprob_chunk_tokens
     rows = max(1, min(chunk, tokens, LOGIT_BYTES // (dims.vocab_size * size)))
     copies = 5 if config.lora.train_unembed else 1
@@ -286,7 +294,8 @@ def _head_bytes(config: JobConfig, dims: ModelShape, tokens: int) -> int:
 
 
 def _weights(config: JobConfig, dims: ModelShape) -> dict[str, int]:
-    """Of the frozen base on one rank; a sharded one has its two ends and two layers whole while it computes."""
+    """Frozen base on one rank. A sharded base also holds the unsharded embeddings and two unsharded layers while it
+    computes."""
     size, ranks = _computed_bytes(config), config.learner.num_workers
     if not (config.learner.shard_base and ranks > 1):
         return {"weights": dims.parameters * size}
@@ -295,23 +304,24 @@ def _weights(config: JobConfig, dims: ModelShape) -> dict[str, int]:
 
 
 def _loading(config: JobConfig, dims: ModelShape) -> Phase:
-    """Weights are views of the mapped files where their type is the one wanted, else copies beside them."""
+    """Weights are views of the memory-mapped files if the dtype is that of the files, otherwise converted copies."""
     size, files = _computed_bytes(config), dims.parameters * dims.saved_bytes
     parts = {"weights": dims.parameters * size}
     if size != dims.saved_bytes:
-        parts["files of the weights"] = files
+        parts["weight files"] = files
     if config.model.make:
-        parts["packed base"] = 2 * files  # as Ray's object and as a copy of it
+        parts["packed base"] = 2 * files  # the object in Ray's store and a copy of it
     return Phase("loading", parts | _runtime(config))
 
 
 def _comparing(config: JobConfig, dims: ModelShape) -> Phase:
-    """The long canary through transformers' eager attention: of one layer all scores, masked, and as probabilities."""
+    """Scoring the long canary with transformers' eager attention: one layer's scores, masked scores and
+    probabilities."""
     size, tokens = _computed_bytes(config), min(CANARY_TOKENS, config.model.max_length)
     scores = dims.num_heads * tokens * tokens * (3 * size + FP32)
     head = _head_bytes(config, dims, tokens)
-    parts = {**_weights(config, dims), "scores": scores, "logits and working space": head, **_runtime(config)}
-    return Phase("scoring its canary", parts)
+    parts = {**_weights(config, dims), "scores": scores, "logits and workspace": head, **_runtime(config)}
+    return Phase("scoring the canary", parts)
 
 
 def _trained(config: JobConfig, dims: ModelShape) -> dict[str, int]:
@@ -331,7 +341,7 @@ def _updating(config: JobConfig, dims: ModelShape) -> Phase:
             **_weights(config, dims),
             **_trained(config, dims),
             "activations": activations(config, dims, tokens),
-            "logits and working space": working(config, dims, tokens),
+            "logits and workspace": working(config, dims, tokens),
             **_kernels(config),
             **_runtime(config),
         },
@@ -349,13 +359,13 @@ def _kernels(config: JobConfig) -> dict[str, int]:
 
 
 def _saving(config: JobConfig, dims: ModelShape) -> Phase:
-    """A checkpoint packs adapter and moments; a snapshot for the samplers is smaller."""
+    """A checkpoint packs the adapter and AdamW's moments; a snapshot for samplers is smaller."""
     packed = 2 * 3 * FP32 * adapter_parameters(config.lora, dims)
     return Phase("saving", {**_weights(config, dims), **_trained(config, dims), "packed": packed, **_runtime(config)})
 
 
 def _supervised(config: JobConfig, dims: ModelShape) -> Phase:
-    """All weights in fp32 with gradients; muon keeps one moment of a matrix, AdamW two."""
+    """Training a base from scratch: all weights in fp32 with gradients; Muon keeps one moment per matrix, AdamW two."""
     assert config.model.make
     section, weights = config.model.make.supervised, FP32 * dims.parameters
     linears = (*dims.attention.values(), *dims.mlp.values())
@@ -367,20 +377,20 @@ def _supervised(config: JobConfig, dims: ModelShape) -> Phase:
     chunk = min(tokens, config.learner.logprob_chunk_tokens)
     of_mlp = _resident(config, dims, [(3, FP32 * dims.intermediate_size)], tokens)
     return Phase(
-        "making the base",
+        "training the base",
         {
             "weights": weights,
             "gradients": weights,
             "optimizer": 2 * weights - FP32 * single,
-            "activations": activations(config, dims, tokens),  # inputs of linears are kept as those of adapters are
-            "logits and working space": max(3 * FP32 * chunk * dims.vocab_size, of_mlp),
+            "activations": activations(config, dims, tokens),  # linear modules save their inputs, as adapters do
+            "logits and workspace": max(3 * FP32 * chunk * dims.vocab_size, of_mlp),
             **_runtime(config),
         },
     )
 
 
 def _slots(config: JobConfig, dims: ModelShape) -> int:
-    """Slots are as wide as the widest adapter allowed and cover every linear module, trained or not."""
+    """The engine's LoRA slots: they have the largest rank allowed and cover every linear module, trained or not."""
     section, size = config.sampler, SAVED_BYTES[config.model.dtype]
     layers = dims.num_layers * _sides(dims.attention) + (dims.num_layers - dims.mixture_layers) * _sides(dims.mlp)
     on_output = unembedding_problem(dims.vocab_size, dims.family, config.sampler_device) is None
@@ -390,22 +400,22 @@ def _slots(config: JobConfig, dims: ModelShape) -> int:
 
 
 def sampled_at_once(config: JobConfig) -> int:
-    """Sequences of one decoding step of one sampler."""
+    """Sequences in one decoding step of one sampler, at most."""
     completions = config.rl.problems_per_step * config.rl.samples_per_problem
-    held_out = config.task.eval_problems or config.sampler.max_num_seqs  # None: all there are, maybe as many as fit
+    held_out = config.task.eval_problems or config.sampler.max_num_seqs  # None: all of the split, of unknown size
     wanted = max(completions, held_out)
     return min(config.sampler.max_num_seqs, math.ceil(wanted / config.sampler.num_workers))
 
 
 def _engine_activations(config: JobConfig, dims: ModelShape) -> int:
-    """Of one layer during a prefill: nothing is kept for a backward pass."""
+    """Activations of one layer during a prefill; without a backward pass only one layer's exist at a time."""
     tokens = max(config.sampler.max_num_batched_tokens, config.model.max_length + 1)
     widest = 3 * dims.intermediate_size + 4 * dims.hidden_size
     return SAVED_BYTES[config.model.dtype] * tokens * widest
 
 
 def _engine_logits(config: JobConfig, dims: ModelShape) -> int:
-    """The logits, their log-softmax in fp32, and a comparison of a byte each for the rank; on a GPU noise too."""
+    """Logits, their fp32 log-softmax, and one byte per value for computing ranks; on a GPU also sampling noise."""
     copies = 2 * FP32 + 1 + (0 if config.model.dtype == "float32" else 2)
     copies += 2 * FP32 if config.sampler_device == "cuda" else 0
     return max(sampled_at_once(config), min(CANARY_ROWS, config.sampler.max_num_seqs)) * dims.vocab_size * copies

@@ -1,7 +1,7 @@
-"""What is wrong with a model's folder, found within seconds: before Ray, a learner or an engine has started.
+"""Checks a model folder within seconds, before Ray, a learner or an engine starts.
 
-Files and headers are read, never the weights themselves. What can be trained in spite of a difference is told as a
-note; what cannot is an error with what was found, where, and what would be right.
+Reads files and headers, but no weights. A difference that does not prevent training is returned as a note; otherwise an
+error says what was found, where, and what would be right.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from rlsys.utils.shell_paths import command
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PLAIN_DTYPES = ("F32", "F16", "BF16")
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-LARGEST_HEADER = 100 * 2**20  # bytes; safetensors' own bound
+LARGEST_HEADER = 100 * 2**20  # bytes; the limit of the safetensors format
 PROBE = "What is 2 + 2?"
 HOW_FROM_GGUF = (
-    "write the weights back as safetensors first: AutoModelForCausalLM.from_pretrained(folder, gguf_file=..., "
+    "convert the weights to safetensors first: AutoModelForCausalLM.from_pretrained(folder, gguf_file=..., "
     "quantization_config=GgufConfig(dequantize=True)), as examples/real_model.py does"
 )
 
@@ -45,10 +45,11 @@ Header = Mapping[str, Mapping[str, Any]]  # of a safetensors file: tensor name -
 
 
 def check_job(config: JobConfig) -> tuple[str, ...]:
-    """What a job's user should know of model.path, where it is a folder of this machine; else its node looks.
+    """Check model.path if it is a folder on this machine, and return notes for the user. Otherwise the actor's node
+    checks it.
 
     Raises:
-        ConfigError: the job cannot be run on it.
+        ConfigError: the job cannot use this model.
     """
     if config.model.path is None:
         return ()
@@ -75,7 +76,7 @@ def check_job(config: JobConfig) -> tuple[str, ...]:
         )
     stops = list(config.rl.sampling.stop or ())
     if tasks.converses(config.task):
-        renderer.reply_ids("a reply", None, False)  # a template that does not tell where a reply goes is refused here
+        renderer.reply_ids("a reply", None, False)  # raises if the template cannot render a reply
     endings.stops(stops)
     if not endings.ids and config.rl.sampling.stop is None:
         raise ConfigError(_endless(folder, endings))
@@ -83,16 +84,16 @@ def check_job(config: JobConfig) -> tuple[str, ...]:
 
 
 def _is_tied(folder: Path) -> bool:
-    from rlsys.modeling.text_part import is_tied  # brings torch, which other jobs' plans do without
+    from rlsys.modeling.text_part import is_tied  # imports torch, which plans of other jobs do not need
 
     return bool(is_tied(folder))
 
 
 def check_tokenizer(folder: Path) -> tuple[str, ...]:
-    """Notes for a client, whose folder may lack a tokenizer: then it works with token ids.
+    """Notes on the tokenizer for a client. The folder may have none: then the client works with token ids.
 
     Raises:
-        ConfigError: the tokenizer is not that of the model.
+        ConfigError: the tokenizer does not belong to the model.
     """
     if not has_tokenizer(folder):
         return ()
@@ -100,10 +101,10 @@ def check_tokenizer(folder: Path) -> tuple[str, ...]:
 
 
 def check_files(folder: Path) -> None:
-    """Of configuration and weights.
+    """Check the configuration and the headers of the weight files.
 
     Raises:
-        ConfigError: something is missing, damaged, quantised, or needs code of the folder's own.
+        ConfigError: a file is missing or damaged, the weights are quantised, or the model needs code in the folder.
     """
     config = read_json(folder / CONFIG)
     if config is None:
@@ -123,10 +124,11 @@ def check_files(folder: Path) -> None:
 
 
 def check_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] = ()) -> list[str]:
-    """Notes on a tokenizer beside the embedding of its model; `prompt` is one as the job writes it.
+    """Compare the tokenizer with the size of the model's embedding, and return notes. `prompt`: token ids of a prompt
+    of the job.
 
     Raises:
-        ConfigError: texts or the job's prompts have tokens that the model does not.
+        ConfigError: plain text or the job's prompts contain tokens without a row in the embedding.
     """
     rows = embedding_rows(read_json(folder / CONFIG) or {})
     if rows is None or len(tokenizer) <= rows:
@@ -136,33 +138,33 @@ def check_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase, prompt: Seque
     words = [text for id_, text in beyond.items() if id_ not in tokenizer.added_tokens_decoder]
     written = [beyond[id_] for id_ in prompt if id_ in beyond]
     if words or written:
-        which = f"{len(words)} words such as {words[0]!r}" if words else f"{written[0]!r}, which every prompt has"
+        which = f"{len(words)} words such as {words[0]!r}" if words else f"{written[0]!r}, which is in every prompt"
         raise ConfigError(
-            f"model.path: {folder}: the tokenizer has {len(tokenizer):,} tokens and the embedding {rows:,} rows; "
-            f"beyond it lie {which}. Wanted the tokenizer that belongs to the model, or a model resized to it: "
-            "model.resize_token_embeddings(len(tokenizer)), and trained on the new tokens"
+            f"model.path: {folder}: the tokenizer has {len(tokenizer):,} tokens, but the embedding has {rows:,} rows; "
+            f"tokens without a row: {which}. Wanted the tokenizer that belongs to the model, or a model resized to it "
+            "(model.resize_token_embeddings(len(tokenizer))) and trained on the new tokens"
         )
-    told = ", ".join(islice(beyond.values(), 3)) + (", ..." if len(beyond) > 3 else "")
+    examples = ", ".join(islice(beyond.values(), 3)) + (", ..." if len(beyond) > 3 else "")
     return [
-        f"{folder}: the tokenizer has tokens beyond the {rows:,} rows of the embedding ({told}); the model never "
-        "writes them, and a problem whose prompt has one is refused"
+        f"{folder}: the tokenizer has tokens beyond the {rows:,} rows of the embedding ({examples}); the model never "
+        "generates them, and problems whose prompts contain one are refused"
     ]
 
 
 def _endless(folder: Path, endings: StopConditions) -> str:
     named = "; ".join(f"{place} names {list(ids)}, beyond the embedding" for place, ids in endings.by_place.items())
     return (
-        f"model.path: {folder}: nothing ends a completion, so each would run to rl.sampling.max_tokens: found no "
+        f"model.path: {folder}: no stop condition, so every completion would run to rl.sampling.max_tokens: found no "
         f"eos_token_id in generation_config.json and config.json, no eos_token of the tokenizer, and no end of turn in "
         f"a chat template{f' ({named})' if named else ''}; wanted one of them, or rl.sampling.stop: [text, ...], or "
-        "rl.sampling.stop: [] where completions are to run to their limit"
+        "rl.sampling.stop: [] if completions should run to the limit"
     )
 
 
 def _about_file(path: Path) -> str:
     if path.suffix == ".gguf":
-        return f"GGUF files, quantised or not, are not trained; {HOW_FROM_GGUF}"
-    return "A model is config.json, tokenizer files and safetensors in one folder"
+        return f"GGUF files cannot be trained, quantised or not; {HOW_FROM_GGUF}"
+    return "A model is a folder with config.json, tokenizer files and safetensors"
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -170,18 +172,18 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     if quantised:
         method = _method(quantised)
         raise ConfigError(
-            f"model.path: {folder}/{CONFIG}: quantization_config says {method}; the learner needs plain weights, which "
-            "the sampler then has too. Wanted the checkpoint before quantisation, in bfloat16, float16 or float32; "
-            "from a quantised one: load it with transformers, model.dequantize(), save_pretrained"
+            f"model.path: {folder}/{CONFIG}: quantization_config says {method}; learner and sampler need weights that "
+            "are not quantised. Wanted the checkpoint before quantisation, in bfloat16, float16 or float32; to convert "
+            "a quantised one: load it with transformers, model.dequantize(), save_pretrained"
         )
     kind = config.get("model_type")
     if kind in CONFIG_MAPPING_NAMES:
-        return  # its class is the library's own, whatever auto_map offers
+        return  # transformers' class is used, even if auto_map names another one
     if config.get("auto_map"):
         raise ConfigError(
-            f"model.path: {folder}/{CONFIG}: model_type {kind!r} is code of the folder's own (auto_map, "
-            "trust_remote_code), which rlsys does not run: learner and sampler need the same model, and code from a "
-            "folder may do anything. Wanted an architecture that transformers has"
+            f"model.path: {folder}/{CONFIG}: model_type {kind!r} needs Python code in the folder (auto_map, "
+            "trust_remote_code), which rlsys does not run: learner and sampler need the same implementation, and such "
+            "code is not safe. Wanted an architecture that is part of transformers"
         )
     raise ConfigError(
         f"model.path: {folder}/{CONFIG}: found model_type {kind!r}; wanted one that this transformers knows, such as "
@@ -198,17 +200,17 @@ def _method(quantised: Any) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """Those that are loaded, each of which is there."""
+    """The safetensors files that will be loaded. Raises ConfigError if one is missing."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         shards = sorted(set(_weight_map(folder).values()))
         missing = [name for name in shards if not (folder / name).is_file()]
         if missing:
-            told = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            examples = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ConfigError(
-                f"model.path: {folder}: {len(missing)} of the {len(shards)} files that {INDEX} names are missing "
-                f"({told}); copy or download the folder again"
+                f"model.path: {folder}: {len(missing)} of the {len(shards)} files listed in {INDEX} are missing "
+                f"({examples}); copy or download the folder again"
             )
         return [folder / name for name in shards]
     others = sorted(
@@ -216,10 +218,10 @@ def _weight_files(folder: Path) -> list[Path]:
     )
     if any(name.endswith(".gguf") for name in others):
         raise ConfigError(f"model.path: {folder} holds {others[0]}. {_about_file(Path(others[0]))}")
-    told = f"found {', '.join(others[:3])}" if others else "found no weights"
+    found = f"found {', '.join(others[:3])}" if others else "found no weights"
     raise ConfigError(
-        f"model.path: {folder}: {told}; wanted {WEIGHTS}, or {INDEX} and the files that it names. Pickled weights "
-        "(.bin, .pt) are not loaded, as they can run code: load them once with transformers, and save_pretrained"
+        f"model.path: {folder}: {found}; wanted {WEIGHTS}, or {INDEX} and the files listed in it. Pickled weights "
+        "(.bin, .pt) are not loaded because they can run code; convert them once with transformers' save_pretrained"
     )
 
 
@@ -232,68 +234,71 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> Header:
-    """Of a file that is as long as it says.
+    """Header of a safetensors file, after checking the file's length.
 
     Raises:
-        ConfigError: it is no safetensors file, or a part of it is missing.
+        ConfigError: it is not a safetensors file, or a part of it is missing.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
         if start == b"version ":
             raise ConfigError(
-                f"model.path: {path} is a pointer of Git LFS, not the weights themselves: "
+                f"model.path: {path} is a Git LFS pointer instead of the weights; run "
                 f"`{command('git', '-C', path.parent, 'lfs', 'pull')}`"
             )
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= LARGEST_HEADER:
-            raise ConfigError(f"model.path: {path} is no safetensors file ({size:,} bytes); copy or download it again")
+            raise ConfigError(
+                f"model.path: {path} is not a safetensors file ({size:,} bytes); copy or download it again"
+            )
         try:
             header = json.loads(file.read(length))
-            tensors = {name: facts for name, facts in header.items() if name != "__metadata__"}
-            end = max((int(facts["data_offsets"][1]) for facts in tensors.values()), default=0)
+            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+            end = max((int(entry["data_offsets"][1]) for entry in tensors.values()), default=0)
         except (ValueError, TypeError, KeyError, AttributeError, IndexError):
             raise ConfigError(
-                f"model.path: {path}: its header is damaged or cut off ({size:,} bytes); copy or download it again"
+                f"model.path: {path}: the header is damaged or truncated ({size:,} bytes); copy or download it again"
             ) from None
     if size != 8 + length + end:
         raise ConfigError(
-            f"model.path: {path} has {size:,} bytes, its header speaks of {8 + length + end:,}: it was not copied or "
-            "downloaded whole; do that again"
+            f"model.path: {path} has {size:,} bytes, but its header describes {8 + length + end:,}: the copy or "
+            "download was incomplete; repeat it"
         )
     return tensors
 
 
 def _check_index(folder: Path, headers: Mapping[str, Header]) -> None:
-    """That every tensor is where the index says."""
+    """Check that every tensor is in the file that the index names."""
     if WEIGHTS in headers:
         return
     lost = [(name, file) for name, file in _weight_map(folder).items() if name not in headers[file]]
     if lost:
         name, file = lost[0]
         raise ConfigError(
-            f"model.path: {folder}: {INDEX} names {len(lost)} tensors that are not in their file, such as {name} in "
-            f"{file}; the files are not of one checkpoint: copy or download the folder again"
+            f"model.path: {folder}: {INDEX} lists {len(lost)} tensors that are not in their file, such as {name} in "
+            f"{file}; the files belong to different checkpoints: copy or download the folder again"
         )
 
 
 def _check_tensors(folder: Path, rows: int | None, headers: Mapping[str, Header]) -> None:
-    for file, name, facts in _tensors(headers):
-        shape, dtype = facts["shape"], facts["dtype"]
+    """Check dtypes, and that the embedding has `rows` rows (None: config.json does not say)."""
+    for file, name, entry in _tensors(headers):
+        shape, dtype = entry["shape"], entry["dtype"]
         if len(shape) >= 2 and dtype not in PLAIN_DTYPES:
             raise ConfigError(
-                f"model.path: {folder}/{file}: {name} is {dtype}; wanted F32, F16 or BF16: quantised weights are not "
+                f"model.path: {folder}/{file}: {name} is {dtype}; wanted F32, F16 or BF16: quantised weights cannot be "
                 "trained, use the checkpoint before quantisation"
             )
         if rows is not None and name.endswith(EMBEDDINGS) and len(shape) == 2 and shape[0] != rows:
             raise ConfigError(
-                f"model.path: {folder}: {name} in {file} has {shape[0]:,} rows, {CONFIG} says vocab_size {rows:,}; "
-                "they are not of one model, or the model was resized without its configuration: set vocab_size to "
-                f"{shape[0]}"
+                f"model.path: {folder}: {name} in {file} has {shape[0]:,} rows, but {CONFIG} says vocab_size "
+                f"{rows:,}: the files belong to different models, or the model was resized without its configuration "
+                f"(then set vocab_size to {shape[0]})"
             )
 
 
 def _tensors(headers: Mapping[str, Header]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     for file, header in headers.items():
-        for name, facts in header.items():
-            yield file, name, facts
+        for name, entry in header.items():
+            yield file, name, entry

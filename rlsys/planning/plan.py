@@ -1,6 +1,6 @@
-"""What a job will ask for, compared with what there is: places, memory, and settings that do not serve it.
+"""Compares a job with the available nodes: resources, predicted memory, and settings that waste either.
 
-Pure: nodes come in as numbers, the plan goes out as rows. Nothing is started and no weight is read.
+Pure functions from configuration, model shape and nodes to a Plan. Nothing is started and no weights are read.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from rlsys.planning.memory import (
 )
 from rlsys.utils.free_memory import free_bytes
 
-GB = 10**9  # GPUs and machines are sold by it: an L4 of 24 GB has 24.15e9 bytes, which 24 GiB would overstate
-NODE_SHARE = 1e-3  # of a node's own resource "node:<address>", which there is 1 of
-MARGIN = 0.9  # of the memory there is: predictions are 15 % right, and a machine has other work
+GB = 10**9  # the unit of data sheets: an L4 of 24 GB has 24.15e9 bytes, fewer than 24 GiB
+NODE_SHARE = 1e-3  # of Ray's resource "node:<address>", of which each node has 1
+MARGIN = 0.9  # usable share of the memory: predictions are accurate to 15 %, and other processes need memory too
 LARGEST_BUDGET = 2**20
 SHORT_PROMPT_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One machine as Ray would see it; `gpu_memory` is of the smallest GPU, None where nobody told."""
+    """One machine as Ray sees it. `gpu_memory`: bytes of its smallest GPU; None if not known."""
 
     name: str
     resources: Mapping[str, float]
@@ -51,7 +51,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One role; `memory` is of one of `count`, `imports` comes on top."""
+    """The actors of one role. `memory` is per actor; `imports` is added to it."""
 
     role: str
     count: int
@@ -59,8 +59,8 @@ class Row:
     gpus: float
     memory: RoleMemory
     imports: int  # bytes of the host
-    on_gpu: bool  # then the memory predicted is the GPU's, and was never measured
-    pinned: int = 0  # bytes of the host where an engine's weights wait while it sleeps
+    on_gpu: bool  # True: `memory` is GPU memory, whose prediction was never measured
+    pinned: int = 0  # bytes of pinned host memory that hold an engine's weights while it sleeps
 
     @property
     def host_bytes(self) -> int:
@@ -70,13 +70,13 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Plan:
     rows: tuple[Row, ...]
-    token_budget: int | None  # the largest that fits; None where no budget does or nothing is known of the GPU
+    token_budget: int | None  # the largest useful one that fits; None if none fits or the GPU's memory is not known
     shortfalls: tuple[str, ...]
     warnings: tuple[str, ...]
 
 
 def plan(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Plan:
-    """The whole comparison."""
+    """Compare a job with the nodes: memory per role, shortfalls (the job cannot run) and warnings."""
     rows = _rows(config, dims)
     shortfalls = [*_impossible(config, dims), *_placement(config, nodes)]
     if not shortfalls:
@@ -88,7 +88,7 @@ def plan(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Plan:
 
 
 def described_machine(cpus: int | None, memory_gb: float | None, gpus: int, gpu_memory_gb: float | None) -> Node:
-    """A machine that somebody has in mind; what is None is as here, and without `gpu_memory_gb` it has no GPU."""
+    """A node from the options of `rlsys plan`. None: the value of this machine; no `gpu_memory_gb`: no GPU."""
     resources = {"CPU": float(cpus or len(os.sched_getaffinity(0)))}
     if gpu_memory_gb is not None:
         resources["GPU"] = float(gpus)
@@ -97,7 +97,7 @@ def described_machine(cpus: int | None, memory_gb: float | None, gpus: int, gpu_
 
 
 def needs(section: LearnerSection | SamplerSection, index: int) -> dict[str, float]:
-    """What learner rank or sampler number `index` asks of its node."""
+    """Ray resources that learner rank or sampler number `index` requests from its node."""
     found = {"CPU": section.num_cpus, "GPU": section.num_gpus, **section.resources}
     if section.nodes:
         found[f"node:{section.nodes[index % len(section.nodes)]}"] = NODE_SHARE
@@ -130,60 +130,63 @@ def _rows(config: JobConfig, dims: ModelShape) -> tuple[Row, ...]:
 
 
 def _impossible(config: JobConfig, dims: ModelShape) -> Iterator[str]:
-    """What no cluster could do."""
+    """Shortfalls that no cluster can remove."""
     yield from shape_problems(dims, config.model.max_length, config.lora, config.sampler, config.sampler.device)
 
 
 def _placement(config: JobConfig, nodes: Sequence[Node]) -> Iterator[str]:
-    """Whether Ray can seat every actor: in sum, one by one, and all together under the strategies asked for."""
+    """Shortfalls of resources: in total, per actor, and for all placement groups under their strategies."""
     groups = _groups(config)
-    wanted = [one for _, bundles, _ in groups for one in bundles]
+    wanted = [bundle for _, bundles, _ in groups for bundle in bundles]
     has = _sum([node.resources for node in nodes])
     short = False
-    for name in dict.fromkeys(name for one in wanted for name in one):
+    for name in dict.fromkeys(name for bundle in wanted for name in bundle):
         if name.startswith("node:"):
             if name not in has:
                 short = True
                 known = ", ".join(node.name for node in nodes)
-                yield f"learner.nodes, sampler.nodes: no node {name.removeprefix('node:')!r} here; there is {known}"
+                yield f"learner.nodes, sampler.nodes: found no node {name.removeprefix('node:')!r}; nodes are {known}"
             continue
-        asked = sum(one.get(name, 0.0) for one in wanted)
+        asked = sum(bundle.get(name, 0.0) for bundle in wanted)
         if asked > has.get(name, 0.0) + 1e-9:
             short = True
             yield _shortfall(config, name, asked, has.get(name, 0.0))
     if short:
         return
     for who, bundles, strategy in groups:
-        for one in bundles:
-            if not any(_fits(one, node.resources) for node in nodes):
+        for bundle in bundles:
+            if not any(_fits(bundle, node.resources) for node in nodes):
                 short = True
-                yield f"no single node can hold one {who}, which asks for {amounts(one)}; largest: {_largest(nodes)}"
+                yield f"no single node can hold one {who}, which needs {amounts(bundle)}; largest: {_largest(nodes)}"
                 break
         if strategy == "STRICT_SPREAD" and len(bundles) > len(nodes):
             short = True
             yield (
-                f"{who}: placement STRICT_SPREAD wants {len(bundles)} nodes, there are {len(nodes)}; use SPREAD, or "
+                f"{who}: placement STRICT_SPREAD needs {len(bundles)} nodes, found {len(nodes)}; use SPREAD, or "
                 f"num_workers={len(nodes)}"
             )
         together = _sum(bundles)
         if strategy == "STRICT_PACK" and not any(_fits(together, node.resources) for node in nodes):
             short = True
-            yield f"{who}: STRICT_PACK wants {amounts(together)} on one node; largest: {_largest(nodes)}; use PACK"
+            yield (
+                f"{who}: placement STRICT_PACK needs {amounts(together)} on one node; largest node: "
+                f"{_largest(nodes)}; use PACK"
+            )
     if not short and not _packs(wanted, nodes):
         yield (
-            f"the nodes have enough in sum, but not in these pieces: {'; '.join(amounts(one) for one in wanted)}; "
-            f"nodes: "
-            f"{'; '.join(amounts(node.resources) for node in nodes)}. Ask for smaller parts or fewer workers"
+            "the nodes have enough resources in total, but the actors do not fit onto them: actors need "
+            f"{'; '.join(amounts(bundle) for bundle in wanted)}; nodes have "
+            f"{'; '.join(amounts(node.resources) for node in nodes)}. Request less per actor, or fewer workers"
         )
 
 
 def _groups(config: JobConfig) -> list[tuple[str, list[dict[str, float]], str]]:
-    """(who, what each asks for, strategy) of each placement group."""
+    """(name, resources of each bundle, strategy) of each placement group."""
     learner, sampler = config.learner, config.sampler
     ranks = [needs(learner, i) for i in range(learner.num_workers)]
     samplers = [needs(sampler, i) for i in range(sampler.num_workers)]
-    if sampler.colocate:  # their shares of the GPU add up to it, as the placement asks for them; they take turns
-        pairs = [_sum([rank, one]) for rank, one in zip(ranks, samplers, strict=True)]
+    if sampler.colocate:  # a learner rank and its sampler share one bundle, and use the GPU in turn
+        pairs = [_sum([rank, sampler_needs]) for rank, sampler_needs in zip(ranks, samplers, strict=True)]
         return [("learner rank with its sampler", pairs, learner.placement)]
     return [("learner rank", ranks, learner.placement), ("sampler", samplers, sampler.placement)]
 
@@ -193,27 +196,27 @@ def _shortfall(config: JobConfig, name: str, asked: float, found: float) -> str:
     key = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(name, "resources")
     each = (needs(learner, 0).get(name, 0.0), needs(sampler, 0).get(name, 0.0))
     text = (
-        f"{asked:g} {name} asked for, {found:g} found, {asked - found:g} too few: learner.num_workers "
+        f"{asked:g} {name} needed, {found:g} found, {asked - found:g} too few: learner.num_workers "
         f"{learner.num_workers} x learner.{key} {each[0]:g} + sampler.num_workers {sampler.num_workers} x "
         f"sampler.{key} {each[1]:g}"
     )
     workers = learner.num_workers + sampler.num_workers
     if name == "CPU" and found > 0:
         share = math.floor(found / workers * 100) / 100
-        return f"{text}. Parts of a core are allowed: learner.num_cpus={share:g} sampler.num_cpus={share:g}"
+        return f"{text}. Fractions of a core are allowed: learner.num_cpus={share:g} sampler.num_cpus={share:g}"
     if name == "GPU" and found == 0:
         return f"{text}. Without GPUs: learner.device=cpu learner.num_gpus=0 sampler.num_gpus=0"
-    return f"{text}. Ask for less, or join a larger cluster (cluster.address)"
+    return f"{text}. Request less, or join a larger cluster (cluster.address)"
 
 
 def _packs(wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> bool:
-    """Whether first-fit decreasing seats all."""
+    """Whether first-fit decreasing places all bundles."""
     free = [dict(node.resources) for node in nodes]
-    for one in sorted(wanted, key=lambda one: (one.get("GPU", 0.0), one.get("CPU", 0.0)), reverse=True):
-        room = next((has for has in free if _fits(one, has)), None)
+    for bundle in sorted(wanted, key=lambda bundle: (bundle.get("GPU", 0.0), bundle.get("CPU", 0.0)), reverse=True):
+        room = next((has for has in free if _fits(bundle, has)), None)
         if room is None:
             return False
-        for name, amount in one.items():
+        for name, amount in bundle.items():
             room[name] = room.get(name, 0.0) - amount
     return True
 
@@ -223,12 +226,12 @@ def _memory(config: JobConfig, rows: Sequence[Row], nodes: Sequence[Node]) -> It
     if asked > found:
         each = " + ".join(f"{row.count} x {row.role} {gib(row.host_bytes)}" for row in rows)
         yield (
-            f"memory: {gib(asked)} predicted, {gib(found)} found, {gib(asked - found)} too few: {each} + the rest. "
+            f"memory: {gib(asked)} predicted, {gib(found)} found, {gib(asked - found)} too few: {each} + others. "
             "Lower learner.token_budget, learner.logprob_chunk_tokens, sampler.kv_cache_gb or sampler.max_num_seqs"
         )
     for row in rows:
         if row.host_bytes > max(node.memory for node in nodes):
-            yield f"memory: no node has the {gib(row.host_bytes)} predicted for one {row.role}"
+            yield f"memory: no node has the {gib(row.host_bytes)} predicted for a {row.role}"
 
 
 def _host_bytes(config: JobConfig, rows: Sequence[Row]) -> int:
@@ -239,7 +242,8 @@ def _host_bytes(config: JobConfig, rows: Sequence[Row]) -> int:
 
 
 def _token_budget(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> int | None:
-    """The largest power of two whose learner fits beside everything else; never more than a step's tokens."""
+    """The largest power of two with which the learner fits beside all other actors. Stops at the first value that holds
+    all tokens of a step, because a larger one changes nothing."""
 
     def with_budget(budget: int) -> JobConfig:
         return config.model_copy(update={"learner": config.learner.model_copy(update={"token_budget": budget})})
@@ -254,82 +258,85 @@ def _token_budget(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) ->
     best, budget = None, 2 ** math.floor(math.log2(max(config.model.max_length, 2)))
     while budget <= LARGEST_BUDGET and fits(budget):
         best = budget
-        if micro_batch_tokens(with_budget(budget)) < budget:  # the whole batch is one micro-batch already
+        if micro_batch_tokens(with_budget(budget)) < budget:  # the batch is one micro-batch already
             break
         budget *= 2
     return best
 
 
 def _warnings(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Iterator[str]:
-    """What works, but worse than it could."""
+    """Settings with which the job runs, but slower or with more memory than needed."""
     learner, sampler, lora = config.learner, config.sampler, config.lora
     completions = config.rl.problems_per_step * config.rl.samples_per_problem
     each = math.ceil(completions / sampler.num_workers)
     if sampler.max_num_seqs < each:
         yield (
-            f"sampler.max_num_seqs {sampler.max_num_seqs} is below the {each} completions of a step per sampler, which "
-            f"then come in waves; sampler.max_num_seqs={each} samples them at once"
+            f"sampler.max_num_seqs {sampler.max_num_seqs} is less than the {each} completions of a step per sampler, "
+            f"so they are sampled in waves; sampler.max_num_seqs={each} samples them concurrently"
         )
     running = sampled_at_once(config)
     wanted = running * config.model.max_length * kv_bytes_per_token(config, dims)
     if config.sampler_device == "cpu" and wanted > sampler.kv_cache_gb * GIB:
         yield (
             f"sampler.kv_cache_gb {sampler.kv_cache_gb:g} does not hold {running} sequences of model.max_length "
-            f"{config.model.max_length}: some would be computed twice; sampler.kv_cache_gb={math.ceil(wanted / GIB)}"
+            f"{config.model.max_length}: vLLM would preempt and recompute some; set "
+            f"sampler.kv_cache_gb={math.ceil(wanted / GIB)}"
         )
     yield from gpu_warnings(config, dims, _gpu_bytes(nodes))
     room = config.model.max_length - max(config.rl.sampling.max_tokens, config.eval.max_tokens)
     if room < SHORT_PROMPT_TOKENS:
         yield (
-            f"model.max_length {config.model.max_length} leaves {room} tokens for a prompt; a longer prompt stops the "
-            f"run; set model.max_length={config.model.max_length + SHORT_PROMPT_TOKENS} or more"
+            f"model.max_length {config.model.max_length} leaves {room} tokens for a prompt, and a longer prompt stops "
+            f"the run; set model.max_length={config.model.max_length + SHORT_PROMPT_TOKENS} or more"
         )
     width = slot_width(sampler)
     if width > 2 * lora.rank:
         yield (
-            f"sampler.max_lora_rank {sampler.max_lora_rank} makes slots of width {width} for adapters of lora.rank "
-            f"{lora.rank}; sampler.max_lora_rank={lora.rank} saves memory and time"
+            f"sampler.max_lora_rank {sampler.max_lora_rank} allocates adapter slots of rank {width} for adapters of "
+            f"lora.rank {lora.rank}; sampler.max_lora_rank={lora.rank} saves memory and time"
         )
     smallest = min(min(pair) for pair in (*dims.attention.values(), *dims.mlp.values()))
     if lora.rank > smallest:
-        yield f"lora.rank {lora.rank} is above the smallest side of the matrices, {smallest}; lora.rank={smallest}"
+        yield (
+            f"lora.rank {lora.rank} is larger than the smallest matrix dimension, {smallest}; set lora.rank={smallest}"
+        )
     if computing_dtype(config.model.dtype, learner.device) != config.model.dtype:
         yield (
-            f"model.dtype {config.model.dtype}: torch has no kernels for it on a CPU like this one's, so the learner "
-            "computes in float32 with weights rounded to it; model.dtype=float32 costs it nothing more"
+            f"model.dtype {config.model.dtype}: torch has no fast kernels for it on this CPU, so the learner rounds "
+            "the weights to it and computes in float32; with model.dtype=float32 the learner is equally fast"
         )
     if sampler.enforce_eager and config.sampler_device == "cuda":
-        yield "sampler.enforce_eager on a GPU: decoding without CUDA graphs is slow; sampler.enforce_eager=false"
+        yield "sampler.enforce_eager on a GPU: decoding without CUDA graphs is slow; set sampler.enforce_eager=false"
     optim, steps = config.rl.optim, config.rl.steps
     if optim.schedule != "constant" and optim.final_share == 0 and (optim.decay_steps or steps) < steps:
         yield (
-            f"rl.optim.decay_steps {optim.decay_steps}: the learning rate is 0 after step {optim.decay_steps}, and "
-            f"rl.steps {steps} goes on; set rl.optim.final_share, or rl.optim.decay_steps={steps}"
+            f"rl.optim.decay_steps {optim.decay_steps}: the learning rate is 0 after step {optim.decay_steps}, but "
+            f"rl.steps is {steps}; set rl.optim.final_share, or rl.optim.decay_steps={steps}"
         )
     if learner.num_workers > completions:
-        yield f"learner.num_workers {learner.num_workers}: a step has {completions} sequences, so some ranks idle"
-    # One learner and one sampler that take turns may each use the cores of both.
-    turns = config.overlap.max_policy_lag is None and learner.num_workers == sampler.num_workers == 1
-    lent = {"learner": sampler.num_cpus, "sampler": learner.num_cpus} if turns else {}
+        yield f"learner.num_workers {learner.num_workers}: a step has {completions} sequences, so some ranks are idle"
+    # A single learner and a single sampler run alternately, so each may use the cores of both.
+    alternating = config.overlap.max_policy_lag is None and learner.num_workers == sampler.num_workers == 1
+    shared_cpus = {"learner": sampler.num_cpus, "sampler": learner.num_cpus} if alternating else {}
     for who, section in (("learner", learner), ("sampler", sampler)):
-        if section.threads > max(1.0, section.num_cpus + lent.get(who, 0.0)):
+        if section.threads > max(1.0, section.num_cpus + shared_cpus.get(who, 0.0)):
             yield (
-                f"{who}.threads {section.threads} is more than {who}.num_cpus {section.num_cpus:g}: they compete for "
-                f"cores that Ray gives to others; {who}.num_cpus={section.threads}"
+                f"{who}.threads {section.threads} is more than {who}.num_cpus {section.num_cpus:g}, so its threads "
+                f"compete with other actors for cores; set {who}.num_cpus={section.threads}"
             )
     memory = learner_memory(config, dims).peak
-    logits = memory.parts.get("logits and working space", 0)
+    logits = memory.parts.get("logits and workspace", 0)
     if learner.logprob_chunk_tokens > 128 and 2 * logits > memory.total:
         yield (
-            f"learner.logprob_chunk_tokens {learner.logprob_chunk_tokens}: logits are more than half of the learner's "
-            f"{gib(memory.total)}; learner.logprob_chunk_tokens={learner.logprob_chunk_tokens // 4} saves most of it"
+            f"learner.logprob_chunk_tokens {learner.logprob_chunk_tokens}: logits take more than half of the learner's "
+            f"{gib(memory.total)}; learner.logprob_chunk_tokens={learner.logprob_chunk_tokens // 4} saves most of that"
         )
     if any(row.on_gpu for row in _rows(config, dims)) and all(node.gpu_memory is None for node in nodes):
-        yield "the memory of the GPUs is not known here, so it is compared with nothing"
+        yield "GPU memory is not known, so the predictions for the GPU were not compared with it"
 
 
 def amounts(amounts: Mapping[str, float]) -> str:
-    """Countable resources in words."""
+    """Text of countable resources: ``2 CPU, 1 GPU``."""
     shown = {
         name: amount
         for name, amount in amounts.items()
@@ -339,7 +346,7 @@ def amounts(amounts: Mapping[str, float]) -> str:
 
 
 def _gpu_bytes(nodes: Sequence[Node]) -> int | None:
-    """Of the largest GPU; None where nobody tells."""
+    """Memory of the largest GPU in bytes; None if not known."""
     return max((node.gpu_memory for node in nodes if node.gpu_memory is not None), default=None)
 
 
@@ -354,4 +361,4 @@ def _fits(wanted: Mapping[str, float], has: Mapping[str, float]) -> bool:
 
 
 def _sum(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(one.get(name, 0.0) for one in amounts) for one in amounts for name in one}
+    return {name: sum(part.get(name, 0.0) for part in amounts) for part in amounts for name in part}

@@ -1,4 +1,4 @@
-"""A plan and a doctor's findings, as the terminal shows them."""
+"""Terminal output of `rlsys plan` and `rlsys doctor`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rlsys.planning.memory import MIB, gib
 from rlsys.planning.plan import Node, Plan, Row, amounts
 
 STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
-SMALLEST_SHOWN = 0.01  # of a role's total
+SMALLEST_SHOWN = 0.01  # share of a role's total from which a part is listed
 
 
 def show(config: JobConfig, dims: ModelShape, nodes: Sequence[Node], plan: Plan, console: Console) -> None:
-    """What is asked for, what there is, and what follows."""
+    """Print the job, the nodes, the predicted memory, warnings, shortfalls and the verdict."""
     line = console.print
     line(f"[bold]{escape(config.run.name)}[/]: {dims.parameters / 1e6:,.1f} M parameters, {config.model.dtype}")
     line(f"{escape(dims.family.name)}{escape(_shape(dims))}; dimensions from {escape(dims.source)}", soft_wrap=True)
@@ -31,12 +31,14 @@ def show(config: JobConfig, dims: ModelShape, nodes: Sequence[Node], plan: Plan,
     budget = config.learner.token_budget
     if plan.token_budget is None:
         line(
-            f"token budget: learner.token_budget={budget} asked for; none can be suggested for what is known here",
+            f"token budget: learner.token_budget={budget} configured; no value can be suggested, because none fits or "
+            "the GPU's memory is not known",
             soft_wrap=True,
         )
     else:
         line(
-            f"token budget: {budget} asked for, up to learner.token_budget={plan.token_budget} fits or fills a step",
+            f"token budget: {budget} configured; the largest useful value that fits is "
+            f"learner.token_budget={plan.token_budget}",
             soft_wrap=True,
         )
     for warning in plan.warnings:
@@ -44,19 +46,19 @@ def show(config: JobConfig, dims: ModelShape, nodes: Sequence[Node], plan: Plan,
     for shortfall in plan.shortfalls:
         line(f"[red]shortfall[/] {escape(shortfall)}", soft_wrap=True)
     if not plan.shortfalls:
-        line("[green]it fits[/]")
+        line("[green]the job fits[/]")
 
 
 def _shape(dims: ModelShape) -> str:
-    """What memory alone does not tell."""
+    """Properties of the model besides its size: mixture of experts, sliding windows."""
     mixture = f", {dims.num_experts} experts in {dims.mixture_layers} of {dims.num_layers} layers"
     window = f", a window of {dims.window} tokens in {dims.windowed_layers} of {dims.num_layers} layers"
     return (mixture if dims.mixture_layers else "") + (window if dims.window else "")
 
 
 def _table(plan: Plan) -> Table:
-    table = Table(title="predicted peak memory of one", title_justify="left")
-    for name in ("role", "count", "CPUs", "GPUs", "above imports", "with imports"):
+    table = Table(title="predicted peak memory per actor", title_justify="left")
+    for name in ("role", "count", "CPUs", "GPUs", "without imports", "with imports"):
         table.add_column(name, justify="left" if name == "role" else "right", no_wrap=True)
     for row in plan.rows:
         above = gib(row.memory.peak.total) + (" (GPU)" if row.on_gpu else "")
@@ -65,18 +67,18 @@ def _table(plan: Plan) -> Table:
 
 
 def _parts(row: Row) -> str:
-    """``learner while updating: weights 207, activations 1,265 MiB``: small parts are left out."""
+    """Largest parts of a role's peak: ``learner while updating: weights 207, activations 1,265 MiB``."""
     peak = row.memory.peak
     shown = ", ".join(
         f"{name} {size / MIB:,.0f}" for name, size in peak.parts.items() if size >= SMALLEST_SHOWN * peak.total
     )
-    asleep = f"; asleep {row.pinned / MIB:,.0f} MiB of pinned host memory" if row.pinned else ""
+    asleep = f"; while asleep {row.pinned / MIB:,.0f} MiB of pinned host memory" if row.pinned else ""
     place = f" of GPU memory, UNMEASURED on CUDA{asleep}" if row.on_gpu else ""
     return f"{row.role} while {peak.name}: {shown} MiB{place}"
 
 
 def show_checks(checks: Iterable[tuple[str, str, str, str]], console: Console) -> int:
-    """One line per (name, status, found, remedy), as they come; how many failed."""
+    """Print one line per (name, status, found, remedy) as soon as it arrives; returns the number of failed checks."""
     failed = 0
     for name, status, found, remedy in checks:
         failed += status == "fail"

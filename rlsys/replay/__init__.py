@@ -1,1 +1,1 @@
-"""Recomputes a step of a run from its saved rollouts."""
+"""Recomputes a training step from its saved rollouts and a checkpoint (`rlsys replay`)."""

@@ -1,10 +1,10 @@
-"""A step of a run once more, from what the run has kept: its rollouts, and the learner as it was before the step.
+"""Recomputes a step of a run from its saved rollouts and the learner's checkpoint before the step.
 
-No sampler, no grader and no Ray: rewards are centred, gradients computed and the optimizer stepped by the very code of
-the run, and each figure is laid beside the one in metrics.jsonl. Nothing in the run's directory is changed.
+Needs no sampler, no grader and no Ray. Advantages, gradients and the optimizer step are computed with the same code as
+in the run, and each metric is compared with the one in metrics.jsonl. The run directory is not changed.
 
-Where the checkpoint of the step before is gone, steps are replayed from an earlier one, or from the run's beginning,
-whose adapter run.seed makes again; every step on the way needs its rollouts.
+If the checkpoint of the previous step does not exist, steps are replayed from an earlier checkpoint, or from the start
+of the run, whose adapter is initialised again from run.seed. Every step in between needs its rollouts.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from rlsys.run_state.saved_rollouts import SavedStep, format_steps, load_step, r
 from rlsys.types import Array
 from rlsys.weight_sync.canary import SHORT_TOKENS
 
-# Without these a step is not the same, whatever else agrees. The run's other figures have no counterpart here.
+# A missing one of these counts as a difference. Other metrics are compared only if the replay computes them.
 ALWAYS = ("reward/mean", "datums/count", "loss/sum", "policy/grad_norm")
-TOLERANCE = 1e-5  # float32 rounded in another order was up to 3.3e-6 off (docs/replay.md), in the same order not at all
-IN_NATS = ("policy/kl_", "policy/logprob_diff_")  # differences of log-probabilities: near 0 when all is well
+TOLERANCE = 1e-5  # float32 summed in another order differed by up to 3.3e-6 (docs/replay.md), in the same order by 0
+IN_NATS = ("policy/kl_", "policy/logprob_diff_")  # differences of log-probabilities, which are normally near 0
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure, as the run has written it down and as it comes out now; None: there is none."""
+    """One metric, as recorded by the run and as recomputed; None: missing."""
 
     name: str
     recorded: float | None
     recomputed: float | None
-    scale: float  # what a difference is measured by
+    scale: float  # a difference is reported relative to this value
 
     @property
     def difference(self) -> float:
-        """In parts of `scale`; 0.0 is equal to the bit, inf where one of the two is missing or not a number."""
+        """Difference relative to `scale`; 0.0: bit-identical; inf: one of the two is missing or not finite."""
         if self.recorded is None or self.recomputed is None:
             return math.inf
         if self.recorded == self.recomputed or (math.isnan(self.recorded) and math.isnan(self.recomputed)):
@@ -63,18 +63,20 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A batch as the learner had it. An optimizer step is made after the last one of a substep."""
+    """A minibatch as the learner received it. The optimizer step follows the last minibatch of a substep."""
 
     substep: int
-    rows: Array  # (D,) which completion each datum is
+    rows: Array  # (D,) completion of each datum
     batch: DatumBatch
-    logprobs: Array  # (T,) the learner's p, before the substep
+    logprobs: Array  # (T,) float32 nats, the learner's p before the substep
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
+    """A recomputed step: its metrics beside the recorded ones, and its minibatches."""
+
     step: int
-    started: int  # the checkpoint from which it was reached; 0: the run's beginning
+    started: int  # step of the checkpoint that the replay started from; 0: the start of the run
     recorded: SavedStep
     figures: tuple[Figure, ...]
     pieces: tuple[Piece, ...]
@@ -85,13 +87,13 @@ class Replay:
 
 
 def replay(run_dir: Path, step: int, device: Literal["cpu", "cuda"] | None = None) -> Replay:
-    """Compute the step again; `device` is where, by default the run's own.
+    """Recompute a step. `device`: default learner.device of the run.
 
     Raises:
         ConfigError: the directory holds no run, or its base cannot be loaded.
-        CheckpointError: something of the step is no longer there (and which steps can be replayed), is damaged, or
-            checkpoint and rollouts are not of one history.
-        DivergedError: as in the run, where the step was the one that ended it.
+        CheckpointError: files of the step are missing (the message lists the steps that can be replayed) or damaged, or
+            checkpoint and rollouts belong to different histories of the run.
+        DivergedError: as in the run, if this step ended it.
     """
     config = resolve_paths(load_config(run_dir / CONFIG), folder_of_command(run_dir), Path.cwd())
     started = _start(run_dir, config, step)
@@ -107,39 +109,37 @@ def replay(run_dir: Path, step: int, device: Literal["cpu", "cuda"] | None = Non
 
 
 def replayable(run_dir: Path) -> list[int]:
-    """The steps whose rollouts are there, and with them a way from a checkpoint or from the beginning."""
-    return [step for step in recorded_steps(run_dir) if _way(run_dir, step) is not None]
+    """Steps that can be replayed: rollouts exist for them and for all steps since the checkpoint before."""
+    return [step for step in recorded_steps(run_dir) if _starting_checkpoint(run_dir, step) is not None]
 
 
-def _way(run_dir: Path, step: int) -> int | None:
-    """The step of the nearest checkpoint before, if there are rollouts of all steps from there on."""
-    start = max(found for found in (0, *checkpoint_steps(run_dir)) if found < step)
+def _starting_checkpoint(run_dir: Path, step: int) -> int | None:
+    """Step of the last checkpoint before `step` (0: start of the run), if rollouts exist for all steps after it."""
+    start = max(saved for saved in (0, *checkpoint_steps(run_dir)) if saved < step)
     return start if set(range(start + 1, step + 1)) <= set(recorded_steps(run_dir)) else None
 
 
 def _start(run_dir: Path, config: JobConfig, step: int) -> int:
-    start = _way(run_dir, step) if step >= 1 else None
+    start = _starting_checkpoint(run_dir, step) if step >= 1 else None
     if start is None:
         raise CheckpointError(
-            f"{run_dir}: step {step} cannot be replayed. Steps that can be: {format_steps(replayable(run_dir))}. "
-            f"There are "
-            f"rollouts of {format_steps(recorded_steps(run_dir))} and checkpoints after "
-            f"{format_steps(checkpoint_steps(run_dir))}; a "
-            "step needs its own rollouts, and a checkpoint of the step before, or of an earlier one (0: the run's "
-            "beginning) with the rollouts of all steps in between. A run keeps more of them with "
-            f"tracking.rollout_steps (it was {config.tracking.rollout_steps}) and checkpoint.keep (it was "
-            f"{config.checkpoint.keep})"
+            f"{run_dir}: step {step} cannot be replayed. Replayable steps: {format_steps(replayable(run_dir))}. The "
+            f"run has rollouts of {format_steps(recorded_steps(run_dir))} and checkpoints after "
+            f"{format_steps(checkpoint_steps(run_dir))}. A step needs its rollouts and the checkpoint of the previous "
+            "step; an earlier checkpoint (or the start of the run) also serves if the rollouts of all steps in between "
+            "exist. To keep more of them in a run, set tracking.rollout_steps (was "
+            f"{config.tracking.rollout_steps}) and checkpoint.keep (was {config.checkpoint.keep})"
         )
     return start
 
 
 def _policy(run_dir: Path, config: JobConfig, started: int, device: str | None) -> Policy:
-    """The run's learner as it was after step `started`, alone, whatever ranks the run had."""
-    alone = {"num_workers": 1, "shard_base": False, "device": device or config.learner.device}
+    """The run's learner as of step `started`, on one rank, for any number of ranks of the run."""
+    one_rank = {"num_workers": 1, "shard_base": False, "device": device or config.learner.device}
     config = config.model_copy(
         update={
-            "learner": config.learner.model_copy(update=alone),
-            # what stopped the run, if it did, is to be looked at here
+            "learner": config.learner.model_copy(update=one_rank),
+            # a step whose |p - q| stopped the run can be replayed too
             "checks": config.checks.model_copy(update={"max_mean_logprob_diff": math.inf}),
         }
     )
@@ -153,7 +153,7 @@ def _policy(run_dir: Path, config: JobConfig, started: int, device: str | None) 
 
 
 def _learn(policy: Policy, recorded: SavedStep) -> tuple[Metrics, tuple[Piece, ...]]:
-    """Rewards to datums to an update, as the run does it; the figures of all pieces together."""
+    """Compute advantages, gradients and optimizer steps as in the run. Returns the metrics of all minibatches."""
     computed = list(_compute_advantages(recorded, policy.config))
     minibatches = recorded.pieces // policy.config.rl.substeps
     pieces, learned = [], []
@@ -169,9 +169,9 @@ def _learn(policy: Policy, recorded: SavedStep) -> tuple[Metrics, tuple[Piece, .
 def _compute_advantages(
     recorded: SavedStep, config: JobConfig
 ) -> Iterator[tuple[list[tuple[DatumBatch, Array, bool]], Metrics]]:
-    """What was centred in one go: of each piece the datums, their completions, and whether no token is of an older
-    version; and the figures. In overlapped running (`rlsys.async_loop`) every piece was centred by itself.
-    """
+    """Yield, for each call of the advantage stage, its minibatches and its metrics. A minibatch has its datums, their
+    completions, and whether all tokens are from the newest version. With `overlap` (`rlsys.async_loop`) each call made
+    one minibatch; otherwise one call made all of them."""
     if config.overlap.max_policy_lag is None:
         batches, rows, metrics, _ = to_minibatches(
             recorded.rollouts, recorded.rewards, config.rl, recorded.pieces, recorded.reference
@@ -186,21 +186,21 @@ def _compute_advantages(
 
 
 def _share(recorded: SavedStep, first: int, end: int) -> tuple[SavedStep, int]:
-    """The groups from `first` to before `end`, and the number of their first completion."""
-    whole = recorded.rollouts
-    row, last_row = np.searchsorted(whole.group, [first, end])
-    tokens = slice(whole.offsets[row], whole.offsets[last_row])
-    prompts = slice(whole.prompt_offsets[first], whole.prompt_offsets[end])
+    """The groups [first:end] of a step, and the index of their first completion."""
+    full = recorded.rollouts
+    row, last_row = np.searchsorted(full.group, [first, end])
+    tokens = slice(full.offsets[row], full.offsets[last_row])
+    prompts = slice(full.prompt_offsets[first], full.prompt_offsets[end])
     rollouts = Rollouts(
-        problems=whole.problems[first:end],
-        prompt_tokens=whole.prompt_tokens[prompts],
-        prompt_offsets=whole.prompt_offsets[first : end + 1] - prompts.start,
-        group=whole.group[row:last_row] - np.int32(first),
-        tokens=whole.tokens[tokens],
-        logprobs=whole.logprobs[tokens],
-        versions=whole.versions[tokens],
-        offsets=whole.offsets[row : last_row + 1] - tokens.start,
-        stop_reasons=whole.stop_reasons[row:last_row],
+        problems=full.problems[first:end],
+        prompt_tokens=full.prompt_tokens[prompts],
+        prompt_offsets=full.prompt_offsets[first : end + 1] - prompts.start,
+        group=full.group[row:last_row] - np.int32(first),
+        tokens=full.tokens[tokens],
+        logprobs=full.logprobs[tokens],
+        versions=full.versions[tokens],
+        offsets=full.offsets[row : last_row + 1] - tokens.start,
+        stop_reasons=full.stop_reasons[row:last_row],
     )
     reference = None if recorded.reference is None else recorded.reference[tokens]
     rewards = recorded.rewards[row:last_row]
@@ -211,13 +211,13 @@ def _refuse_other_history(run_dir: Path, recorded: SavedStep, version: int, star
     if recorded.version != version:
         raise CheckpointError(
             f"{run_dir}: step {recorded.step}: its rollouts were recorded with the learner at version "
-            f"{recorded.version}, and from the checkpoint of step {started} it comes to version {version}: the two are "
-            "not of one history"
+            f"{recorded.version}, but the replay from the checkpoint of step {started} reaches version {version}: "
+            "rollouts and checkpoint belong to different histories of the run"
         )
 
 
 def _written(run_dir: Path, step: int) -> dict[str, float]:
-    """The step's figures in metrics.jsonl; of two values the later one counts."""
+    """Metrics of the step in metrics.jsonl; of repeated values the last one."""
     lines = (line for line in read_metrics(run_dir) if line["stage"] == "rl" and line["step"] == step)
     return {name: value for line in lines for name, value in line.items() if "/" in name}
 
@@ -239,14 +239,14 @@ def _figures(written: Mapping[str, float], metrics: Metrics, pieces: tuple[Piece
 
 def _notes(run_dir: Path, config: JobConfig, recorded: SavedStep, started: int, is_written: bool) -> Iterator[str]:
     if started < recorded.step - 1:
-        beginning = "the run's beginning" if started == 0 else f"the checkpoint of step {started}"
-        yield f"reached from {beginning}, through {format_steps(list(range(started + 1, recorded.step)))}"
+        beginning = "the start of the run" if started == 0 else f"the checkpoint of step {started}"
+        yield f"started from {beginning} and replayed {format_steps(list(range(started + 1, recorded.step)))} first"
     if not is_written:
-        yield f"{METRICS} has no figures of step {recorded.step}: the run ended within it, or began it anew"
+        yield f"{METRICS} has no metrics of step {recorded.step}: the run ended during the step, or repeated it"
     if recorded.reference is not None:
-        yield "the reference's log-probabilities are the recorded ones; they are not computed again"
+        yield "the log-probabilities of the reference are the recorded ones, not recomputed"
     if config.learner.num_workers > 1:
         yield (
-            f"the run summed its gradient over {config.learner.num_workers} ranks, this is one: sums are rounded in "
-            "another order"
+            f"the run summed its gradients over {config.learner.num_workers} ranks, the replay uses one: sums are "
+            "rounded in another order"
         )

@@ -1,4 +1,4 @@
-"""A step that was replayed, as the terminal and as a file show it."""
+"""Shows a replayed step on the terminal, and writes it as JSON."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from rlsys.utils.atomic_files import replace_file
 
 
 def show(found: Replay, tolerance: float, console: Console) -> None:
-    """Figure by figure, and what follows."""
+    """Print all metrics, the notes, and whether the step is the same within `tolerance`."""
     rollouts = found.recorded.rollouts
-    told = f"step {found.step}: {len(rollouts.group)} completions of {len(rollouts.problems)} problems, "
-    console.print(f"{told}{len(rollouts.tokens)} tokens", highlight=False)
+    size = f"{len(rollouts.group)} completions of {len(rollouts.problems)} problems, {len(rollouts.tokens)} tokens"
+    console.print(f"step {found.step}: {size}", highlight=False)
     table = Table()
-    for name in ("figure", "recorded", "recomputed", "difference"):
-        table.add_column(name, justify="left" if name == "figure" else "right", no_wrap=True)
+    for name in ("metric", "recorded", "recomputed", "difference"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for figure in found.figures:
         style = "" if figure.difference <= tolerance else "red"
         values = (_number(figure.recorded), _number(figure.recomputed), _difference(figure))
@@ -38,12 +38,13 @@ def show(found: Replay, tolerance: float, console: Console) -> None:
         console.print(f"[red]not the same[/] beyond {tolerance:g}: {names}", soft_wrap=True, highlight=False)
     else:
         exact = all(figure.difference == 0 for figure in found.figures)
-        bound = "to the bit" if exact else f"within {tolerance:g}"
+        bound = "bit-identical" if exact else f"within {tolerance:g}"
         console.print(f"[green]the same[/], {bound}", highlight=False)
 
 
 def write(found: Replay, path: Path) -> None:
-    """As JSON, with a row for every datum: what the learner (p) and the sampler (q) gave each token trained on."""
+    """Write the replay as JSON, with a row per datum: log-probabilities of the learner (p) and the sampler (q), and the
+    advantage, of each token trained on."""
     body = {
         "step": found.step,
         "started": found.started,

@@ -1,1 +1,1 @@
-"""A run as one HTML page."""
+"""Writes report.html, a page about one run (`rlsys report`)."""

@@ -1,4 +1,4 @@
-"""The curves of a report, as plain numbers: which metrics share a drawing, and where points, bands and bars lie."""
+"""Charts of the report as plain numbers: which metrics share a chart, and the coordinates of points, bands, bars."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from rlsys.report.numbers import Scale, nice_ticks, number, tick_labels
 Points = list[tuple[int, float]]  # (step, value), by step
 Record = Mapping[str, Any]  # a line of metrics.jsonl
 
-WIDTH, HEIGHT = 360, 176  # of a drawing, in its own units: about pixels
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 24  # margins within it
+WIDTH, HEIGHT = 360, 176  # of a chart in SVG units, about pixels
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 24  # margins inside the chart
 COLOURS = 8
-MAX_DOTS = 80  # more points than this are drawn as a line only
-MAX_POINTS = 600  # of a line; of more, the lowest and the highest of neighbours stay
-MAX_BARS = 100  # more steps than this share a bar, which shows their mean
+MAX_DOTS = 80  # a line with more points is drawn without dots
+MAX_POINTS = 600  # per line; of a longer one the lowest and the highest value of neighbouring points are kept
+MAX_BARS = 100  # with more steps, neighbouring steps share a bar that shows their mean
 
 
 @dataclass(frozen=True, slots=True)
 class ChartSpec:
-    """Which metrics share a drawing, under which short names; those of `pattern` are named by what its group holds."""
+    """Metrics of one chart and their labels. `pattern`: regular expression for further metrics, named by its group."""
 
     title: str
     lines: Mapping[str, str] = field(default_factory=dict)  # metric -> label
     unit: str = ""
     x_label: str = "step"
     stacked: bool = False
-    low: float | None = None  # the axis reaches at least to these
+    low: float | None = None  # the y axis includes `low` and `high`
     high: float | None = None
-    pattern: str = ""  # of further metrics; their label is `label`, with the group in it
-    label: str = "{}"
-    no_share: str = ""  # the title where values are no shares, though the axis is for such: a user's own rewards
-    interval: bool = False  # a line `x` has a band between `x_low` and `x_high`, where they were logged
+    pattern: str = ""  # of further metrics
+    label: str = "{}"  # label of these metrics; {}: the group of `pattern`
+    no_share: str = ""  # title if values are outside of [0, 1], such as a user's rewards
+    interval: bool = False  # draw a band between the metrics `x_low` and `x_high` of a line `x`, if logged
 
 
 TIMES = {
@@ -50,7 +50,7 @@ TIMES = {
         "learn": "learn",
         "sync": "sync",
         "eval": "evaluate",
-        "waiting": "waiting, overlapped",
+        "waiting": "waiting (overlap)",
     }.items()
 }
 # fmt: off
@@ -62,7 +62,7 @@ SECTIONS: Mapping[str, Sequence[ChartSpec]] = {
         ChartSpec("Reward", {"reward/mean": "mean", "reward/std": "standard deviation"}, low=0, high=1),
         ChartSpec("Reward terms", {"reward/correct": "correct", "reward/format": "format", "reward/length": "length",
                                    "reward/overlong": "overlong"}),
-        ChartSpec("Groups", {"reward/groups": "all", "reward/agreeing_groups": "all rewards the same"}, low=0),
+        ChartSpec("Groups", {"reward/groups": "all", "reward/agreeing_groups": "zero variance"}, low=0),
         ChartSpec("Time per stage", TIMES, unit="s", stacked=True, low=0),
     ),
     "Policy": (
@@ -73,7 +73,7 @@ SECTIONS: Mapping[str, Sequence[ChartSpec]] = {
                                               "policy/logprob_diff_max": "max |p − q|"}, unit="nats", low=0),  # noqa: RUF001
         ChartSpec("Clipped tokens", {"policy/clip_fraction": "by the loss",
                                      "policy/capped_share": "by the importance cap"}, unit="share", low=0),
-        ChartSpec("Lag of the tokens", {"policy/lag_mean": "mean", "policy/lag_max": "max"}, unit="versions", low=0),
+        ChartSpec("Policy lag of tokens", {"policy/lag_mean": "mean", "policy/lag_max": "max"}, unit="versions", low=0),
         ChartSpec("Gradient norm", {"policy/grad_norm": "before clipping"}, low=0),
         ChartSpec("Learning rate", {"policy/learning_rate": "rate"}, low=0),
     ),
@@ -81,19 +81,19 @@ SECTIONS: Mapping[str, Sequence[ChartSpec]] = {
         ChartSpec("Throughput", {"sampler/tokens_per_s": "sampler"}, unit="tokens/s", low=0),
         ChartSpec("Completion length", {"sampler/completion_tokens_mean": "sampled",
                                         "eval/mean_tokens": "greedy, held out"}, unit="tokens", low=0),
-        ChartSpec("Cut off at max_tokens", {"sampler/truncated_share": "completions"}, unit="share", low=0),
-        ChartSpec("Turns", {"sampler/turns_mean": "mean of a completion"}, low=0),
-        ChartSpec("Replies that failed", {"sampler/reply_timeouts": "too slow", "sampler/reply_errors": "error"},
+        ChartSpec("Truncated at max_tokens", {"sampler/truncated_share": "completions"}, unit="share", low=0),
+        ChartSpec("Turns", {"sampler/turns_mean": "mean per completion"}, low=0),
+        ChartSpec("Failed replies", {"sampler/reply_timeouts": "timeouts", "sampler/reply_errors": "errors"},
                   low=0),
-        ChartSpec("Rounds to refill", {"sampler/refill_rounds": "rounds"}, low=0),
+        ChartSpec("Dynamic sampling rounds", {"sampler/refill_rounds": "rounds"}, low=0),
     ),
     "System": (
         ChartSpec("Memory", {"system/memory_gb": "node"}, unit="GiB", low=0,
                   pattern=r"system/(?!gpu\d)(\w+)_memory_gb"),
-        ChartSpec("Processors", {"system/cpu_percent": "node"}, unit="%", low=0, high=100),
-        ChartSpec("Free disk", {"system/disk_free_gb": "of the run directory"}, unit="GiB", low=0),
+        ChartSpec("CPU utilization", {"system/cpu_percent": "node"}, unit="%", low=0, high=100),
+        ChartSpec("Free disk space", {"system/disk_free_gb": "run directory"}, unit="GiB", low=0),
         ChartSpec("GPU memory", pattern=r"system/(gpu\d+)_memory_gb", unit="GiB", low=0),
-        ChartSpec("GPUs busy", pattern=r"system/(gpu\d+)_percent", unit="%", low=0, high=100),
+        ChartSpec("GPU utilization", pattern=r"system/(gpu\d+)_percent", unit="%", low=0, high=100),
     ),
     "Supervised stage": (
         ChartSpec("Supervised loss", {"sft/loss": "loss"}, unit="nats", x_label="supervised step", low=0),
@@ -114,11 +114,11 @@ class Curve:
     label: str
     colour: int  # index of the palette
     path: str  # SVG, empty for bars
-    band: str  # SVG of the interval around it, empty where there is none
+    band: str  # SVG path of the confidence band, empty without one
     dots: Sequence[tuple[float, float]]
     bars: Sequence[tuple[float, float, float, float]]  # x, y, width, height
     last: str
-    not_finite: Sequence[int]  # steps whose value is no number
+    not_finite: Sequence[int]  # steps whose value is not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,25 +128,25 @@ class Chart:
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
     hover: str  # JSON for the page's script: [[x, "step 3", ["0.5", ...]], ...]
-    summary: str  # for those who hear the page
+    summary: str  # text for screen readers
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     label: str
     points: Points
-    low: Points  # of the interval; empty where there is none
+    low: Points  # lower end of the interval; empty without one
     high: Points
 
 
 def series(records: Sequence[Record], metric: str) -> Points:
-    """The values of a metric by step; of two values for one step the later counts."""
+    """The values of a metric by step; of several values for one step the last."""
     values = {record["step"]: record[metric] for record in records if metric in record}
     return sorted(values.items())
 
 
 def lines_of(spec: ChartSpec, records: Sequence[Record]) -> list[Line]:
-    """What of a spec was logged; metrics of a pattern in the order of the numbers in their names."""
+    """The logged lines of a spec; metrics of a pattern are sorted by the numbers in their names."""
     names = dict(spec.lines)
     if spec.pattern:
         logged = {name for record in records for name in record}
@@ -161,7 +161,7 @@ def lines_of(spec: ChartSpec, records: Sequence[Record]) -> list[Line]:
 
 
 def chart(spec: ChartSpec, records: Sequence[Record]) -> Chart | None:
-    """The drawing of a spec, or None where none of its metrics was logged."""
+    """The chart of a spec; None if none of its metrics was logged."""
     lines = lines_of(spec, records)
     if not lines:
         return None
@@ -209,7 +209,7 @@ def _hover(spec: ChartSpec, lines: Sequence[Line], steps: Sequence[int], x: Scal
 
 
 def _said(spec: ChartSpec, value: float) -> str:
-    """A share needs no more than three decimals."""
+    """Format a value; shares (axis from 0 to 1) with three decimals."""
     return number(round(value, 3) if spec.high == 1 and math.isfinite(value) else value)
 
 
@@ -219,7 +219,7 @@ def _curves(spec: ChartSpec, lines: Sequence[Line], x: Scale, y: Scale) -> list[
         pen, path, dots = "M", [], []
         for step, value in line.points:
             if not math.isfinite(value):
-                pen = "M"  # the line breaks where there is no number
+                pen = "M"  # a value that is not finite interrupts the line
                 continue
             at = (round(x(step), 1), round(y(value), 1))
             path.append(f"{pen}{at[0]} {at[1]}")
@@ -231,7 +231,7 @@ def _curves(spec: ChartSpec, lines: Sequence[Line], x: Scale, y: Scale) -> list[
 
 
 def _band(line: Line, x: Scale, y: Scale) -> str:
-    """Along the upper end and back along the lower one."""
+    """SVG path along the upper end of the interval and back along the lower end."""
     high = dict(line.high)
     both = [(step, low, high[step]) for step, low in line.low if step in high]
     both = [ends for ends in both if all(map(math.isfinite, ends))]
@@ -277,7 +277,7 @@ def _totals(lines: Sequence[Line]) -> dict[int, float]:
 
 
 def _thinned(line: Line) -> Line:
-    """At most MAX_POINTS, each as it was logged: a spike stays, and no mean is drawn that nobody measured."""
+    """The line with at most MAX_POINTS points. Logged values are kept, not averaged, so that spikes remain visible."""
     if len(line.points) <= MAX_POINTS:
         return line
     size = math.ceil(2 * len(line.points) / MAX_POINTS)
@@ -294,7 +294,7 @@ def _thinned(line: Line) -> Line:
 
 
 def _shared_bars(lines: Sequence[Line]) -> list[Line]:
-    """At most MAX_BARS steps: neighbouring steps give way to the first of them, with the mean of their values."""
+    """Lines with at most MAX_BARS steps: neighbouring steps are merged into the first one, with the mean value."""
     steps = sorted({step for line in lines for step, _ in line.points})
     share = math.ceil(len(steps) / MAX_BARS)
     home = {step: steps[i - i % share] for i, step in enumerate(steps)}
@@ -311,5 +311,5 @@ def _shared_bars(lines: Sequence[Line]) -> list[Line]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """``pass_at_2`` before ``pass_at_10``."""
+    """Sort key by the numbers in a name: ``pass_at_2`` before ``pass_at_10``."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""Numbers for the eye: short texts, round marks on an axis, and where on it a value lies."""
+"""Formats numbers for the report, and computes axis ticks and coordinates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A linear map of [low, high] onto [start, end]; a single value lies in the middle."""
+    """Linear map from [low, high] to [start, end]; if low equals high, everything maps to the middle."""
 
     low: float
     high: float
@@ -25,7 +25,7 @@ class Scale:
 
 
 def nice_ticks(low: float, high: float, wanted: int = 4, whole: bool = False) -> list[float]:
-    """Round marks (1, 2 or 5 times a power of ten apart) that reach from at or below `low` to at or above `high`."""
+    """Round axis ticks that cover [low, high]; their spacing is 1, 2 or 5 times a power of ten."""
     if high <= low:
         room = abs(low) * 0.1 or 1.0
         if whole:
@@ -40,7 +40,7 @@ def nice_ticks(low: float, high: float, wanted: int = 4, whole: bool = False) ->
 
 
 def number(value: float) -> str:
-    """Short for the eye: ``0``, ``0.0123``, ``1.5e-7``, ``12``, ``1830``; near 1, where ratios lie, ``1.00042``."""
+    """Short text of a number: ``0``, ``0.0123``, ``1.5e-7``, ``12``, ``1830``; with more digits near 1: ``1.00042``."""
     if not math.isfinite(value):
         return "not finite"
     if value != 1 and abs(value - 1) < 0.01:
@@ -51,7 +51,7 @@ def number(value: float) -> str:
 
 
 def tick_labels(marks: Sequence[float]) -> list[str]:
-    """Labels that tell neighbouring marks apart: as many decimals as their distance needs."""
+    """Tick labels with as many decimals as needed to distinguish neighbours."""
     gap = marks[1] - marks[0] if len(marks) > 1 else 1.0
     if 0 < max(abs(mark) for mark in marks) < 1e-3:
         return [_power(f"{mark:.0e}") if mark else "0" for mark in marks]

@@ -1,8 +1,7 @@
-"""A run as one HTML page that needs nothing else: no network, no other file, no library in the browser.
+"""Writes report.html: one HTML page per run, without external files, network access or JavaScript libraries.
 
-What is drawn is computed beside this module, as plain numbers (report_charts, report_rollouts, report_problems); the
-files under templates/ only draw it. Everything that a model wrote is text to the template, which escapes it, and the
-page's own policy lets no script run and no style count but ours.
+charts.py, rollouts.py and problems.py compute plain numbers; the files in templates/ only draw them. The template
+escapes all generated text, and the page's Content-Security-Policy allows only our script and style sheet.
 """
 
 from __future__ import annotations
@@ -41,22 +40,22 @@ from rlsys.utils.atomic_files import replace_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 REPORT = "report.html"
-MAX_ERRORS = 20_000  # characters of errors.log, its end
-CLOSED = ("System", "Supervised stage")  # sections of curves that are folded at first
+MAX_ERRORS = 20_000  # last characters of errors.log
+CLOSED = ("System", "Supervised stage")  # chart sections that are collapsed at first
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html from what the run has written down so far; any part may be missing or empty."""
+    """Write report.html from the files of the run; each of them may be missing or empty."""
     path = run_dir / REPORT
     replace_file(path, page(run_dir).encode("utf-8", errors="replace"))  # a model can write half of a surrogate pair
     return path
 
 
 def report_of(run_dir: Path) -> Path:
-    """The same for a folder that somebody named.
+    """Write report.html for a folder given by a user.
 
     Raises:
-        ConfigError: it holds no run.
+        ConfigError: the folder holds no run.
     """
     if not any((run_dir / name).is_file() for name in (CONFIG, METRICS)):
         raise ConfigError(f"{run_dir}: found neither {CONFIG} nor {METRICS}; wanted the directory of a run")
@@ -89,9 +88,9 @@ def page(run_dir: Path) -> str:
         headline=headline(records),
         signs=[(_steps(sign.steps), sign.text) for sign in learning_warnings(records, config)],
         tiles=tiles(records, config.get("rl", {}).get("steps")),
-        sections={title: [drawn for _, drawn in some if drawn] for title, some in charts.items()},
+        sections={title: [drawing for _, drawing in drawings if drawing] for title, drawings in charts.items()},
         closed=CLOSED,
-        missing=[spec.title for some in charts.values() for spec, drawn in some if not drawn],
+        missing=[spec.title for drawings in charts.values() for spec, drawing in drawings if not drawing],
         size={"w": WIDTH, "h": HEIGHT, "l": LEFT, "r": WIDTH - RIGHT, "t": TOP, "b": HEIGHT - BOTTOM},
         samples=samples(rows),
         extreme_steps=EXTREME_STEPS,
@@ -131,13 +130,14 @@ def _hash(text: str) -> str:
 
 
 def _steps(steps: Sequence[int]) -> str:
-    """Few steps by number, else from the first to the last."""
-    said = format_steps(list(steps))
-    return said if len(said) <= 40 else f"{len(steps)} of the steps {steps[0]} to {steps[-1]}"
+    """List the steps if there are few; otherwise their number and range."""
+    listed = format_steps(list(steps))
+    return listed if len(listed) <= 40 else f"{len(steps)} of the steps {steps[0]} to {steps[-1]}"
 
 
 def headline(records: Sequence[Record]) -> dict[str, str] | None:
-    """Accuracy (or a mean grade of another kind) at the first and the last evaluation; None before there is one."""
+    """Accuracy, or the mean reward if rewards are not 0 or 1, at the first and the last evaluation; None without an
+    evaluation."""
     accuracy = series(records, "eval/accuracy")
     if not accuracy:
         return None
@@ -159,7 +159,7 @@ def headline(records: Sequence[Record]) -> dict[str, str] | None:
 
 
 def tiles(records: Sequence[Record], wanted_steps: int | None = None) -> list[tuple[str, str]]:
-    """A few figures of the whole run: (what, value)."""
+    """Key numbers of the run: (label, value)."""
     found = []
     reward = series(records, "reward/mean")
     if reward:
@@ -167,12 +167,12 @@ def tiles(records: Sequence[Record], wanted_steps: int | None = None) -> list[tu
         found.append(("RL steps", f"{reward[-1][0]}{of}"))
         found.append(("mean reward, first to last", f"{number(reward[0][1])} → {number(reward[-1][1])}"))
     if records:
-        found.append(("time, first to last figure", duration(records[-1]["time"] - records[0]["time"])))
-        found.append(("last figure", time.strftime("%m-%d %H:%M", time.localtime(records[-1]["time"]))))
+        found.append(("time from first to last metric", duration(records[-1]["time"] - records[0]["time"])))
+        found.append(("last metric", time.strftime("%m-%d %H:%M", time.localtime(records[-1]["time"]))))
     step_s = [value for _, value in series(records, "time/step_s")]
     if step_s:
-        found.append(("per step", f"{number(sum(step_s) / len(step_s))} s"))
+        found.append(("mean step time", f"{number(sum(step_s) / len(step_s))} s"))
     difference = [value for _, value in series(records, "policy/logprob_diff_mean")]
     if difference:
-        found.append(("worst mean |p − q|", f"{number(max(difference))} nats"))  # noqa: RUF001
+        found.append(("largest mean |p − q|", f"{number(max(difference))} nats"))  # noqa: RUF001
     return found

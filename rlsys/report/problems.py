@@ -1,4 +1,4 @@
-"""Which training problems the policy never solves, and which it always does: those that teach nothing any more."""
+"""Sorts training problems into never, sometimes and always solved. Never and always solved ones give no gradient."""
 
 from __future__ import annotations
 
@@ -7,41 +7,43 @@ from dataclasses import dataclass
 
 from rlsys.run_state.jsonl import GroupsRow, ProblemRow
 
-MAX_LISTED = 15  # of each kind, the most often tried first
+MAX_LISTED = 15  # per kind, most sampled first
 MAX_PROMPT = 600  # characters
 
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """What became of one problem in the groups that it was drawn for."""
+    """Results of one problem in all groups that were sampled for it."""
 
     id: int
     groups: int
-    solved: float  # share of their completions that are right, 0 to 1
+    solved: float  # share of correct completions, 0 to 1
     last_step: int
-    prompt: str  # empty where problems.jsonl does not have it
+    prompt: str  # empty if problems.jsonl does not have it
     answer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
+    """Problems by how often they were solved."""
+
     never: Sequence[Tried]
     always: Sequence[Tried]
     sometimes: Sequence[Tried]
     groups: int
-    total: int | None  # problems there are; None: not written down
+    total: int | None  # training problems in total; None: not recorded
 
     @property
     def tried(self) -> int:
         return len(self.never) + len(self.always) + len(self.sometimes)
 
     def listed(self, kind: str) -> Sequence[Tried]:
-        """Those that people want to look at first."""
+        """At most MAX_LISTED problems of a kind, most sampled first."""
         return sorted(getattr(self, kind), key=lambda one: (-one.groups, -one.last_step, one.id))[:MAX_LISTED]
 
 
 def outcomes(rows: Sequence[GroupsRow], problems: Mapping[int, ProblemRow]) -> Outcomes | None:
-    """None before the first group."""
+    """Outcomes of all problems in the recorded groups; None before the first group."""
     shares: dict[int, list[float]] = {}
     last: dict[int, int] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""Completions for the report: the worst and the best, and their tokens by advantage and by ratio p / q."""
+"""Selects completions for the report (worst, best, samples), and colours tokens by advantage and by ratio p / q."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from dataclasses import dataclass
 from rlsys.report.numbers import number
 from rlsys.run_state.jsonl import UNKNOWN, RolloutRow
 
-MAX_TRAIN_ROWS = 200  # of the rollouts during training; rollouts.jsonl has all
-MAX_COLOURED = 40_000  # tokens on the page that can be coloured, the newest rows first
-MAX_TOKENS = 1200  # of one completion; its middle is left out
-MAX_CHARACTERS = 6000  # the same where no tokens were recorded
-EXTREME_STEPS = 10  # the newest recorded ones, of which the worst and the best are chosen
-EXTREMES = 3  # of each
-RATIO_LEVELS = (1.01, 1.05, 1.2)  # factors away from 1 where the colour grows stronger
+MAX_TRAIN_ROWS = 200  # newest training rollouts shown; rollouts.jsonl has all
+MAX_COLOURED = 40_000  # coloured tokens on the page, newest rows first
+MAX_TOKENS = 1200  # per completion; the middle of a longer one is left out
+MAX_CHARACTERS = 6000  # the same for a completion without recorded tokens
+EXTREME_STEPS = 10  # newest recorded steps from which the worst and the best are chosen
+EXTREMES = 3  # number of worst and of best rollouts
+RATIO_LEVELS = (1.01, 1.05, 1.2)  # factors above which a ratio's colour gets stronger
 LEVELS = len(RATIO_LEVELS)
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
     text: str
-    advantage: str  # class of the page: a+1 ... a+3, a-1 ... a-3, empty for none
-    ratio: str  # q+1 ...
-    said: str  # its numbers in words
-    kind: str  # "", or "reply" for what the environment wrote
-    begins: bool  # a reply begins here
+    advantage: str  # CSS class: ap1 to ap3 (positive), am1 to am3 (negative), empty for 0
+    ratio: str  # CSS class: qp1 to qp3, qm1 to qm3, empty near 1
+    said: str  # text of the tooltip
+    kind: str  # "reply" for a token of the environment, else ""
+    begins: bool  # whether a reply begins here
 
 
 @dataclass(frozen=True, slots=True)
 class CompletionView:
-    """A row and its completion as the page has it: head and tail with so much left out between them."""
+    """A rollout as shown on the page: head and tail of the completion, and a note on the part left out between."""
 
     row: RolloutRow
-    problem: str  # empty where it is not known
+    problem: str  # id; empty if not known
     head: str
     tail: str
-    head_tokens: Sequence[Token]  # both empty where tokens were not recorded, or are too many
+    head_tokens: Sequence[Token]  # both empty if tokens were not recorded or are too many
     tail_tokens: Sequence[Token]
     left_out: str
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One held-out problem, answered before and after."""
+    """One held-out problem with its completions before and after training."""
 
     prompt: str
     answer: str
@@ -54,6 +54,8 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class StepRows:
+    """The rollouts of one training step."""
+
     step: int
     rows: Sequence[CompletionView]
     mean_reward: float
@@ -66,14 +68,14 @@ class Samples:
     worst: Sequence[CompletionView]
     best: Sequence[CompletionView]
     steps: Sequence[StepRows]  # newest first
-    left_out: int  # rows of the first steps
-    uncoloured: int  # rows whose tokens were recorded, and are too many for the page
-    coloured: bool  # there is something to colour
-    largest: float  # |advantage| of the strongest colour
+    left_out: int  # number of older rows that are not shown
+    uncoloured: int  # number of rows shown without colours, because of MAX_COLOURED
+    coloured: bool  # whether any row is coloured
+    largest: float  # |advantage| with the strongest colour
 
 
 def pairs(rows: Sequence[RolloutRow]) -> list[Pair]:
-    """Rollouts of the evaluations before and after, matched by prompt and answer, in the order written."""
+    """Rollouts of the evaluations before and after training, matched by prompt and answer, in recorded order."""
     before = {(row.prompt, row.answer): row for row in rows if row.phase == "before"}
     after = {(row.prompt, row.answer): row for row in rows if row.phase == "after"}
 
@@ -84,7 +86,7 @@ def pairs(rows: Sequence[RolloutRow]) -> list[Pair]:
 
 
 def samples(rows: Sequence[RolloutRow]) -> Samples:
-    """Of the rows of training, what the page shows."""
+    """Select the training rollouts shown on the page."""
     train = [row for row in rows if row.phase == "train"]
     kept = train[-MAX_TRAIN_ROWS:]
     largest = max((abs(a) for row in kept for a in row.advantages if math.isfinite(a)), default=0.0)
@@ -111,7 +113,7 @@ def samples(rows: Sequence[RolloutRow]) -> Samples:
 
 
 def extremes(rows: Sequence[RolloutRow]) -> tuple[list[RolloutRow], list[RolloutRow]]:
-    """The worst and the best by reward, then advantage, of the newest steps; of equals the newest. No row is both."""
+    """(worst, best) rows of the newest steps by reward, then advantage, then newest step. No row is in both."""
     newest = sorted({row.step for row in rows})[-EXTREME_STEPS:]
     recent = [row for row in rows if row.step in newest]
     each = min(EXTREMES, len(recent) // 2)
@@ -124,7 +126,8 @@ def extremes(rows: Sequence[RolloutRow]) -> tuple[list[RolloutRow], list[Rollout
 
 
 def verdicts(rewards: Sequence[float]) -> Callable[[float], str]:
-    """The colour of a reward: rewards of 0 to 1 by right and wrong, others by the thirds of their range."""
+    """Function from a reward to its colour class. Rewards in [0, 1]: 1 is good, 0 is bad; others by thirds of their
+    range."""
     finite = [reward for reward in rewards if math.isfinite(reward)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
     third = (high - low) / 3
@@ -133,7 +136,7 @@ def verdicts(rewards: Sequence[float]) -> Callable[[float], str]:
 
 
 def plain(row: RolloutRow) -> CompletionView:
-    """Without colours."""
+    """A view of a row without coloured tokens."""
     text, half = row.completion, MAX_CHARACTERS // 2
     if len(text) <= MAX_CHARACTERS:
         return CompletionView(row, _problem(row), text, "", (), (), "")
@@ -142,7 +145,7 @@ def plain(row: RolloutRow) -> CompletionView:
 
 
 def coloured(row: RolloutRow, largest: float) -> CompletionView:
-    """With a token of its own for each piece; `largest` is the advantage of the strongest colour."""
+    """A view of a row with coloured tokens; `largest`: |advantage| with the strongest colour."""
     tokens, half = list(_tokens(row, largest)), MAX_TOKENS // 2
     if len(tokens) <= MAX_TOKENS:
         return CompletionView(row, _problem(row), "", "", tokens, (), "")

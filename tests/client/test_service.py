@@ -59,7 +59,7 @@ def test_clients_of_a_closed_service_say_so(service: rlsys.ServiceClient, base: 
         lambda: trainer.optim_step(types.AdamParams()),
         lambda: sampler.compute_logprobs(types.ModelInput.from_ints([1, 2])),
     ):
-        with pytest.raises(ClusterError, match="this ServiceClient is closed") as raised:
+        with pytest.raises(ClusterError, match="this ServiceClient and its clients are closed") as raised:
             call()
     print(f"\nclosed client: {type(raised.value).__name__}: {raised.value}")
 
@@ -79,7 +79,7 @@ def test_capabilities_name_what_runs_and_what_could(service: rlsys.ServiceClient
     found = {model.model_name: model for model in client.get_server_capabilities().supported_models}
     assert found["tiny"].running and found["tiny"].max_context_length == 128
     assert not found["elsewhere"].running and "tiny-too" not in found
-    with pytest.raises(ConfigError, match="'elsewhere', no folder on this node"):
+    with pytest.raises(ConfigError, match="'elsewhere', which is not a folder on this node"):
         client.create_sampling_client(base_model="elsewhere")
 
 

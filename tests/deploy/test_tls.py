@@ -42,7 +42,8 @@ def test_a_node_without_certificates_says_what_is_missing(site: Callable[..., Si
     here = site(RAY_AUTH_TOKEN=new_token())
     refused = here.run("deploy/node.sh head", RAY_USE_TLS="1")
     assert refused.returncode == 1
-    assert f"{here.home}/.ray/tls/ca.crt is not there" in refused.stdout and "ca.key to have one made" in refused.stdout
+    assert f"{here.home}/.ray/tls/ca.crt does not exist" in refused.stdout
+    assert "ca.key to create the certificate" in refused.stdout
 
 
 def test_a_certificate_names_the_node_and_is_made_again_only_when_it_does_not_fit(site: Callable[..., Site]) -> None:

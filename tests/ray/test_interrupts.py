@@ -60,7 +60,7 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
             os.killpg(process.pid, signal.SIGKILL)
     text = output.read_text()
     assert code == 130, text
-    assert "stopping after the step in flight" in text and "Traceback" not in text
+    assert "stopping after the current step" in text and "Traceback" not in text
     steps = [line["step"] for line in read_metrics(config.run_dir) if "reward/mean" in line]
     assert steps == list(range(1, len(steps) + 1))
     assert (config.run_dir / "adapter" / "adapter_model.safetensors").is_file()

@@ -52,9 +52,9 @@ def test_a_rank_that_stands_still_stops_the_run_and_is_named(ray_cluster: str, j
         jobs.train(config, Progress())
     text = str(caught.value)
     print(f"after {time.monotonic() - stopped[0]:.1f} s:\n{text}")
-    assert "nothing moved for 30 s" in text and "watchdog." in text
+    assert "no progress for 30 s" in text and "watchdog." in text
     assert text.splitlines()[1].startswith("  waiting for learner rank"), "who is stuck comes first"
-    assert "answered no question" in text.splitlines()[1]
+    assert "has not answered any progress request" in text.splitlines()[1]
 
 
 def test_more_ranks_than_there_is_room_for_are_refused_at_once(ray_cluster: str, job: Job) -> None:

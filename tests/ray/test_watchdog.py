@@ -71,7 +71,7 @@ def test_a_stuck_actor_is_named_with_its_work_its_log_and_the_key_to_raise(actor
         watched_all(waits, dog)
     assert LIMIT_S < time.monotonic() - began < 5 * LIMIT_S
     message = str(caught.value)
-    assert message.startswith(f"sample: nothing moved for {LIMIT_S:g} s.")
+    assert message.startswith(f"sample: no progress for {LIMIT_S:g} s.")
     assert f"raise watchdog.sample_s (now {LIMIT_S:g})" in message
     assert re.search(
         r"waiting for sampler 1: sampling 8 completions of problems 3, 17, 40; since \d\d:\d\d:\d\d", message
@@ -84,7 +84,7 @@ def test_a_stuck_actor_is_named_with_its_work_its_log_and_the_key_to_raise(actor
 
 def test_an_actor_that_cannot_even_tell_its_progress_is_named_too(actor: Callable[..., Any]) -> None:
     loop = actor(Loop)
-    with pytest.raises(StalledError, match=r"sampler 0: loading version 4; .*answered no question for its progress"):
+    with pytest.raises(StalledError, match=r"sampler 0: loading version 4; .*has not answered any progress request"):
         watched(loop.stick.remote(), Watchdog("sync", LIMIT_S), "sampler 0", "loading version 4", loop)
 
 
@@ -135,7 +135,7 @@ def test_a_foreign_error_is_one_line_with_its_place_and_its_traceback_in_a_file(
     message = str(caught.value)
     place = r"tests/ray/small_actors\.py:\d+ in bad"
     log = re.escape(str(failures.file))
-    assert re.fullmatch(rf"learner: ValueError: bad thing \(\S*{place}\); whole traceback in {log}", message)
+    assert re.fullmatch(rf"learner: ValueError: bad thing \(\S*{place}\); full traceback in {log}", message)
     assert caught.value.__context__ is None or caught.value.__suppress_context__
     assert "with a second line" in failures.file.read_text() and "Worker.bad" in failures.file.read_text()  # type: ignore[union-attr]
 
@@ -153,7 +153,7 @@ def test_a_failure_that_came_by_way_of_an_argument_names_who_failed_first(actor:
         wait(third.take.remote(second.take.remote(first.bad.remote())), FAR_S, "learner")
     with pytest.raises(GradingError, match=r"^graders: all of them failed$"):
         watched(third.take.remote(second.take.remote(first.refuse.remote())), dog, "learner", "step 3", third)
-    with pytest.raises(DataLostError, match=r"^learner: what it needed is lost with sampler 1: its process is gone"):
+    with pytest.raises(DataLostError, match=r"^learner: its input is lost with sampler 1: its process is gone"):
         watched(third.take.remote(second.take.remote(first.die.remote())), dog, "learner", "step 3", third)
 
 
@@ -184,7 +184,7 @@ def test_lost_data_is_told_apart_from_a_death(actor: Callable[..., Any]) -> None
     ray.kill(owner)
     time.sleep(2)  # until the cluster knows
     for call in (lambda: wait(worker.take.remote(ref), FAR_S, "learner"), lambda: wait(ref, FAR_S, "learner")):
-        with pytest.raises(DataLostError, match=r"^learner: what it needed is lost"):
+        with pytest.raises(DataLostError, match=r"^learner: its input is lost"):
             call()
 
 

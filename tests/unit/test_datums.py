@@ -129,7 +129,7 @@ def shortened_after_construction():
 
 WRONG = {
     "key of nobody": (rl_datum(temperature=[1, 1, 1]), r"wanted only \['advantages', 'logprobs', 'mask', 'target"),
-    "key misspelt": (rl_datum(logprob=[0, 0, 0]), r"datum 1: .*'logprob'.* is no input of 'ppo'.* mean 'logprobs'\?"),
+    "key misspelt": (rl_datum(logprob=[0, 0, 0]), r"datum 1: .*'logprob'.* is not an input of 'ppo'.* 'logprobs'\?"),
     "weight": (rl_datum(weight=[0, 0, 0]), r"did you mean 'weights'\?"),
     "id too high": (
         rl_datum(target_tokens=[2, 3, 10]),

@@ -286,7 +286,7 @@ def test_clip_ratio_is_the_same_as_both_thresholds():
         ("ppo", {"beta": 1.0}, "it takes clip_low_threshold, clip_high_threshold, clip_ratio"),
         ("cross_entropy", {"beta": 1.0}, "it takes no parameters"),
         ("importance_sampling", {"clip_ratio": 0.2}, "it takes no parameters"),
-        ("cispo", {"clip_ratio": 0.2}, "no parameter of this loss"),
+        ("cispo", {"clip_ratio": 0.2}, "not a parameter of this loss"),
         ("ppo", {"clip_ratio": 0.2, "clip_low_threshold": 0.8}, "either clip_ratio or the two thresholds"),
         ("ppo", {"clip_ratio": 0.51}, r"found 0.51; wanted a number in \[0, 0.5\]"),
         ("ppo", {"clip_ratio": -0.1}, "found -0.1"),

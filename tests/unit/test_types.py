@@ -55,7 +55,7 @@ def test_tensor_data_behaves_like_the_sequence_it_holds():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1.0], "float16"), "dtype 'float16' is not known; wanted 'float32' or 'int64'"),
+        (([1.0], "float16"), "unknown dtype 'float16'; wanted 'float32' or 'int64'"),
         ((["a"],), "wanted numbers"),
         (([None],), "wanted numbers"),
         (([1.5], "int64"), "fractional"),

@@ -140,7 +140,7 @@ def test_a_hub_that_nobody_answers_for_is_warned_of(monkeypatch: pytest.MonkeyPa
 
 def test_an_address_where_no_cluster_listens_fails_at_once() -> None:
     check = doctor.ray_answers("127.0.0.1:9")
-    assert check.status == "fail" and "nobody answers" in check.found and "ray start --head" in check.remedy
+    assert check.status == "fail" and "nothing answers" in check.found and "ray start --head" in check.remedy
 
 
 def test_a_port_where_something_else_listens_fails_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_where_samplers_cannot_serve_it_it_is_off_with_one_warning_of_each_base(
         client.create_lora_training_client("b", rank=4)
     said = [str(one.message) for one in told]
     assert [text.partition(":")[0] for text in said] == ["a", "b"]
-    assert all("on by default in the Tinker API and off here" in text for text in said)
+    assert all("on by default in the Tinker API, but off here" in text for text in said)
     assert [lora.train_unembed for lora in backend.made] == [False] * 4
 
 

@@ -242,4 +242,4 @@ def test_a_path_that_is_not_there_is_named_with_its_folder(
     assert job.model.path is not None
     with pytest.raises(ConfigError) as error, local_folder(job.model.path):
         pass
-    assert f"model.path: {str(project / 'base')!r} is no folder on this node" in str(error.value)
+    assert f"model.path: {str(project / 'base')!r} is not a folder on this node" in str(error.value)

@@ -57,7 +57,7 @@ def test_the_jobs_that_people_come_for_are_there() -> None:
 def test_a_header_says_hardware_duration_and_result_or_that_they_were_not_measured(path: Path) -> None:
     text = header(path)
     measured = re.search(r"\d+ (s|min|h)\b", text) and "->" in text
-    assert measured or "the formula's error on CUDA is unmeasured, and so are duration and result" in text
+    assert measured or "The error of the prediction on CUDA, the duration and the result are unmeasured" in text
     assert nodes(text)
 
 
@@ -111,7 +111,7 @@ def test_the_command_of_a_gpu_configs_header_finds_that_it_fits(path: Path) -> N
     assert f"configs/{path.name} --gpu-memory-gb {node.gpu_memory // GB} " in line  # type: ignore[operator]
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = run([sys.executable, "-m", "rlsys", *line.split()], cwd=ROOT, env={**kept, "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0 and "it fits" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "the job fits" in done.stdout, done.stdout + done.stderr
 
 
 def test_every_config_that_docs_name_is_there() -> None:

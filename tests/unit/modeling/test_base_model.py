@@ -155,7 +155,7 @@ def test_a_name_that_leaves_the_folder_is_refused(name: str, tmp_path: Path) -> 
 def test_an_empty_or_missing_folder_cannot_be_packed(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="empty"):
         pack_folder(tmp_path)
-    with pytest.raises(CheckpointError, match="no folder"):
+    with pytest.raises(CheckpointError, match="not a folder"):
         pack_folder(tmp_path / "none")
 
 

@@ -185,15 +185,15 @@ def fewer_rows(folder: Path) -> None:
 
 
 WRONG: list[tuple[Callable[[Path], object], str]] = [
-    (cut, r"model\.safetensors has [\d,]+ bytes, its header speaks of [\d,]+: .*whole"),
-    (cut_in_the_header, r"model\.safetensors: its header is damaged or cut off \(100 bytes\)"),
-    (lose_a_file, r"1 of the \d files that model\.safetensors\.index\.json names are missing \(model-00001-of-"),
-    (lose_a_tensor, r"names 1 tensors that are not in their file, such as .* copy or download"),
+    (cut, r"model\.safetensors has [\d,]+ bytes, but its header describes [\d,]+: .*incomplete"),
+    (cut_in_the_header, r"model\.safetensors: the header is damaged or truncated \(100 bytes\)"),
+    (lose_a_file, r"1 of the \d files listed in model\.safetensors\.index\.json are missing \(model-00001-of-"),
+    (lose_a_tensor, r"lists 1 tensors that are not in their file, such as .* copy or download"),
     (lose_all_weights, r"found no weights; wanted model\.safetensors"),
     (pickle, r"found pytorch_model\.bin; wanted model\.safetensors.*save_pretrained"),
     (as_gguf, r"holds model-q4\.gguf\. GGUF files.*GgufConfig\(dequantize=True\)"),
     (gguf_alone, r"holds model-q4\.gguf and no config\.json\. GGUF"),
-    (lfs_pointer, r"is a pointer of Git LFS.*git .*lfs pull"),
+    (lfs_pointer, r"is a Git LFS pointer.*git .*lfs pull"),
     (int8, r"q_proj\.weight is I8; wanted F32, F16 or BF16"),
     (no_tokenizer, r"has no tokenizer; wanted tokenizer\.json"),
     (damaged_tokenizer, r"the tokenizer in .* cannot be loaded \(.*\); wanted tokenizer\.json"),
@@ -201,7 +201,10 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     (quantised(quant_method="awq", bits=4), r"quantization_config says awq"),
     (quantised(quant_method="fp8"), r"quantization_config says fp8"),
     (quantised(quant_method="bitsandbytes", load_in_4bit=True), r"says bitsandbytes \(load_in_4bit\)"),
-    (own_code, r"model_type 'mine' is code of the folder's own \(auto_map, trust_remote_code\), which rlsys does not"),
+    (
+        own_code,
+        r"model_type 'mine' needs Python code in the folder \(auto_map, trust_remote_code\), which rlsys does not",
+    ),
     (lambda folder: set_config(folder, model_type="lama"), r"found model_type 'lama'; wanted one that this transfor"),
     (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not valid JSON"),
     (
@@ -210,11 +213,14 @@ WRONG: list[tuple[Callable[[Path], object], str]] = [
     ),
     (
         lambda folder: set_config(folder, vocab_size=300),
-        r"embed_tokens\.weight in .* has 264 rows, config.* says .*300",
+        r"embed_tokens\.weight in .* has 264 rows, but config.* says .*300",
     ),
-    (fewer_rows, r"the tokenizer has 260 tokens and the embedding 200 rows; beyond it lie 56 words such as"),
+    (
+        fewer_rows,
+        r"the tokenizer has 260 tokens, but the embedding has 200 rows; tokens without a row: 56 words such as",
+    ),
     (lambda folder: set_config(folder, eos_token_id=33), r"eos_token_id 33 is '.' in the tokenizer, an ordinary token"),
-    (endless, r"nothing ends a completion, so each would run to rl\.sampling\.max_tokens"),
+    (endless, r"no stop condition, so every completion would run to rl\.sampling\.max_tokens"),
 ]
 
 
@@ -260,7 +266,10 @@ def test_tokens_beyond_the_embedding_that_no_prompt_needs_are_told(folder: Path)
     assert "tokens beyond the 264 rows of the embedding (<x4>)" in note
     made.chat_template = "<x4>" + CHATML
     made.save_pretrained(folder)
-    with pytest.raises(ConfigError, match=r"265 tokens and the embedding 264 rows; beyond it lie '<x4>', which every"):
+    with pytest.raises(
+        ConfigError,
+        match=r"265 tokens, but the embedding has 264 rows; tokens without a row: '<x4>', which is in every",
+    ):
         check_job(job(folder))
 
 
@@ -290,7 +299,7 @@ def test_a_job_is_refused_before_ray_starts(folder: Path, tmp_path: Path) -> Non
     for command in ("train", "eval", "plan"):
         done = run([sys.executable, "-m", "rlsys", command, str(path)])
         assert done.returncode != 0
-        assert "files that model.safetensors.index.json names are missing" in done.stderr, done.stderr
+        assert "files listed in model.safetensors.index.json are missing" in done.stderr, done.stderr
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "runs").exists()
 
@@ -344,5 +353,5 @@ def test_the_path_of_a_model_is_no_pattern(folder: Path, name: str) -> None:
     moved = folder.rename(folder.with_name(name))
     assert check_job(job(moved)) == check_tokenizer(moved) == ()
     next(iter(moved.glob("*.safetensors"))).unlink()
-    with pytest.raises(ConfigError, match=r"1 of the \d+ files that .* are missing"):
+    with pytest.raises(ConfigError, match=r"1 of the \d+ files listed in .* are missing"):
         check_job(job(moved))

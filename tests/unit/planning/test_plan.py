@@ -172,25 +172,25 @@ def test_a_job_that_fits_has_no_shortfall() -> None:
 ON_CUDA = ["sampler.num_gpus=1", "model.dtype=bfloat16"]
 WRONG_PLACES = [
     # overrides, nodes, what the shortfall must name
-    (["sampler.num_cpus=20"], [BIG], ["21 CPU asked for, 8 found, 13 too few", "sampler.num_cpus=4"]),
-    (ON_CUDA, [BIG], ["1 GPU asked for, 0 found", "sampler.num_gpus=0"]),
-    (["learner.resources={big: 1}"], [BIG], ["1 big asked for, 0 found", "learner.resources"]),
-    (["sampler.nodes=[10.0.0.9]"], [BIG], ["no node '10.0.0.9'", "here"]),
+    (["sampler.num_cpus=20"], [BIG], ["21 CPU needed, 8 found, 13 too few", "sampler.num_cpus=4"]),
+    (ON_CUDA, [BIG], ["1 GPU needed, 0 found", "sampler.num_gpus=0"]),
+    (["learner.resources={big: 1}"], [BIG], ["1 big needed, 0 found", "learner.resources"]),
+    (["sampler.nodes=[10.0.0.9]"], [BIG], ["no node '10.0.0.9'", "nodes are here"]),
     (["learner.num_cpus=6"], [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)], ["no single node", "6 CPU"]),
     (
         ["sampler.num_workers=2", "sampler.placement=STRICT_SPREAD"],
         [BIG],
-        ["STRICT_SPREAD wants 2 nodes, there are 1", "SPREAD"],
+        ["STRICT_SPREAD needs 2 nodes, found 1", "SPREAD"],
     ),
     (
         ["sampler.num_workers=3", "sampler.placement=STRICT_PACK", "sampler.num_cpus=2"],
         [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)],
-        ["STRICT_PACK wants 6 CPU on one node", "use PACK"],
+        ["STRICT_PACK needs 6 CPU on one node", "use PACK"],
     ),
     (
         ["sampler.num_workers=2", "sampler.num_cpus=3", "learner.num_cpus=2"],
         [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)],
-        ["enough in sum, but not in these pieces"],
+        ["enough resources in total, but the actors do not fit onto them"],
     ),
     (["sampler.kv_cache_gb=100"], [BIG], ["memory:", "64.00 GiB found", "sampler.kv_cache_gb"]),
     (
@@ -265,7 +265,7 @@ def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library()
     done = run_plan("configs/quickstart.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20
-    assert "it fits" in done.stdout and "KV cache 1,024" in done.stdout and "token budget" in done.stdout
+    assert "the job fits" in done.stdout and "KV cache 1,024" in done.stdout and "token budget" in done.stdout
     script = (
         "import sys; from actors.cli import app; app(['plan', 'configs/quickstart.yaml'], standalone_mode=False); "
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
@@ -277,7 +277,7 @@ def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library()
 def test_the_command_ends_with_code_1_where_the_job_does_not_fit() -> None:
     done = run_plan("configs/quickstart.yaml", "sampler.num_cpus=4000")
     assert done.returncode == 1
-    assert "4001 CPU asked for" in done.stdout.replace("\n", " ")
+    assert "4001 CPU needed" in done.stdout.replace("\n", " ")
 
 
 def test_predictions_for_a_gpu_are_marked_as_unmeasured() -> None:
@@ -319,14 +319,14 @@ def test_a_pair_that_takes_turns_fits_beside_what_each_keeps() -> None:
     asleep = on_gpu(
         2, "learner.num_gpus=0.9", "sampler.num_gpus=0.1", "learner.token_budget=65536", "rl.problems_per_step=512"
     )
-    assert "a sampler that sleeps keeps 1.50 GiB" in asleep and "learner.token_budget" in asleep
+    assert "a sleeping sampler keeps 1.50 GiB" in asleep and "learner.token_budget" in asleep
 
 
 def test_a_kv_cache_for_few_of_the_sequences_is_warned_of() -> None:
     node = Node("a", {"CPU": 8.0, "GPU": 1.0}, 64 * GIB, 4 * GIB)
     many = ["model.max_length=4096", "sampler.max_num_seqs=256", "model.make.num_layers=16"]
     (said,) = [one for one in planned(*IN_TURNS, *many, nodes=[node]).warnings if "KV" in one]
-    assert "sampler.gpu_memory_utilization 0.5" in said and "of the 256 that run at once" in said
+    assert "sampler.gpu_memory_utilization 0.5" in said and "of 256 concurrent ones" in said
     assert not [one for one in planned(*IN_TURNS, nodes=[node]).warnings if "KV" in one]
 
 

@@ -211,7 +211,7 @@ def test_a_step_whose_groups_all_agree_is_the_same(base: Path, tmp_path: Path) -
 
 def test_the_command_shows_both_values_and_ends_well(finished: Path) -> None:
     code, said = command(finished, 2)
-    assert code == 0 and "the same, to the bit" in said
+    assert code == 0 and "the same, bit-identical" in said
     for name in (*ALWAYS, "policy/ratio_mean", "policy/logprob_diff_mean", "policy/kl_k1"):
         assert name in said
     assert f"{PROBLEMS * SAMPLES} completions of {PROBLEMS} problems" in said
@@ -260,7 +260,7 @@ def test_another_adapter_is_noticed(run: Path) -> None:
             path.name: path.read_bytes() for path in wrong.iterdir() if path.name not in ("ledger.npz", "resume.json")
         }
         shutil.copytree(other.save(1, files, ledger), right)
-    with pytest.raises(CheckpointError, match=r"recorded with the learner at version 1, .* comes to version 2"):
+    with pytest.raises(CheckpointError, match=r"recorded with the learner at version 1, .* reaches version 2"):
         replay(run, 2)
     save_step(run, replace(load_step(run, 2), version=2), keep=9)
     assert differing(run, 2) >= {"policy/logprob_diff_mean", "policy/ratio_mean", "loss/sum"}
@@ -284,7 +284,7 @@ def test_a_step_without_its_checkpoint_is_reached_from_an_earlier_one(run: Path)
         shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
     found = replay(run, 4)
     assert found.started == 1 and found.differing(0.0) == []
-    assert found.notes == ("reached from the checkpoint of step 1, through steps 2 to 3",)
+    assert found.notes == ("started from the checkpoint of step 1 and replayed steps 2 to 3 first",)
 
 
 def test_without_any_checkpoint_the_seed_makes_the_beginning(run: Path) -> None:
@@ -300,8 +300,8 @@ def test_what_is_no_longer_there_is_named_with_what_is_and_which_keys_keep_more(
     (run / STEPS / "step-000001.npz").unlink()
     assert replayable(run) == [4]
     wanted = (
-        r"step 2 cannot be replayed\. Steps that can be: step 4\. There are rollouts of steps 2 to 4 and checkpoints "
-        r"after steps 3 to 4;.*tracking\.rollout_steps \(it was 20\) and checkpoint\.keep \(it was 9\)"
+        r"step 2 cannot be replayed\. Replayable steps: step 4\. The run has rollouts of steps 2 to 4 and checkpoints "
+        r"after steps 3 to 4\..*tracking\.rollout_steps \(was 20\) and checkpoint\.keep \(was 9\)"
     )
     for step in (1, 2, 3, 5, 0, -1):
         with pytest.raises(CheckpointError, match=wanted.replace("step 2 ", f"step {step} ")):
@@ -313,7 +313,7 @@ def test_a_step_that_the_run_never_finished_is_computed_all_the_same(run: Path) 
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join(line for line in lines if json.loads(line)["step"] < 3) + "\n")
     code, said = command(run, 3)
-    assert code == 1 and "metrics.jsonl has no figures of step 3" in said
+    assert code == 1 and "metrics.jsonl has no metrics of step 3" in said
     assert command(run, 2)[0] == 0
 
 

@@ -190,7 +190,7 @@ def test_problems_that_never_or_always_succeed_are_listed_with_their_words(tmp_p
         tracker.groups(2, [0, 1, 2], [0.0, 1.0, 1.0])
     write_problems(tmp_path, ["the hard one", "the easy one", "the right one", "the unseen one"], ["1", "2", "3", "4"])
     text = re.sub(r"\s+", " ", Page(write_report(tmp_path)).text)
-    assert "3 of 4 training problems were tried, in 6 groups" in text
+    assert "3 of 4 training problems were sampled, in 6 groups" in text
     assert "never solved 1" in text and "sometimes 1" in text and "always 1" in text
     assert re.search(r"Never solved 1 problem problem 0: 2 groups, 0.0 % solved, last at step 2 the hard one", text)
     assert "the easy one" in text and "the right one" not in text and "the unseen one" not in text

@@ -1,4 +1,4 @@
-"""Claims about a Ray cluster that a job cannot join: absent, refusing and of another version are told apart."""
+"""Claims about a Ray cluster that a job cannot join: absent, refusing and has another version are told apart."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_another_version_is_told_with_both() -> None:
     said = why_not_joined(
         WHERE, RuntimeError("Version mismatch: The cluster was started with:\n Ray: 2.1\n here: 2.60")
     )
-    assert "of another version" in said and "2.1" in said and "2.60" in said and "\n" not in said
+    assert "has another version" in said and "2.1" in said and "2.60" in said and "\n" not in said
 
 
 def test_an_answer_that_is_none_names_port_tls_and_token(monkeypatch: pytest.MonkeyPatch) -> None:

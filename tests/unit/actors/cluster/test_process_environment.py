@@ -40,7 +40,7 @@ def test_a_long_path_names_the_variable_and_how_much_room_there_is(
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
     monkeypatch.setenv(variable, str(folder))
-    assert f"{variable}: {folder} has" in told() and f"take {SOCKET_LIMIT - RAY_BELOW} at most" in told()
+    assert f"{variable}: {folder} has" in told() and f"allow at most {SOCKET_LIMIT - RAY_BELOW}" in told()
 
 
 def test_the_room_is_counted_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_a_temporary_folder_that_is_missing_is_not_replaced_in_silence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
-    assert f"TMPDIR: {tmp_path / 'none'} is no folder" in told()
+    assert f"TMPDIR: {tmp_path / 'none'} is not a folder" in told()
 
 
 def test_a_temporary_folder_that_is_a_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_a_home_that_cannot_be_written_is_a_warning(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HOME", "/nonexistent")
     check_process_environment(starts_ray=True)
     assert [(fault.name, fault.fatal) for fault in faults(True)] == [("home", False)]
-    assert "HOME: /nonexistent is no folder" in doctor.surroundings(True)[0].found
+    assert "HOME: /nonexistent is not a folder" in doctor.surroundings(True)[0].found
 
 
 def test_a_user_without_an_entry_needs_a_name(monkeypatch: pytest.MonkeyPatch) -> None:

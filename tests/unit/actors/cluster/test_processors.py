@@ -19,7 +19,7 @@ ABSENT = max(HERE) + 1
 @pytest.mark.parametrize("cores", [[ABSENT], [HERE[0], ABSENT], [4095]])
 def test_a_core_that_the_node_lacks_is_refused_by_its_key_even_beside_one_that_is_there(cores: list[int]) -> None:
     before = os.sched_getaffinity(0)
-    with pytest.raises(ConfigError, match=rf"learner\.cores: {cores[-1]} is no processor .*: {HERE[0]}"):
+    with pytest.raises(ConfigError, match=rf"learner\.cores: {cores[-1]} is not available .*: {HERE[0]}"):
         pin(cores, "learner.cores")
     assert os.sched_getaffinity(0) == before
 
