@@ -17,6 +17,7 @@ from ray.exceptions import (
     RayActorError,
     RayError,
     RayTaskError,
+    RuntimeEnvSetupError,
     WorkerCrashedError,
 )
 
@@ -31,6 +32,7 @@ _HEADER = re.compile(r"ray::(?P<call>[\w.<>-]+)\(\) \(pid=(?P<pid>\d+), ip=(?P<i
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<name>.+)')
 _OURS = re.compile(r".*/((?:rlsys|actors)/.+)")
 _FOREIGN = re.compile(r"/(site-packages|dist-packages|lib/python3[^/]*)/|^python/ray/|^<")
+_CAUSE_CHARACTERS = 800  # of a message that is told with all its lines
 _EXCEPTION_CHARACTERS = 1000  # last characters of a traceback, which hold the message of its exception
 _ROLES: tuple[Role, ...] = ("learner", "sampler")
 _RAISED = re.compile(r"^[\w.]+(?:Error|Exception|Exit|Interrupt|Warning)\b.*")
@@ -87,7 +89,8 @@ def as_raised(error: BaseException, who: str, names: Mapping[str, str] | None = 
     if isinstance(cause, DEATHS):
         return ActorDiedError(f"{who}: {_ending(cause)}")
     if not isinstance(error, RayTaskError):
-        return ActorFailedError(f"{who}: {type(error).__name__}: {_first_line(error)}")
+        said = _all_lines(error) if isinstance(error, RuntimeEnvSetupError) else _first_line(error)
+        return ActorFailedError(f"{who}: {type(error).__name__}: {said}")
     return _failed(_origin(text), f"{type(cause).__name__}: {_first_line(cause)}", who, names)
 
 
@@ -144,6 +147,12 @@ def _ending(error: RayError) -> str:
     reason = text.rpartition("The actor is dead because ")[2].partition(" Some common causes")[0]
     reason = reason.replace("Worker exit type: ", "").replace("Worker exit detail: ", "")
     return f"it is gone{where}: {' '.join(reason.split())}"
+
+
+def _all_lines(error: BaseException) -> str:
+    """The message as one line. Ray writes the cause of a failed runtime environment below a general first line."""
+    text = " ".join(_COLOUR.sub("", str(error)).split())
+    return text if len(text) <= _CAUSE_CHARACTERS else f"{text[:_CAUSE_CHARACTERS]}..."
 
 
 def _first_line(error: BaseException) -> str:
