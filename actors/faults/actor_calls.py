@@ -32,7 +32,7 @@ _HEADER = re.compile(r"ray::(?P<call>[\w.<>-]+)\(\) \(pid=(?P<pid>\d+), ip=(?P<i
 _FRAME = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in (?P<name>.+)')
 _OURS = re.compile(r".*/((?:rlsys|actors)/.+)")
 _FOREIGN = re.compile(r"/(site-packages|dist-packages|lib/python3[^/]*)/|^python/ray/|^<")
-_CAUSE_CHARACTERS = 800  # of a message that is told with all its lines
+_CAUSE_CHARACTERS = 800  # of the cause of a failed runtime environment
 _EXCEPTION_CHARACTERS = 1000  # last characters of a traceback, which hold the message of its exception
 _ROLES: tuple[Role, ...] = ("learner", "sampler")
 _RAISED = re.compile(r"^[\w.]+(?:Error|Exception|Exit|Interrupt|Warning)\b.*")
@@ -89,8 +89,8 @@ def as_raised(error: BaseException, who: str, names: Mapping[str, str] | None = 
     if isinstance(cause, DEATHS):
         return ActorDiedError(f"{who}: {_ending(cause)}")
     if not isinstance(error, RayTaskError):
-        said = _all_lines(error) if isinstance(error, RuntimeEnvSetupError) else _first_line(error)
-        return ActorFailedError(f"{who}: {type(error).__name__}: {said}")
+        reason = _environment_failure(text) if isinstance(error, RuntimeEnvSetupError) else _first_line(error)
+        return ActorFailedError(f"{who}: {type(error).__name__}: {reason}")
     return _failed(_origin(text), f"{type(cause).__name__}: {_first_line(cause)}", who, names)
 
 
@@ -149,10 +149,11 @@ def _ending(error: RayError) -> str:
     return f"it is gone{where}: {' '.join(reason.split())}"
 
 
-def _all_lines(error: BaseException) -> str:
-    """The message as one line. Ray writes the cause of a failed runtime environment below a general first line."""
-    text = " ".join(_COLOUR.sub("", str(error)).split())
-    return text if len(text) <= _CAUSE_CHARACTERS else f"{text[:_CAUSE_CHARACTERS]}..."
+def _environment_failure(text: str) -> str:
+    """The cause of a failed runtime environment: Ray writes it, often with a traceback, below a general first line."""
+    raised = [line.strip() for line in text.splitlines() if _RAISED.match(line.strip())]
+    cause = raised[-1] if raised else " ".join(text.split())
+    return cause if len(cause) <= _CAUSE_CHARACTERS else f"{cause[:_CAUSE_CHARACTERS]}..."
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -178,6 +179,14 @@ def test_a_constructor_that_fails_is_an_error_and_no_death(actor: Callable[..., 
     assert not isinstance(caught.value, ActorDiedError)
 
 
+def test_a_runtime_environment_that_cannot_be_made_is_told_with_its_cause(ray_cluster: str, actor: Any) -> None:
+    package = "gcs://_ray_pkg_0123456789abcdef.zip"
+    lost = ray.remote(Worker).options(num_cpus=0, runtime_env={"working_dir": package}).remote(False)
+    with pytest.raises(ActorFailedError, match=rf"^learner: RuntimeEnvSetupError: .*{re.escape(package)}") as caught:
+        wait(lost.take.remote(1), FAR_S, "learner")
+    assert "\n" not in str(caught.value)
+
+
 def test_lost_data_is_told_apart_from_a_death(actor: Callable[..., Any]) -> None:
     owner, worker = actor(), actor()
     (ref,) = wait(owner.own.remote(), FAR_S, "owner")
@@ -225,9 +234,17 @@ def engine_of(sampler: Any) -> psutil.Process:
     """The process that computes, below the actor's."""
     process = process_of(sampler)
     assert process is not None
-    below = psutil.Process(process.pid).children(recursive=True)
-    (found,) = [one for one in below if "EngineCore" in one.name() + "".join(one.cmdline())]
-    return found
+    below: dict[psutil.Process, str] = {}
+
+    def engines() -> list[psutil.Process]:
+        below.clear()
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # it has just ended
+                below[child] = child.name() + "".join(child.cmdline())
+        return [child for child, title in below.items() if "EngineCore" in title]
+
+    until(lambda: len(engines()) == 1, "the engine's process", state=lambda: str(below))
+    return engines()[0]
 
 
 def test_a_stopped_engine_is_a_stall_that_names_its_sampler(sampler: Any) -> None:
