@@ -89,7 +89,8 @@ def test_actors_in_another_folder_read_what_the_command_meant(
     actor.start(job.model.path)
     assert [list(actor.problems(split).answers) for split in ("train", "eval")] == [["0", "1", "2"]] * 2
     assert actor.task_facts()["task/train_problems"] == 3.0
-    actor.grading.pool.close()
+    assert actor.started is not None
+    actor.started.pool.close()
 
 
 @pytest.mark.parametrize("spelled", ["data", "./data", "data/", "../my project $1/data", "data/../data"])

@@ -227,5 +227,5 @@ def test_the_tool_is_off_until_the_job_says_so(tmp_path: Path) -> None:
         parse_config(job + task.replace("NAME", "python"))
     parse_config(job + task.replace("NAME", "python"), ["turns.python_tool=true"])
     own = parse_config(job + task.replace("NAME", "rlsys.tasks.python_tool:PythonTool"))  # as a task of one's own
-    with pytest.raises(ConfigError, match=r"turns\.python_tool: found false; task 'rlsys\.tasks\..*' runs what"):
+    with pytest.raises(ConfigError, match=r"turns\.python_tool: found false; task 'rlsys\.tasks\..*' runs code"):
         Conversations.start(own, tmp_path, None)  # type: ignore[arg-type]  # refused before it looks at the sampler
