@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -278,7 +279,7 @@ def scale(
 def ledger(
     run: Annotated[Path, typer.Argument(help="Run directory; the run may be active.", callback=_expanded)],
 ) -> None:
-    """Count the problems that a run has sampled by outcome, as of its last checkpoint."""
+    """Show how many of a run's sampled problems had each outcome, as of its last checkpoint."""
     from rlsys.data.problems import Epochs
     from rlsys.run_state.ledger import Ledger, describe
     from rlsys.run_state.resume import newest
@@ -362,7 +363,13 @@ def stop(
             f"no running job or deployment is named {known!r}, and no deployment serves a base of that name; "
             f"running jobs: {', '.join(jobs) or 'none'}"
         )
-    print(f"stopped: {', '.join(ended)}" if ended else "no deployment was running")
+    print(f"stopped: {', '.join(ended)}" if ended else _nothing_to_stop(jobs))
+
+
+def _nothing_to_stop(jobs: Sequence[str]) -> str:
+    """Without a name, `rlsys stop` ends deployments only."""
+    running = f"; running jobs, which are stopped by name: {', '.join(jobs)}" if jobs else ""
+    return f"no deployment was running{running}"
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from actors.cluster.ray_cluster import cluster
 from actors.faults.actor_calls import wait
-from actors.stages.stateless_actors import driver_node_options
+from actors.stages.restarting_actors import driver_node_options
 from rlsys.config import ClusterSection
 from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError, ConfigError, RlsysError

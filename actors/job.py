@@ -22,7 +22,7 @@ from actors.faults.interrupts import Interrupts
 from actors.job_actors import job_actors
 from actors.job_observer import JobObserver
 from actors.stages.learner_group import LearnerGroup
-from actors.stages.stateless_actors import GraderActors
+from actors.stages.restarting_actors import GraderActors
 from rlsys import async_loop, loop, losses
 from rlsys.architectures.support import refuse_unsupported_job
 from rlsys.config import JobConfig

@@ -14,9 +14,9 @@ from actors.cluster.placement import Placement
 from actors.faults.actor_logs import Failures, process_of
 from actors.stages.checkpointer import BackgroundCheckpointer
 from actors.stages.learner_group import LearnerGroup, LearnerInit
+from actors.stages.restarting_actors import AdvantageActors, GraderActors
 from actors.stages.sampler_pool.membership import SamplerInit
 from actors.stages.sampler_pool.pool import SamplerPool
-from actors.stages.stateless_actors import AdvantageActors, GraderActors
 from rlsys.config import JobConfig
 from rlsys.config.gpu_shares import start_in_order
 from rlsys.protocols import PublishedAdapter, RolledBack

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Literal
 
 from actors.faults.actor_logs import Failures
-from actors.stages.stateless_actors import GraderActors
+from actors.stages.restarting_actors import GraderActors
 from rlsys.config import JobConfig
 from rlsys.metrics import Metrics
 from rlsys.protocols import RewardsRef, RolloutsRef, TrainedStep

@@ -1,4 +1,4 @@
-"""Actor around the graders: the only place that turns completions into text."""
+"""Actor that decodes and grades completions, and prepares them for reports and recordings."""
 
 from __future__ import annotations
 
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ShowRequest:
-    """Some completions as text."""
+    """Completions of a step to decode for the report."""
 
     split: str
     count: int
-    first_rows: tuple[int, ...]  # of each minibatch: the completion of the step that its rows call 0
-    lengths: tuple[int, ...]  # of the columns beside the request: rollouts, rewards, datums, rows, learner's p
+    first_rows: tuple[
+        int, ...
+    ]  # of each minibatch: added to its row numbers, it gives the completion number within the step
+    lengths: tuple[int, ...]  # references per column: rollouts, rewards, datums, rows, logprobs of the learner
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ class RecordRequest:
     step: int
     version: int  # of the learner when the step began
     num_minibatches: int
-    lengths: tuple[int, ...]  # of the columns beside the request: rollouts, rewards, reference
+    lengths: tuple[int, ...]  # references per column: rollouts, rewards, reference log-probabilities
 
 
 class RewardActor:

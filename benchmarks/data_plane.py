@@ -42,10 +42,10 @@ from actors.job_actors import JobActors, PolicyActors
 from actors.job_observer import JobObserver
 from actors.stages.checkpointer import BackgroundCheckpointer
 from actors.stages.learner_group import LearnerGroup, LearnerInit
+from actors.stages.restarting_actors import AdvantageActors, GraderActors, RestartingActor, driver_node_options
 from actors.stages.sampler_pool import membership
 from actors.stages.sampler_pool.membership import SamplerInit
 from actors.stages.sampler_pool.pool import SamplerPool
-from actors.stages.stateless_actors import AdvantageActors, GraderActors, RestartingActor, driver_node_options
 from benchmarks.metering import Meter, Peaks, growth
 from benchmarks.replaying import WATCH, Recording, ReplayingLearner, ReplayingRewards, ReplayingSampler
 from benchmarks.rows import Row, Target, by_turns, finish

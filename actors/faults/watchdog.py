@@ -17,10 +17,10 @@ from actors.faults.actor_calls import as_raised
 from actors.faults.actor_logs import Failures
 from rlsys.errors import ActorDiedError, RlsysError, StalledError
 
-SETTLE_S = 2.0  # a wait shorter than this requests no progress
+SETTLE_S = 2.0  # a wait is this old before its actor is asked for progress
 POLL_S = 1.0  # between two progress requests to one actor
 DEATH_GRACE_S = 5.0  # after an actor's death, until its calls that are still pending count as failed
-BLIND_S = 5.0  # a driver that was stopped or busy for so long collects new progress before it judges
+BLIND_S = 5.0  # after a pause of the driver this long, it first collects new progress, then judges
 FETCH_S = 120.0  # limit for fetching a result that is ready
 NO_TIMEOUT_S = 1e9
 
@@ -62,14 +62,14 @@ class Watchdog:
         self.failures = failures or Failures()
         self._settle_s, self._poll_s = min(SETTLE_S, limit_s / 4), min(POLL_S, limit_s / 4)
         self._heartbeats: dict[str, Heartbeat] = {}
-        self._looked = self._awake = time.monotonic()
+        self._last_check = self._last_resumed = time.monotonic()
 
     def wait_any(self, waits: Sequence[Waiting], timeout_s: float = NO_TIMEOUT_S) -> list[Waiting]:
         """Wait until at least one result is ready or failed, and return all such waits in the order given (`value`
         gives the result or raises). Empty after `timeout_s`.
 
         Raises:
-            StalledError: another wait made no progress within the limit.
+            StalledError: a result that is still pending made no progress within the limit.
         """
         assert waits, "nothing to wait for"
         for waiting in waits:
@@ -114,9 +114,9 @@ class Watchdog:
     def _look(self, waits: Sequence[Waiting]) -> None:
         """Read the answers to pending progress requests and send new requests. Does not block."""
         now = time.monotonic()
-        if now - self._looked > BLIND_S:
-            self._awake = now
-        self._looked = now
+        if now - self._last_check > BLIND_S:
+            self._last_resumed = now
+        self._last_check = now
         for waiting in waits:
             heartbeat = self._heartbeat(waiting)
             if heartbeat is None or now - waiting.since < self._settle_s:
@@ -145,7 +145,7 @@ class Watchdog:
 
     def _judge(self, waits: Sequence[Waiting]) -> None:
         now = time.monotonic()
-        if now - self._awake < min(BLIND_S, self.limit_s):
+        if now - self._last_resumed < min(BLIND_S, self.limit_s):
             return
         moved: dict[Any, float] = {}
         for waiting in waits:

@@ -22,7 +22,7 @@ class ServiceSampler:
 
         engine.prepare_environment(spec.section, spec.device)
         self.spec, self.index = spec, index
-        self.opened: Counter[str] = Counter()
+        self.clients_by_snapshot: Counter[str] = Counter()
         self.refs: dict[str, Any] = {}
         self.snapshot_cache = SnapshotCache(
             spec.section.max_live_adapters, self._load, self._unload, spec.room_timeout_s
@@ -56,14 +56,14 @@ class ServiceSampler:
     async def register(self, key: str, ref: list[Any]) -> None:
         """Count one more client that holds this snapshot. `ref` is wrapped in a list, so that Ray does not fetch the
         snapshot yet."""
-        self.opened[key] += 1
+        self.clients_by_snapshot[key] += 1
         self.refs[key] = ref[0]
 
     async def release(self, key: str) -> None:
-        self.opened[key] -= 1
-        if self.opened[key] <= 0:
-            del self.opened[key], self.refs[key]
-            await self.snapshot_cache.leave(key)
+        self.clients_by_snapshot[key] -= 1
+        if self.clients_by_snapshot[key] <= 0:
+            del self.clients_by_snapshot[key], self.refs[key]
+            await self.snapshot_cache.unload_when_idle(key)
 
     async def sample(
         self, key: str | None, prompt: Array, n: int, params: SamplingParams, prompt_logprobs: bool, topk: int

@@ -1,8 +1,8 @@
 """Deduplication of problems: finds problems that two splits share, and assigns problems to a held-out split by hash.
 
 Two prompts are the same problem if they are equal after normalization: Unicode NFKC, case folding, each run of white
-space as one space, and no quotes and sentence marks at the ends. Numbers, signs and LaTeX are kept: "5!" and "-5" are
-not "5".
+space as one space, quotes removed at both ends, sentence marks at the end only. Numbers, signs and LaTeX are kept:
+"5!" and "-5" are not "5".
 """
 
 from __future__ import annotations

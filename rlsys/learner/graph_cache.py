@@ -13,8 +13,9 @@ from torch import Tensor
 
 
 class GraphCache:
-    """Keeps graphs of at most `allowed` bytes in total, with room for one graph that is recomputed.
+    """Keeps autograd graphs of at most `allowed` bytes in total.
 
+    A graph is kept only if as many bytes again stay free, for a graph that is recomputed in the backward pass.
     `resident` tensors, the model's weights, are not counted.
     """
 
@@ -30,16 +31,16 @@ class GraphCache:
                 return work()
         sizes: dict[int, int] = {}
 
-        def note(tensor: Tensor) -> Tensor:
+        def record_size(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            found = work()
+        with torch.autograd.graph.saved_tensors_hooks(record_size, lambda tensor: tensor):
+            output = work()
         size = sum(nbytes for address, nbytes in sizes.items() if address not in self._resident)
         self._per_token = max(self._per_token, size / tokens)
         if 2 * size > self._left:
-            return found.detach()
+            return output.detach()
         self._left -= size
-        return found
+        return output

@@ -50,7 +50,7 @@ class SnapshotCache:
                 async with self._idle:
                     self._idle.notify_all()
 
-    async def leave(self, key: str) -> None:
+    async def unload_when_idle(self, key: str) -> None:
         """Unload a snapshot that is no longer needed, after its requests are done."""
         async with self._moving:
             resident = self._resident.get(key)

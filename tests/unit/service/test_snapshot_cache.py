@@ -85,9 +85,9 @@ def test_a_snapshot_in_use_stays_until_its_requests_are_done() -> None:
         engine = Engine(2)
         busy = asyncio.create_task(engine.request("a", 0.05))
         await asyncio.sleep(0.01)
-        await engine.snapshot_cache.leave("a")
+        await engine.snapshot_cache.unload_when_idle("a")
         assert busy.done() and not engine.held
-        await engine.snapshot_cache.leave("a")  # nothing to do
+        await engine.snapshot_cache.unload_when_idle("a")  # nothing to do
 
     asyncio.run(main())
 

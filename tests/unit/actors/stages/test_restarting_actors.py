@@ -11,7 +11,7 @@ import ray
 
 from actors.faults.actor_logs import Failures
 from actors.reward_actor import RewardActor, ShowRequest
-from actors.stages.stateless_actors import RestartingActor, first_rows
+from actors.stages.restarting_actors import RestartingActor, first_rows
 from rlsys.advantages import to_minibatches
 from rlsys.config import JobConfig, parse_config
 from rlsys.errors import ActorDiedError
