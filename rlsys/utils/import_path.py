@@ -6,6 +6,14 @@ import importlib
 
 from rlsys.errors import ConfigError, did_you_mean
 
+# Modules that users' configurations, rewards and tasks name or import, by the name that they had before they moved.
+MOVED = {
+    "rlsys.problems": "rlsys.data.problems",
+    "rlsys.rewards.extraction": "rlsys.rewards.math.extraction",
+    "rlsys.rewards.math_answers": "rlsys.rewards.math.answers",
+    "rlsys.tasks.rows": "rlsys.data.rows",
+}
+
 
 def import_by_path(path: str, key: str, wanted: str) -> object:
     """The function or class that `path` names; `key` is the job's key, `wanted` describes a right value.
@@ -19,6 +27,9 @@ def import_by_path(path: str, key: str, wanted: str) -> object:
     try:
         found: object = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the user's module may raise anything, and a script may end itself
+        moved = MOVED.get(error.name or "") if isinstance(error, ModuleNotFoundError) else None
+        if moved is not None:
+            raise ConfigError(f"{key}: {path!r}: the module {error.name} is now {moved}; use that name") from error
         raise ConfigError(
             f"{key}: {path!r}: importing {module_name} raised {type(error).__name__}: {error}; "
             "it must be importable on the node that uses it (install it, or put its folder on PYTHONPATH)"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 
 from rlsys.errors import ConfigError
-from rlsys.utils.import_path import import_by_path
+from rlsys.utils.import_path import MOVED, import_by_path
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,20 @@ def test_a_module_of_the_users_that_cannot_be_read_is_one_line_with_its_name(
     with pytest.raises(ConfigError, match=rf"rewards\.function: .*importing my_rewards {message}") as raised:
         import_by_path("my_rewards:grade", "rewards.function", "'package.module:function'")
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_a_module_of_rlsys_that_has_moved_is_refused_with_its_new_name(old: str) -> None:
+    assert importlib.import_module(MOVED[old])
+    with pytest.raises(ConfigError, match=rf"rewards\.function: '{old}:grade': the module {old} is now {MOVED[old]};"):
+        import_by_path(f"{old}:grade", "rewards.function", "'package.module:function'")
+
+
+def test_a_module_of_the_users_that_imports_one_that_has_moved_is_refused_with_the_new_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_task.py").write_text("from rlsys.problems import Problem\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_task", raising=False)
+    with pytest.raises(ConfigError, match=r"rlsys\.problems is now rlsys\.data\.problems"):
+        import_by_path("my_task:Task", "task.name", "'package.module:Class'")
