@@ -27,9 +27,11 @@ def import_by_path(path: str, key: str, wanted: str) -> object:
     try:
         found: object = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the user's module may raise anything, and a script may end itself
-        moved = MOVED.get(error.name or "") if isinstance(error, ModuleNotFoundError) else None
-        if moved is not None:
-            raise ConfigError(f"{key}: {path!r}: the module {error.name} is now {moved}; use that name") from error
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing in MOVED:
+            raise ConfigError(
+                f"{key}: {path!r}: the module {missing} is now {MOVED[missing]}; use that name"
+            ) from error
         raise ConfigError(
             f"{key}: {path!r}: importing {module_name} raised {type(error).__name__}: {error}; "
             "it must be importable on the node that uses it (install it, or put its folder on PYTHONPATH)"
