@@ -24,7 +24,7 @@ from rlsys.grading.samples import (
     turn_texts,
 )
 from rlsys.rewards.grader_pool import GraderPool
-from rlsys.rewards.terms import total_rewards
+from rlsys.rewards.total_reward import total_rewards
 from rlsys.rollouts import Rollouts
 from rlsys.run_state.jsonl import write_problems
 from rlsys.tasks.problem_sets import problem_sets

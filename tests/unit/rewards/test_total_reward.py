@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from rlsys.config import OverlongSection, RewardSection
 from rlsys.errors import GradingError
-from rlsys.rewards.terms import brevity, forms, overlong_share, total_rewards
+from rlsys.rewards.total_reward import brevity, forms, overlong_share, total_rewards
 from rlsys.rollouts import ENVIRONMENT, Rollouts, offsets_of
 
 KEEP = OverlongSection()
