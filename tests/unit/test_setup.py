@@ -33,6 +33,7 @@ int cuDriverGetVersion(int *v) { *v = %d; return 0; }
 int cuInit(unsigned f) { return %d; }
 int cuDeviceGetCount(int *n) { *n = %d; return 0; }
 """
+ALL = ("--dry-run", "--always-make")  # what make would do in a fresh clone, also where the environment exists
 
 
 def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -77,7 +78,7 @@ def test_another_device_is_refused_by_name(device: str) -> None:
 
 
 def test_the_device_may_come_from_the_environment_and_each_has_an_environment_of_its_own() -> None:
-    on_cpu, on_cuda = make("--dry-run", "quickstart"), make("--dry-run", "quickstart", DEVICE="cuda")
+    on_cpu, on_cuda = make(*ALL, "quickstart"), make(*ALL, "quickstart", DEVICE="cuda")
     assert ".venv/bin/rlsys train" in on_cpu.stdout and "gpu.txt" not in on_cpu.stdout
     assert ".venv-cuda/bin/rlsys train" in on_cuda.stdout and "cpu.txt" not in on_cuda.stdout
     assert "--no-deps" in on_cuda.stdout and "-m pip check" in on_cuda.stdout
@@ -237,5 +238,5 @@ def test_what_moves_a_job_to_a_gpu_is_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize("command", SET_UP.values())
 def test_the_set_up_that_errors_name_is_one_that_make_knows(command: str) -> None:
-    done = make("--dry-run", *command.split()[1:])
+    done = make(*ALL, *command.split()[1:])
     assert done.returncode == 0 and "pip install" in done.stdout, done
