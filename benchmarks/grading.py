@@ -51,9 +51,9 @@ def table(write: bool) -> None:
     """Grade the table through the pool, as in a run."""
     rows = grading_table.rows()
     ours, alone = (verdicts(grader, rows) for grader in (grade, grading_table.math_verify_alone))
-    for name, found in (("rlsys", ours), ("math-verify alone", alone)):
-        agree = sum(found[row.line] == row.verdict for row in rows)
-        killed = sum(found[row.line] == "killed" for row in rows)
+    for name, given in (("rlsys", ours), ("math-verify alone", alone)):
+        agree = sum(given[row.line] == row.verdict for row in rows)
+        killed = sum(given[row.line] == "killed" for row in rows)
         print(f"table: {name}: {agree} of {len(rows)} rows as the rules say, {killed} killed or failed")
     for row in rows:
         if ours[row.line] != row.verdict:
@@ -66,8 +66,8 @@ def table(write: bool) -> None:
         text = grading_table.RULES.read_text(encoding="utf-8")
         head, start, rest = text.partition(grading_table.START)
         tail = rest.partition(grading_table.END)[2]
-        found = grading_table.differences(alone)
-        grading_table.RULES.write_text(head + start + found + grading_table.END + tail, encoding="utf-8")
+        rows_apart = grading_table.differences(alone)
+        grading_table.RULES.write_text(head + start + rows_apart + grading_table.END + tail, encoding="utf-8")
 
 
 def verdicts(grader: object, rows: Sequence[grading_table.Row]) -> dict[int, str]:
