@@ -238,7 +238,7 @@ def profile(work: Callable[[], Any]) -> list[str]:
     """The functions in which the loop's thread spends most of its time, without their callees."""
     profiler = cProfile.Profile(time.thread_time)
     profiler.runcall(work)
-    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]  # typeshed leaves it out
     heaviest = sorted(stats.items(), key=lambda one: -one[1][2])[:12]
     return [
         f"{own:.3f} s own, {whole:.3f} s with callees, {calls} calls: {Path(file).name}:{line} {name}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +70,8 @@ def table(write: bool) -> None:
         grading_table.RULES.write_text(head + start + rows_apart + grading_table.END + tail, encoding="utf-8")
 
 
-def verdicts(grader: object, rows: Sequence[grading_table.Row]) -> dict[int, str]:
-    pool = GraderPool(RewardSection(workers=2, timeout_s=TIME_LIMIT_S, max_failed_share=1.0), grader)  # type: ignore[arg-type]
+def verdicts(grader: Callable[[str, str], float], rows: Sequence[grading_table.Row]) -> dict[int, str]:
+    pool = GraderPool(RewardSection(workers=2, timeout_s=TIME_LIMIT_S, max_failed_share=1.0), grader)
     try:
         pool.grade([r"\boxed{x}"] * 4, ["y"] * 4)  # imports and the grammar's first use
         outcome = pool.grade([row.completion for row in rows], [row.reference for row in rows]).outcome
