@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,7 +56,9 @@ def main() -> None:
         return (time.perf_counter() - began) / len(batches)
 
     first = {side: round(updates(learner), 1) for side, learner in learners.items()}
-    found = by_turns({side: lambda side=side: updates(learners[side]) for side in learners}, options.repeats, warmups=1)  # type: ignore[misc]
+    found = by_turns(
+        {side: partial(updates, learner) for side, learner in learners.items()}, options.repeats, warmups=1
+    )
     finish(
         Row(
             f"compiled_{options.dtype}",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.learner import BUDGET, HIGH, LOW, drawn, ours
+from benchmarks.prefix_sharing import gradient
 from benchmarks.rows import Row, Target, by_turns, finish, seconds
 from benchmarks.shapes import DTYPE, S54, write_model
 from rlsys import losses
@@ -48,12 +49,6 @@ def datums(batch: DatumBatch) -> list[Datum]:
         )
         for span in spans
     ]
-
-
-def gradient(learner: Learner) -> Tensor:
-    found = torch.cat([weight.grad.flatten() for weight in learner.runs["run"].parameters.values()])  # type: ignore[union-attr]
-    learner.runs.forget_gradient("run")
-    return found
 
 
 def measure(learner: Learner, batch: DatumBatch, what: str, dtype: str, threads: int, repeats: int) -> Row:

@@ -21,7 +21,7 @@ import cProfile
 import pstats
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +33,7 @@ import ray
 from rich.console import Console
 
 from actors.cluster.column_refs import by_reference
-from actors.cluster.placement import Placement
+from actors.cluster.placement import Placement, Slot
 from actors.cluster.ray_cluster import cluster
 from actors.control import Control
 from actors.faults.actor_logs import Failures
@@ -84,15 +84,16 @@ class ReplayedGraders(GraderActors):
             **by_reference(driver_node_options())
         )
         RestartingActor.__init__(self, "rewards", lambda: remote.remote(config), config, failures, note)
-        self.base: Any = None
+        self.base = None
+        self.reported_failures = set()
 
 
 class ReplayedLearner(LearnerGroup):
-    def launch(self, seats: Any) -> None:
-        self.seats = seats
+    def launch(self, slots: Sequence[Slot]) -> None:
+        self.slots = slots
         self.lives += 1
         remote = ray.remote(concurrency_groups={WATCH: 1})(ReplayingLearner)
-        self.ranks = [remote.options(**seat.ray_options()).remote(ADAPTER_BYTES, LEARN_S) for seat in seats]
+        self.ranks = [remote.options(**slot.ray_options()).remote(ADAPTER_BYTES, LEARN_S) for slot in slots]
 
 
 class Watching(JobObserver):
@@ -159,13 +160,13 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         ending.enter_context(cluster(config.cluster))
         placement = Placement(config, progress.note)
         ending.callback(placement.release)
-        rank_seats, sampler_seats = placement.reserve()
+        rank_slots, sampler_slots = placement.reserve()
         learner = ReplayedLearner(config, store, failures, progress.note)
         keeper = BackgroundCheckpointer(config, store, learner)
         ending.callback(keeper.close)
         ending.callback(learner.close)
         ending.callback(keeper.finish)
-        learner.launch(rank_seats)
+        learner.launch(rank_slots)
         graders = ReplayedGraders(config, failures, progress.note)
         ending.callback(graders.close)
         advantages = AdvantageActors(config, failures, progress.note)
@@ -173,12 +174,13 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         ledger = Ledger(Epochs(config.rl.problems_per_step, config.rl.problems_per_step, config.run.seed))
         control = Control(config.run.name, {})
         ending.callback(control.close)
-        membership.SamplerActor = ReplayingSampler  # type: ignore[attr-defined]
+        # The pool starts the class of this name, which its module imports; the replaying one only has its methods.
+        membership.SamplerActor = ReplayingSampler  # type: ignore[assignment, attr-defined]
         samplers = SamplerPool(
             config, placement, failures, progress.note, _refuse_renewal, control.listen, ledger.resampled
         )
         ending.callback(samplers.close)
-        samplers.membership.launch(sampler_seats)
+        samplers.membership.launch(sampler_slots)
         base, nothing = Ref[Any](ray.put(recording)), Ref[Any](None)
         graders.start(base)
         samplers.membership.begin(base, nothing, nothing)
@@ -236,7 +238,7 @@ def profile(work: Callable[[], Any]) -> list[str]:
     """The functions in which the loop's thread spends most of its time, without their callees."""
     profiler = cProfile.Profile(time.thread_time)
     profiler.runcall(work)
-    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
+    stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]  # typeshed leaves it out
     heaviest = sorted(stats.items(), key=lambda one: -one[1][2])[:12]
     return [
         f"{own:.3f} s own, {whole:.3f} s with callees, {calls} calls: {Path(file).name}:{line} {name}"
@@ -263,11 +265,11 @@ def main() -> None:
 
 
 def measured(bed: Bench, arguments: argparse.Namespace, lengths: Any) -> Row:
-    pool, meter = bed.cast.samplers, bed.observer.meter
+    pool, meter = bed.cast.policy.samplers, bed.observer.meter
 
     def in_flight() -> dict[str, int]:
         groups = sum(member.held for member in pool.members) // SAMPLES
-        return {"groups_in_flight": groups, "calls_in_flight": len(pool.in_flight)}
+        return {"groups_in_flight": groups, "calls_in_flight": len(pool.dispatcher.in_flight)}
 
     with Peaks(in_flight) as peaks:
         found = by_turns(

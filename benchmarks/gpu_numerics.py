@@ -242,8 +242,9 @@ def _attention_errors(
 
     def run(of: Tensor) -> tuple[Tensor, list[Tensor]]:
         inputs = [x.to(device).detach().requires_grad_() for x in given]
+        query, key, value = inputs
         out, _ = packed_attention(
-            nn.Identity(), *inputs, None, scaling=scale, sliding_window=window, rlsys_segments=segments
+            nn.Identity(), query, key, value, None, scaling=scale, sliding_window=window, rlsys_segments=segments
         )
         return out, list(torch.autograd.grad(out, inputs, of.to(device)))
 
@@ -331,8 +332,8 @@ def half_precision(bench: Bench) -> Iterator[Check]:
             name = f"bfloat16, {loss.name}: {bench.device}'s error over the CPU's"
             yield Check(name, far[False] / _distance(found, wanted), 2.0)
     result, _ = bench.wanted(SMOOTH)
-    found = bench.half.forward(RUN, bench.batch, SMOOTH).logprobs
-    mean = float(np.abs(found - result.logprobs).mean())
+    logprobs = bench.half.forward(RUN, bench.batch, SMOOTH).logprobs
+    mean = float(np.abs(logprobs - result.logprobs).mean())
     spread = float(result.logprobs.std())  # of logits, of which the rounding is a part
     yield Check("bfloat16: log-probabilities, mean distance in nats", mean, bound * spread)
 
@@ -479,7 +480,7 @@ def greedy(bench: Bench) -> Iterator[Check]:
 
 def checkpointing(bench: Bench) -> Iterator[Check]:
     _, wanted = bench.wanted(SMOOTH)
-    section = LearnerValues(device=bench.device, gradient_checkpointing=True)  # type: ignore[call-arg]
+    section = LearnerValues(device=bench.device, gradient_checkpointing=True)
     learner = learner_of(bench.base, section, "bfloat16", MAX_LENGTH, torch.float32, EVERY_LINEAR)
     for share in (False, True):
         _, found = update(learner, bench.batch, SMOOTH, share_prompts=share)

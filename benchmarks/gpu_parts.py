@@ -138,6 +138,7 @@ def learner_of(
 ) -> Learner:  # fmt: skip
     """A learner with one run. `bold`: B is large enough to change outputs, and the same on every device."""
     model = ModelValues(path=str(base), dtype=saved, max_length=max_length)
+    # The learner reads attributes only; the sections' own classes would need pydantic.
     learner = Learner(base, model, section, dtype=dtype)  # type: ignore[arg-type]
     learner.runs.create(RUN, lora, seed=1)  # type: ignore[arg-type]
     if bold:
@@ -157,6 +158,7 @@ def _drawn(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def settle(learner: Learner, **changed: Any) -> None:
     """Change the settings of a loaded learner, and reset its token budget."""
+    # LearnerValues, a dataclass, to which `learner_of` gave the learner's type.
     learner._forward.section = replace(learner._forward.section, **changed)  # type: ignore[type-var]
     learner._forward.budget = TokenBudget(learner._forward.section.token_budget, ALONE)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +51,9 @@ def table(write: bool) -> None:
     """Grade the table through the pool, as in a run."""
     rows = grading_table.rows()
     ours, alone = (verdicts(grader, rows) for grader in (grade, grading_table.math_verify_alone))
-    for name, found in (("rlsys", ours), ("math-verify alone", alone)):
-        agree = sum(found[row.line] == row.verdict for row in rows)
-        killed = sum(found[row.line] == "killed" for row in rows)
+    for name, given in (("rlsys", ours), ("math-verify alone", alone)):
+        agree = sum(given[row.line] == row.verdict for row in rows)
+        killed = sum(given[row.line] == "killed" for row in rows)
         print(f"table: {name}: {agree} of {len(rows)} rows as the rules say, {killed} killed or failed")
     for row in rows:
         if ours[row.line] != row.verdict:
@@ -66,12 +66,12 @@ def table(write: bool) -> None:
         text = grading_table.RULES.read_text(encoding="utf-8")
         head, start, rest = text.partition(grading_table.START)
         tail = rest.partition(grading_table.END)[2]
-        found = grading_table.differences(alone)
-        grading_table.RULES.write_text(head + start + found + grading_table.END + tail, encoding="utf-8")
+        rows_apart = grading_table.differences(alone)
+        grading_table.RULES.write_text(head + start + rows_apart + grading_table.END + tail, encoding="utf-8")
 
 
-def verdicts(grader: object, rows: Sequence[grading_table.Row]) -> dict[int, str]:
-    pool = GraderPool(RewardSection(workers=2, timeout_s=TIME_LIMIT_S, max_failed_share=1.0), grader)  # type: ignore[arg-type]
+def verdicts(grader: Callable[[str, str], float], rows: Sequence[grading_table.Row]) -> dict[int, str]:
+    pool = GraderPool(RewardSection(workers=2, timeout_s=TIME_LIMIT_S, max_failed_share=1.0), grader)
     try:
         pool.grade([r"\boxed{x}"] * 4, ["y"] * 4)  # imports and the grammar's first use
         outcome = pool.grade([row.completion for row in rows], [row.reference for row in rows]).outcome

@@ -172,7 +172,7 @@ def padded_batches(lengths: Any, order: Any, budget: int) -> list[Any]:
 
 def ours(folder: Path, dtype: str, threads: int, share: bool = False) -> Learner:
     section = LearnerSection(threads=threads, token_budget=BUDGET, share_prompts=share)
-    learner = Learner(folder, ModelSection(path=str(folder), dtype=dtype, max_length=1024), section)  # type: ignore[arg-type]
+    learner = Learner(folder, ModelSection(path=str(folder), dtype=dtype, max_length=1024), section)
     learner.runs.create("run", LORA, seed=0)
     return learner
 

@@ -74,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parameters = write_model(folder, S54 | {"vocab_size": QWEN_VOCABULARY}, dtype)
-        sides = {side: lambda side=side: fresh(side, folder, dtype, threads, datums) for side in (OURS, ALL)}  # type: ignore[misc]
+        sides = {side: lambda side=side: fresh(side, folder, dtype, threads, datums) for side in (OURS, ALL)}
         found = by_turns(sides, arguments.repeats, warmups=0)
     batch = drawn(datums, QWEN_VOCABULARY)
     finish(

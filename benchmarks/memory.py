@@ -16,8 +16,9 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ SMALL_MODEL = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-SMALL_JOB = {
+SMALL_JOB: dict[str, dict[str, Any]] = {
     "run": {"name": "memory", "seed": 1},
     "model": {"dtype": "float32", "max_length": 128},
     "task": {"train_problems": 256, "eval_problems": 32},
@@ -188,7 +189,7 @@ def main() -> None:
             for vocab in vocabularies:
                 model = write_model(scratch / f"model-{vocab}", vocab or None)
                 job = scratch / f"job-{vocab}.yaml"
-                job.write_text(yaml.safe_dump(SMALL_JOB | {"model": {**SMALL_JOB["model"], "path": str(model)}}))  # type: ignore[dict-item]
+                job.write_text(yaml.safe_dump(SMALL_JOB | {"model": {**SMALL_JOB["model"], "path": str(model)}}))
                 cases.append((f"54M, vocabulary {vocab or 'small'}", job, overrides))
         before = {role: imported(modules) for role, modules in IMPORTS.items()}
         print(f"after imports, in MiB {json.dumps(_mib(before))}", flush=True)

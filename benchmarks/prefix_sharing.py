@@ -99,9 +99,18 @@ def difference(one: Learner, other: Learner, batch: DatumBatch) -> float:
         learner.optim_step(RUN, AdamParams(1e-3))
         learner.runs.restore(RUN, one.runs.state(RUN))
         learner.forward_backward(RUN, batch, LOSS, where="weighted")
-        found.append(torch.cat([weight.grad.reshape(-1) for weight in learner.runs[RUN].parameters.values()]))
-        learner.runs.forget_gradient(RUN)
+        found.append(gradient(learner))
     return float((found[0] - found[1]).norm() / found[1].norm())
+
+
+def gradient(learner: Learner) -> torch.Tensor:
+    """The accumulated gradient as one vector; cleared in the learner."""
+    found = []
+    for name, weight in learner.runs[RUN].parameters.items():
+        assert weight.grad is not None, f"{name} has no gradient"
+        found.append(weight.grad.reshape(-1))
+    learner.runs.forget_gradient(RUN)
+    return torch.cat(found)
 
 
 def main() -> None:

@@ -10,17 +10,22 @@ import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
 from actors.reward_actor import RewardActor
-from actors.sampler_actor import SampleRequest
 from rlsys.advantages import zero_variance_groups
 from rlsys.config import JobConfig
 from rlsys.rollouts import Rollouts, offsets_of, spans
 from rlsys.types import Array
+
+if TYPE_CHECKING:
+    from actors.cluster.base_folder import Base
+    from actors.sampler_actor import SampleRequest  # imports torch
+    from rlsys.datums import DatumBatch
+    from rlsys.protocols import MinibatchPosition
 
 WATCH = "watch"
 
@@ -104,7 +109,7 @@ class ReplayingSampler:
         self.longer, self.pace = longer, pace
 
     @ray.method(num_returns=2)
-    async def sample(self, request: SampleRequest) -> Any:
+    async def sample(self, request: SampleRequest) -> tuple[Rollouts, dict[str, float]]:
         rollouts = self.recording.answers(request.problems, request.n, self.longer, request.version)
         await asyncio.sleep(float(rollouts.lengths.max()) / self.longer * self.pace)
         self.done += 1
@@ -123,7 +128,8 @@ class ReplayingSampler:
 class ReplayingRewards(RewardActor):
     """The real RewardActor with recorded grades."""
 
-    def start(self, base: Recording) -> None:
+    def start(self, base: Base | Recording) -> None:
+        assert isinstance(base, Recording)
         self.started: Any = RecordedGrades(base)
 
 
@@ -177,9 +183,9 @@ class ReplayingLearner:
         return Weights(-1, self.buffer)
 
     @ray.method(num_returns=2)
-    def learn(self, datums: Any, place: Any) -> tuple[Array, dict[str, float]]:
+    def learn(self, datums: DatumBatch, position: MinibatchPosition) -> tuple[Array, dict[str, float]]:
         time.sleep(self.seconds)
-        self.version += place.last
+        self.version += position.last
         tokens = float(np.count_nonzero(datums.columns["weights"]))
         metrics = {"loss/sum": 0.0, "policy/tokens": tokens, "policy/logprob_diff_mean": 0.0}
         return datums.columns["logprobs"].copy(), metrics

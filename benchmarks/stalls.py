@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from rlsys import tasks
 from rlsys.bootstrap.bpe_tokenizer import build_tokenizer

@@ -117,6 +117,7 @@ class MeasuredSampler(SamplerActor):
 @contextmanager
 def stages(config: JobConfig) -> Iterator[tuple[LearnerGroup, SamplerPool]]:
     """The job's stages, with only a learner and a sampler."""
+    # The stages start the classes of these names, which their modules import without exporting them.
     actors.stages.learner_group.LearnerActor = MeasuredLearner  # type: ignore[attr-defined]
     actors.stages.sampler_pool.membership.SamplerActor = MeasuredSampler  # type: ignore[attr-defined]
     failures, note = Failures(), print
