@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference, at_work
 
 from rlsys.config import ModelSection
 from rlsys.errors import ActorDiedError, SamplingError
 from rlsys.rollouts import offsets_of
 from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
+from tests.engine.tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference, at_work
 
 Run = Callable[..., Any]
 LONG = SamplingParams(max_tokens=100, seed=3, stop=[])

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_engine import BOUND, EOS, LINEARS, MAX_LENGTH, VOCAB, Reference, at_work
 
 from rlsys.errors import SamplingError, WeightSyncError
 from rlsys.rollouts import LENGTH, STOP, Rollouts, offsets_of
 from rlsys.sampler.engine import Sampler
 from rlsys.types import Array, SamplingParams
 from rlsys.weight_sync.update import snapshot_of
+from tests.engine.tiny_engine import BOUND, EOS, LINEARS, MAX_LENGTH, VOCAB, Reference, at_work
 
 Run = Callable[..., Any]
 NEVER = SamplingParams(max_tokens=12, seed=3, stop=[])
