@@ -11,8 +11,6 @@ import ray
 from actors.cluster.processors import pin
 from rlsys.config import JobConfig
 from rlsys.types import Array, SamplingParams
-from rlsys.weight_sync.canary import StartupProbe
-from rlsys.weight_sync.update import Attestation, WeightUpdate
 
 if TYPE_CHECKING:
     from actors.cluster.base_folder import Base
@@ -20,6 +18,8 @@ if TYPE_CHECKING:
     from rlsys.environments.multi_turn import Conversations
     from rlsys.rollouts import Rollouts
     from rlsys.sampler.engine import Sampler
+    from rlsys.weight_sync.canary import StartupProbe
+    from rlsys.weight_sync.update import Attestation, WeightUpdate
 
 
 @dataclass(frozen=True, slots=True)

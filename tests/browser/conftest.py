@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "seen"
     random, system = np.random.default_rng(0), SystemMetrics(tmp_path_factory.getbasetemp())
     config = {"run": {"name": "seen" + "-and-named-at-length" * 6}, "rl": {"steps": STEPS}, "long": "x" * 500}
-    with Tracker(run_dir, TrackingSection(wandb="disabled"), "seen", config, note=str) as tracker:
+    with Tracker(run_dir, TrackingSection(wandb="disabled"), "seen", config, note=lambda text: None) as tracker:
         for step in range(0, 600, 10):
             tracker.log(step + 10, {"sft/loss": 5 * math.exp(-step / 200)})
         for step in range(STEPS + 1):
@@ -52,10 +53,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 tracker.log(step, facts)
             if step:
                 tracker.log(step, figures(step, random) | system.figures())
-                tracker.groups(step, random.integers(0, 40, 8), random.choice([0.0, 0.5, 1.0], 8))
+                tracker.groups(step, random.integers(0, 40, 8).tolist(), random.choice([0.0, 0.5, 1.0], 8).tolist())
                 tracker.rollouts(step, [completion(step, reward, random) for reward in (0.0, 1.0)])
             if step in (0, STEPS):
-                phase = "before" if step == 0 else "after"
+                phase: Literal["before", "after"] = "before" if step == 0 else "after"
                 row = RolloutRow(step, phase, "1 + 1 =", "y" * 400, "2", 0.0, None, 4, "length", 3, [], [], [], [])
                 tracker.rollouts(step, [row])
     write_problems(

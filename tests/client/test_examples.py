@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 
-import grpo
-import loss_functions
-import mint_pattern
 import numpy as np
-import pairwise_preference
 import pytest
 
 import rlsys
+from examples import grpo, loss_functions, mint_pattern, pairwise_preference
 
 
 def test_the_tutorial_on_loss_functions_runs_whole(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import rlsys
 from rlsys import types
 from tests.waiting import FAR_S
@@ -26,7 +28,7 @@ def test_eight_runs_at_once_are_eight_runs_one_after_the_other(
             for i in range(8)
         ]
 
-    def step(client: rlsys.TrainingClient, i: int) -> list[rlsys.ApiFuture]:
+    def step(client: rlsys.TrainingClient, i: int) -> list[rlsys.ApiFuture[Any]]:
         rate = types.AdamParams(learning_rate=1e-3 * (i + 1))
         return [client.forward_backward([datum], "cross_entropy"), client.optim_step(rate)]
 

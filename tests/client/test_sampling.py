@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import ray
 
 import rlsys
 from rlsys import types
+from rlsys.client.results import ShapedSequence
 from rlsys.errors import ConfigError, SamplingError
 from tests.client.tiny_base import LIVE
 from tests.waiting import FAR_S
@@ -21,8 +23,9 @@ FEW = types.SamplingParams(max_tokens=6, stop=[], seed=11)
 
 
 def resident(service: rlsys.ServiceClient) -> list[str]:
-    deployment = service._backend.deployment("tiny")  # type: ignore[union-attr]
-    found: list[str] = ray.get(deployment._samplers[0].resident.remote())  # type: ignore[attr-defined]
+    backend: Any = service._backend
+    deployment = backend.deployment("tiny")
+    found: list[str] = ray.get(deployment._samplers[0].resident.remote())
     return found
 
 
@@ -42,7 +45,7 @@ def test_sampler_and_learner_agree_on_what_was_sampled(trainer: rlsys.TrainingCl
         scored = types.Datum(types.ModelInput.from_ints(ids[:-1]), inputs)
         learner = trainer.forward([scored], "cross_entropy").result(FAR_S).loss_fn_outputs[0]["logprobs"]
         assert np.abs(np.array(learner[3:]) - one.logprobs).max() < 1e-4
-        assert one.on_policy and one.stop_reason == "length"
+        assert isinstance(one, ShapedSequence) and one.on_policy and one.stop_reason == "length"
 
 
 def test_a_snapshot_answers_alike_after_newer_saves_and_after_it_left_the_engine(
@@ -137,6 +140,7 @@ def test_shaped_sampling_is_allowed_and_says_so(service: rlsys.ServiceClient) ->
     client = service.create_sampling_client(base_model="tiny")
     params = types.SamplingParams(max_tokens=2, temperature=0.7, top_k=5)
     one = client.sample(PROMPT, 1, params).result(FAR_S).sequences[0]
+    assert isinstance(one, ShapedSequence)
     assert (one.temperature, one.top_k, one.on_policy) == (0.7, 5, False)
 
 

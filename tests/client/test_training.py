@@ -79,7 +79,7 @@ def test_tasks_and_a_loss_at_the_caller_keep_their_place(service: rlsys.ServiceC
     """A step entered after a two-pass loss comes after both passes, though the second is sent later."""
 
     def nll(data: list[types.Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        return -sum(logp.sum() for logp in logprobs), {}
+        return -torch.stack([logp.sum() for logp in logprobs]).sum(), {}
 
     async def steps(client: rlsys.TrainingClient, custom: bool) -> list[float]:
         async def one() -> Any:
@@ -119,7 +119,7 @@ def test_log_probabilities_come_in_the_container_of_the_targets(
 ) -> None:
     result = trainer.forward([rl_datum(container)], "importance_sampling").result(FAR_S)
     found = result.loss_fn_outputs[0]["logprobs"]
-    assert isinstance(found, wanted) and len(found) == 4 and max(np.asarray(found)) < 0
+    assert isinstance(found, wanted) and len(np.asarray(found)) == 4 and max(np.asarray(found)) < 0
 
 
 def test_an_rl_loss_reports_ratio_clipping_and_kl(trainer: rlsys.TrainingClient) -> None:

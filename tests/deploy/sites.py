@@ -196,6 +196,7 @@ class Site:
 
     def exit_code(self, process: subprocess.Popen[str]) -> int:
         """Of a command that `begin` started, once it has ended."""
+        assert isinstance(process.args, list)
         return waiting.exit_code(process, " ".join(map(str, process.args)), self.moves, state=self.said)
 
     def end(self) -> None:

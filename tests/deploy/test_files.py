@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -24,6 +24,7 @@ LAUNCHER = ["ray-aws.yaml", "ray-gcp.yaml", "ray-onprem.yaml"]
 KUBERNETES = ["kuberay-cluster.yaml", "kuberay-job.yaml"]
 SCRIPTS = ["node.sh", "env.sh", "certificate.sh", "submit.sh", "slurm.sh"]
 DOCKERFILES = ["Dockerfile.cpu", "Dockerfile.gpu"]
+SCALARS: dict[str, Any] = {"string": str, "integer": int, "number": (int, float), "boolean": bool}
 FIELDS = yaml.safe_load((Path(__file__).parent / "kubernetes_fields.yaml").read_text())
 
 
@@ -37,7 +38,12 @@ def test_every_file_is_of_a_kind_that_is_checked() -> None:
 def test_a_launcher_file_passes_rays_own_check_and_a_wrong_field_does_not(name: str) -> None:
     config = load(name)
     validate_config(prepare_config(config))
-    for wrong in ({"head_start_ray_comands": []}, {"auth": {"ssh_usr": "x"}}, {"rsync_exclude": ".git"}):
+    mistakes: list[dict[str, Any]] = [
+        {"head_start_ray_comands": []},
+        {"auth": {"ssh_usr": "x"}},
+        {"rsync_exclude": ".git"},
+    ]
+    for wrong in mistakes:
         with pytest.raises(jsonschema.ValidationError):
             validate_config(prepare_config(copy.deepcopy(config) | wrong))
 
@@ -198,9 +204,7 @@ def wrong_fields(value: Any, kind: str | list[str], path: str = "") -> Iterator[
     elif kind == "map":
         if not isinstance(value, dict) or not all(isinstance(each, str) for item in value.items() for each in item):
             yield f"{path}: {value!r} does not map strings to strings"
-    elif not isinstance(value, {"string": str, "integer": int, "number": (int, float), "boolean": bool}[kind]) or (
-        kind != "boolean" and isinstance(value, bool)
-    ):
+    elif not isinstance(value, SCALARS[kind]) or (kind != "boolean" and isinstance(value, bool)):
         yield f"{path}: {value!r} is no {kind}"
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_engine import EOS, MAX_LENGTH, SECTION, VOCAB, Reference
 
 from rlsys.config import ModelSection
 from rlsys.sampler.engine import Sampler, prepare_environment
+from tests.engine.tiny_engine import EOS, MAX_LENGTH, SECTION, VOCAB, Reference
 
 prepare_environment(SECTION)
 

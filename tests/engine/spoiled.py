@@ -39,7 +39,7 @@ class SpoiledSampler(Sampler):
     spoil: tuple[int, str] | None = None
 
     def engine_arguments(self) -> dict[str, Any]:
-        return {**super().engine_arguments(), "worker_extension_cls": "spoiled.SpoiledExtension"}
+        return {**super().engine_arguments(), "worker_extension_cls": "tests.engine.spoiled.SpoiledExtension"}
 
     async def _call(self, method: str, *args: Any) -> list[Any]:
         if method == "rlsys_install":

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import BOUND, VOCAB, Reference
 
 from rlsys.rollouts import Rollouts, offsets_of
 from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
+from tests.engine.tiny_engine import BOUND, VOCAB, Reference
 
 DRAWN = SamplingParams(max_tokens=24, seed=3, stop=[])
 PROMPTS = np.random.default_rng(0).integers(2, VOCAB, (20, 40)).astype(np.int32)

@@ -26,6 +26,7 @@ def test_what_another_process_has_borrowed_outlives_the_lending_and_is_its_own()
     with to_shared_buffer(buffer) as path:
         other = context.Process(target=_sum_after, args=(path, opened, returned, answers))
         other.start()
+        assert other.pid is not None
         until(lambda: opened.is_set() or not other.is_alive(), "the other process to open it", cpu_of(other.pid))
         assert opened.is_set()
         (mine := from_shared_buffer(path))[:] = 0

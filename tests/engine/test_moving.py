@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
-from test_sampler import prompts
-from tiny_engine import BOUND, EOS, Reference
 
 from rlsys.errors import SamplingError
 from rlsys.rollouts import LENGTH, STOP, Rollouts
 from rlsys.sampler.engine import Sampler
 from rlsys.sampler.stop_strings import stop_across
 from rlsys.types import SamplingParams
+from tests.engine.test_sampler import prompts
+from tests.engine.tiny_engine import BOUND, EOS, Reference
 from tests.waiting import Sign, until_async
 
 T = TypeVar("T")

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import MAX_LENGTH, SECTION, VOCAB, Reference
 
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.learner.learner import Learner
@@ -16,6 +15,7 @@ from rlsys.rollouts import offsets_of
 from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
 from rlsys.weight_sync.update import WeightUpdate
+from tests.engine.tiny_engine import MAX_LENGTH, SECTION, VOCAB, Reference
 
 CANARY = (np.arange(64) * 7 % VOCAB).astype(np.int32)
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from spoiled import SpoiledSampler
-from tiny_engine import BOUND, LINEARS, MAX_LENGTH, SECTION, VOCAB, Reference
 
 from rlsys.config import ModelSection
 from rlsys.errors import ActorDiedError, ActorFailedError, WeightSyncError
 from rlsys.rollouts import offsets_of
 from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
+from tests.engine.spoiled import SpoiledSampler
+from tests.engine.tiny_engine import BOUND, LINEARS, MAX_LENGTH, SECTION, VOCAB, Reference
 from tests.waiting import until_gone
 
 Run = Callable[..., Any]

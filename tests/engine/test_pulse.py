@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference, at_work
 
 from rlsys.config import ModelSection
 from rlsys.errors import ActorDiedError, SamplingError
 from rlsys.rollouts import offsets_of
 from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
+from tests.engine.tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference, at_work
 
 Run = Callable[..., Any]
 LONG = SamplingParams(max_tokens=100, seed=3, stop=[])
@@ -95,7 +95,9 @@ def test_a_dead_engine_is_a_death_with_its_cause_for_whatever_is_asked(reference
         (process,) = sampler._engine.engine_core.resources.engine_manager.processes
         await sampler.load(reference.update("a", 1, reference.adapter(4, 1)), BOUND)
         long = replace(LONG, max_tokens=100)
-        tasks = [asyncio.create_task(sampler.sample(**PROMPT, n=8, params=long, run_id="a", version=1))]
+        tasks: list[asyncio.Task[Any]] = [
+            asyncio.create_task(sampler.sample(**PROMPT, n=8, params=long, run_id="a", version=1))
+        ]
         await at_work(sampler)
         process.kill()
         tasks += [

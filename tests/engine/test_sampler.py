@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_engine import BOUND, EOS, LINEARS, MAX_LENGTH, VOCAB, Reference, at_work
 
 from rlsys.errors import SamplingError, WeightSyncError
 from rlsys.rollouts import LENGTH, STOP, Rollouts, offsets_of
 from rlsys.sampler.engine import Sampler
-from rlsys.types import Array, SamplingParams
+from rlsys.types import SamplingParams
 from rlsys.weight_sync.update import snapshot_of
+from tests.engine.tiny_engine import BOUND, EOS, LINEARS, MAX_LENGTH, VOCAB, Reference, at_work
 
 Run = Callable[..., Any]
 NEVER = SamplingParams(max_tokens=12, seed=3, stop=[])
 
 
-def prompts(*lengths: int) -> dict[str, Array]:
+def prompts(*lengths: int) -> dict[str, Any]:
     """Prompts of random tokens, as `sample` takes them."""
     draw = np.random.default_rng(0)
     return {
@@ -109,7 +109,7 @@ def test_completions_differ_and_a_seed_repeats_them_wherever_their_problem_stand
     two = prompts(20, 20)
     two["prompt_tokens"][20:] = two["prompt_tokens"][:20]
 
-    def draw(batch: dict[str, Array], params: SamplingParams) -> list[tuple[int, ...]]:
+    def draw(batch: dict[str, Any], params: SamplingParams) -> list[tuple[int, ...]]:
         rollouts = run(sampler.sample(**batch, n=4, params=params, run_id=None, version=-1))
         return [tuple(rollouts.completion(r).tolist()) for r in range(len(rollouts.group))]
 

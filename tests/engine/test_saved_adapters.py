@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_engine import BOUND, MAX_LENGTH, VOCAB, Reference
 
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.learner.adapter_checkpoint import save_run
 from rlsys.learner.learner import Learner
+from tests.engine.tiny_engine import BOUND, MAX_LENGTH, VOCAB, Reference
 from tests.waiting import FAR_S, size_of, until
 
 SECTIONS = {"inner": LoraSection(rank=4, alpha=8.0), "with-output": LoraSection(rank=8, alpha=4.0, train_unembed=True)}

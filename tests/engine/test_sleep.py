@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference, at_work
 
 from rlsys.config import ModelSection
 from rlsys.errors import SamplingError
 from rlsys.rollouts import offsets_of
 from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
+from tests.engine.tiny_engine import BOUND, MAX_LENGTH, SECTION, Reference, at_work
 
 Run = Callable[..., Any]
 TOKENS = np.arange(30, dtype=np.int32) + 2

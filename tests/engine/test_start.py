@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_engine import Reference
 
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.errors import ClusterError
 from rlsys.sampler.engine import Sampler
 from rlsys.sampler.private_api import check_private_api
 from rlsys.types import SamplingParams
+from tests.engine.tiny_engine import Reference
 from tests.waiting import run as run_to_end
 from tests.waiting import until_gone
 

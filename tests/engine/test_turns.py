@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_moving import met, under_way
-from test_sampler import prompts
-from tiny_engine import BOUND, EOS, Reference
 
 from rlsys.config import TurnSection
 from rlsys.environments.environment_pool import Environment
@@ -18,6 +15,9 @@ from rlsys.environments.multi_turn import Conversations, TurnRules
 from rlsys.rollouts import ENVIRONMENT, STOP, Rollouts
 from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
+from tests.engine.test_moving import met, under_way
+from tests.engine.test_sampler import prompts
+from tests.engine.tiny_engine import BOUND, EOS, Reference
 
 Run = Callable[..., Any]
 PARAMS = SamplingParams(max_tokens=60, seed=3)

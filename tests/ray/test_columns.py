@@ -20,7 +20,7 @@ BATCHES, TOKENS = 40, 4000  # of 12 bytes: below the 100 KB that Ray would send 
 class Maker:
     """Answers as a sampler does."""
 
-    @ray.method(num_returns=2)
+    @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
     def sample(self) -> tuple[Rollouts, dict[str, float]]:
         rollouts = Rollouts(
             problems=np.zeros(1, np.int64),

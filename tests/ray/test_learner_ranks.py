@@ -26,7 +26,7 @@ def test_two_ranks_with_a_shared_base_and_two_samplers_survive_the_death_of_a_ra
     config = job(f"rl.steps={STEPS}", *TWO, "learner.shard_base=true", "sampler.num_workers=2")
     notes: list[str] = []
     progress = Progress()
-    progress.note = notes.append  # type: ignore[method-assign]
+    progress.note = notes.append  # type: ignore[method-assign,assignment]
     with killing(config, lambda: actors_of("LearnerActor")[1:]) as killed:
         jobs.train(config, progress)
     assert killed and any("the learner is back, after step" in note for note in notes), notes

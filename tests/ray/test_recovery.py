@@ -37,10 +37,15 @@ def steps(config: JobConfig) -> list[int]:
     return [line["step"] for line in read_metrics(config.run_dir) if "reward/mean" in line]
 
 
+def epochs_of(config: JobConfig) -> Epochs:
+    assert config.task.train_problems is not None
+    return Epochs(config.task.train_problems, config.rl.problems_per_step, config.run.seed)
+
+
 def ledger_of(config: JobConfig) -> Ledger:
     latest = newest(config.run_dir)
     assert latest is not None
-    epochs = Epochs(config.task.train_problems, config.rl.problems_per_step, config.run.seed)
+    epochs = epochs_of(config)
     return Ledger.from_bytes(latest.ledger, epochs)
 
 
@@ -115,7 +120,7 @@ def check_whole(config: JobConfig, undisturbed: tuple[JobConfig, bytes]) -> None
     ledger.audit()
     counts = ledger.counts()
     assert counts["trained"] + counts["filtered"] == STEPS * config.rl.problems_per_step, counts
-    epochs = Epochs(config.task.train_problems, config.rl.problems_per_step, config.run.seed)
+    epochs = epochs_of(config)
     for step in range(1, STEPS + 1):
         assert np.array_equal(ledger.ids(step), epochs.batch_at(step - 1))
     assert weights(config) == undisturbed[1], "the final adapter is not the one of an undisturbed run"
@@ -134,7 +139,7 @@ def test_a_run_whose_actors_are_killed_one_after_the_other_ends_with_the_very_we
     ]
     notes: list[str] = []
     progress = Progress()
-    progress.note = notes.append  # type: ignore[method-assign]
+    progress.note = notes.append  # type: ignore[method-assign,assignment]
     with killing(config, *kinds) as killed:
         outcome = jobs.train(config, progress)
     assert len(killed) == len(kinds) and outcome.steps == STEPS

@@ -18,7 +18,7 @@ def test_a_submitted_job_runs_on_the_cluster_and_writes_its_run(
 ) -> None:
     config = job("rl.steps=1")
     (tmp_path / "job.yaml").write_text(dump_config(config))
-    command = [ROOT / "deploy" / "submit.sh", dashboard, tmp_path / "job.yaml"]
+    command = [str(ROOT / "deploy" / "submit.sh"), dashboard, str(tmp_path / "job.yaml")]
     done = run(command, signs=[cpu_of(os.getpid())])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout and "held-out accuracy" in done.stdout
@@ -27,7 +27,7 @@ def test_a_submitted_job_runs_on_the_cluster_and_writes_its_run(
 
 def test_a_submitted_job_that_fails_says_why(dashboard: str, job: Callable[..., JobConfig], tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(dump_config(job()).replace("steps:", "stepz:", 1))
-    command = [ROOT / "deploy" / "submit.sh", dashboard, tmp_path / "job.yaml"]
+    command = [str(ROOT / "deploy" / "submit.sh"), dashboard, str(tmp_path / "job.yaml")]
     done = run(command, signs=[cpu_of(os.getpid())])
     assert done.returncode == 1
     assert "stepz is no key" in done.stdout + done.stderr

@@ -24,7 +24,9 @@ from rlsys.weight_sync.update import Attestation
 class ForgetfulSampler(SamplerActor):
     """Sampler 1 skips the sync of version 1 and answers with what it attested before."""
 
-    async def load(self, update: Any, bound: float, reload: bool = False) -> Attestation:
+    last: Attestation
+
+    async def load(self, update: Any, bound: float | None, reload: bool = False) -> Attestation:
         if self.index == 1 and update.snapshot.version == 1:
             return self.last
         self.last = await super().load(update, bound, reload)
@@ -46,7 +48,7 @@ def test_one_of_two_samplers_that_skips_a_sync_stops_the_run_and_is_named(
 class DyingSampler(SamplerActor):
     """Its engine's process is killed before version 1 is loaded."""
 
-    async def load(self, update: Any, bound: float, reload: bool = False) -> Attestation:
+    async def load(self, update: Any, bound: float | None, reload: bool = False) -> Attestation:
         if update.snapshot.version == 1:
             for process in psutil.Process().children(recursive=True):
                 if "EngineCore" in process.name() + "".join(process.cmdline()):

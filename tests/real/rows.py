@@ -1,15 +1,14 @@
-"""The table of docs/tokenizers.md, from the tokenizers themselves: `PYTHONPATH=. python tests/real/rows.py`."""
+"""The table of docs/tokenizers.md, from the tokenizers themselves: `python -m tests.real.rows`."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
-from known import KNOWN, load, model_folder
-
 from rlsys.config import PromptSection
 from rlsys.tokenization.renderer import Renderer
 from rlsys.tokenization.stop_conditions import stop_conditions_of
+from tests.real.known import KNOWN, load, model_folder
 
 PAGE = Path(__file__).parents[2] / "docs" / "tokenizers.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from known import KNOWN, load, model_folder
-from rows import PAGE, table
 
 from rlsys.config import ExampleSection, PromptSection
 from rlsys.data.problems import Problem, encode
 from rlsys.tokenization.control_tokens import control_tokens
 from rlsys.tokenization.renderer import Renderer, build_supervised_example
 from rlsys.tokenization.stop_conditions import stop_conditions_of
+from tests.real.known import KNOWN, load, model_folder
+from tests.real.rows import PAGE, table
 
 DAY = "2026-02-03"
 QUESTION, SYSTEM = "What is 2 + 2?", "Be brief."
@@ -203,4 +203,4 @@ def test_the_digest_of_problems_does_not_change_at_midnight(name: str) -> None:
 def test_the_page_says_what_these_tokenizers_give() -> None:
     for known in KNOWN:
         load(known)
-    assert table() in PAGE.read_text(encoding="utf-8"), "docs/tokenizers.md: run `python tests/real/rows.py`"
+    assert table() in PAGE.read_text(encoding="utf-8"), "docs/tokenizers.md: run `python -m tests.real.rows`"

@@ -102,7 +102,7 @@ def _run_through(config: JobConfig, kinds: list[str], draw: random.Random) -> li
             if kind == "driver":
                 driver.wait()
                 driver = _begin(config)
-            _wait_for(lambda before=before: _last_step(config) > before, config, driver)
+            _wait_for(lambda before=before: _last_step(config) > before, config, driver)  # type: ignore[misc]
             rows.append({"kind": kind, "step": before, "pid": victim, "seconds": round(time.monotonic() - began, 2)})
         elif driver.poll() is None:
             time.sleep(0.1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -196,7 +198,7 @@ def test_a_completion_in_which_no_token_is_a_models_makes_no_datum():
     assert shift(made, np.zeros(3, np.float32)).num_datums == 1
 
 
-def slowly(made, advantages, keep) -> list[tuple[list, ...]]:
+def slowly(made, advantages, keep) -> list[tuple[Any, ...]]:
     """One completion after the other, as one would on paper."""
     datums = []
     for r in range(len(made.group)):
@@ -217,7 +219,7 @@ def slowly(made, advantages, keep) -> list[tuple[list, ...]]:
     return datums
 
 
-def parts(batch: DatumBatch) -> list[tuple[list, ...]]:
+def parts(batch: DatumBatch) -> list[tuple[Any, ...]]:
     rows = (batch.tokens, batch.targets, *(batch.columns[key] for key in ("weights", "logprobs", "advantages")))
     spans = [slice(a, b) for a, b in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)]
     return [tuple(row[span].tolist() for row in rows) for span in spans]

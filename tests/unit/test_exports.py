@@ -42,3 +42,12 @@ def test_importing_rlsys_imports_nothing_heavy() -> None:
 def test_a_star_import_gives_every_exported_name() -> None:
     names = fresh("from rlsys import *; print(*[name for name in dir() if not name.startswith('__')])")
     assert set(names) == set(rlsys.__all__) - {"__version__"}
+
+
+def test_modules_of_actors_that_a_driver_loads_need_no_torch() -> None:
+    modules = (
+        "actors.sampler_actor, actors.learner_actor, actors.reward_actor, actors.advantage_actor, benchmarks.replaying"
+    )
+    script = f"import sys, {modules}; print('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert said.splitlines()[-1] == "False"

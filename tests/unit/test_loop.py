@@ -128,7 +128,8 @@ class World:
         problems = rollouts.refs[0].value[1]
         agreeing = np.array([problem in self.agreeing for problem in problems])
         zeros = np.zeros(len(problems))
-        return RewardsRef(rollouts.refs, {"reward/mean": 0.5}, zeros, zeros.astype(np.int64), agreeing)
+        refs: Any = rollouts.refs
+        return RewardsRef(refs, {"reward/mean": 0.5}, zeros, zeros.astype(np.int64), agreeing)
 
     def compute_advantages(
         self, rollouts: RolloutsRef, rewards: RewardsRef, reference: LogprobsRef | None, pieces: int

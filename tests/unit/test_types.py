@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from rlsys.types import AdamParams, Datum, EncodedTextChunk, ModelInput, Samplin
 
 
 def test_model_input_round_trips_from_every_container():
-    for tokens in ([1, 2, 3], (1, 2, 3), np.array([1, 2, 3], np.int32), torch.tensor([1, 2, 3])):
+    containers: list[Any] = [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3], np.int32), torch.tensor([1, 2, 3])]
+    for tokens in containers:
         assert ModelInput.from_ints(tokens).to_ints() == [1, 2, 3]
     assert ModelInput.from_ints([1, 2]).length == 2
     assert ModelInput.empty().length == 0
@@ -133,11 +135,11 @@ def test_a_wrong_datum_is_refused_on_construction(inputs, message):
 
 def test_a_datum_needs_a_model_input_with_tokens():
     with pytest.raises(DatumError, match=r"model_input is a list; wanted ModelInput\.from_ints"):
-        Datum([1, 2], {})
+        Datum([1, 2], {})  # type: ignore[arg-type]
     with pytest.raises(DatumError, match="model_input is empty"):
         Datum(ModelInput.empty(), {})
     with pytest.raises(DatumError, match="loss_fn_inputs is a list; wanted a dict"):
-        Datum(ModelInput.from_ints([1]), [("weights", [1.0])])
+        Datum(ModelInput.from_ints([1]), [("weights", [1.0])])  # type: ignore[arg-type]
 
 
 def test_adam_params_have_the_defaults_of_the_contract():
@@ -202,7 +204,7 @@ def test_a_completion_ends_at_strings_or_at_token_ids(stop):
 
 
 def test_sampling_params_draw_from_the_whole_distribution_by_default():
-    params = SamplingParams(max_tokens=np.int64(5))
+    params = SamplingParams(max_tokens=np.int64(5))  # type: ignore[arg-type]
     assert (params.temperature, params.top_p, params.top_k, params.seed, params.stop) == (1.0, 1.0, -1, None, None)
 
 

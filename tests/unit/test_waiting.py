@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ from tests.waiting import (
     until_gone,
 )
 
-QUICK = {"stall_s": 0.4, "look_s": 0.05}
+QUICK: dict[str, Any] = {"stall_s": 0.4, "look_s": 0.05}
 SLEEP = f"import time; time.sleep({FAR_S})"
 SPIN = "while True: pass"
 
@@ -62,7 +63,7 @@ def _begin() -> None:
 
 
 def test_a_wait_returns_what_it_waited_for() -> None:
-    answers = iter([None, [], "there"])
+    answers: Iterator[Any] = iter([None, [], "there"])
     assert until(lambda: next(answers), "an answer") == "there"
 
 
@@ -122,7 +123,7 @@ def test_cpu_time_of_children_that_have_ended_is_not_lost() -> None:
     finally:
         child.kill()
         child.wait()
-    assert sign.read() >= used
+    assert sign.read() >= used  # type: ignore[operator]
 
 
 def test_the_cap_ends_a_wait_that_moves_without_an_end() -> None:

@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from actors import doctor
-from actors.doctor import Check, examine
+from actors.doctor import examine
+from actors.machine.checks import Check
 from rlsys.config import ClusterSection
 
 

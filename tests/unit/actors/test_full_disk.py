@@ -65,7 +65,8 @@ def test_results_that_cannot_be_written_are_told_beside_the_cause(
 
 
 def test_results_that_cannot_be_written_are_the_cause_where_nothing_else_failed(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="No space left"), _results(failing_store(tmp_path), Failures(), str):
+    results = _results(failing_store(tmp_path), Failures(), lambda text: None)
+    with pytest.raises(StorageError, match="No space left"), results:
         pass
 
 

@@ -22,7 +22,7 @@ from tests.families.tiny_models import COMMON
 from tests.families.tiny_models import FAMILIES as TINY
 
 # Further forms of a family: what its config.json may switch on or off.
-VARIANTS = {
+VARIANTS: dict[str, list[dict[str, Any]]] = {
     "llama": [{"attention_bias": True, "mlp_bias": True, "head_dim": None, "num_key_value_heads": None}],
     "qwen2": [{"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}],
     "qwen3": [{"attention_bias": True, "tie_word_embeddings": False}],

@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +65,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
         distribution = metadata.distribution(name)
         for top in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
             if not (folder / top).exists():
-                (folder / top).symlink_to(distribution.locate_file(top))
+                (folder / top).symlink_to(str(distribution.locate_file(top)))
     return folder
 
 
@@ -151,11 +153,11 @@ def test_what_a_token_sees_through_a_window_counts_the_prompt_that_it_reads() ->
     [(ModelValues, ModelSection, set()), (LoraValues, LoraSection, set()), (LearnerValues, LearnerSection, PLACEMENT)],
 )
 def test_its_sections_have_the_keys_and_defaults_of_a_job(
-    values: type, section: type[Section], left_out: set[str]
+    values: Any, section: type[Section], left_out: set[str]
 ) -> None:
     wanted = {name: field.default for name, field in section.model_fields.items() if name not in left_out}
     made = values()
-    assert {name: getattr(made, name) for name in values.__dataclass_fields__} == wanted
+    assert {name: getattr(made, name) for name in (field.name for field in fields(values))} == wanted
 
 
 def test_without_a_gpu_it_says_what_it_wants(tmp_path: Path) -> None:

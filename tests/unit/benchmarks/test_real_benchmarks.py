@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ needs_model = pytest.mark.skipif(not FOLDER.is_dir(), reason="needs models/SmolL
 
 def test_a_slow_side_may_take_fewer_turns_and_ratios_are_of_the_common_ones(tmp_path: Path) -> None:
     turns = {"slow": iter([8.0, 9.0]), "fast": iter([1.0, 2.0, 4.0, 5.0])}
-    found = by_turns({name: lambda name=name: next(turns[name]) for name in turns}, {"slow": 2, "fast": 3},
+    found = by_turns({name: partial(next, turns[name]) for name in turns}, {"slow": 2, "fast": 3},
                      {"slow": 0, "fast": 1})  # fmt: skip
     assert found == {"slow": [8.0, 9.0], "fast": [2.0, 4.0, 5.0]}
     row = Row("r", "a row", "python -m benchmarks.r", "s", found, [Target("slow", "fast", 3.0, ">=")])
@@ -66,7 +67,9 @@ def test_both_sides_of_a_real_grpo_step_read_the_same_prompt_tokens(tmp_path: Pa
 
 def test_sequences_of_a_grpo_step_share_their_groups_prompt_and_count_completions_alone(tiny_model: Models) -> None:
     random = np.random.default_rng(0)
-    problems = encode([Problem(str(i), "") for i in range(9)], lambda text: random.integers(1, 60, 6 + int(text)))
+    problems = encode(
+        [Problem(str(i), "") for i in range(9)], lambda text: random.integers(1, 60, 6 + int(text)).tolist()
+    )
     learner = make(tiny_model(True))
     batch = as_grpo_has_them(learner, problems, 2, 5)
     assert batch.num_datums == 2 * GROUP and batch.columns["weights"].sum() == 2 * GROUP * 5

@@ -16,7 +16,12 @@ from rlsys.errors import DatumError, StalledError
 def test_threads_and_tasks_get_one_and_the_same_value() -> None:
     inner: Future[int] = Future()
     read: list[int] = []
-    future = ApiFuture(inner, "a call", lambda found: read.append(found) or [found])
+
+    def decode(found: int) -> list[int]:
+        read.append(found)
+        return [found]
+
+    future = ApiFuture(inner, "a call", decode)
 
     async def ask() -> Any:
         return await asyncio.gather(future, future.result_async(), future.result_async(timeout=600))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from rlsys import losses, types
 from rlsys.client.containers import outputs
 from rlsys.client.paths import folder_of, path_of
 from rlsys.client.results import LOSSES
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, LossError
 
 
 def test_outputs_are_cut_by_datum_and_take_its_container() -> None:
-    targets = [[1, 2], np.array([3]), torch.tensor([4, 5, 6]), types.TensorData([7])]
+    targets: list[Any] = [[1, 2], np.array([3]), torch.tensor([4, 5, 6]), types.TensorData([7])]
     data = [types.Datum(types.ModelInput.from_ints(list(range(len(one)))), {"target_tokens": one}) for one in targets]
     found = [row["logprobs"] for row in outputs(data, np.arange(7, dtype=np.float32))]
     assert [list(map(float, one)) for one in found] == [[0, 1], [2], [3, 4, 5], [6]]
@@ -52,7 +53,7 @@ def test_a_path_that_leaves_the_folder_is_refused(path: str, tmp_path: Path) -> 
 def test_the_losses_announced_are_those_that_resolve() -> None:
     for name in LOSSES[:-1]:
         assert losses.resolve(name).name == name
-    with pytest.raises(losses.LossError, match=", ".join(LOSSES[:-1])):
+    with pytest.raises(LossError, match=", ".join(LOSSES[:-1])):
         losses.resolve("none of them")
 
 

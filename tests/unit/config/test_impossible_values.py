@@ -185,7 +185,7 @@ def test_a_client_takes_finite_numbers_alone(value: float) -> None:
 def test_a_clients_sections_and_datums_take_finite_numbers_alone(value: float) -> None:
     for name in ("lora_alpha", "start_timeout_s", "room_timeout_s", "gap_timeout_s"):
         with pytest.raises(ValueError, match=rf"{name}\n.*finite number"):
-            ServiceConfig(**{name: value})  # type: ignore[arg-type]  # the names are those of numbers
+            ServiceConfig(**{name: value})
     with pytest.raises(ValueError, match="finite number"):
         LoraSection(alpha=value)
     for name in ("logprobs", "advantages", "weights"):

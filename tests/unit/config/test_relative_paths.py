@@ -153,7 +153,7 @@ def test_a_saved_state_that_a_client_names_is_of_the_clients_folder(project: Pat
 
 
 def test_a_run_keeps_the_paths_as_written_and_the_folder_beside_them(project: Path) -> None:
-    with RunStore.open(load_command("job.yaml"), note=str) as store:
+    with RunStore.open(load_command("job.yaml"), note=lambda text: None) as store:
         run = store.run_dir
     kept = load_config(run / "config.yaml")
     assert (
@@ -178,7 +178,7 @@ def test_a_run_goes_on_however_the_same_place_is_spelled(project: Path, spelled:
     overrides, same = SPELLED[spelled]
     (project / "linked").symlink_to("models/base")
     (project / "models" / "other").mkdir()
-    with RunStore.open(load_command("job.yaml"), note=str):
+    with RunStore.open(load_command("job.yaml"), note=lambda text: None):
         pass
     here = str(project).replace("$", r"\$")
     job = load_command("job.yaml", [one.replace("HERE", here) for one in overrides])
@@ -193,14 +193,15 @@ def test_a_run_goes_on_from_another_folder_with_the_absolute_path_of_the_first(
     project: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs = str(project / "runs").replace("$", r"\$")
-    with RunStore.open(load_command("job.yaml"), note=str):
+    with RunStore.open(load_command("job.yaml"), note=lambda text: None):
         pass
     monkeypatch.chdir(elsewhere)
     absolute = [
         f"{key}={project / name}".replace("$", r"\$")
         for key, name in {"model.path": "models/base", "task.train.path": "data/train.jsonl"}.items()
     ]
-    with RunStore.open(load_command(project / "job.yaml", [f"run.dir={runs}", *absolute]), note=str) as store:
+    job = load_command(project / "job.yaml", [f"run.dir={runs}", *absolute])
+    with RunStore.open(job, note=lambda text: None) as store:
         assert folder_of_command(store.run_dir) == elsewhere
 
 
@@ -208,23 +209,23 @@ def test_a_run_that_kept_absolute_paths_goes_on_with_relative_ones_and_one_that_
     project: Path,
 ) -> None:
     here = str(project).replace("$", r"\$")
-    with RunStore.open(load_command("job.yaml", [f"model.path={here}/models/base"]), note=str) as store:
+    with RunStore.open(load_command("job.yaml", [f"model.path={here}/models/base"]), note=lambda text: None) as store:
         run = store.run_dir
     refuse_changes(load_command("job.yaml"), run)
     info = json.loads((run / "run.json").read_text())
     del info["folder"]
     (run / "run.json").write_text(json.dumps(info))
     refuse_changes(load_command("job.yaml"), run)
-    with RunStore.open(load_command("job.yaml"), note=str) as store:
+    with RunStore.open(load_command("job.yaml"), note=lambda text: None) as store:
         assert store.info["folder"] == str(project)
 
 
 def test_a_project_that_was_moved_goes_on(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with RunStore.open(load_command("job.yaml"), note=str):
+    with RunStore.open(load_command("job.yaml"), note=lambda text: None):
         pass
     project.rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path / "moved")
-    with RunStore.open(load_command("job.yaml"), note=str) as store:
+    with RunStore.open(load_command("job.yaml"), note=lambda text: None) as store:
         job = resolve_paths(store.config, tmp_path / "my project $1", Path.cwd())
     assert job.model.path == str(tmp_path / "moved" / "models" / "base")
 

@@ -23,7 +23,10 @@ from tests.waiting import slowdown
 ROOT = Path(__file__).parents[3]
 SHIPPED = Path(__file__).parents[1] / "data" / "gsm8k_like.jsonl"
 ROWS = [{"question": "1 + 1?", "answer": "2"}, {"question": "Über, 2 + 3?\nSay", "answer": "5"}]
-LARGE = [{"question": "1 + 1?", "answer": 123456789012345678901234}, {"question": "2 + 3?", "answer": None}]
+LARGE: list[dict[str, object]] = [
+    {"question": "1 + 1?", "answer": 123456789012345678901234},
+    {"question": "2 + 3?", "answer": None},
+]
 
 
 def write(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:

@@ -146,7 +146,12 @@ def found_gradients(ranks: Ranks, path: Path, batch: DatumBatch, loss: str, shar
         result = learner.forward_backward("run", batch, losses.resolve(loss), temperature=0.9)
     own, total = gradients(learner), {}
     step = learner.runs["run"].stepper.step
-    learner.runs["run"].stepper.step = lambda adam: (total.update(gradients(learner)), step(adam))
+
+    def kept_step(adam: AdamParams) -> None:
+        total.update(gradients(learner))
+        step(adam)
+
+    learner.runs["run"].stepper.step = kept_step  # type: ignore[method-assign]
     learner.optim_step("run", AdamParams())
     return result, arrays(total), not any(torch.equal(own[name], total[name]) for name in own)
 

@@ -233,7 +233,13 @@ def test_a_failure_on_a_run_without_a_gradient_leaves_none(tiny_model: Models) -
 
 
 def test_metrics_come_back_as_numbers_under_the_users_names() -> None:
-    values = {"plain": 1, "numpy": np.float32(0.5), "tensor": torch.tensor(2.0), "flag": True, "nan": math.nan}
+    values: dict[str, Any] = {
+        "plain": 1,
+        "numpy": np.float32(0.5),
+        "tensor": torch.tensor(2.0),
+        "flag": True,
+        "nan": math.nan,
+    }
     found = compute_custom_loss(lambda data, p: (p[0].sum(), values), [], [torch.zeros(2)])
     assert {key: type(value) for key, value in found.metrics.items()} == dict.fromkeys(values, float)
     assert [found.metrics[key] for key in ("plain", "numpy", "tensor", "flag")] == [1.0, 0.5, 2.0, 1.0]
@@ -246,7 +252,8 @@ def test_a_datum_that_the_loss_ignores_has_gradient_zero() -> None:
         lambda data, p: ((p[0] * torch.tensor([1.0, 2.0])).sum(), {}), [], [torch.ones(2), torch.ones(3)]
     )
     assert [slope.tolist() for slope in found.slopes] == [[1.0, 2.0], [0.0, 0.0, 0.0]]
-    surrogate = surrogate_weights([], [[-1.0, -2.0], TensorData([-1.0])], lambda data, p: ((p[0] ** 2).sum(), {}))
+    given: list[Any] = [[-1.0, -2.0], TensorData([-1.0])]
+    surrogate = surrogate_weights([], given, lambda data, p: ((p[0] ** 2).sum(), {}))
     assert [weight.tolist() for weight in surrogate.weights] == [[2.0, 4.0], [0.0]]  # -dC/dp
 
 

@@ -277,7 +277,7 @@ def test_targets_are_what_the_section_says(tiny_model: Models) -> None:
         ("train_unembed", {"lm_head"}),
     ):
         chosen = {"train_attn": False, "train_mlp": False, "train_unembed": False, field: True}
-        learner.runs.create(field, LoraSection(**chosen), 0)  # type: ignore[arg-type]
+        learner.runs.create(field, LoraSection(**chosen), 0)
         assert {name.rsplit(".", 2)[-2] for name in weights(learner, field)} == wanted
     with pytest.raises(ConfigError, match="none of train_attn, train_mlp, train_unembed"):
         learner.runs.create("x", LoraSection(train_attn=False, train_mlp=False), 0)

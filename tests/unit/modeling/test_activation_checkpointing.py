@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +18,7 @@ from rlsys.planning.memory import LOGIT_BLOCK, LOGIT_BYTES
 from tests.unit.tiny_learner import Models, assert_same_bits, draw, gradients, plain, with_run
 
 
-def learner_of(path: object, trainable: str = "lora", **keys: object) -> Learner:
+def learner_of(path: Path, trainable: Literal["lora", "all"] = "lora", **keys: object) -> Learner:
     section = LearnerSection(token_budget=60, **keys)
     learner = Learner(path, ModelSection(path=str(path)), section, trainable=trainable)
     return learner if trainable == "all" else with_run(learner)
@@ -38,15 +41,17 @@ def kept_bytes(learner: Learner, run: str) -> int:
 
 
 @pytest.mark.parametrize("trainable", ["lora", "all"])
-def test_layers_that_run_again_give_the_same_bits_and_keep_less(tiny_model: Models, trainable: str) -> None:
+def test_layers_that_run_again_give_the_same_bits_and_keep_less(
+    tiny_model: Models, trainable: Literal["lora", "all"]
+) -> None:
     run = BASE_RUN if trainable == "all" else "run"
     found = {}
     for checkpointed in (False, True):
         learner = learner_of(tiny_model(True), trainable, gradient_checkpointing=checkpointed)
         result = learner.forward_backward(run, draw(), losses.resolve("importance_sampling"))
-        found[checkpointed] = (result, gradients(learner, run))
+        slopes = gradients(learner, run)
         learner.runs.forget_gradient(run)
-        found[checkpointed] += (kept_bytes(learner, run),)
+        found[checkpointed] = (result, slopes, kept_bytes(learner, run))
     assert found[True][0].loss_sum == found[False][0].loss_sum
     assert np.array_equal(found[True][0].logprobs, found[False][0].logprobs)
     assert_same_bits(found[True][1], found[False][1])

@@ -38,6 +38,9 @@ def visible(lengths: np.ndarray, reads: np.ndarray, window: int | None = None) -
     return seen
 
 
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
 def closed_form(
     query: Tensor,
     key: Tensor,
@@ -61,17 +64,25 @@ def closed_form(
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1)[..., : len(key)], value)
 
 
-def draw(total: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def draw(total: int, dtype: torch.dtype = torch.float64) -> Triple:
+    """Query, key and value."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(total, heads, 8, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
-        for heads in (4, 2, 2)
-    ]
+
+    def drawn(heads: int) -> Tensor:
+        return torch.randn(total, heads, 8, dtype=torch.float64, generator=generator).to(dtype).requires_grad_()
+
+    return drawn(4), drawn(2), drawn(2)
 
 
-def packed(inputs: list[Tensor], segments: Segments, **kwargs: Any) -> Tensor:
+def as_a_model_gives(inputs: Triple) -> Triple:
+    """(1, H, T, D) from (T, H, D)."""
+    query, key, value = (x.transpose(0, 1)[None] for x in inputs)
+    return query, key, value
+
+
+def packed(inputs: Triple, segments: Segments, **kwargs: Any) -> Tensor:
     out, _ = attention.packed_attention(
-        nn.Identity(), *(x.transpose(0, 1)[None] for x in inputs), None, rlsys_segments=segments, **kwargs
+        nn.Identity(), *as_a_model_gives(inputs), None, rlsys_segments=segments, **kwargs
     )
     return out[0]
 
@@ -103,9 +114,9 @@ def test_values_and_gradients_are_those_of_the_closed_form(pack: str, dtype: tor
 def test_in_half_precision_it_is_as_near_to_the_closed_form_as_rounding_the_inputs(pack: str) -> None:
     """One bfloat16 rounding is 2^-9; output and merging round once more each, so four of them bound the error."""
     lengths, reads = PACKS[pack]
-    exact = [x.detach().bfloat16().double() for x in draw(int(lengths.sum()))]
-    wanted = closed_form(*exact, lengths, reads)
-    found = packed([x.bfloat16() for x in exact], Segments(lengths, reads)).double()
+    query, key, value = (x.detach().bfloat16() for x in draw(int(lengths.sum())))
+    wanted = closed_form(query.double(), key.double(), value.double(), lengths, reads)
+    found = packed((query, key, value), Segments(lengths, reads)).double()
     assert float((found - wanted).norm()) <= 4 * 2**-9 * float(wanted.norm())
 
 
@@ -123,17 +134,21 @@ def test_windows_caps_and_sinks_have_values_and_gradients_of_the_closed_form(
     monkeypatch.setattr(segments_module, "TILE", 3)  # several runs in a segment
     monkeypatch.setattr(segments_module, "TILE_KEYS", 12)  # several tiles of like runs
     lengths, reads = PACKS[pack]
-    inputs, exact = [*draw(int(lengths.sum())), draw_sinks()], [*draw(int(lengths.sum())), draw_sinks()]
-    used = slice(None if sinks else 3)
-    found = packed(
-        inputs[:3], Segments(lengths, reads), sliding_window=window, softcap=cap, s_aux=inputs[3] if sinks else None
-    )
-    wanted = closed_form(*exact[:3], lengths, reads, window, cap, exact[3] if sinks else None)
+    inputs, exact = draw(int(lengths.sum())), draw(int(lengths.sum()))
+    aux, exact_aux = (draw_sinks(), draw_sinks()) if sinks else (None, None)
+    found = packed(inputs, Segments(lengths, reads), sliding_window=window, softcap=cap, s_aux=aux)
+    wanted = closed_form(*exact, lengths, reads, window, cap, exact_aux)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     upstream = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    of_found = torch.autograd.grad(found, inputs[used], upstream)
-    for mine, right in zip(of_found, torch.autograd.grad(wanted, exact[used], upstream), strict=True):
+    of_found = torch.autograd.grad(found, inputs if aux is None else (*inputs, aux), upstream)
+    of_wanted = torch.autograd.grad(wanted, exact if exact_aux is None else (*exact, exact_aux), upstream)
+    for mine, right in zip(of_found, of_wanted, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-12, atol=4e-12)
+
+
+def steep(inputs: Triple) -> Triple:
+    query, key, value = inputs
+    return (query.detach() * 20).requires_grad_(), key, value
 
 
 @pytest.mark.parametrize("cap", [None, 5.0], ids=["", "cap"])
@@ -143,9 +158,7 @@ def test_long_sequences_of_several_tiles_and_portions_are_the_closed_form_too(
     """Real sizes of tiles, scores of 100 at which a row's padding sees what its token does not."""
     monkeypatch.setattr(kernels, "SCORE_BYTES", 1_000_000)
     lengths, reads = np.array([300, 150, 40, 333, 1, 130, 140]), np.array([ALONE, 0, 0, ALONE, ALONE, 4, 4])
-    inputs, exact = draw(int(lengths.sum()), torch.float32), draw(int(lengths.sum()))
-    for tensors in (inputs, exact):
-        tensors[0] = (tensors[0].detach() * 20).requires_grad_()
+    inputs, exact = steep(draw(int(lengths.sum()), torch.float32)), steep(draw(int(lengths.sum())))
     found = packed(inputs, Segments(lengths, reads), sliding_window=100, softcap=cap)
     wanted = closed_form(*exact, lengths, reads, 100, cap)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
@@ -172,10 +185,10 @@ def test_matrix_products_are_what_the_flash_kernel_gives() -> None:
     hidden = torch.ones(5, 9, dtype=torch.bool).triu(5)
     bias = torch.zeros(5, 9, dtype=torch.float64).masked_fill(hidden, -math.inf)
     wanted = kernels._flash(query, key, value, attn_mask=bias, scale=0.3)
-    found = kernels._by_products(query, key, value, hidden, 0.3, None)
-    torch.testing.assert_close(found, tuple(wanted), rtol=1e-12, atol=1e-12)
+    out = kernels._by_products(query, key, value, hidden, 0.3, None)
+    torch.testing.assert_close(out, tuple(wanted), rtol=1e-12, atol=1e-12)
     slopes = kernels._flash_backward(grad, query, key, value, *wanted, 0.0, False, attn_mask=bias, scale=0.3)
-    found = kernels._by_products_backward(grad, query, key, value, *found, hidden, 0.3, None)
+    found = kernels._by_products_backward(grad, query, key, value, *out, hidden, 0.3, None)
     torch.testing.assert_close(found, tuple(slopes), rtol=1e-12, atol=1e-12)
 
 
@@ -222,13 +235,13 @@ def test_every_layout_of_a_pack_says_the_same(pack: str, window: int | None, mon
 )  # fmt: skip
 def test_what_it_does_not_compute_is_refused(argument: dict[str, Any], names: str) -> None:
     """Whatever else a model gives to its attention would be lost."""
-    inputs = [x.transpose(0, 1)[None] for x in draw(3)]
+    inputs = as_a_model_gives(draw(3))
     with pytest.raises(ConfigError, match=f"Identity uses {names} in its attention"):
         attention.packed_attention(nn.Identity(), *inputs, None, rlsys_segments=alone(np.array([3])), **argument)
 
 
 def test_a_model_that_does_not_hand_the_segments_on_is_refused() -> None:
-    inputs = [x.transpose(0, 1)[None] for x in draw(3)]
+    inputs = as_a_model_gives(draw(3))
     with pytest.raises(ConfigError, match="does not pass rlsys_segments on"):
         attention.packed_attention(nn.Identity(), *inputs, None)
 

@@ -98,7 +98,7 @@ def test_a_frozen_layer_gets_no_weight_gradient_and_none_is_computed() -> None:
     seen: set[tuple[int, ...]] = set()
 
     class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in own:
                 seen.add(tuple(out.shape))
@@ -163,7 +163,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(kind: str) -> None:
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         rows = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             for tensor in out if isinstance(out, (tuple, list)) else [out]:
                 if isinstance(tensor, Tensor) and tensor.ndim == 2 and tensor.shape[1] == V:

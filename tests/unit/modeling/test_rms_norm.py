@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from rlsys.modeling.rms_norm import replace_norms
 KINDS = pytest.mark.parametrize("kind", [Qwen3RMSNorm, GemmaRMSNorm])
 
 
-def fresh(dtype: torch.dtype, kind: type[nn.Module] = Qwen3RMSNorm) -> nn.Module:
+def fresh(dtype: torch.dtype, kind: Any = Qwen3RMSNorm) -> Any:
     norm = kind(6, eps=1e-5)
     norm.weight.data = torch.linspace(-1.0, 2.0, 6)
     return norm.to(dtype)
@@ -78,7 +80,12 @@ def test_what_is_kept_has_no_copy_of_the_input() -> None:
     replace_norms(norm)
     x = torch.randn(50, 6).bfloat16().requires_grad_()
     kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         norm(x)
     assert sorted(tuple(tensor.shape) for tensor in kept) == [(6,), (50, 1), (50, 6)]
     assert all(tensor.data_ptr() == x.data_ptr() for tensor in kept if tensor.shape == x.shape)

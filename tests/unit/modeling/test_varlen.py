@@ -72,7 +72,7 @@ def test_a_pack_gives_what_the_cpu_s_attention_gives_and_so_do_its_gradients(
     def drawn(heads: int) -> Tensor:
         return torch.randn(sum(lengths), heads, SIZE, dtype=torch.float64, generator=generator)
 
-    given = [drawn(heads).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    given = drawn(HEADS).requires_grad_(), drawn(KV_HEADS).requires_grad_(), drawn(KV_HEADS).requires_grad_()
     mix = drawn(HEADS)
     scale = SIZE**-0.5
     on_gpu = kernels.varlen(*given, segments, scale, window)

@@ -113,9 +113,9 @@ def train(base: Path, folder: Path, *overrides: str, rewards: Callable[[int], fl
     random = np.random.default_rng(5)
     overlapped = config.overlap.max_policy_lag is not None
     pieces = config.rl.substeps * config.overlap.minibatches
-    with RunStore.open(config, note=str) as store:
+    with RunStore.open(config, note=lambda text: None) as store:
         settings = config.model_dump(mode="json")
-        with Tracker(store.run_dir, config.tracking, config.run.name, settings, note=str) as tracker:
+        with Tracker(store.run_dir, config.tracking, config.run.name, settings, note=lambda text: None) as tracker:
             store.save(0, policy.state_files(), ledger)
             for step in range(1, STEP_COUNT + 1):
                 ledger.draw(step, PROBLEMS)
@@ -252,7 +252,7 @@ def test_another_adapter_is_noticed(run: Path) -> None:
         assert (wrong / name).read_bytes() != (right / name).read_bytes()
     shutil.rmtree(right)
     save_step(run, replace(load_step(run, 2), version=1), keep=9)
-    with RunStore.open(job(Path("unused"), run.parent, "run.name=other"), note=str) as other:
+    with RunStore.open(job(Path("unused"), run.parent, "run.name=other"), note=lambda text: None) as other:
         ledger = Ledger(Epochs(40, PROBLEMS, 0))
         ledger.draw(1, PROBLEMS)
         ledger.settle(1, np.full(PROBLEMS, TRAINED))

@@ -55,7 +55,8 @@ class Page(HTMLParser):
 
 
 def run_of(folder: Path, text: str = " 2", name: str = "seen") -> Tracker:
-    with Tracker(folder, TrackingSection(wandb="disabled"), name, {"run": {"name": name}}, note=str) as tracker:
+    config = {"run": {"name": name}}
+    with Tracker(folder, TrackingSection(wandb="disabled"), name, config, note=lambda text: None) as tracker:
         tracker.log(10, {"sft/loss": 2.0})
         tracker.log(0, {"eval/accuracy": 0.455, "time/eval_s": 2.0})
         tracker.rollouts(0, [rollout(0, "before", "1 + 1 =", text, "2", 0.0, None, 4, "length")])
@@ -95,7 +96,7 @@ def test_what_a_model_or_a_user_wrote_is_text_and_never_markup(tmp_path: Path, w
 
 
 def test_tokens_problems_and_errors_are_text_too(tmp_path: Path) -> None:
-    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=str) as tracker:
+    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=lambda text: None) as tracker:
         tracker.rollouts(1, [in_tokens([ATTACK, "'>"], 0.5, [1.0, 1.1])])
         tracker.groups(1, [0], [0.0])
     write_problems(tmp_path, [ATTACK], [ATTACK])
@@ -129,7 +130,7 @@ def test_a_run_that_wrote_nothing_has_a_report(tmp_path: Path) -> None:
 
 
 def test_one_point_and_no_finite_point_have_a_report(tmp_path: Path) -> None:
-    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=str) as tracker:
+    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=lambda text: None) as tracker:
         tracker.log(0, {"eval/accuracy": 0.5})
         tracker.log(1, {"policy/ratio_max": math.inf, "policy/grad_norm": math.nan, "time/learn_s": 0.0})
     page = Page(write_report(tmp_path))
@@ -159,7 +160,7 @@ def test_a_report_can_be_written_while_the_run_writes(tmp_path: Path) -> None:
     done = threading.Event()
 
     def work() -> None:
-        with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=str) as tracker:
+        with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=lambda text: None) as tracker:
             for step in range(60):
                 tracker.log(step, {"reward/mean": step / 60})
                 tracker.rollouts(step, [in_tokens(["a"] * 50, 0.5, [1.0] * 50, step=step)])
@@ -185,7 +186,7 @@ def test_a_folder_that_holds_no_run_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_problems_that_never_or_always_succeed_are_listed_with_their_words(tmp_path: Path) -> None:
-    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=str) as tracker:
+    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=lambda text: None) as tracker:
         tracker.groups(1, [0, 1, 2], [0.0, 1.0, 0.5])
         tracker.groups(2, [0, 1, 2], [0.0, 1.0, 1.0])
     write_problems(tmp_path, ["the hard one", "the easy one", "the right one", "the unseen one"], ["1", "2", "3", "4"])
@@ -197,7 +198,7 @@ def test_problems_that_never_or_always_succeed_are_listed_with_their_words(tmp_p
 
 
 def test_each_token_says_its_numbers_and_replies_are_marked(tmp_path: Path) -> None:
-    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=str) as tracker:
+    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=lambda text: None) as tracker:
         tracker.rollouts(1, [in_tokens(["2+2", "=4", ".", "!"], -0.5, [0.5, 1.0, None, None], reply=(1,))])
     page = Page(write_report(tmp_path))
     tokens = [attrs for tag, attrs in page.elements if tag == "span" and "data-n" in attrs]
@@ -211,7 +212,7 @@ def test_each_token_says_its_numbers_and_replies_are_marked(tmp_path: Path) -> N
 
 
 def test_rewards_of_any_size_have_a_report_in_their_own_numbers(tmp_path: Path) -> None:
-    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=str) as tracker:
+    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=lambda text: None) as tracker:
         for step, mean in enumerate((-120.0, -75.0, 30.0)):
             ends = {"eval/accuracy_low": mean - 8, "eval/accuracy_high": mean + 8}
             tracker.log(step, {"eval/accuracy": mean, **ends, "reward/mean": mean / 10, "reward/std": 4.0})

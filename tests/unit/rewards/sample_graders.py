@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,7 @@ class AwkwardError(Exception):
         super().__init__()
 
 
-def obedient(completion: str, answer: str) -> object:
+def obedient(completion: str, answer: str) -> Any:
     """Does what the completion says; otherwise 1 for an equal answer."""
     match completion:
         case "sleep":
@@ -63,7 +64,7 @@ def numbers(completion: str, answer: str) -> float:
     return float(completion)
 
 
-def killed_once(completion: str, answer: str) -> object:
+def killed_once(completion: str, answer: str) -> Any:
     """The completion names a file; without it, the process makes it and is killed."""
     try:
         with open(completion, "x"):

@@ -110,7 +110,7 @@ def test_attempts_count_samplings_of_a_draw_and_outlive_going_back() -> None:
         lambda ledger: ledger.roll_back(3),
     ],
 )
-def test_a_loop_that_skips_or_repeats_a_step_is_stopped(wrong) -> None:  # type: ignore[no-untyped-def]
+def test_a_loop_that_skips_or_repeats_a_step_is_stopped(wrong) -> None:
     with pytest.raises(AssertionError):
         wrong(run(2))
 

@@ -120,7 +120,8 @@ def test_fresh_leaves_nothing_of_the_run_before(tmp_path: Path) -> None:
 
 
 def test_what_a_writer_left_half_done_is_put_right_and_told(tmp_path: Path) -> None:
-    job, notes = config(tmp_path), []
+    job = config(tmp_path)
+    notes: list[str] = []
     folder = saved(job, 1, 2)
     (folder / ".step-000003.x8y").mkdir()
     (folder / ".step-000003.x8y" / "ledger.npz").write_bytes(b"half")

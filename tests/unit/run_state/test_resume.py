@@ -72,6 +72,11 @@ def flip(name: str) -> Any:
     return damage
 
 
+def emptied(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
 DAMAGES = {
     "a changed byte": flip("optimizer.safetensors"),
     "a ledger with a changed byte": flip("ledger.npz"),
@@ -80,7 +85,7 @@ DAMAGES = {
     "no resume.json": lambda path: (path / "resume.json").unlink(),
     "a torn resume.json": lambda path: os.truncate(path / "resume.json", 100),
     "an edited resume.json": damage_resume_json,
-    "an empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
+    "an empty folder": emptied,
     "a renamed folder": lambda path: path.rename(path.with_name("step-000008")),
 }
 
@@ -89,7 +94,8 @@ DAMAGES = {
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before_and_the_user_is_told(
     tmp_path: Path, damage: Any
 ) -> None:
-    job, notes = config(tmp_path), []
+    job = config(tmp_path)
+    notes: list[str] = []
     damage(saved(job, 1, 2) / "step-000002")
     with RunStore.open(job, note=notes.append) as store:
         assert store.resume is not None and store.resume.step == 1
@@ -112,7 +118,8 @@ def test_no_whole_checkpoint_is_an_error_with_the_way_out(tmp_path: Path) -> Non
 def test_checkpoints_that_somebody_removed_are_missed(tmp_path: Path) -> None:
     job = config(tmp_path)
     folder = saved(job, 1)
-    with Tracker(job.run_dir, config(tmp_path, "tracking.wandb=disabled").tracking, "r", {}, note=str) as tracker:
+    tracking = config(tmp_path, "tracking.wandb=disabled").tracking
+    with Tracker(job.run_dir, tracking, "r", {}, note=lambda text: None) as tracker:
         tracker.log(1, {"reward/mean": 0.5})
     (job.run_dir / "config.yaml").write_text(dump_config(job))
     shutil.rmtree(folder)

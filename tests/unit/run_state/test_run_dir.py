@@ -36,11 +36,11 @@ def test_a_run_keeps_the_day_on_which_it_began(tmp_path: Path) -> None:
     path = job.run_dir / "config.yaml"
     path.write_text(dump_config(job.dated("2026-02-03")))
     for _ in range(2):
-        with RunStore.open(job, note=str) as store:
+        with RunStore.open(job, note=lambda text: None) as store:
             assert store.config.prompt.date == "2026-02-03" == day_of(job.run_dir)
     with pytest.raises(RunExistsError, match=r"prompt\.date was '2026-02-03', is '2026-02-04'"):
         RunStore.open(config(tmp_path, "prompt.date=2026-02-04"))
-    with RunStore.open(job, fresh=True, note=str) as store:
+    with RunStore.open(job, fresh=True, note=lambda text: None) as store:
         assert store.config.prompt.date == date.today().isoformat()
 
 
@@ -51,7 +51,7 @@ def test_a_run_of_an_rlsys_that_kept_no_day_has_that_of_its_start(tmp_path: Path
     info = json.loads((job.run_dir / "run.json").read_text())
     noon = datetime(2026, 2, 3, 12).timestamp()
     (job.run_dir / "run.json").write_text(json.dumps({**info, "started": noon}))
-    with RunStore.open(job, note=str) as store:
+    with RunStore.open(job, note=lambda text: None) as store:
         assert store.config.prompt.date == "2026-02-03"
 
 
@@ -66,9 +66,9 @@ def test_facts_outlive_the_driver(tmp_path: Path) -> None:
 
 def test_only_the_steps_asked_for_decide_whether_a_run_is_finished(tmp_path: Path) -> None:
     saved(config(tmp_path), 5, 6)
-    with RunStore.open(config(tmp_path), note=str) as store:
+    with RunStore.open(config(tmp_path), note=lambda text: None) as store:
         assert store.finished
-    with RunStore.open(config(tmp_path, "rl.steps=8"), note=str) as store:
+    with RunStore.open(config(tmp_path, "rl.steps=8"), note=lambda text: None) as store:
         assert not store.finished
 
 
@@ -86,8 +86,8 @@ def test_more_steps_go_on_and_the_configuration_before_is_kept(tmp_path: Path) -
 def test_fewer_steps_than_are_done_are_refused_and_as_many_are_a_finished_run(tmp_path: Path) -> None:
     saved(config(tmp_path), 4)
     with pytest.raises(ConfigError, match=r"rl\.steps 3: .* is at step 4.*rl\.steps=4 or more.*--fresh"):
-        RunStore.open(config(tmp_path, "rl.steps=3"), note=str)
-    with RunStore.open(config(tmp_path, "rl.steps=4"), note=str) as store:
+        RunStore.open(config(tmp_path, "rl.steps=3"), note=lambda text: None)
+    with RunStore.open(config(tmp_path, "rl.steps=4"), note=lambda text: None) as store:
         assert store.finished
 
 
@@ -137,7 +137,8 @@ def test_a_directory_that_cannot_be_made_is_an_error_of_its_key(tmp_path: Path) 
 def test_a_base_is_kept_when_it_is_whole_and_made_again_when_it_is_not(tmp_path: Path) -> None:
     from rlsys.modeling.base_model import pack_folder  # here, so that the drivers that import this module start fast
 
-    job, notes = config(tmp_path), []
+    job = config(tmp_path)
+    notes: list[str] = []
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "model.safetensors").write_bytes(b"base")
     with RunStore.open(job) as store:
@@ -170,15 +171,15 @@ def test_the_path_of_a_run_is_no_pattern(tmp_path: Path, name: str) -> None:
     saved(job, 1, 2)
     written = yaml.safe_load((job.run_dir / "config.yaml").read_text())
     tracking = TrackingSection(wandb="disabled", tensorboard=True)
-    with Tracker(job.run_dir, tracking, "r", written, note=str) as tracker:
+    with Tracker(job.run_dir, tracking, "r", written, note=lambda text: None) as tracker:
         for step in (1, 2):
             tracker.log(step, {"reward/mean": 0.5})
         tracker.roll_back(1)
         tracker.log(2, {"reward/mean": 0.5})
-    with RunStore.open(job, note=str) as store:
+    with RunStore.open(job, note=lambda text: None) as store:
         assert store.resume is not None and store.resume.step == 2
     assert [record["step"] for record in read_metrics(job.run_dir)] == [1, 2]
     assert report_of(job.run_dir).is_file()
-    with RunStore.open(job, fresh=True, note=str) as store:
+    with RunStore.open(job, fresh=True, note=lambda text: None) as store:
         assert store.resume is None
     assert folders(other) == ["step-000001"]

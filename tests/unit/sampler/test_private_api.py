@@ -30,7 +30,7 @@ def installed() -> Path:
 
 def record() -> tuple[str, dict[str, str]]:
     head, *lines = RECORD.read_text().splitlines()
-    return head.partition(":")[0].removeprefix("# "), dict(line.split() for line in lines)  # type: ignore[misc]
+    return head.partition(":")[0].removeprefix("# "), dict(line.split() for line in lines)
 
 
 @pytest.fixture(params=["installed", "RLSYS_VLLM_SOURCES"])

@@ -91,7 +91,12 @@ def test_the_same_question_is_held_out_whatever_system_prompt_it_has() -> None:
 def test_messages_reach_the_renderer_and_their_text_the_records() -> None:
     said = (("user", "a?"), ("assistant", "b"), ("user", "c?"))
     seen: list[Any] = []
-    problem_sets(Listed([Problem.of_messages(said, "1")], asked("x")), lambda question: seen.append(question) or [1])
+
+    def encoded(question: Any) -> list[int]:
+        seen.append(question)
+        return [1]
+
+    problem_sets(Listed([Problem.of_messages(said, "1")], asked("x")), encoded)
     assert seen == [said, "x"]
     assert Problem.of_messages(said, "1").prompt == "user: a?\nassistant: b\nuser: c?"
 

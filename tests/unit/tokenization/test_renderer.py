@@ -284,7 +284,7 @@ def taught(template: str | None, tokens: np.ndarray, weights: np.ndarray) -> lis
 def test_what_the_assistant_says_is_taught_with_its_end(template: str) -> None:
     tokenizer = tokenizer_of(template)
     tokens, weights = build_supervised_example(tokenizer, CONVERSATION)
-    assert (tokens.dtype, weights.dtype) == (np.int32, np.float32)
+    assert tokens.dtype == np.int32 and weights.dtype == np.float32
     assert len(tokens) == len(weights)
     whole = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
     assert tokenizer.decode(tokens.tolist()) == whole

@@ -157,7 +157,7 @@ def _records(metrics: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def _written(folder: Path, metrics: dict[str, float], steps: int) -> str:
-    with Tracker(folder, TrackingSection(wandb="disabled"), "seen", CONFIG, note=str) as tracker:
+    with Tracker(folder, TrackingSection(wandb="disabled"), "seen", CONFIG, note=lambda text: None) as tracker:
         tracker.log(1, {"sft/loss": 2.0})
         for step in range(1, steps + 1):
             tracker.log(step, metrics)

@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -170,7 +171,7 @@ def test_mean_grades_outside_0_to_1_are_called_a_reward_and_no_accuracy(monkeypa
     with (bars := Progress(out)).stage("rl", 2):
         bars.update(1, accuracy=-12.5)
     assert "held-out reward -12.500" in written(out) and "accuracy" not in written(out)
-    where = {"steps": 3, "seconds": 1.0, "wandb_dir": None, "wandb_url": None, "adapter": None}
+    where: dict[str, Any] = {"steps": 3, "seconds": 1.0, "wandb_dir": None, "wandb_url": None, "adapter": None}
     rows = dict(closing_rows(Path("r"), accuracy_before=-1250.0, accuracy_after=0.5, **where))
     assert rows["held-out reward"] == "-1250.0 before, 0.500 after"
 

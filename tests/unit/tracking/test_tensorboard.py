@@ -32,7 +32,7 @@ def steps_of(tracker: Tracker, steps: range, offset: float = 0.0) -> None:
 
 
 def test_every_figure_is_there_under_its_name_step_and_time(tmp_path: Path) -> None:
-    with Tracker(tmp_path, ON, "r", {"rl": {"steps": 2}}, note=str) as tracker:
+    with Tracker(tmp_path, ON, "r", {"rl": {"steps": 2}}, note=lambda text: None) as tracker:
         tracker.log(500, {"sft/loss": 2.5})
         tracker.log(0, {"eval/accuracy": 0.25})
         tracker.log(1, {"reward/mean": 0.5, "sync/bytes": 2**20, "policy/ratio_max": math.inf})
@@ -48,7 +48,7 @@ def test_every_figure_is_there_under_its_name_step_and_time(tmp_path: Path) -> N
 
 
 def test_a_step_that_is_done_again_hides_its_first_figures_and_those_after_it(tmp_path: Path) -> None:
-    with Tracker(tmp_path, ON, "r", {}, note=str) as tracker:
+    with Tracker(tmp_path, ON, "r", {}, note=lambda text: None) as tracker:
         tracker.log(9, {"sft/loss": 1.0})
         steps_of(tracker, range(6))
         tracker.roll_back(2)
@@ -61,7 +61,7 @@ KILLED = """
 import os, pathlib, signal, sys
 sys.path.insert(0, sys.argv[2])
 from tests.unit.tracking.test_tensorboard import ON, Tracker, steps_of
-tracker = Tracker(pathlib.Path(sys.argv[1]), ON, "r", {}, note=str)
+tracker = Tracker(pathlib.Path(sys.argv[1]), ON, "r", {}, note=lambda text: None)
 tracker.log(9, {"sft/loss": 1.0})
 steps_of(tracker, range(6))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -72,7 +72,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_killed_run_that_goes_on_shows_every_step_once(tmp_path: Path, keep: bool) -> None:
     code = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parents[3])]
     assert subprocess.run(code, check=False, env=dict(os.environ)).returncode == -signal.SIGKILL
-    with Tracker(tmp_path, ON, "r", {}, note=str, resume_from=3, keep_supervised=keep) as tracker:
+    with Tracker(tmp_path, ON, "r", {}, note=lambda text: None, resume_from=3, keep_supervised=keep) as tracker:
         if not keep:
             tracker.log(4, {"sft/loss": 7.0})
         steps_of(tracker, range(4, 8), offset=0.5)
@@ -81,10 +81,10 @@ def test_a_killed_run_that_goes_on_shows_every_step_once(tmp_path: Path, keep: b
 
 
 def test_a_run_that_is_gone_on_with_and_had_none_gets_the_steps_before(tmp_path: Path) -> None:
-    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=str) as tracker:
+    with Tracker(tmp_path, TrackingSection(wandb="disabled"), "r", {}, note=lambda text: None) as tracker:
         steps_of(tracker, range(4))
     assert not (tmp_path / "tensorboard").exists()
-    with Tracker(tmp_path, ON, "r", {}, note=str, resume_from=2) as tracker:
+    with Tracker(tmp_path, ON, "r", {}, note=lambda text: None, resume_from=2) as tracker:
         steps_of(tracker, range(3, 5), offset=0.5)
     assert shown(tmp_path, "reward/mean") == [(0, 0), (1, 1), (2, 2), (3, 3.5), (4, 4.5)]
 
@@ -94,7 +94,7 @@ def test_without_the_package_the_run_is_refused_and_told_what_to_do(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as Python itself marks what cannot be imported
     with pytest.raises(ConfigError, match=r"tracking\.tensorboard.*pip install tensorboard"):
-        Tracker(tmp_path, ON, "r", {}, note=str)
+        Tracker(tmp_path, ON, "r", {}, note=lambda text: None)
 
 
 def test_it_is_not_imported_where_nobody_asked_for_it(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_line_is_on_the_disk_when_log_returns(tmp_path: Path) -> None:
 
 def test_floats_that_are_not_finite_stay_valid_json_and_come_back(tmp_path: Path) -> None:
     with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
-        tracker.log(1, {"a/nan": math.nan, "a/up": math.inf, "a/down": -math.inf, "a/np": np.float32("nan")})
+        tracker.log(1, {"a/nan": math.nan, "a/up": math.inf, "a/down": -math.inf, "a/np": np.float32("nan")})  # type: ignore[dict-item]
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -100,7 +100,8 @@ def test_a_torn_last_line_is_left_out_and_a_broken_one_before_it_is_named(tmp_pa
 
 def test_a_run_that_wrote_nothing_reads_as_nothing(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
-    assert read_rollouts(tmp_path) == read_groups(tmp_path) == []
+    assert read_rollouts(tmp_path) == []
+    assert read_groups(tmp_path) == []
     assert read_problems(tmp_path) == {}
 
 
@@ -122,7 +123,7 @@ def test_rollouts_of_a_run_from_before_tokens_were_shown_are_read_and_gone_on_wi
 def test_groups_are_on_the_disk_when_the_call_returns_and_are_cut_back_as_figures_are(tmp_path: Path) -> None:
     with Tracker(tmp_path, DISABLED, "r", CONFIG) as tracker:
         for step in (1, 2, 3):
-            tracker.groups(step, np.array([step, 9]), np.array([0.25, 1.0], np.float32))
+            tracker.groups(step, np.array([step, 9]), np.array([0.25, 1.0], np.float32))  # type: ignore[arg-type]
         assert [row.step for row in read_groups(tmp_path)] == [1, 2, 3]
         tracker.roll_back(2)
         tracker.groups(3, [5], [0.5])
@@ -213,7 +214,7 @@ def test_an_offline_run_read_back_holds_config_metrics_table_and_artifact(tmp_pa
 
 
 def test_a_run_that_fails_is_closed_with_a_failing_exit_code(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Tracker(tmp_path, OFFLINE, "r", CONFIG, note=str) as tracker:
+    with pytest.raises(KeyboardInterrupt), Tracker(tmp_path, OFFLINE, "r", CONFIG, note=lambda text: None) as tracker:
         raise KeyboardInterrupt
     assert tracker.wandb_dir is not None
     (end,) = (record.exit for kind, record in wandb_records(tracker.wandb_dir) if kind == "exit")
@@ -361,7 +362,7 @@ KILLED = """
 import os, pathlib, signal, sys, time
 sys.path.insert(0, sys.argv[2])
 from tests.unit.tracking.test_tracker import CONFIG, ID, OFFLINE, Tracker, steps_of
-tracker = Tracker(pathlib.Path(sys.argv[1]), OFFLINE, "r", CONFIG, note=str, wandb_id=ID)
+tracker = Tracker(pathlib.Path(sys.argv[1]), OFFLINE, "r", CONFIG, note=lambda text: None, wandb_id=ID)
 tracker.log(500, {"sft/loss": 2.5})
 steps_of(tracker, range(0, 6), offset=0.5)
 while tracker.wandb_dir is None or tracker._wandb._calls.qsize(): time.sleep(0.05)

@@ -81,10 +81,17 @@ def test_files_and_inner_folders_are_on_disk_before_the_name_appears(
 ) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(
-        os, "fsync", lambda handle: (events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name), fsync(handle))
-    )
-    monkeypatch.setattr(os, "rename", lambda source, target: (events.append("rename"), rename(source, target)))
+
+    def seen_fsync(handle: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def seen_rename(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", seen_fsync)
+    monkeypatch.setattr(os, "rename", seen_rename)
     replace_folder(tmp_path / "folder", {"in/y": b"2", "x": b"1"})
     at = events.index("rename")
     assert sorted(events[: at - 1]) == ["in", "x", "y"] and events.index("y") < events.index("in")

@@ -77,7 +77,7 @@ def test_start_loads_within_the_share_and_gives_back(
         return "bfloat16"
 
     monkeypatch.setattr(door, "_start", load)
-    assert door.start(None, CANARY, None, None) == "bfloat16"
+    assert door.start(None, CANARY, None, None) == "bfloat16"  # type: ignore[arg-type]
     assert asked == ["limit 0.5", "load", "empty"]
 
 

@@ -33,7 +33,7 @@ def test_driver_memory_capability_and_peers_are_what_nvml_says(tmp_path: Path, m
     assert found is not None and found.error is None
     assert (found.driver, found.cuda, found.no_peer_access) == ("535.1", (12, 2), ((0, 1),))
     assert found.gpus[1] == Gpu(1, "GPU-b", "Tesla T4", (7, 5), 15_360 * MIB, 100 * MIB)
-    assert (found.exclusive, found.in_mig_mode) == ({1}, frozenset())
+    assert (found.exclusive, found.in_mig_mode) == (frozenset({1}), frozenset())
     node = this_machine(None)
     assert (node.resources["GPU"], node.gpu_memory) == (2.0, 15_360 * MIB), "the smaller one counts"
 
@@ -120,7 +120,7 @@ def test_torch_reads_the_same_indices(value: str, monkeypatch: pytest.MonkeyPatc
     from torch.cuda import _parse_visible_devices
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-    read = [at for at in _parse_visible_devices() if at < len(TWO)]  # it does not know how many there are
+    read = [int(at) for at in _parse_visible_devices() if int(at) < len(TWO)]  # it does not know how many there are
     assert [gpu.index for gpu in visible(value, Gpus(gpus=TWO)).gpus] == read
 
 

@@ -59,7 +59,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Learner, Keeper, Ledg
     config = parse_config("{run: {name: toy}, model: {path: x}, rl: {steps: 7}, cluster: {max_restarts: 3}}")
     store = Store()
     learner = Learner(config, store, Failures(), lambda text: None)
-    learner.init = LearnerInit(None, None)
+    learner.init = LearnerInit(None, None)  # type: ignore[arg-type]
     learner.launch(())
     return store, learner, Keeper(config, store, learner), Ledger(Epochs(4, 2, 0))  # type: ignore[arg-type]
 

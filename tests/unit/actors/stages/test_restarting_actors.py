@@ -50,9 +50,12 @@ class Seen:
 
 def test_completions_are_shown_with_their_own_advantages_where_pieces_were_centred_one_by_one() -> None:
     config, actor = job(), RewardActor(job())
-    actor.started = Seen()
+    actor.started = Seen()  # type: ignore[assignment]
     parts, rewards = [groups(0, 2), groups(2, 1)], [np.array([0.0, 1.0, 1.0, 1.0]), np.array([1.0, 0.0])]
-    datums, refs, rows, logprobs = [], [], [], []
+    datums: list[DatumsRef] = []
+    refs: list[Any] = []
+    rows: list[Any] = []
+    logprobs: list[Array] = []
     for part, rewards_R in zip(parts, rewards, strict=True):
         batches, numbers, metrics, outcomes = to_minibatches(part, rewards_R, config.rl, 1)
         datums.append(DatumsRef(tuple(map(Ref, batches)), metrics, tuple(map(Ref, numbers)), outcomes))
@@ -65,7 +68,7 @@ def test_completions_are_shown_with_their_own_advantages_where_pieces_were_centr
     firsts = first_rows(trained, config.rl.samples_per_problem)
     assert firsts == [0, 4]
     request = ShowRequest("train", 6, tuple(firsts), (1, 1, 2, 2, 2))
-    shown = actor.show(request, concatenate(parts), np.concatenate(rewards), *refs, *rows, *logprobs)
+    shown: list[Any] = actor.show(request, concatenate(parts), np.concatenate(rewards), *refs, *rows, *logprobs)
     assert shown == [[-0.5, -0.5], [0.5, 0.5], [0.0, 0.0], [0.0, 0.0], [0.5, 0.5], [-0.5, -0.5]]
 
 

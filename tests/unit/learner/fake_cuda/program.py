@@ -22,7 +22,8 @@ from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch
 from rlsys.learner import learner as module
 from rlsys.learner.packing import MicroBatch
-from rlsys.modeling import attention, load_checks, rms_norm
+from rlsys.modeling import attention, rms_norm
+from rlsys.modeling.logprobs import AS_THEY_ARE
 from rlsys.modeling.prefix_layout import ALONE, Segments
 from rlsys.types import AdamParams, Array
 
@@ -92,7 +93,7 @@ def moved(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
                 if tensor is not None:
                     new = tensor.detach().to(device or tensor.device, dtype if tensor.is_floating_point() else None)
                     is_weight = isinstance(tensor, nn.Parameter)
-                    tensors[name] = nn.Parameter(new, tensor.requires_grad) if is_weight else new
+                    tensors[name] = nn.Parameter(new, tensor.requires_grad) if is_weight else new  # type: ignore[assignment]
     return self
 
 
@@ -122,12 +123,12 @@ def without_values() -> None:
         assert values.device.type == "cuda" and values.shape == (max(1, len(micro.index)),)
         values.detach().cpu()
 
-    module.load_model = load  # type: ignore[assignment]  # loads files and proves packing by their gradients
-    MicroBatch.scatter = scatter  # type: ignore[method-assign]
-    module.fingerprint_of = lambda model: None  # type: ignore[assignment]  # hashes weights
-    module.logit_transform = lambda model: load_checks.AS_THEY_ARE  # type: ignore[assignment]  # compares logits
+    module.load_model = load  # type: ignore[attr-defined,assignment]  # loads files and proves packing by their gradients
+    MicroBatch.scatter = scatter  # type: ignore[method-assign,assignment]
+    module.fingerprint_of = lambda model: None  # type: ignore[attr-defined,assignment,return-value]  # hashes weights
+    module.logit_transform = lambda model: AS_THEY_ARE  # type: ignore[attr-defined]  # compares logits
     nn.Module.to = moved  # type: ignore[assignment]
-    torch.allclose = lambda *args, **kwargs: True  # type: ignore[assignment]  # a norm's fused form against its own
+    torch.allclose = lambda *args, **kwargs: True  # a norm's fused form against its own
     module.float = lambda norm: 1.0  # type: ignore[attr-defined]  # reads the gradient's norm
 
 
@@ -156,7 +157,7 @@ def learner_case(dtype: str, **section: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    fake.init_gpu_context = lambda device: None  # there is no context to make
+    fake.init_gpu_context = lambda device: None  # type: ignore[assignment]  # there is no context to make
     torch.autograd.set_multithreading_enabled(False)  # a device's own thread would ask the driver
     without_values()
     results = []

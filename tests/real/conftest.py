@@ -1,1 +1,0 @@
-"""The modules beside these tests are found by name, as in tests/engine."""
