@@ -69,7 +69,7 @@ def test_too_few_resources_are_refused_at_once_with_the_shortfall(
 ) -> None:
     another = shutil.copytree(base, tmp_path / "another")
     greedy = rlsys.ServiceClient(rlsys.ServiceConfig(learner=LearnerSection(num_cpus=64), start_timeout_s=FAR_S))
-    with pytest.raises(ClusterError, match=r"asks for 65 CPUs.* too few") as raised:
+    with pytest.raises(ClusterError, match=r"needs 65 CPUs.* too few") as raised:
         greedy.create_sampling_client(base_model=str(another))
     print(f"\ntoo few resources: {raised.value}")
 
