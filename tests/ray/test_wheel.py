@@ -44,4 +44,6 @@ def test_an_installed_wheel_is_imported_by_a_ray_worker_started_outside_the_chec
     assert done.returncode == 0, done.stderr
     files = json.loads(done.stdout.splitlines()[-1])
     assert all(file.startswith(str(site)) for file in files), files
-    assert (site / "rlsys" / "templates" / "report.html.j2").is_file() and (site / "rlsys" / "py.typed").is_file()
+    assert (site / "rlsys" / "report" / "templates" / "report.html.j2").is_file() and (
+        site / "rlsys" / "py.typed"
+    ).is_file()
