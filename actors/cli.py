@@ -6,7 +6,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,10 @@ from rlsys.errors import ConfigError, RlsysError, StorageError
 from rlsys.utils.atomic_files import refusal
 from rlsys.utils.env_variables import drop_empty_variables
 from rlsys.utils.shell_paths import expand, expanded
+
+if TYPE_CHECKING:
+    from rlsys.config import JobConfig
+    from rlsys.planning.plan import Node
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
@@ -152,7 +156,8 @@ def plan(
 
     from rlsys.architectures.model_shape import model_shape
     from rlsys.architectures.support import refuse_structure
-    from rlsys.planning.plan import plan as compare
+    from rlsys.planning.plan import described_machine
+    from rlsys.planning.plan import plan as make_plan
     from rlsys.planning.view import show
 
     job = load_command(config, overrides or ())
@@ -163,30 +168,32 @@ def plan(
 
         notes = check_job(job)
     dims = model_shape(job.model)
-    where = job.cluster.address or address
-    described = [gpu_memory_gb, gpus, cpus, memory_gb]
-    if any(part is not None for part in described):
-        from rlsys.planning.plan import described_machine
-
+    if any(part is not None for part in (gpu_memory_gb, gpus, cpus, memory_gb)):
         if gpus is not None and gpu_memory_gb is None:
             raise ConfigError(
                 f"--gpus {gpus} was given without --gpu-memory-gb; give both, or neither for a machine without GPUs"
             )
         nodes = [described_machine(cpus or job.cluster.num_cpus, memory_gb, gpus or 1, gpu_memory_gb)]
-    elif where:
-        from actors.cluster.inventory import nodes_at
-
-        nodes = nodes_at(where)
     else:
-        from actors.machine.gpus import this_machine
-
-        nodes = [this_machine(job.cluster.num_cpus)]
-    comparison = compare(job, dims, nodes)
+        nodes = _nodes_of(job, address)
+    comparison = make_plan(job, dims, nodes)
     show(job, dims, nodes, comparison, Console(highlight=False))
     for note in notes:
         print(note)
     if comparison.shortfalls:
         raise typer.Exit(1)
+
+
+def _nodes_of(job: JobConfig, address: str | None) -> list[Node]:
+    """The nodes of the cluster that the job would join, or this machine."""
+    where = job.cluster.address or address
+    if where:
+        from actors.cluster.inventory import nodes_at
+
+        return list(nodes_at(where))
+    from actors.machine.gpus import this_machine
+
+    return [this_machine(job.cluster.num_cpus)]
 
 
 def _holds_more_than_a_config(model_path: str | None) -> bool:

@@ -53,9 +53,8 @@ def check_packing(model: PreTrainedModel) -> None:
     }
     with _noting_windows(model) as windows:
         hidden = model.base_model(inputs_embeds=inputs, **packed).last_hidden_state
-    mix = (
-        torch.arange(hidden.shape[-1], device=device).cos().to(hidden.dtype)
-    )  # a plain sum would hide the gradient of norms
+    # A plain sum would hide the gradient of norms.
+    mix = torch.arange(hidden.shape[-1], device=device).cos().to(hidden.dtype)
     slopes = torch.stack([torch.autograd.grad(each, inputs, retain_graph=True)[0][0] for each in hidden[0] @ mix])
     if not slopes.isfinite().all():
         raise ConfigError(

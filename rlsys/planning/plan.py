@@ -266,7 +266,17 @@ def _token_budget(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) ->
 
 def _warnings(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Iterator[str]:
     """Settings with which the job runs, but slower or with more memory than needed."""
-    learner, sampler, lora = config.learner, config.sampler, config.lora
+    yield from _sampler_warnings(config, dims)
+    yield from gpu_warnings(config, dims, _gpu_bytes(nodes))
+    yield from _adapter_warnings(config, dims)
+    yield from _learner_warnings(config)
+    yield from _resource_warnings(config, dims)
+    if any(row.on_gpu for row in _rows(config, dims)) and all(node.gpu_memory is None for node in nodes):
+        yield "GPU memory is not known, so the predictions for the GPU were not compared with it"
+
+
+def _sampler_warnings(config: JobConfig, dims: ModelShape) -> Iterator[str]:
+    sampler = config.sampler
     completions = config.rl.problems_per_step * config.rl.samples_per_problem
     each = math.ceil(completions / sampler.num_workers)
     if sampler.max_num_seqs < each:
@@ -282,7 +292,10 @@ def _warnings(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Ite
             f"{config.model.max_length}: vLLM would preempt and recompute some; set "
             f"sampler.kv_cache_gb={math.ceil(wanted / GIB)}"
         )
-    yield from gpu_warnings(config, dims, _gpu_bytes(nodes))
+
+
+def _adapter_warnings(config: JobConfig, dims: ModelShape) -> Iterator[str]:
+    sampler, lora = config.sampler, config.lora
     room = config.model.max_length - max(config.rl.sampling.max_tokens, config.eval.max_tokens)
     if room < SHORT_PROMPT_TOKENS:
         yield (
@@ -300,6 +313,10 @@ def _warnings(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Ite
         yield (
             f"lora.rank {lora.rank} is larger than the smallest matrix dimension, {smallest}; set lora.rank={smallest}"
         )
+
+
+def _learner_warnings(config: JobConfig) -> Iterator[str]:
+    learner, sampler = config.learner, config.sampler
     if computing_dtype(config.model.dtype, learner.device) != config.model.dtype:
         yield (
             f"model.dtype {config.model.dtype}: torch has no fast kernels for it on this CPU, so the learner rounds "
@@ -313,6 +330,11 @@ def _warnings(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Ite
             f"rl.optim.decay_steps {optim.decay_steps}: the learning rate is 0 after step {optim.decay_steps}, but "
             f"rl.steps is {steps}; set rl.optim.final_share, or rl.optim.decay_steps={steps}"
         )
+
+
+def _resource_warnings(config: JobConfig, dims: ModelShape) -> Iterator[str]:
+    learner, sampler = config.learner, config.sampler
+    completions = config.rl.problems_per_step * config.rl.samples_per_problem
     if learner.num_workers > completions:
         yield f"learner.num_workers {learner.num_workers}: a step has {completions} sequences, so some ranks are idle"
     # A single learner and a single sampler run alternately, so each may use the cores of both.
@@ -331,8 +353,6 @@ def _warnings(config: JobConfig, dims: ModelShape, nodes: Sequence[Node]) -> Ite
             f"learner.logprob_chunk_tokens {learner.logprob_chunk_tokens}: logits take more than half of the learner's "
             f"{gib(memory.total)}; learner.logprob_chunk_tokens={learner.logprob_chunk_tokens // 4} saves most of that"
         )
-    if any(row.on_gpu for row in _rows(config, dims)) and all(node.gpu_memory is None for node in nodes):
-        yield "GPU memory is not known, so the predictions for the GPU were not compared with it"
 
 
 def amounts(amounts: Mapping[str, float]) -> str:
