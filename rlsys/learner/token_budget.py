@@ -36,7 +36,7 @@ class TokenBudget:
         while True:
             try:
                 return work()
-            except Exception as error:
+            except Exception as error:  # CUDA, cuBLAS and Triton report out of memory as several types
                 if not is_out_of_memory(error):
                     raise
                 if instead():

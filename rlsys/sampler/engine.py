@@ -522,7 +522,7 @@ class Sampler:
                 )
         except ActorDiedError:
             raise
-        except Exception as error:
+        except Exception as error:  # vLLM raises many types
             raise WeightSyncError(f"{where}: not installed: {error}") from error
         digest: str = held[0] if is_alone else await asyncio.to_thread(proven_digest, where, snapshot, held)
         return digest

@@ -135,7 +135,7 @@ class WandbRun:
             while (call := self._calls.get()) is not None:
                 call(run)
             self._finish(run)
-        except Exception as error:
+        except Exception as error:  # wandb raises many types; the job continues without the copy, and says so
             rest = f"; what it has so far: {command('wandb', 'sync', self.run_dir)}" if self.run_dir else ""
             self._note(f"wandb: gave up ({type(error).__name__}: {error}); {METRICS} is complete without it{rest}")
 

@@ -20,7 +20,7 @@ def answer(worker: Any, number: int, method: str, arguments: Sequence[Any]) -> A
     """In the worker: `method`'s result or its error."""
     try:
         return worker.rank, number, None, getattr(worker, method)(*arguments)
-    except Exception as error:
+    except Exception as error:  # an answer like any other: a raise would end the engine
         at = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(at.filename).name}:{at.lineno}"
         return worker.rank, number, f"{type(error).__name__}: {error} ({place})", None

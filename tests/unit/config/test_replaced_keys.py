@@ -16,6 +16,10 @@ CHANGELOG = Path(__file__).parents[3] / "CHANGELOG.md"
 DOTTED = re.compile(r"\b[a-z_]+(?:\.[a-z_]+)+\b")
 
 
+def test_the_keys_that_were_replaced_are_known() -> None:
+    assert {"run.stage_timeout_s", "run.start_timeout_s"} <= REPLACED.keys()
+
+
 @pytest.mark.parametrize("key", REPLACED)
 def test_a_replaced_key_is_refused_with_the_new_spelling(key: str) -> None:
     with pytest.raises(ConfigError) as refused:
