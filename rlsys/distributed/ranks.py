@@ -1,11 +1,11 @@
-"""Data-parallel learner ranks: shares of a batch, sums over ranks, and a base sharded over them (FSDP2).
+"""Data-parallel learner ranks: shares of a batch, and sums over ranks.
 
 Every rank gets the same batch and makes the same calls in the same order. It computes its share, and results are
 combined by summing arrays that are zero outside a rank's share:
 
     rank 0   p p p . . . p p        rank 1   . . . p p p . .        both, afterwards   p p p p p p p p
 
-All use of torch.distributed is in this module. A process is in one group at a time; it may leave and join another.
+A process is in one group at a time; it may leave and join another.
 """
 
 from __future__ import annotations
@@ -17,31 +17,23 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, ConfigError, StalledError
+from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, StalledError
 from rlsys.types import Array
 from rlsys.utils.env_variables import env_variable, set_default
 from rlsys.utils.gpu_errors import advised
 from rlsys.utils.text_files import first_line
 
-Found = TypeVar("Found")
-_FORWARD = "rlsys_forward"  # a method of the sharded model that counts as its forward
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
-
-
 _FAILED, _OUT_OF_MEMORY = 1, 2  # status of a rank's share, summed over ranks
 
 
@@ -56,7 +48,7 @@ class Ranks:
         self.rank = rank
         self.size = size
         self.shards = False  # whether forward passes communicate, so that all ranks must run equally many
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._timeout_s = timeout_s
 
     @classmethod
@@ -71,14 +63,14 @@ class Ranks:
             ClusterError: rank 0 cannot open the address.
         """
         ranks = cls(rank, size, device, timeout_s)
-        if ranks._device.type == "cuda":
+        if ranks.device.type == "cuda":
             set_default("TORCH_NCCL_BLOCKING_WAIT", "1")  # raise at the timeout instead of aborting the process
         else:
             _bind_gloo(urlparse(address).hostname or "")
         began = time.monotonic()
         try:
             dist.init_process_group(
-                "nccl" if ranks._device.type == "cuda" else "gloo",
+                "nccl" if ranks.device.type == "cuda" else "gloo",
                 init_method=address,
                 rank=rank,
                 world_size=size,
@@ -127,7 +119,7 @@ class Ranks:
         """
         if self.size == 1:
             return
-        flat = torch.cat([tensor.detach().reshape(-1).to(self._device) for tensor in tensors])
+        flat = torch.cat([tensor.detach().reshape(-1).to(self.device) for tensor in tensors])
         with self.guard("a sum over ranks"):
             dist.all_reduce(flat)
         for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
@@ -187,33 +179,8 @@ class Ranks:
                 f"{waited} another rank has died: {advised(first_line(error), str(error), 'learner')}"
             ) from error
 
-    def shard(
-        self, model: nn.Module, layers: Sequence[nn.Module], forward: Callable[..., Found]
-    ) -> Callable[..., Found]:
-        """Shard every parameter over the ranks (FSDP2). Returns the function to call in place of `forward`.
-
-        A layer's parameters are gathered only while the layer runs, parameters outside of layers during all of
-        `forward`. Parameters added to the model later are complete on every rank.
-        """
-        if self.size == 1:
-            raise ConfigError("learner.shard_base: found one rank; wanted learner.num_workers of 2 or more")
-        mesh = init_device_mesh(self._device.type, (self.size,))
-        for module in (*layers, model):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
-        setattr(model, _FORWARD, forward)
-        register_fsdp_forward_method(model, _FORWARD)
-        self.shards = True
-        sharded: Callable[..., Found] = getattr(model, _FORWARD)
-        return sharded
-
 
 ALONE = Ranks()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The complete tensor. A sharded tensor is gathered, so all ranks must call this."""
-    everything: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return everything
 
 
 def _bind_gloo(host: str) -> None:

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rlsys.datums import DatumBatch
 from rlsys.distributed.ranks import Ranks
+from rlsys.distributed.sharding import shard
 from rlsys.learner.packing import MicroBatch, bins, filler, micro_batch, prefix_groups
 from rlsys.learner.token_budget import TokenBudget
 from rlsys.modeling import attention
@@ -60,7 +61,7 @@ class ForwardPass:
 
     def shard(self, layers: Sequence[nn.Module]) -> None:
         """Distribute the model's parameters over the ranks. Adapters added later stay complete on every rank."""
-        self._forward = self._ranks.shard(self.model, layers, self._compute)
+        self._forward = shard(self._ranks, self.model, layers, self._compute)
 
     def micro_batches(self, batch: DatumBatch, wanted_T: Array | None = None) -> list[MicroBatch]:
         """This rank's share of the batch. `wanted_T`: where log-probabilities are computed, None: everywhere.

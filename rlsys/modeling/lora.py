@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlsys.distributed.ranks import whole
+from rlsys.distributed.sharding import full_tensor
 from rlsys.errors import ConfigError
 from rlsys.modeling.lora_linear import lora_linear
 from rlsys.modeling.module_roles import is_linear, names, roles_of
@@ -129,7 +129,7 @@ class Adapters:
     def enlarge(self, name: str, size: float, seed: int) -> None:
         """Set B to random values such that the RMS of each weight delta is `size` times that of the weight."""
         for path, layer in self._of(name).items():
-            b, base = layer.lora_B[name].weight, whole(layer.get_base_layer().weight.detach())
+            b, base = layer.lora_B[name].weight, full_tensor(layer.get_base_layer().weight.detach())
             (rank, inputs), rms = layer.lora_A[name].weight.shape, float(base.float().square().mean().sqrt())
             spread = size * rms / layer.scaling[name] * math.sqrt(3.0 * inputs / rank)  # A's variance is 1 / (3 in)
             values = torch.randn(b.shape, generator=_generator(seed, f"{path}.lora_B"))
