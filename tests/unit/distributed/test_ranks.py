@@ -1,17 +1,10 @@
-"""Ranks are real processes that meet over gloo; whatever their number, gradients, results and adapters are as of one.
-
-The processes are started once for the module and join a new group for every test.
-"""
+"""Gradients, results and adapters do not depend on the number of ranks, and a rank that fails is named."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -21,139 +14,33 @@ import torch
 import torch.distributed as dist
 
 from rlsys import losses
-from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch, take
 from rlsys.distributed.ranks import ALONE, Ranks
-from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, ConfigError, GradientError, StalledError
-from rlsys.learner.adapter_checkpoint import load_run, save_run
-from rlsys.learner.custom_loss import PASSES
-from rlsys.learner.learner import Learner
-from rlsys.learner.packing import bins
+from rlsys.errors import ActorDiedError, ActorFailedError, ClusterError, GradientError, StalledError
 from rlsys.learner.token_budget import TokenBudget
 from rlsys.types import AdamParams, Array
+from tests.unit.distributed.rank_processes import (
+    SHORT_S,
+    Pool,
+    as_rank,
+    assert_near,
+    assert_same,
+    assert_whole,
+    bad_share,
+    found_gradients,
+    free_address,
+    learner_on,
+    one_bad,
+    trained,
+)
 from tests.unit.tiny_learner import (
-    ALL_TARGETS,
     Models,
-    base_bytes,
-    datums_of,
     draw,
-    gradients,
-    preference,
-    weights,
     with_run,
 )
-from tests.waiting import cpu_of, slowdown, until
+from tests.waiting import until
 
-PROCESSES = 4
 LONER = 3  # a process that is in no group: one that failed to join cannot join again
-PATIENCE_S = 600.0
-SHORT_S = 2.0 * round(slowdown())  # of ranks that wait in vain
-BUDGET = 30  # tokens of a micro-batch
-Task = Callable[..., Any]
-
-
-def free_address(ip: str) -> str:
-    """``tcp://ip:port`` with a port of this machine that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((ip, 0))
-        return f"tcp://{ip}:{probe.getsockname()[1]}"
-
-
-@dataclass
-class Pool:
-    """Processes that do what they are sent, one thing at a time."""
-
-    connections: list[Connection]
-
-    def send(self, process: int, task: Task, *arguments: Any) -> None:
-        self.connections[process].send((task, arguments))
-
-    def receive(self, process: int) -> Any:
-        until(self.connections[process].poll, f"an answer of process {process}", cpu_of(os.getpid()), poll_s=0.01)
-        return self.connections[process].recv()
-
-    def together(self, size: int, task: Task, *arguments: Any) -> list[Any]:
-        """What each of `size` ranks returned."""
-        answers = self.outcomes(size, task, *arguments)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers
-
-    def outcomes(self, size: int, task: Task, *arguments: Any, patience_s: float = PATIENCE_S) -> list[Any]:
-        """The same with errors as values."""
-        address = free_address("127.0.0.1")
-        for rank in range(size):
-            self.send(rank, as_rank, address, rank, size, patience_s, task, arguments)
-        return [self.receive(rank) for rank in range(size)]
-
-
-def serve(connection: Connection) -> None:
-    torch.set_num_threads(1)
-    while True:
-        try:
-            task, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            connection.send(task(*arguments))
-        except Exception as error:
-            connection.send(error)
-
-
-def as_rank(address: str, rank: int, size: int, patience_s: float, task: Task, arguments: tuple[Any, ...]) -> Any:
-    ranks = Ranks.join(address, rank, size, "cpu", patience_s)
-    try:
-        return task(ranks, *arguments)
-    finally:
-        ranks.leave()
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Pool]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlsys.learner.learner"])  # imported once, not once for each process
-    pairs = [context.Pipe() for _ in range(PROCESSES)]
-    processes = [context.Process(target=serve, args=(theirs,), daemon=True) for _, theirs in pairs]
-    for process in processes:
-        process.start()
-    for _, theirs in pairs:
-        theirs.close()
-    yield Pool([ours for ours, _ in pairs])
-    for ours, _ in pairs:
-        ours.close()
-    for process in processes:
-        process.join(10)
-        if process.is_alive():
-            process.kill()
-
-
-def learner_on(ranks: Ranks, path: Path, *, shard: bool = False) -> Learner:
-    section = LearnerSection(token_budget=BUDGET, shard_base=shard, num_workers=max(2, ranks.size) if shard else 1)
-    return Learner(path, ModelSection(path=str(path)), section, dtype=torch.float32, ranks=ranks)
-
-
-def arrays(tensors: dict[str, torch.Tensor]) -> dict[str, Array]:
-    return {name: tensor.numpy() for name, tensor in tensors.items()}
-
-
-def found_gradients(ranks: Ranks, path: Path, batch: DatumBatch, loss: str, shard: bool) -> Any:
-    """(result, gradient summed over ranks as a step does it, whether this rank's own gradient was another one)."""
-    learner = with_run(learner_on(ranks, path, shard=shard))
-    if loss == "custom":
-        result = learner.forward_backward_custom("run", batch, datums_of(batch), preference)
-    else:
-        result = learner.forward_backward("run", batch, losses.resolve(loss), temperature=0.9)
-    own, total = gradients(learner), {}
-    step = learner.runs["run"].stepper.step
-
-    def kept_step(adam: AdamParams) -> None:
-        total.update(gradients(learner))
-        step(adam)
-
-    learner.runs["run"].stepper.step = kept_step  # type: ignore[method-assign]
-    learner.optim_step("run", AdamParams())
-    return result, arrays(total), not any(torch.equal(own[name], total[name]) for name in own)
 
 
 def groups(prompts: int = 3, completions: int = 4) -> DatumBatch:
@@ -187,32 +74,6 @@ def test_groups_that_share_their_prompts_give_the_gradients_of_one_rank(
     assert_whole(list(results), wanted)
     assert_same(list(found))
     assert_near(found[0], gradient)
-
-
-def assert_near(found: dict[str, Array], wanted: dict[str, Array], bound: float = 1e-5) -> None:
-    """||g - g'|| <= bound ||g|| for each parameter."""
-    assert found.keys() == wanted.keys()
-    assert all(np.linalg.norm(value) > 0 for value in wanted.values())
-    for name, value in wanted.items():
-        assert np.linalg.norm(found[name] - value) <= bound * np.linalg.norm(value), name
-
-
-def assert_same(answers: list[dict[str, Array]]) -> None:
-    for answer in answers[1:]:
-        assert all(np.array_equal(answer[name], answers[0][name]) for name in answers[0])
-
-
-def assert_whole(results: list[Any], wanted: Any) -> None:
-    """The same bits on all ranks, and K = 1's up to fp32 rounding: micro-batches are cut otherwise."""
-    for result in results:
-        assert result.loss_sum == results[0].loss_sum
-        assert result.metrics == results[0].metrics
-        assert np.array_equal(result.logprobs, results[0].logprobs)
-    np.testing.assert_allclose(results[0].logprobs, wanted.logprobs, rtol=2e-5, atol=1e-6)
-    assert results[0].metrics.keys() == wanted.metrics.keys()
-    for name in wanted.metrics.keys() - {PASSES}:  # more ranks have one micro-batch each sooner
-        value = wanted.metrics[name]
-        assert results[0].metrics[name] == pytest.approx(value, rel=2e-5, abs=1e-5), name
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
@@ -265,20 +126,6 @@ def test_gradients_and_results_do_not_depend_on_the_number_of_ranks(
     assert all(partial), "each rank computed the whole batch"
 
 
-def trained(ranks: Ranks, path: Path, batches: list[DatumBatch], shard: bool = False) -> Any:
-    """(norms, adapter and optimizer state, log-probabilities) after a step per batch; two calls add up to a step."""
-    learner = with_run(learner_on(ranks, path, shard=shard), LoraSection(rank=3, alpha=6.0))
-    norms = []
-    for batch in batches:
-        for part in (np.arange(0, batch.num_datums, 2), np.arange(1, batch.num_datums, 2)):
-            learner.forward_backward("run", take(batch, part), losses.resolve("ppo"))
-        norms.append(learner.optim_step("run", AdamParams(1e-2, weight_decay=0.1, grad_clip_norm=1.0))["grad_norm"])
-    state = learner.runs.state("run")
-    logprobs = learner.logprobs("run", batches[0].tokens, batches[0].offsets)
-    owned = {**state.weights, **(state.optimizer or {})}
-    return norms, arrays({name: value.clone() for name, value in owned.items()}), logprobs
-
-
 @pytest.mark.parametrize("size", [2, 3])
 def test_adapters_and_optimizers_are_equal_to_the_bit_on_all_ranks_after_several_steps(
     pool: Pool, tiny_model: Models, size: int
@@ -315,21 +162,6 @@ def test_a_step_without_a_gradient_is_refused_by_all_ranks_alike(pool: Pool, tin
     assert first == second
 
 
-def bad_share(ranks: Ranks, path: Path, good: DatumBatch, bad: DatumBatch, shard: bool) -> Any:
-    """The error of a batch in which one rank's share is bad, and the gradient from before and after it."""
-    learner, loss = with_run(learner_on(ranks, path, shard=shard)), losses.resolve("importance_sampling")
-    learner.forward_backward("run", good, loss)
-    before = gradients(learner)
-    try:
-        learner.forward_backward("run", bad, loss)
-    except Exception as error:
-        failure = error
-    kept = all(torch.equal(a, b) for a, b in zip(before.values(), gradients(learner).values(), strict=True))
-    if not shard:
-        learner.optim_step("run", AdamParams(1e-2))  # the group goes on
-    return failure, kept, arrays(weights(learner))
-
-
 def short_of_memory(ranks: Ranks, fits: int, also: str) -> Any:
     """Rank 1 cannot allocate while the budget is above `fits`; rank 0 fails in a way of its own if asked to."""
     budget, sums = TokenBudget(4096, ranks), np.zeros(2)
@@ -360,13 +192,6 @@ def test_a_rank_out_of_memory_does_not_begin_anew_without_one_that_failed(pool: 
     assert isinstance(told, ActorFailedError) and "failed in its share" in str(told)
 
 
-def one_bad() -> DatumBatch:
-    bad = draw(seed=5)
-    victim = int(Ranks(0, 2).shares(bad.lengths)[1][0])
-    bad.tokens[bad.offsets[victim]] = 64  # out of the vocabulary, in a datum of rank 1
-    return bad
-
-
 def test_what_fails_on_one_rank_fails_on_all_and_leaves_their_gradients(pool: Pool, tiny_model: Models) -> None:
     (told, kept0, owned0), (own, kept1, owned1) = pool.together(
         2, bad_share, tiny_model(True), draw(), one_bad(), False
@@ -375,16 +200,6 @@ def test_what_fails_on_one_rank_fails_on_all_and_leaves_their_gradients(pool: Po
     assert isinstance(told, ActorFailedError) and "rank 1 failed in its share" in str(told)
     assert kept0 and kept1
     assert_same([owned0, owned1])
-
-
-def test_what_fails_on_one_rank_of_a_shared_base_is_an_error_on_the_others_within_the_timeout(
-    pool: Pool, tiny_model: Models
-) -> None:
-    other, failed = pool.outcomes(2, bad_share, tiny_model(True), draw(), one_bad(), True, patience_s=2 * SHORT_S)
-    assert isinstance(failed[0], IndexError)
-    assert isinstance(other[0], StalledError | ActorDiedError), other
-    assert "learner rank 0 of 2: the forward pass" in str(other[0])
-    assert other[1] and failed[1]
 
 
 def joined_alone(address: str) -> Any:
@@ -410,7 +225,6 @@ def joined_at_a_taken_port(address: str) -> str:
 
 
 def test_a_port_that_is_taken_is_said_to_be(pool: Pool) -> None:
-    import socket
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -440,79 +254,6 @@ def test_a_rank_that_does_not_call_is_a_stall_within_the_timeout(
     (text, seconds), _ = pool.outcomes(2, stays_away, tiny_model(True), tmp_path / "over", patience_s=SHORT_S)
     assert "learner rank 0 of 2: a sum over ranks: after" in text and f"limit {SHORT_S:g} s" in text
     assert 0.9 * SHORT_S < seconds < 10 * SHORT_S
-
-
-def sharded_facts(ranks: Ranks, path: Path, batch: DatumBatch, shard: bool, scratch: Path) -> Any:
-    """What a run on a base is found to be by everything but its gradient."""
-    learner = with_run(learner_on(ranks, path, shard=shard))
-    learner.forward_backward("run", batch, losses.resolve("importance_sampling"))
-    learner.optim_step("run", AdamParams(1e-2))
-    probe, canary, _ = learner.probe("run", "float32", batch.tokens[:12])
-    folder = scratch / f"rank-{ranks.rank}-of-{ranks.size}"
-    save_run(learner, "run", folder, with_optimizer=True)
-    learner.runs.create("other", ALL_TARGETS, 5)
-    load_run(learner, "other", folder, with_optimizer=True)
-    facts = {
-        "of the base": learner.logprobs(None, batch.tokens, batch.offsets),
-        "of the adapter": learner.logprobs("run", batch.tokens, batch.offsets),
-        "of one loaded": learner.logprobs("other", batch.tokens, batch.offsets),
-        "of the probe": canary,
-        "greedy": np.concatenate(learner.greedy([batch.tokens[:5], batch.tokens[:2]], 6, [63], "run")),
-    }
-    learner.runs.drop("other")
-    snapshot = learner.snapshot("run", "float32")
-    return facts, snapshot, probe, learner.identity, base_bytes(learner), sorted(p.name for p in folder.iterdir())
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_base_shared_by_two_ranks_is_that_of_one(pool: Pool, tiny_model: Models, tied: bool, tmp_path: Path) -> None:
-    path, batch = tiny_model(tied), draw(datums=5, seed=4)
-    wanted, snapshot, probe, identity, nbytes, files = sharded_facts(ALONE, path, batch, False, tmp_path)
-    answers = pool.together(2, sharded_facts, path, batch, True, tmp_path)
-    for facts, its_snapshot, its_probe, its_identity, its_bytes, its_files in answers:
-        for name, values in wanted.items():
-            np.testing.assert_allclose(facts[name], values, rtol=1e-3, atol=1e-4, err_msg=name)
-            assert np.array_equal(facts[name], answers[0][0][name]), name
-        assert its_snapshot.digest == answers[0][1].digest
-        assert its_snapshot.layout == snapshot.layout
-        assert its_probe.digest == probe.digest, "its size is that of the whole weight"
-        assert its_identity == identity and its_files == files
-        assert 0.45 * nbytes < its_bytes < 0.55 * nbytes
-
-
-@pytest.mark.parametrize(
-    ("loss", "datums", "seed", "micro_batches", "tied"),
-    [
-        ("importance_sampling", 1, 0, [1, 0], True),
-        ("importance_sampling", 6, 4, [3, 2], True),
-        ("importance_sampling", 6, 4, [3, 2], False),
-        ("custom", 2, 0, [1, 1], True),
-        ("custom", 6, 4, [3, 2], True),
-    ],
-)
-def test_gradients_on_a_shared_base_are_those_of_one_rank_whatever_each_has_to_do(
-    pool: Pool, tiny_model: Models, loss: str, datums: int, seed: int, micro_batches: list[int], tied: bool
-) -> None:
-    path, batch = tiny_model(tied), draw(datums=datums, seed=seed)
-    assert [len(bins(batch.lengths[share], BUDGET)) for share in Ranks(0, 2).shares(batch.lengths)] == micro_batches
-    wanted, gradient, _ = found_gradients(ALONE, path, batch, loss, False)
-    results, found, _ = zip(*pool.together(2, found_gradients, path, batch, loss, True), strict=True)
-    assert_whole(list(results), wanted)
-    assert_same(list(found))
-    assert_near(found[0], gradient)
-
-
-def test_a_rank_without_datums_goes_along_with_a_shared_base(pool: Pool, tiny_model: Models) -> None:
-    path, batches = tiny_model(True), [draw(datums=1, seed=3), take(draw(), []), draw(datums=7, seed=2)]
-    (norms, owned, _), (again, other, _) = pool.together(2, trained, path, batches, True)
-    assert norms == again
-    assert_same([owned, other])
-    np.testing.assert_allclose(norms, trained(ALONE, path, batches)[0], rtol=1e-3)
-
-
-def test_one_rank_has_nobody_to_share_a_base_with(tiny_model: Models) -> None:
-    with pytest.raises(ConfigError, match=r"learner\.shard_base: found one rank; wanted learner\.num_workers"):
-        learner_on(ALONE, tiny_model(True), shard=True)
 
 
 def dies_in_a_sum(ranks: Ranks) -> Any:
