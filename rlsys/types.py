@@ -21,7 +21,7 @@ from rlsys.errors import ConfigError, DatumError, SamplingError
 if TYPE_CHECKING:
     import torch
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[Any]  # Any: numpy's dtype, which the comment beside an array names
 DType = Literal["float32", "int64"]
 StopReason = Literal["stop", "length"]
 
@@ -30,7 +30,7 @@ MAX_TOKEN_ID = 2**31 - 1  # batches use int32
 LEAST_EPS = 1e-38  # of AdamW in float32: eps 0 would give 0/0 for a weight whose gradients were all 0
 
 
-def to_array(value: Any) -> Array:
+def to_array(value: object) -> Array:
     """Convert a list, numpy array, torch tensor or TensorData to a numpy array, without a copy if possible.
 
     Raises:
@@ -39,8 +39,8 @@ def to_array(value: Any) -> Array:
     if isinstance(value, TensorData):
         return value.to_numpy()
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float().numpy() if value.dtype.is_floating_point else value.numpy()
+        tensor: torch.Tensor = value.detach().cpu()
+        value = tensor.float().numpy() if tensor.dtype.is_floating_point else tensor.numpy()
     try:
         return np.asarray(value)
     except ValueError as error:
@@ -59,7 +59,7 @@ class TensorData:
 
     __slots__ = ("_array",)
 
-    def __init__(self, data: Any, dtype: DType | None = None, shape: Sequence[int] | None = None) -> None:
+    def __init__(self, data: object, dtype: DType | None = None, shape: Sequence[int] | None = None) -> None:
         array = to_array(data)
         if dtype is None:
             dtype = "int64" if array.dtype.kind in "iub" else "float32"
@@ -85,7 +85,7 @@ class TensorData:
     @property
     def data(self) -> list[float] | list[int]:
         """The flat values in C order."""
-        values: list[Any] = self._array.reshape(-1).tolist()
+        values: list[float] | list[int] = self._array.reshape(-1).tolist()
         return values
 
     @property
@@ -104,7 +104,7 @@ class TensorData:
 
         return torch.from_numpy(np.array(self._array))  # a copy: torch must not write into a shared buffer
 
-    def tolist(self) -> list[Any]:
+    def tolist(self) -> list[Any]:  # Any: numbers, or lists as deep as the shape
         values: list[Any] = self._array.tolist()
         return values
 
@@ -115,10 +115,10 @@ class TensorData:
     def __len__(self) -> int:
         return len(self._array)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # Any: as in tolist
         return iter(self._array.tolist())
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: Any) -> Any:  # Any: what numpy takes; a number or a TensorData, as in a list
         part = self._array[index]
         return part.item() if np.ndim(part) == 0 else TensorData(part)
 
@@ -206,7 +206,7 @@ class ModelInput:
         return f"ModelInput({self.to_ints()})"
 
 
-def _token_ids(tokens: Any) -> Array:
+def _token_ids(tokens: object) -> Array:
     array = to_array(tokens)
     if array.ndim != 1:
         raise DatumError(f"model_input: found shape {array.shape}; wanted one dimension of token ids")
@@ -231,7 +231,7 @@ class Datum:
     """
 
     model_input: ModelInput
-    loss_fn_inputs: Mapping[str, Any]
+    loss_fn_inputs: Mapping[str, Any]  # Any: the user's containers, which a custom loss gets back
 
     def __post_init__(self) -> None:
         if not isinstance(self.model_input, ModelInput):
@@ -309,8 +309,8 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_token_id(value: Any) -> bool:
-    return _is_whole(value) and 0 <= int(value) <= MAX_TOKEN_ID
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, Integral) and _is_whole(value) and 0 <= int(value) <= MAX_TOKEN_ID
 
 
 def is_number(value: object) -> bool:
@@ -374,6 +374,7 @@ class ForwardBackwardOutput:
 
     loss: float
     metrics: Mapping[str, float]
+    # Any: the container type of the caller's target_tokens
     loss_fn_outputs: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
 

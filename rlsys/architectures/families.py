@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, SupportsInt, TypeVar, cast
 
 QKV = ("q_proj", "k_proj", "v_proj")
 ATTENTION = (*QKV, "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
+Value = TypeVar("Value")
 Windows = Literal["none", "all", "optional", "pattern"]
+Defaults = Mapping[str, int | None]
+Config = Mapping[str, object]  # a config.json; its values are checked where they are used
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Family:
     name: str
     model_type: str
     architecture: str
-    defaults: Mapping[str, Any]
+    defaults: Defaults
     attention: tuple[str, ...] = ATTENTION
     mlp: tuple[str, ...] = MLP
     norms: int = 2
@@ -48,7 +51,9 @@ class Family:
     output_layer: bool = True  # vLLM's model has a separate output layer that accepts an adapter
 
 
-def _defaults(hidden: int, inner: int, layers: int, heads: int, kv: int | None, **more: Any) -> dict[str, Any]:
+def _defaults(
+    hidden: int, inner: int, layers: int, heads: int, kv: int | None, **more: int | None
+) -> dict[str, int | None]:
     return {
         "hidden_size": hidden,
         "intermediate_size": inner,
@@ -60,7 +65,9 @@ def _defaults(hidden: int, inner: int, layers: int, heads: int, kv: int | None, 
     }
 
 
-def _gemma(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, positions: int) -> dict[str, Any]:
+def _gemma(
+    hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, positions: int
+) -> dict[str, int | None]:
     more = {"head_dim": 256, "vocab_size": vocab, "max_position_embeddings": positions, "sliding_window": 4096}
     return _defaults(hidden, inner, layers, heads, kv, **more) | {"tie_word_embeddings": True}
 
@@ -240,37 +247,42 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in _ROWS}
 TEXT_PARTS: Mapping[str, str] = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
 
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_part(config: Mapping[str, Value]) -> Mapping[str, Value]:
     """Return the configuration of the language model: `config`, or its ``text_config`` with the keys shared by both."""
     inner = config.get("text_config")
     if not isinstance(inner, Mapping):
         return config
     kind = inner.get("model_type") or TEXT_PARTS.get(str(config.get("model_type")))
     outer = {key: config[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype") if key in config}
-    return {**inner, **outer, "model_type": kind}
+    return cast("Mapping[str, Value]", {**inner, **outer, "model_type": kind})
 
 
-def family_of(config: Mapping[str, Any]) -> Family | None:
+def family_of(config: Config) -> Family | None:
     """Return the family of a config.json; None if the table has no row for it."""
     return FAMILIES.get(str(text_part(config).get("model_type")))
 
 
-def value(family: Family, config: Mapping[str, Any], key: str) -> Any:
+def value(family: Family, config: Config, key: str) -> object:
     """Return the value of a key of the text part, or the default of transformers."""
     if key == "num_experts":
         key = next((name for name in ("num_experts", "num_local_experts") if name in config), key)
     return config[key] if key in config else family.defaults.get(key)
 
 
-def windowed_layers(family: Family, config: Mapping[str, Any]) -> Iterator[int]:
+def integer(setting: object) -> int:
+    """Return a number of a config.json as int(), which raises TypeError or ValueError for what is no number."""
+    return int(cast(SupportsInt, setting))
+
+
+def windowed_layers(family: Family, config: Config) -> Iterator[int]:
     """Yield the indices of layers whose attention is limited to ``sliding_window`` tokens."""
     if family.windows == "none" or value(family, config, "sliding_window") is None:
         return
     kinds = config.get("layer_types")
     enabled = bool(config.get("use_sliding_window", False))
-    first = value(family, config, "max_window_layers") or 0
+    first = cast(int, value(family, config, "max_window_layers") or 0)
     every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or family.period
-    for i in range(int(value(family, config, "num_hidden_layers"))):
+    for i in range(integer(value(family, config, "num_hidden_layers"))):
         if family.windows == "all":
             windowed = True
         elif family.windows == "optional" and not enabled:
@@ -285,13 +297,13 @@ def windowed_layers(family: Family, config: Mapping[str, Any]) -> Iterator[int]:
             yield i
 
 
-def mixture_layers(family: Family, config: Mapping[str, Any]) -> Iterator[int]:
+def mixture_layers(family: Family, config: Config) -> Iterator[int]:
     """Yield the indices of layers whose MLP is a mixture of experts."""
     if not family.experts:
         return
-    single = config.get("mlp_only_layers") or ()
-    step = int(value(family, config, "decoder_sparse_step") or 1)
-    for i in range(int(value(family, config, "num_hidden_layers"))):
+    single = cast("list[int]", config.get("mlp_only_layers") or [])
+    step = integer(value(family, config, "decoder_sparse_step") or 1)
+    for i in range(integer(value(family, config, "num_hidden_layers"))):
         if i not in single and (i + 1) % step == 0:
             yield i
 

@@ -7,15 +7,16 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from rlsys.architectures.families import (
     FAMILIES,
+    Config,
     Family,
     expert_size_key,
     family_of,
+    integer,
     mixture_layers,
     text_part,
     value,
@@ -134,7 +135,7 @@ def model_shape(model: ModelSection) -> ModelShape:
     return _from_list(model.path, problem)
 
 
-def of_config(config: Mapping[str, Any], source: str) -> ModelShape:
+def of_config(config: Config, source: str) -> ModelShape:
     """Return the shape described by a config.json; for a text-and-image checkpoint, that of its text part.
 
     Raises:
@@ -179,7 +180,7 @@ def of_config(config: Mapping[str, Any], source: str) -> ModelShape:
     )
 
 
-def read_config(folder: Path) -> Mapping[str, Any]:
+def read_config(folder: Path) -> Config:
     """Read the config.json of a model's folder.
 
     Raises:
@@ -199,30 +200,30 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     return content
 
 
-def hidden_size(config: Mapping[str, Any]) -> int:
+def hidden_size(config: Config) -> int:
     """Return the hidden size in a config.json, also for a model_type that is not in the table of families."""
-    return int(_setting(config, "hidden_size"))
+    return integer(_setting(config, "hidden_size"))
 
 
-def vocab_size(config: Mapping[str, Any]) -> int:
+def vocab_size(config: Config) -> int:
     """Return the number of embedding rows in a config.json, also for other model types."""
-    return int(_setting(config, "vocab_size"))
+    return integer(_setting(config, "vocab_size"))
 
 
-def max_positions(config: Mapping[str, Any]) -> int | None:
+def max_positions(config: Config) -> int | None:
     """Return the number of positions in a config.json, also for other model types; None if there is no limit."""
     positions = _setting(config, "max_position_embeddings")
-    return None if positions is None else int(positions)
+    return None if positions is None else integer(positions)
 
 
-def _setting(config: Mapping[str, Any], key: str) -> Any:
+def _setting(config: Config, key: str) -> object:
     family, text = family_of(config), text_part(config)
     return text.get(key) if family is None else value(family, text, key)
 
 
 def known_models() -> dict[str, ModelShape]:
     """Return the shapes listed in models.yaml, by name on the Hub."""
-    listed: dict[str, dict[str, Any]] = yaml.safe_load(KEPT.read_text(encoding="utf-8"))
+    listed: dict[str, Config] = yaml.safe_load(KEPT.read_text(encoding="utf-8"))
     return {name: of_config(config, f"config.json of {name}") for name, config in listed.items()}
 
 
@@ -247,9 +248,9 @@ def _of_folder(folder: Path) -> ModelShape:
     return of_config(read_config(folder), str(folder / "config.json"))
 
 
-def _from_hub(name: str) -> tuple[dict[str, Any] | None, str]:
+def _from_hub(name: str) -> tuple[Config | None, str]:
     """Return (config.json, "") or (None, why not) from the cache or the Hub, after at most HUB_LIMIT_S."""
-    configs: list[dict[str, Any]] = []
+    configs: list[Config] = []
     problem = [f"no response within {HUB_LIMIT_S:.0f} s"]
 
     def ask() -> None:

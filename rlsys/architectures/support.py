@@ -10,11 +10,11 @@ verifies that packed sequences give the right result.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
-from rlsys.architectures.families import FAMILIES, TEXT_PARTS, Family, family_of, text_part
+from rlsys.architectures.families import FAMILIES, TEXT_PARTS, Config, Family, family_of, integer, text_part
 from rlsys.architectures.model_shape import ModelShape, model_shape, of_config, read_config
 from rlsys.config import JobConfig, LoraSection, SamplerSection
 from rlsys.errors import ConfigError
@@ -35,7 +35,7 @@ HEADS = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def local_config(model_path: str) -> tuple[Mapping[str, Any], str] | None:
+def local_config(model_path: str) -> tuple[Config, str] | None:
     """Return (config.json, its path) from a local folder or the Hub's cache; None if only the Hub may have it.
 
     Raises:
@@ -92,7 +92,7 @@ def refuse_structure(model_path: str | None) -> None:
 
 
 def refuse_unsupported(
-    config: Mapping[str, Any],
+    config: Config,
     source: str,
     *,
     max_length: int,
@@ -111,7 +111,7 @@ def refuse_unsupported(
         raise ConfigError("\n".join(reasons))
 
 
-def structure_problem(config: Mapping[str, Any], source: str) -> str | None:
+def structure_problem(config: Config, source: str) -> str | None:
     """Return why a model with this config.json cannot be trained; None if no reason is known."""
     text = text_part(config)
     kind, name = text.get("model_type"), _name(config)
@@ -132,7 +132,7 @@ def structure_problem(config: Mapping[str, Any], source: str) -> str | None:
         reason = "a model with bidirectional attention (use_bidirectional_attention)"
     elif text is not config and config["model_type"] not in TEXT_PARTS:
         reason = f"a multimodal model; rlsys supports only {', '.join(TEXT_PARTS)} among these"
-    elif not any(str(name).endswith(HEADS) for name in config.get("architectures") or HEADS):
+    elif not any(name.endswith(HEADS) for name in _architectures(config) or HEADS):
         reason = "not a causal language model"
     elif kind not in FAMILIES and not _known_to_transformers(str(kind)):
         reason = f"a model with a model_type ({kind}) that the installed transformers does not know"
@@ -146,7 +146,7 @@ def structure_problem(config: Mapping[str, Any], source: str) -> str | None:
 
 
 def problems(
-    config: Mapping[str, Any],
+    config: Config,
     source: str,
     max_length: int,
     lora: LoraSection | None,
@@ -161,7 +161,11 @@ def problems(
     positions = text.get("max_position_embeddings")
     if isinstance(positions, int) and max_length > positions:
         yield _too_long(max_length, positions)
-    if lora is not None and lora.train_mlp and any(isinstance(text.get(key), int) and text[key] > 1 for key in EXPERTS):
+    if (
+        lora is not None
+        and lora.train_mlp
+        and any(isinstance(count, int) and count > 1 for count in map(text.get, EXPERTS))
+    ):
         yield _trains_experts(_name(config))
 
 
@@ -218,9 +222,9 @@ def unembedding_problem(vocab_size: int, family: Family | None, device: Literal[
     return None
 
 
-def serves_unembedding(config: Mapping[str, Any], device: Literal["cpu", "cuda"]) -> bool:
+def serves_unembedding(config: Config, device: Literal["cpu", "cuda"]) -> bool:
     """Return whether an engine can serve adapters of the output layer of this model."""
-    return unembedding_problem(int(text_part(config).get("vocab_size") or 0), family_of(config), device) is None
+    return unembedding_problem(integer(text_part(config).get("vocab_size") or 0), family_of(config), device) is None
 
 
 def _max_parallel(dims: ModelShape, wanted: int) -> int:
@@ -246,23 +250,26 @@ def _too_long(max_length: int, positions: int) -> str:
     )
 
 
-def _first_key(text: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+def _first_key(text: Config, keys: tuple[str, ...]) -> str | None:
     return next((key for key in keys if text.get(key)), None)
 
 
-def _other_layers(text: Mapping[str, Any]) -> str | None:
+def _other_layers(text: Config) -> str | None:
     """Return the first layer kind that is not attention; None if there is none."""
     return next((str(kind) for kind in _layer_kinds(text) if kind not in ATTENTION_LAYERS), None)
 
 
-def _layer_kinds(text: Mapping[str, Any]) -> list[Any]:
+def _layer_kinds(text: Config) -> list[object]:
     """Return the kind of each layer, if the configuration lists them."""
-    return next((text[key] for key in LAYER_LISTS if isinstance(text.get(key), list) and text[key]), [])
+    return next((kinds for kinds in map(text.get, LAYER_LISTS) if isinstance(kinds, list) and kinds), [])
 
 
-def _name(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or [config.get("model_type")]
-    return str(names[0])
+def _architectures(config: Config) -> list[str]:
+    return [str(name) for name in cast("list[object]", config.get("architectures") or [])]
+
+
+def _name(config: Config) -> str:
+    return (_architectures(config) or [str(config.get("model_type"))])[0]
 
 
 def _known_to_transformers(kind: str) -> bool:

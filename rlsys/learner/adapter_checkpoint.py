@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -38,6 +38,20 @@ CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors",
 MANIFEST = "rlsys-checkpoint.json"
 _PREFIX, _SUFFIX = "base_model.model.", ".weight"  # around a parameter's name in PEFT's layout
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class _Manifest(TypedDict):
+    """The JSON of MANIFEST, as this format version has it; `_info` checks it."""
+
+    format: str
+    format_version: int
+    run_id: str
+    version: int
+    lora: dict[str, object]
+    base_name: str
+    base: dict[str, str]
+    files: dict[str, object]  # name -> file_entry
+    digest: NotRequired[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +193,12 @@ def _read(path: Path, with_optimizer: bool) -> tuple[CheckpointInfo, RunState]:
     )
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _manifest(path: Path) -> _Manifest:
     if not path.is_dir():
         raise CheckpointError(f"{path}: found no folder; wanted a checkpoint of rlsys")
     content = _bytes(path, MANIFEST)
     try:
-        manifest = json.loads(content)
+        manifest: object = json.loads(content)
     except ValueError as error:
         raise CheckpointError(f"{path}: {MANIFEST} is no JSON, so it is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -194,10 +208,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: found format version {found!r}; this rlsys reads {FORMAT_VERSION}")
     if manifest.pop("digest", None) != digest(manifest):
         raise CheckpointError(f"{path}: {MANIFEST} does not match its own hash: it was changed or is damaged")
-    return manifest
+    return cast(_Manifest, manifest)
 
 
-def _info(path: Path, manifest: Mapping[str, Any]) -> CheckpointInfo:
+def _info(path: Path, manifest: _Manifest) -> CheckpointInfo:
     try:
         names = set(dict(manifest["files"]))
         info = CheckpointInfo(
@@ -215,7 +229,7 @@ def _info(path: Path, manifest: Mapping[str, Any]) -> CheckpointInfo:
     return info
 
 
-def _tensors(path: Path, name: str, files: Mapping[str, Any]) -> dict[str, Tensor]:
+def _tensors(path: Path, name: str, files: Mapping[str, object]) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = parse_tensors(_content(path, name, files))
     except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a dtype that torch has not
@@ -226,7 +240,7 @@ def _tensors(path: Path, name: str, files: Mapping[str, Any]) -> dict[str, Tenso
     return tensors
 
 
-def _content(path: Path, name: str, files: Mapping[str, Any]) -> bytes:
+def _content(path: Path, name: str, files: Mapping[str, object]) -> bytes:
     content = _bytes(path, name)
     found, wanted = file_entry(content), files.get(name)
     if found != wanted:

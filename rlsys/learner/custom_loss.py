@@ -15,7 +15,7 @@ import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from rlsys.errors import LossError
 from rlsys.losses import Loss
 from rlsys.types import Array, Datum, TensorData, to_array
 
+Given = TypeVar("Given")
 CustomLoss = Callable[[Sequence[Datum], list[Tensor]], tuple[Tensor, Mapping[str, float]]]
 
 LOSS = "loss:sum"
@@ -108,7 +109,7 @@ def result_metrics(loss: float, metrics: Mapping[str, float], passes: int) -> di
     return {**metrics, LOSS: loss, PASSES: float(passes)}
 
 
-def _only_targets(datum: Any) -> Any:  # Any: users may pass other objects, which collate refuses
+def _only_targets(datum: Given) -> Given | Datum:
     if not isinstance(datum, Datum):
         return datum  # collate refuses it and names its index
     inputs = datum.loss_fn_inputs
@@ -137,7 +138,7 @@ def _checked(name: str, returned: object) -> tuple[Tensor, dict[str, float]]:
     return loss, numbers
 
 
-def _number(name: str, key: object, value: Any) -> float:  # Any: float() takes what it can convert
+def _number(name: str, key: object, value: Any) -> float:  # Any: float() raises TypeError for what it cannot convert
     if not isinstance(key, str):
         raise LossError(f"{name}: metrics: found the name {key!r}; wanted a string")
     try:

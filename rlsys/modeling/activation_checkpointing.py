@@ -5,11 +5,14 @@ one more forward pass."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+Arguments = ParamSpec("Arguments")
+Output = TypeVar("Output")
 
 
 def keep_inputs_only(layers: Sequence[nn.Module]) -> None:
@@ -18,11 +21,14 @@ def keep_inputs_only(layers: Sequence[nn.Module]) -> None:
         layer.forward = _Recomputed(layer.forward)
 
 
-class _Recomputed:
-    def __init__(self, forward: Callable[..., Any]) -> None:
+class _Recomputed(Generic[Arguments, Output]):
+    def __init__(self, forward: Callable[Arguments, Output]) -> None:
         self._forward = forward
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
-        return checkpoint(self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # no dropout
+        recomputed: Callable[..., Output] = checkpoint
+        return recomputed(
+            self._forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )  # no dropout, so no random state

@@ -7,8 +7,6 @@ soft caps and sinks are passed by each layer in the same way. The kernels are in
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -34,7 +32,7 @@ def packed_attention(
     s_aux: Tensor | None = None,  # (Hq,) sinks
     is_causal: bool | None = None,
     rlsys_segments: Segments | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[Tensor, None]:
     """(1, T, Hq, head_dim): each token attends to itself, to earlier tokens of its segment, and to the segment that it
     reads.

@@ -23,12 +23,14 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from functools import partial
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softplus
 
+from rlsys.modeling.autograd_context import AutogradContext
 from rlsys.modeling.prefix_layout import Rectangle, Segments, Tile
 
 SCORE_BYTES = 32 * 2**20  # limit of the scores that exist at once in `tiled` by matrix products
@@ -52,15 +54,21 @@ def varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     # torch before 2.12 has no argument enable_gqa, and accepts fewer heads of keys without it.
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    takes_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    attend = partial(varlen_attn, enable_gqa=True) if takes_gqa else varlen_attn
     lists = segments.key_lists(window)
     if lists.keys is not None:
         key, value = key.index_select(0, lists.keys), value.index_select(0, lists.keys)
-    attended = varlen_attn(
+    attended = attend(
         query, key, value, lists.offsets, lists.key_offsets, lists.longest, lists.longest_keys,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped,
+        scale=scale, window_size=(-1 if window is None else window - 1, 0),
     )  # fmt: skip
     return cast(Tensor, attended)
+
+
+class _TwoPartsContext(AutogradContext, Protocol):
+    segments: Segments
+    scale: float | None
 
 
 class _TwoParts(torch.autograd.Function):
@@ -69,7 +77,7 @@ class _TwoParts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _TwoPartsContext,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -98,7 +106,7 @@ class _TwoParts(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _TwoPartsContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, total = ctx.saved_tensors
         of_query, of_key, of_value = (torch.empty(x.shape, dtype=total.dtype) for x in (query, key, value))
         for shape in ctx.segments.rectangles:
@@ -120,12 +128,20 @@ class _TwoParts(torch.autograd.Function):
         return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), of_sinks, None, None
 
 
+class _TiledContext(AutogradContext, Protocol):
+    segments: Segments
+    scale: float
+    window: int | None
+    cap: float | None
+    products: bool
+
+
 class _Tiled(torch.autograd.Function):
     """Attention by tiles. Each query is in exactly one tile, so outputs need no merging; a key can be in several."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _TiledContext,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -156,7 +172,7 @@ class _Tiled(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _TiledContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, sinks, out, total = ctx.saved_tensors
         of_query = torch.empty(query.shape, dtype=total.dtype, device=query.device)
         of_key, of_value = (torch.zeros(x.shape, dtype=total.dtype, device=x.device) for x in (key, value))

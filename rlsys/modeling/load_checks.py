@@ -5,19 +5,22 @@ Each check runs the model on a few tokens and inspects the outputs. No check dep
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import ParamSpec, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from rlsys.errors import ConfigError
 from rlsys.modeling import attention
 from rlsys.modeling.logprobs import AS_THEY_ARE, LogitTransform
 from rlsys.modeling.prefix_layout import ALONE, Segments
+
+Arguments = ParamSpec("Arguments")
+Output = TypeVar("Output")
 
 _PROOF = "rlsys_proof"  # packed attention that also records the window of each layer
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -101,7 +104,7 @@ def logit_transform(model: PreTrainedModel) -> LogitTransform:
         head_inputs.append(args[0])
         return ramp.view(out.shape)
 
-    given: dict[str, Any] = {
+    given = {
         "input_ids": ids,
         "position_ids": torch.arange(4, device=model.device)[None],
         "use_cache": False,
@@ -130,11 +133,7 @@ def _noting_windows(model: PreTrainedModel) -> Iterator[dict[int, int | None]]:
     """Yield a dict from layer number to the window that the layer passes to attention, filled during the block."""
     windows: dict[int, int | None] = {}
 
-    def noting(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        windows[int(getattr(module, "layer_idx", len(windows)))] = kwargs.get("sliding_window")
-        return attention.packed_attention(module, *args, **kwargs)
-
-    AttentionInterface.register(_PROOF, noting)
+    AttentionInterface.register(_PROOF, _noting(attention.packed_attention, windows))
     config = model.config.get_text_config()
     config._attn_implementation = _PROOF
     try:
@@ -143,7 +142,18 @@ def _noting_windows(model: PreTrainedModel) -> Iterator[dict[int, int | None]]:
         config._attn_implementation = attention.NAME
 
 
-def _check_windows(name: str, config: Any, windows: dict[int, int | None]) -> None:
+def _noting(attend: Callable[Arguments, Output], windows: dict[int, int | None]) -> Callable[Arguments, Output]:
+    """`attend`, which also writes the layer's window to `windows`."""
+
+    def noting(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Output:
+        window = cast("int | None", kwargs.get("sliding_window"))
+        windows[int(getattr(args[0], "layer_idx", len(windows)))] = window
+        return attend(*args, **kwargs)
+
+    return noting
+
+
+def _check_windows(name: str, config: PreTrainedConfig, windows: dict[int, int | None]) -> None:
     """Refuse a model that applies its window only in transformers' masks, which packed attention does not use."""
     kinds = getattr(config, "layer_types", None)
     for layer, found in sorted(windows.items()):

@@ -20,11 +20,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from rlsys.modeling.autograd_context import AutogradContext
 
 CHUNK_BYTES = 64 * 2**20  # of logits in the model's dtype; see docs/performance.md
 BLOCK = 262_144  # values per block and CPU thread; larger blocks need fewer thread synchronizations, see rms_norm.py
@@ -109,8 +111,7 @@ def _compute(
     def of_chunk(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         return _picked(head(hidden), targets, temperature, transform, wants_entropy)
 
-    outputs: Any = head.out_features
-    rows = chunk_rows(outputs, hidden_T.dtype, chunk)
+    rows = chunk_rows(cast(int, head.out_features), hidden_T.dtype, chunk)
     chunks = list(zip(hidden_T.split(rows), targets_T.split(rows), strict=True))
     if len(chunks) == 1 or not torch.is_grad_enabled():
         found = [of_chunk(*part) for part in chunks]
@@ -130,7 +131,7 @@ class _Picked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: AutogradContext,
         logits: Tensor,
         targets: Tensor,
         temperature: float,
@@ -147,7 +148,7 @@ class _Picked(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         return (grads[0][:, None] * slope).to(slope.dtype), None, None, None, None
 
@@ -155,7 +156,7 @@ class _Picked(torch.autograd.Function):
 class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: AutogradContext,
         hidden_T: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -183,7 +184,7 @@ class _FrozenHead(torch.autograd.Function):
         return logp_T, entropy_T
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: AutogradContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slope_T,) = ctx.saved_tensors
         return (grads[0][:, None] * slope_T).to(slope_T.dtype), *8 * [None]
 

@@ -10,11 +10,13 @@ Gradients of A and B are in the adapter's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from rlsys.modeling.autograd_context import AutogradContext
 
 
 def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -22,9 +24,15 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
     return _adapted_linear(x, weight, bias, a, b, scale)
 
 
+class _Context(AutogradContext, Protocol):
+    scale: float
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: _Context, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         by_a = rows @ a.to(x.dtype).T
         y = linear(rows, weight, bias).addmm_(by_a, _scaled(b, scale, x.dtype).T)
@@ -33,7 +41,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight, a, b, by_a = ctx.saved_tensors
         grad = grads[0].reshape(-1, weight.shape[0])
         by_b = grad @ _scaled(b, ctx.scale, grad.dtype)

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlsys.errors import ConfigError
 
@@ -76,7 +75,7 @@ def names(paths: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
-def skeleton(config: Any) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device, without memory for weights."""
     from transformers import AutoModelForCausalLM
 

@@ -12,10 +12,12 @@ the same values.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from rlsys.modeling.autograd_context import AutogradContext
 
 # Values per block and thread. Measured on one CPU core, forward and backward of 3,840 rows of 512 in bfloat16: 8.6 ms
 # with blocks of 65,536, 10.2 ms with 262,144, 17.7 ms without blocks. Every operation on a block synchronizes all
@@ -54,9 +56,13 @@ class _Bound:
         return _rms_norm(hidden, self._module.weight, self._eps, self._from_one)
 
 
+class _Context(AutogradContext, Protocol):
+    from_one: bool
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, from_one: bool) -> Tensor:
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, eps: float, from_one: bool) -> Tensor:
         wide = _wide(x.dtype)
         factor = weight.to(wide).add(1.0) if from_one else weight
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -75,7 +81,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight, r = ctx.saved_tensors
         factor = weight.to(r.dtype).add(1.0) if ctx.from_one else weight
         of_x = torch.empty_like(x, memory_format=torch.contiguous_format)

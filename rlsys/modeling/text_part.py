@@ -10,10 +10,16 @@ Adapters, snapshots and checkpoints use the names of the complete model, so that
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from rlsys.architectures.families import TEXT_PARTS
 from rlsys.errors import ConfigError
@@ -21,7 +27,7 @@ from rlsys.errors import ConfigError
 _PREFIX = "rlsys_whole_prefix"  # attribute of a text part: path of its decoder in the complete model
 
 
-def configuration(base: Path | str) -> Any:
+def configuration(base: Path | str) -> PreTrainedConfig:
     """Load the configuration of the complete model.
 
     Raises:
@@ -39,7 +45,7 @@ def configuration(base: Path | str) -> Any:
     return config
 
 
-def is_composite(config: Any) -> bool:
+def is_composite(config: PreTrainedConfig) -> bool:
     """Whether the configuration is of a multimodal model, which contains a language model."""
     return config.get_text_config(decoder=True) is not config
 
@@ -59,7 +65,7 @@ def load_language_model(base: Path | str, *, dtype: torch.dtype | str, attention
         ConfigError: transformers cannot load a language model from it.
     """
     config = configuration(base)
-    wanted: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    wanted: dict[str, object] = {} if attention is None else {"attn_implementation": attention}
     try:
         if not is_composite(config):
             return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **wanted))
@@ -70,7 +76,7 @@ def load_language_model(base: Path | str, *, dtype: torch.dtype | str, attention
         raise ConfigError(f"model.path: {base} cannot be loaded as a causal language model: {error}") from error
 
 
-def load_whole(base: Path | str, *, dtype: torch.dtype | str, **wanted: Any) -> PreTrainedModel:
+def load_whole(base: Path | str, *, dtype: torch.dtype | str, **wanted: object) -> PreTrainedModel:
     """Load a checkpoint with all its parts."""
     kind = AutoModelForImageTextToText if is_composite(configuration(base)) else AutoModelForCausalLM
     return cast(PreTrainedModel, kind.from_pretrained(base, dtype=dtype, **wanted))

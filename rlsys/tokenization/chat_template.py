@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +17,7 @@ def apply_template(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     prompting: bool,
-    options: Mapping[str, Any],
+    options: Mapping[str, object],
     date: str | None = None,
 ) -> str:
     """Render messages with the chat template.
@@ -59,7 +58,7 @@ def leading_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return text[:blank] + max(matches, key=len) if matches else ""
 
 
-def last_turn_end(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
+def last_turn_end(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, object]) -> str:
     """Return the special token that ends the assistant's message at the end of a conversation; "" without one.
 
     gpt-oss ends the last message with ``<|return|>``, and earlier messages with ``<|end|>``, which may also occur
@@ -70,7 +69,7 @@ def last_turn_end(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]
     return leading_special(tokenizer, apply_template(tokenizer, messages, False, options).rpartition(answer)[2])
 
 
-def inner_turn_end(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> str:
+def inner_turn_end(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, object]) -> str:
     """Return the special token that ends an assistant's message before a user's message; "" without one."""
     answer, reply = "the-answer", "the-reply"
     messages = [

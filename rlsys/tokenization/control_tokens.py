@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 import secrets
 from functools import cached_property, lru_cache
-from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -116,7 +115,7 @@ class ControlTokens:
         return inner, controls, names
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, Any]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
     """Return {id: token} of the special tokens: text from data must not produce them, and decoding may skip them."""
     special_ids = set(tokenizer.all_special_ids)
     return {id_: token for id_, token in tokenizer.added_tokens_decoder.items() if token.special or id_ in special_ids}
@@ -132,7 +131,7 @@ def _cached_control_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> Con
     return ControlTokens(tokenizer)
 
 
-def _renamed(token: Any, name: str) -> AddedToken:
+def _renamed(token: AddedToken, name: str) -> AddedToken:
     """Return a token with another text and the same stripping options.
 
     It is not special, because the renamed tokenizer encodes special tokens as text.

@@ -13,7 +13,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -196,7 +195,7 @@ class Renderer:
 def build_supervised_example(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
-    template_options: Mapping[str, Any] | None = None,
+    template_options: Mapping[str, object] | None = None,
     date: str | None = None,
 ) -> tuple[Array, Array]:
     """Encode a conversation as (T,) int32 tokens and (T,) float32 loss weights.
@@ -248,7 +247,7 @@ def _protected(message: Message, index: int, controls: ControlTokens) -> Message
 
 
 def _assistant_parts(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, Any], date: str | None
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], options: Mapping[str, object], date: str | None
 ) -> list[tuple[str, bool]]:
     """Split the rendered conversation into consecutive parts: (text, whether the text is the assistant's)."""
     rendered = apply_template(tokenizer, messages, False, options, date)

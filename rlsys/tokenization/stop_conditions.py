@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsInt, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -126,7 +126,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:  # Any: parsed JSON, whose types the reader of each key checks
     """Read a JSON file of a model's folder; None if it does not exist.
 
     Raises:
@@ -144,13 +144,14 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"model.path: {path} cannot be read: {error.strerror}") from error
 
 
-def embedding_rows(config: Mapping[str, Any]) -> int | None:
+def embedding_rows(config: Mapping[str, object]) -> int | None:
     """Return the number of embedding rows (vocab_size) in a config.json; None if it is not given.
 
     In the configuration of a text-and-image model, the value of the text part.
     """
-    rows = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    return None if rows is None else int(rows)
+    inner = config.get("text_config")
+    rows = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, Mapping) else None)
+    return None if rows is None else int(cast(SupportsInt, rows))  # int() refuses what is no number
 
 
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, tuple[int, ...]]:
@@ -232,14 +233,14 @@ def _format_token(id_: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
     return f"{id_}" if text is None else f"{text} ({id_})"
 
 
-def _object(path: Path) -> Mapping[str, Any] | None:
+def _object(path: Path) -> Mapping[str, object] | None:
     content = read_json(path)
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"model.path: {path} holds {type(content).__name__}; wanted a JSON object")
     return content
 
 
-def _ids(fields: Any, where: str) -> tuple[int, ...]:
+def _ids(fields: object, where: str) -> tuple[int, ...]:
     """Return the eos_token_id values of a configuration; `where` is its file and section, for errors."""
     if not isinstance(fields, dict):
         section = where.rstrip(".")
