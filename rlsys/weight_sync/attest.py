@@ -1,4 +1,4 @@
-"""Does an engine serve the weights it was sent? The arithmetic of the canary."""
+"""Verifies that an engine serves the weights it was sent: compares its scores of the canary with the learner's."""
 
 from __future__ import annotations
 

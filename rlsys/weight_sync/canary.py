@@ -151,5 +151,5 @@ def by_depth(positions: Array) -> list[tuple[int, int, Array]]:
 
 
 def canary_tokens(problems: ProblemSet) -> Array:
-    """(C,) int32: the first prompts end to end, repeated up to LONG_TOKENS. Any fixed text of the task's kind works."""
+    """(C,) int32: the first prompts end to end, repeated up to LONG_TOKENS. Fixed text of the task's kind is enough."""
     return np.resize(problems.prompt_tokens[:LONG_TOKENS], LONG_TOKENS).astype(np.int32)
