@@ -15,8 +15,8 @@ from rlsys.types import Array
 if TYPE_CHECKING:
     from actors.cluster.base_folder import Base
     from rlsys.data.problems import ProblemSet
-    from rlsys.grading.grader import Grader
-    from rlsys.grading.samples import RolloutSample
+    from rlsys.rewards.grader import Grader
+    from rlsys.rewards.rollout_samples import RolloutSample
     from rlsys.rollouts import Rollouts
 
 
@@ -50,7 +50,7 @@ class RewardActor:
 
     def start(self, base: Base) -> None:
         from actors.cluster.base_folder import local_folder
-        from rlsys.grading.grader import Grader
+        from rlsys.rewards.grader import Grader
 
         with local_folder(base) as folder:
             self.started = Grader.start(self.config, folder)

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from rlsys.config import RewardSection
+from rlsys.math_grading.answers import grade
 from rlsys.rewards.grader_pool import ERROR, RIGHT, TIMEOUT, GraderPool
-from rlsys.rewards.math.answers import grade
-from tests.unit.rewards.math import grading_table
+from tests.unit.math_grading import grading_table
 
 TIME_LIMIT_S = 10.0  # per grade; math-verify does not finish slower cases at all
 FORMATS = (

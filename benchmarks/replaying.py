@@ -144,7 +144,7 @@ class Grades:
 
 
 class RecordedGrades:
-    """Replaces `rlsys.grading.grader.Grader`: decodes no texts and runs no graders."""
+    """Replaces `rlsys.rewards.grader.Grader`: decodes no texts and runs no graders."""
 
     def __init__(self, recording: Recording) -> None:
         self.recording, self.pool, self.done = recording, self, 0

@@ -20,7 +20,7 @@ from rlsys.errors import ActorDiedError, DataLostError
 from rlsys.protocols import DatumsRef, LogprobsRef, Ref, RewardsRef, RolledBack, RolloutsRef, TrainedStep
 
 if TYPE_CHECKING:
-    from rlsys.grading.samples import RolloutSample  # imports transformers, which the driver can do without
+    from rlsys.rewards.rollout_samples import RolloutSample  # imports transformers, which the driver can do without
 
 STOP_TIMEOUT_S = 5.0  # for the grader processes to end by themselves
 

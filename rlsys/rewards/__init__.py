@@ -1,1 +1,1 @@
-"""Reward terms, answer verifiers, and the process pool that runs graders with a time limit."""
+"""Grades completions: decodes them, runs the graders and adds up the reward terms."""

@@ -14,7 +14,7 @@ import regex
 
 from rlsys.config import OverlongSection, RewardSection
 from rlsys.errors import GradingError
-from rlsys.rewards.math.extraction import extract
+from rlsys.math_grading.extraction import extract
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array
 

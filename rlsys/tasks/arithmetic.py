@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from rlsys.config import TaskSection
 from rlsys.data.problems import Problem, distinct
 from rlsys.errors import ConfigError
-from rlsys.rewards.math.extraction import extract, plain_number
+from rlsys.math_grading.extraction import extract, plain_number
 
 NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
 ITEMS = ("books", "apples", "coins", "pens")

@@ -14,7 +14,7 @@ from rlsys.data.dedup import is_held_out
 from rlsys.data.problems import Problem
 from rlsys.data.rows import read_rows
 from rlsys.errors import ConfigError
-from rlsys.rewards.math import answers
+from rlsys.math_grading import answers
 
 
 class DataSet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlsys.config import ColumnSection, SourceSection
-from rlsys.rewards.math.extraction import extract
+from rlsys.math_grading.extraction import extract
 from rlsys.tasks.dataset import DataSet
 
 

@@ -17,8 +17,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlsys.config import JobConfig, parse_config
 from rlsys.errors import ConfigError
-from rlsys.grading.grader import Grader
 from rlsys.planning.model_folder import check_files, check_job, check_tokenizer
+from rlsys.rewards.grader import Grader
 from tests.unit.tokenization.test_renderer import CHATML, END, MOVING, tokenizer_of
 from tests.waiting import run
 

@@ -17,9 +17,9 @@ from math_verify import LatexExtractionConfig, parse, verify
 
 from rlsys.config import RewardSection
 from rlsys.errors import ConfigError, GradingError
+from rlsys.math_grading import answers
+from rlsys.math_grading.extraction import extract, plain_number
 from rlsys.rewards.grader_pool import ERROR, RIGHT, TIMEOUT, WRONG, GraderPool, Grades, resolve
-from rlsys.rewards.math import answers
-from rlsys.rewards.math.extraction import extract, plain_number
 from tests.unit.rewards import sample_graders
 from tests.waiting import FAR_S, slowdown, until, until_gone
 

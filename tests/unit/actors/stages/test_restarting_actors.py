@@ -15,8 +15,8 @@ from actors.stages.restarting_actors import RestartingActor, first_rows
 from rlsys.advantages import to_minibatches
 from rlsys.config import JobConfig, parse_config
 from rlsys.errors import ActorDiedError
-from rlsys.grading.samples import LearnedBatch, _token_values
 from rlsys.protocols import DatumsRef, Ref, RewardsRef, RolloutsRef, TrainedStep
+from rlsys.rewards.rollout_samples import LearnedBatch, _token_values
 from rlsys.rollouts import Rollouts, concatenate
 from rlsys.types import Array
 

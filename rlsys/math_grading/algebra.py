@@ -16,7 +16,7 @@ from fractions import Fraction
 import sympy
 from math_verify import LatexExtractionConfig, LatexNormalizationConfig, parse, verify
 
-from rlsys.rewards.math.values import Value, rounds_to
+from rlsys.math_grading.values import Value, rounds_to
 
 MAX_POWER = 10_000  # largest exponent
 MAX_POWER_DIGITS = 20_000  # digits of the power of a number

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from math_verify import LatexExtractionConfig, parse, verify
 
 TABLE = Path(__file__).with_name("grading_table.tsv")
-RULES = Path(__file__).parents[4] / "docs" / "grading.md"
+RULES = Path(__file__).parents[3] / "docs" / "grading.md"
 START, END = "<!-- differences -->\n\n```text\n", "```\n"
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from rlsys.datums import DatumBatch
-from rlsys.grading.samples import LearnedBatch, _token_values, best_and_worst, first_of_groups
+from rlsys.rewards.rollout_samples import LearnedBatch, _token_values, best_and_worst, first_of_groups
 from rlsys.rollouts import Rollouts, offsets_of
 
 

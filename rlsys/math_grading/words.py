@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from rlsys.rewards.math.spelling import key
+from rlsys.math_grading.spelling import key
 
 MIN_WORD = 3  # letters; a shorter run is a symbol, and a run of up to this length may be a product of letters
 # Short words that are common in answers and unlikely as a product of letters.

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from rlsys.config import RewardSection
+from rlsys.math_grading import algebra, answers
+from rlsys.math_grading.answers import MAX_ANSWER_CHARS
+from rlsys.math_grading.spelling import spell
+from rlsys.math_grading.units import read_quantity
 from rlsys.rewards.grader_pool import ERROR, RIGHT, TIMEOUT, GraderPool
-from rlsys.rewards.math import algebra, answers
-from rlsys.rewards.math.answers import MAX_ANSWER_CHARS
-from rlsys.rewards.math.spelling import spell
-from rlsys.rewards.math.units import read_quantity
-from tests.unit.rewards.math import grading_table
-from tests.unit.rewards.math.grading_table import Row
+from tests.unit.math_grading import grading_table
+from tests.unit.math_grading.grading_table import Row
 
 ROWS = grading_table.rows()
 # Rows on which math-verify alone needs more time than a test has; they are measured by benchmarks/grading.py only.

@@ -1,6 +1,6 @@
 """Whatever a model writes, a grade comes back in bounded time and memory, and nothing but a grade.
 
-GRADING_FUZZ_EXAMPLES=2000 python -m pytest tests/unit/rewards/math/test_grading_fuzz.py     # more, and others each
+GRADING_FUZZ_EXAMPLES=2000 python -m pytest tests/unit/math_grading/test_grading_fuzz.py     # more, and others each
                                                                                              time
 """
 
@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rlsys.config import RewardSection
+from rlsys.math_grading import answers
 from rlsys.rewards.grader_pool import RIGHT, WRONG, GraderPool
-from rlsys.rewards.math import answers
-from tests.unit.rewards.math import grading_table
+from tests.unit.math_grading import grading_table
 
 TIMEOUT_S = 120.0  # of a machine under load; what no limit stops takes minutes or for ever
 MAX_MEMORY_MB = 700.0  # with sympy and the grammar read in it is 150

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from rlsys.rewards.math.values import Value, read_value, same_value
+from rlsys.math_grading.values import Value, read_value, same_value
 
 # Synonyms, short name first. A unit of one letter is recognized only in \text{} or after a space.
 _SAME = (

@@ -15,7 +15,8 @@ from rlsys.advantages import groups_without_gradient
 from rlsys.config import JobConfig
 from rlsys.data.problems import ProblemSet
 from rlsys.errors import ConfigError
-from rlsys.grading.samples import (
+from rlsys.rewards.grader_pool import GraderPool
+from rlsys.rewards.rollout_samples import (
     LearnedBatch,
     RolloutSample,
     best_and_worst,
@@ -23,7 +24,6 @@ from rlsys.grading.samples import (
     rollout_samples,
     turn_texts,
 )
-from rlsys.rewards.grader_pool import GraderPool
 from rlsys.rewards.total_reward import total_rewards
 from rlsys.rollouts import Rollouts
 from rlsys.run_state.jsonl import write_problems

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rlsys.rewards.math import algebra, number_bases
-from rlsys.rewards.math.extraction import extract, plain_number
-from rlsys.rewards.math.shapes import ORDERED, Shape, read
-from rlsys.rewards.math.spelling import key, spell
-from rlsys.rewards.math.units import read_quantity, same_quantity, same_units
-from rlsys.rewards.math.words import as_text, same_words
+from rlsys.math_grading import algebra, number_bases
+from rlsys.math_grading.extraction import extract, plain_number
+from rlsys.math_grading.shapes import ORDERED, Shape, read
+from rlsys.math_grading.spelling import key, spell
+from rlsys.math_grading.units import read_quantity, same_quantity, same_units
+from rlsys.math_grading.words import as_text, same_words
 
 # A longer answer is wrong unless its text equals the reference; it is not parsed. GSM8K's longest has 11 characters.
 MAX_ANSWER_CHARS = 256

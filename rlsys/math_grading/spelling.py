@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from rlsys.rewards.math import latex
+from rlsys.math_grading import latex
 
 _SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣʸᵏᵐᵗ", "0123456789+-()nixykmt", strict=True))
 _SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₐₑᵢⱼₖₘₙₚₓ", "0123456789+-()aeijkmnpx", strict=True))
@@ -61,7 +61,7 @@ _COMMAND = re.compile(
 )
 _SPACES = ",;:>! \n"
 
-# Groups of three digits with one separator throughout. rlsys.rewards.math.shapes handles plain commas, whose meaning
+# Groups of three digits with one separator throughout. rlsys.math_grading.shapes handles plain commas, whose meaning
 # depends on the brackets around them.
 _GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?P<mark>\{,\}|\\,|,\\!\s?|~| )[0-9]{3}(?:(?P=mark)[0-9]{3})*(?![0-9/])")
 _PLAIN = (

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from rlsys.rewards.math.spelling import key
+from rlsys.math_grading.spelling import key
 
 ORDERED = ("()", "[]", "(]", "[)", "<>", "matrix", "row")  # kinds whose parts are compared in order
 
