@@ -1,1 +1,1 @@
-"""Compares a mathematical answer with the reference answer by the rules of docs/grading.md."""
+"""Tells whether a mathematical answer is correct: compares it with the reference by the rules of docs/grading.md."""

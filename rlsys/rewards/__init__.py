@@ -1,1 +1,1 @@
-"""Grades completions: decodes them, runs the graders and adds up the reward terms."""
+"""How a reward comes to be: runs graders in processes that can be killed, and adds up the reward terms."""

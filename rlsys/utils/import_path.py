@@ -6,11 +6,12 @@ import importlib
 
 from rlsys.errors import ConfigError, did_you_mean
 
-# Modules that users' configurations, rewards and tasks name or import, by the name that they had before they moved.
+# Modules and packages that users' configurations, rewards and tasks name or import, by the names that they had before.
 MOVED = {
     "rlsys.problems": "rlsys.data.problems",
-    "rlsys.rewards.extraction": "rlsys.rewards.math.extraction",
-    "rlsys.rewards.math_answers": "rlsys.rewards.math.answers",
+    "rlsys.rewards.extraction": "rlsys.math_grading.extraction",
+    "rlsys.rewards.math": "rlsys.math_grading",
+    "rlsys.rewards.math_answers": "rlsys.math_grading.answers",
     "rlsys.tasks.rows": "rlsys.data.rows",
 }
 
@@ -27,11 +28,10 @@ def import_by_path(path: str, key: str, wanted: str) -> object:
     try:
         found: object = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the user's module may raise anything, and a script may end itself
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing in MOVED:
-            raise ConfigError(
-                f"{key}: {path!r}: the module {missing} is now {MOVED[missing]}; use that name"
-            ) from error
+        moved = _moved(error.name or "", module_name) if isinstance(error, ModuleNotFoundError) else None
+        if moved is not None:
+            old, new = moved
+            raise ConfigError(f"{key}: {path!r}: the module {old} is now {new}; use that name") from error
         raise ConfigError(
             f"{key}: {path!r}: importing {module_name} raised {type(error).__name__}: {error}; "
             "it must be importable on the node that uses it (install it, or put its folder on PYTHONPATH)"
@@ -42,3 +42,13 @@ def import_by_path(path: str, key: str, wanted: str) -> object:
             raise ConfigError(f"{key}: {path!r}: {inside} has no {part!r}{did_you_mean(part, dir(found))}")
         found, inside = getattr(found, part), f"{inside}.{part}"
     return found
+
+
+def _moved(missing: str, asked: str) -> tuple[str, str] | None:
+    """(old, new) name of a module that has moved. `missing`: the module that Python did not find, `asked` itself or a
+    package above it, or one that the user's module imports."""
+    name = asked if asked.startswith(f"{missing}.") else missing
+    for old, new in MOVED.items():
+        if name == old or name.startswith(f"{old}."):
+            return name, new + name.removeprefix(old)
+    return None
