@@ -15,7 +15,6 @@ from rlsys.protocols import Ref
 # driver would carry each small batch several times. A sampler's counts have fewer bytes than this, its columns more.
 INLINE_BYTES = 512
 
-# Any below: a call packs columns of several types, whose number and order differ from call to call.
 BaseRef = str | Ref[Mapping[str, bytes]]  # folder or hub name that every node can read, or a packed folder
 
 
@@ -35,6 +34,7 @@ def base_argument(base: BaseRef) -> object:
     return base.value if isinstance(base, Ref) else base
 
 
+# Any: a call packs columns of several types, whose number and order differ from call to call.
 def pack_columns(*columns: Sequence[Ref[Any]]) -> tuple[tuple[int, ...], list[object]]:
     """(lengths, Ray's references end to end): (a, b) (c,) -> (2, 1), [a, b, c]."""
     return tuple(len(column) for column in columns), [ref.value for column in columns for ref in column]

@@ -19,7 +19,6 @@ from rlsys.planning.fit import Resources, amounts, fits, groups, job_shortfalls,
 POLL_S = 0.2
 NOTED_AFTER_S = 5.0  # of waiting for resources that others hold
 ROOM_S = 10.0  # limit for one more sampler, whose resources are free already
-_NOT_SIDE_BY_SIDE = "Ray cannot put these places side by side on single nodes and GPUs: request less for each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,13 @@ class Placement:
             return None
         return f"{amounts(table['bundles'][slot.bundle])} on {_has()}"
 
+    def _who_holds(self, free: Resources) -> str:
+        own = [bundle for group in self._groups for bundle in group.bundle_specs]
+        if fits(sum_resources(node.resources for node in alive_nodes()), sum_resources([free, *own])):
+            why = "Ray cannot put this job's places side by side on single nodes and GPUs"
+            return f"No other job holds resources: {why}; request less for each"
+        return "Another job holds the rest"
+
     def release(self) -> None:
         for group in self._groups:
             remove_placement_group(group)
@@ -104,11 +110,10 @@ class Placement:
                 limit = f"{limit_s:g}" if limit_s else "watchdog.start_s"
                 self._groups.remove(group)
                 remove_placement_group(group)
-                free, cluster = ray.available_resources(), sum_resources(node.resources for node in alive_nodes())
-                why = "Another job holds the rest" if not fits(cluster, free) else _NOT_SIDE_BY_SIDE
+                free = ray.available_resources()
                 raise StalledError(
                     f"{what}: waited {waited:.0f} s ({limit}) for {len(bundles)} places ({asked}) on {_has()}"
-                    f"; free now: {amounts(free)}. {why}"
+                    f"; free now: {amounts(free)}. {self._who_holds(free)}"
                 )
             if waited > NOTED_AFTER_S and not noted:
                 noted = True

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from actors.cluster.placement import Placement, Slot
 from rlsys.config import parse_config
@@ -127,8 +128,13 @@ def test_shares_that_fit_in_total_but_not_on_single_gpus_end_the_wait_with_the_r
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with machine(2, monkeypatch) as of:
-        with pytest.raises(StalledError, match=r"learner ranks: waited .* for 3 places .*side by side"):
-            of(*on_cuda(3, 0.6, 1, 0, "watchdog.start_s=3"))
+        for shares, who in (((3, 0.6, 1, 0), "learner ranks"), ((1, 0.6, 2, 0.6), "samplers")):
+            with pytest.raises(StalledError, match=rf"{who}: waited .* places .*No other job .*side by side"):
+                of(*on_cuda(*shares, "watchdog.start_s=3"))
+        other = placement_group([{"CPU": 31.0}])
+        with pytest.raises(StalledError, match=r"samplers: waited .* 1 places .*Another job holds the rest"):
+            of("watchdog.start_s=3")
+        remove_placement_group(other)
         placement = Placement(parse_config(JOB), print)
         with pytest.raises(ClusterError, match=r"3 places .* with placement STRICT_SPREAD do not fit on one node"):
             placement._group([{"CPU": 1.0}] * 3, "STRICT_SPREAD", "ranks")  # as if two nodes left since the first check
