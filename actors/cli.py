@@ -18,7 +18,7 @@ from rlsys.utils.shell_paths import expand, expanded
 
 if TYPE_CHECKING:
     from rlsys.config import JobConfig
-    from rlsys.planning.plan import Node
+    from rlsys.planning.fit import Node
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.cluster.inventory import alive_nodes
 from actors.cluster.ray_cluster import threads_env
 from rlsys.config import JobConfig, LearnerSection, SamplerSection, gpu_shares
 from rlsys.errors import ClusterError, StalledError
-from rlsys.planning.plan import needs
+from rlsys.planning.fit import Resources, amounts, fits, groups, job_shortfalls, needs, shortages, sum_resources
 
 POLL_S = 0.2
 NOTED_AFTER_S = 5.0  # of waiting for resources that others hold
 ROOM_S = 10.0  # limit for one more sampler, whose resources are free already
-
-Needs = Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +27,9 @@ class Slot:
 
     group: PlacementGroup
     bundle: int
-    options: Mapping[str, Any]  # what the actor itself takes of the bundle
+    options: Mapping[str, object]  # what the actor itself takes of the bundle
 
-    def ray_options(self) -> dict[str, Any]:
+    def ray_options(self) -> dict[str, object]:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundle)
         return {**self.options, "scheduling_strategy": strategy}
 
@@ -53,46 +50,43 @@ class Placement:
         """
         refuse_shortfall(self.config)
         learner, sampler = self.config.learner, self.config.sampler
-        ranks = [needs(learner, i) for i in range(learner.num_workers)]
-        if sampler.colocate:
-            pairs = [_together(rank, needs(sampler, i)) for i, rank in enumerate(ranks)]
-            group = self._group(pairs, learner.placement, "learner ranks with their samplers")
-            return _slots(group, learner, ranks), _slots(group, sampler, ranks)
-        samplers = [needs(sampler, i) for i in range(sampler.num_workers)]
-        of_learner = self._group(ranks, learner.placement, "learner ranks")
-        of_samplers = self._group(samplers, sampler.placement, "samplers")
-        return _slots(of_learner, learner, ranks), _slots(of_samplers, sampler, samplers)
+        reserved = [self._group(group.bundles, group.strategy, group.workers) for group in groups(self.config)]
+        of_learner, of_samplers = reserved[0], reserved[-1]  # one group of both with sampler.colocate
+        return _slots(of_learner, learner, learner.num_workers), _slots(of_samplers, sampler, sampler.num_workers)
 
     def another_sampler(self, index: int) -> Slot:
         """A slot for a sampler beyond those of `reserve`; raises as `reserve`."""
         section = self.config.sampler
-        wanted = [needs(section, index)]
+        wanted = needs(section, index)
         if gpu_shares.stacked(section.num_gpus):
             raise ClusterError(
                 f"no room for one more sampler: with sampler.num_gpus {section.num_gpus:g} Ray may put it on the GPU "
                 "of another, where each engine takes the other's memory for its own; set sampler.num_gpus=1"
             )
-        if not any(_fits(wanted[0], node["Resources"]) for node in _alive()):
-            raise ClusterError(
-                f"no node of the cluster can hold one more sampler, which asks for {_resources(wanted[0])}"
-            )
-        free = ray.available_resources()
-        short = [f"{name}: asks for {n:g}, {free.get(name, 0.0):g} free" for name, n in wanted[0].items()
-                 if free.get(name, 0.0) < n]  # fmt: skip
+        if not any(fits(wanted, node.resources) for node in alive_nodes()):
+            raise ClusterError(f"no node of the cluster can hold one more sampler, which asks for {amounts(wanted)}")
+        short = "; ".join(map(str, shortages(wanted, ray.available_resources())))
         if short:
-            raise ClusterError(f"no room for one more sampler now: {'; '.join(short)}")
+            raise ClusterError(f"no room for one more sampler now: {short}")
         try:
-            group = self._group(wanted, "PACK", f"sampler {index}", ROOM_S)
+            group = self._group([wanted], "PACK", f"sampler {index}", ROOM_S)
         except StalledError as error:  # another job has taken the free resources since
             raise ClusterError(f"no room for one more sampler now: {error}") from error
-        return _slots(group, section, wanted)[0]
+        return _slots(group, section, 1)[0]
 
     def lacking(self, slot: Slot) -> str | None:
         """The resources that a slot waits for after its node was lost; None if it is placed."""
         table = placement_group_table(slot.group)
         if table["state"] == "CREATED":
             return None
-        return f"{_resources(table['bundles'][slot.bundle])} on {_has()}"
+        return f"{amounts(table['bundles'][slot.bundle])} on {_has()}"
+
+    def _who_holds(self, free: Resources) -> str:
+        own = [bundle for group in self._groups for bundle in group.bundle_specs]
+        if fits(sum_resources(node.resources for node in alive_nodes()), sum_resources([free, *own])):
+            why = "Ray cannot put this job's places side by side on single nodes and GPUs"
+            return f"No other job holds resources: {why}; request less for each"
+        return "Another job holds the rest"
 
     def release(self) -> None:
         for group in self._groups:
@@ -100,11 +94,11 @@ class Placement:
         self._groups.clear()
 
     def _group(
-        self, bundles: Sequence[Needs], strategy: str, what: str, limit_s: float | None = None
+        self, bundles: Sequence[Resources], strategy: str, what: str, limit_s: float | None = None
     ) -> PlacementGroup:
         group = placement_group([dict(bundle) for bundle in bundles], strategy=strategy)
         self._groups.append(group)
-        asked = ", ".join(_resources(bundle) for bundle in bundles[:4]) + (", ..." if len(bundles) > 4 else "")
+        asked = ", ".join(amounts(bundle) for bundle in bundles[:4]) + (", ..." if len(bundles) > 4 else "")
         began, noted = time.monotonic(), False
         while not group.wait(timeout_seconds=POLL_S):
             waited = time.monotonic() - began
@@ -116,15 +110,14 @@ class Placement:
                 limit = f"{limit_s:g}" if limit_s else "watchdog.start_s"
                 self._groups.remove(group)
                 remove_placement_group(group)
+                free = ray.available_resources()
                 raise StalledError(
                     f"{what}: waited {waited:.0f} s ({limit}) for {len(bundles)} places ({asked}) on {_has()}"
-                    f"; free now: {_resources(ray.available_resources())}. Another job holds the rest"
+                    f"; free now: {amounts(free)}. {self._who_holds(free)}"
                 )
             if waited > NOTED_AFTER_S and not noted:
                 noted = True
-                self.note(
-                    f"waiting for room for the {what} ({asked}); free now: {_resources(ray.available_resources())}"
-                )
+                self.note(f"waiting for room for the {what} ({asked}); free now: {amounts(ray.available_resources())}")
         return group
 
 
@@ -134,69 +127,22 @@ def refuse_shortfall(config: JobConfig) -> None:
     Raises:
         ClusterError: the shortfall, and the keys that ask for it.
     """
-    learner, sampler = config.learner, config.sampler
-    has = ray.cluster_resources()
-    asked_L = [needs(learner, i) for i in range(learner.num_workers)]
-    asked_S = [needs(sampler, i) for i in range(sampler.num_workers)]
-    for address in dict.fromkeys([*learner.nodes, *sampler.nodes]):
-        if f"node:{address}" not in has:
-            known = ", ".join(node["NodeManagerAddress"] for node in _alive())
-            raise ClusterError(
-                f"learner.nodes, sampler.nodes: no node {address!r} in the cluster; its nodes are {known}"
-            )
-    for resource in dict.fromkeys(name for asked in (*asked_L, *asked_S) for name in asked):
-        of_learner, of_samplers = (sum(one.get(resource, 0.0) for one in asked) for asked in (asked_L, asked_S))
-        asked, present = of_learner + of_samplers, has.get(resource, 0.0)
-        if asked > present and not math.isclose(asked, present):
-            key = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(resource, "resources")
-            raise ClusterError(
-                f"job asks for {asked:g} {resource}s, the cluster has {present:g}: "
-                f"learner.num_workers {learner.num_workers} x learner.{key} {asked_L[0].get(resource, 0.0):g} + "
-                f"sampler.num_workers {sampler.num_workers} x sampler.{key} {asked_S[0].get(resource, 0.0):g}. Ask for "
-                "less (parts of a core are allowed: sampler.num_cpus=0.5), or join a larger cluster"
-            )
-    for who, wanted in (("learner rank", asked_L), ("sampler", asked_S)):
-        for one in wanted:
-            if not any(_fits(one, node["Resources"]) for node in _alive()):
-                raise ClusterError(
-                    f"no node of the cluster can hold one {who}, which asks for {_resources(one)}; it is {_has()}"
-                )
+    shortfall = next(job_shortfalls(config, alive_nodes()), None)
+    if shortfall is not None:
+        raise ClusterError(f"the job does not fit the cluster: {shortfall}")
 
 
-def _slots(group: PlacementGroup, section: LearnerSection | SamplerSection, wanted: Sequence[Needs]) -> list[Slot]:
+def _slots(group: PlacementGroup, section: LearnerSection | SamplerSection, count: int) -> list[Slot]:
     return [
         Slot(
             group,
             bundle,
             {"num_cpus": section.num_cpus, "num_gpus": section.num_gpus, "runtime_env": threads_env(section.threads)},
         )
-        for bundle in range(len(wanted))
+        for bundle in range(count)
     ]
 
 
-def _together(one: Needs, other: Needs) -> dict[str, float]:
-    return {name: one.get(name, 0.0) + other.get(name, 0.0) for name in (*one, *other)}
-
-
-def _alive() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _fits(wanted: Needs, has: Needs) -> bool:
-    return all(has.get(name, 0.0) >= amount for name, amount in wanted.items())
-
-
 def _has() -> str:
-    nodes = [f"{node['NodeManagerAddress']}: {_resources(node['Resources'])}" for node in _alive()]
+    nodes = [f"{node.name}: {amounts(node.resources)}" for node in alive_nodes()]
     return f"{len(nodes)} nodes ({'; '.join(nodes)})" if len(nodes) > 1 else f"one node ({nodes[0]})"
-
-
-def _resources(amounts: Needs) -> str:
-    """Countable resources in words, without memory and Ray's labels."""
-    shown = {
-        name: amount
-        for name, amount in amounts.items()
-        if not name.startswith(("node:", "memory", "object_store_memory", "bundle_group", "accelerator_type"))
-        and "_group_" not in name
-    }
-    return ", ".join(f"{amount:g} {name}" for name, amount in shown.items()) or "nothing"

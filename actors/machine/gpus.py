@@ -15,7 +15,7 @@ from typing import Any
 
 from rlsys.architectures.precision import bfloat16_problem
 from rlsys.errors import ClusterError, ConfigError
-from rlsys.planning.plan import Node
+from rlsys.planning.fit import Node
 from rlsys.utils.env_variables import env_variable
 from rlsys.utils.free_memory import free_bytes
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 import ray
 
 from rlsys.client.config import ServiceConfig
 from rlsys.config import LearnerSection, Precision, SamplerSection, gpu_shares
 from rlsys.errors import ClusterError, ConfigError
+from rlsys.planning.fit import Resources, Shortage, shortages, sum_resources
 
 SETTLE_S = 5.0  # Ray counts an ended actor's resources as free only after a moment
 RANK, LIVE = 32, 8  # defaults of samplers: Tinker's default rank, and eight adapter slots
 
 
-def sections(config: ServiceConfig, has: Mapping[str, float]) -> tuple[LearnerSection, SamplerSection]:
+def sections(config: ServiceConfig, has: Resources) -> tuple[LearnerSection, SamplerSection]:
     """Sections of the config; without them one learner and one sampler that share the cluster's CPUs or GPUs.
     `has`: resource name -> amount in the cluster.
 
@@ -69,26 +69,20 @@ def refuse_shortfall(learner: LearnerSection, sampler: SamplerSection) -> None:
         if shortfall(learner, sampler, total) is not None or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    resource, asked, found = short
+    name = short.resource
     raise ClusterError(
-        f"a deployment needs {asked:g} {resource}s (learner {_needs(learner, resource):g} + {sampler.num_workers} "
-        f"sampler(s) x {_needs(sampler, resource):g}), the cluster has {found:g} free of {total.get(resource, 0.0):g}: "
-        f"{asked - found:g} too few. Stop another deployment (`rlsys stop`, ServiceClient.close()), or request less "
+        f"a deployment needs {short.needed:g} {name}s (learner {_needs(learner)[name]:g} + {sampler.num_workers} "
+        f"sampler(s) x {_needs(sampler)[name]:g}), the cluster has {short.found:g} free of {total.get(name, 0.0):g}: "
+        f"{short.missing:g} too few. Stop another deployment (`rlsys stop`, ServiceClient.close()), or request less "
         "with ServiceConfig(learner=..., sampler=...): num_cpus and num_gpus may be fractions"
     )
 
 
-def shortfall(
-    learner: LearnerSection, sampler: SamplerSection, has: Mapping[str, float]
-) -> tuple[str, float, float] | None:
-    """(resource, requested, available) of the first resource that is too small; None if all suffice."""
-    for resource in ("CPU", "GPU"):
-        asked = _needs(learner, resource) + sampler.num_workers * _needs(sampler, resource)
-        found = has.get(resource, 0.0)
-        if asked > found + 1e-6:
-            return resource, asked, found
-    return None
+def shortfall(learner: LearnerSection, sampler: SamplerSection, has: Resources) -> Shortage | None:
+    """The first resource that is too small; None if all suffice."""
+    return next(shortages(sum_resources([_needs(learner), *[_needs(sampler)] * sampler.num_workers]), has), None)
 
 
-def _needs(section: LearnerSection | SamplerSection, resource: str) -> float:
-    return section.num_cpus if resource == "CPU" else section.num_gpus
+def _needs(section: LearnerSection | SamplerSection) -> dict[str, float]:
+    """Resources of one actor. A deployment asks Ray for no custom resources and no nodes."""
+    return {"CPU": section.num_cpus, "GPU": section.num_gpus}

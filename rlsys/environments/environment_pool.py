@@ -7,20 +7,14 @@ the environment and are counted.
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
+import contextlib
 import pickle
-import signal
-import traceback
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from pebble import ProcessExpired, ProcessPool
-
 from rlsys.config import TurnSection
-from rlsys.errors import ConfigError
-from rlsys.sandbox.killable_process import TEXT_TAIL, describe_exit, init_killable_process
+from rlsys.sandbox.process_pool import Ending, Outcome, ProcessPool, Worker, pickled
 
 REPLIED, OVER, TIMEOUT, ERROR = 0, 1, 2, 3  # values of Reply.outcome
 
@@ -44,39 +38,28 @@ class Environment:
 
     def __init__(self, section: TurnSection, function: Replier) -> None:
         self._section = section
-        try:
-            self._function = pickle.dumps(function)
-        except Exception as error:  # pickling runs user code
-            raise ConfigError(
-                f"task: {function!r} cannot be sent to the environment processes ({error}); wanted a picklable task, "
-                "or a task whose method `reply` is static"
-            ) from error
-        self._context = multiprocessing.get_context("forkserver")  # fork would copy locks held by other threads
-        self._context.set_forkserver_preload([__name__, function.__module__])
+        wanted = "a picklable task, or a task whose method `reply` is static"
+        source = pickled(function, "task", "environment", wanted)
+        worker = Worker("environment", pickle.loads, source, _text)  # trusted: this process pickled it
         self._answered = 0
-        self._pool = self._start()
+        self._pool = ProcessPool(worker, section.workers, section.reply_timeout_s, [__name__, function.__module__])
 
     async def reply(self, turns: Sequence[str], answer: str) -> Reply:
         """Call the environment with the model's turns so far, oldest first, and the reference answer."""
         why = ""
         for _ in range(ATTEMPTS):
+            call = self._pool.submit(list(turns), answer)
+            with contextlib.suppress(Exception):  # `outcome` reads the error
+                await asyncio.wrap_future(call)
             try:
-                text, failure = await asyncio.wrap_future(self._submit(turns, answer))
-                self._answered += 1
-                if failure:
-                    return Reply(ERROR, why=failure)
-                return Reply(OVER) if text is None else Reply(REPLIED, text)
+                outcome = self._pool.outcome(call)
             except BrokenProcessPool as error:
                 why = f"the environment processes died between two calls: {error}"
-            except ProcessExpired as error:
-                why = f"the environment process died: {describe_exit(error.exitcode)}"
-                if error.exitcode != -signal.SIGKILL:  # SIGKILL probably came from outside, such as the OOM killer
-                    break
-            except TimeoutError:
+                continue
+            why = outcome.why
+            if outcome.ending is not Ending.KILLED:
                 self._answered += 1
-                return Reply(
-                    TIMEOUT, why=f"no reply within turns.reply_timeout_s = {self._section.reply_timeout_s:g} s"
-                )
+                return self._reply(outcome)
         self._answered += 1
         return Reply(ERROR, why=why)
 
@@ -86,56 +69,19 @@ class Environment:
 
     def close(self) -> None:
         """Kill all processes, including those in the middle of a call."""
-        self._pool.stop()
-        while True:
-            try:
-                self._pool.join()
-                return
-            except KeyError:  # a race in pebble: its thread removed a process during join; other processes may remain
-                continue
+        self._pool.close()
 
-    def _start(self) -> ProcessPool:
-        pool = ProcessPool(
-            self._section.workers, initializer=_initialise, initargs=(self._function,), context=self._context
-        )
-        assert pool.active  # reading `active` starts the processes: they import while the engine starts
-        return pool
-
-    def _submit(self, turns: Sequence[str], answer: str) -> Future[_Answer]:
-        if not self._pool.active:
-            self.close()
-            self._pool = self._start()
-        timeout = self._section.reply_timeout_s
-        call: Future[_Answer] = self._pool.schedule(_reply_once, (list(turns), answer), timeout=timeout)
-        return call
-
-
-_Answer = tuple["str | None", str]  # reply, and the traceback if the call failed, else ""
-_function: Replier | None = None  # the environment of this process
-_start_error = ""
-
-
-def _initialise(function: bytes) -> None:
-    """Load the environment, once per process. If that fails, the process keeps running and calls return the error."""
-    global _function, _start_error
-    init_killable_process()
-    try:
-        _function = pickle.loads(function)  # trusted: the parent pickled it
-    except Exception:  # importing user code may raise any type
-        _start_error = traceback.format_exc()[-TEXT_TAIL:]
-
-
-def _reply_once(turns: list[str], answer: str) -> _Answer:
-    """Call the environment. Errors are returned as text: not every exception can be pickled."""
-    if _function is None:
-        return None, f"the environment could not be loaded: {_start_error}"
-    try:
-        return _text(_function(turns, answer)), ""
-    except BaseException:  # SystemExit too, and library errors derived from BaseException
-        return None, traceback.format_exc()[-TEXT_TAIL:]
+    def _reply(self, outcome: Outcome[str | None]) -> Reply:
+        if outcome.ending is Ending.VALUE:
+            return Reply(OVER) if outcome.value is None else Reply(REPLIED, outcome.value)
+        if outcome.ending is Ending.TIMEOUT:
+            limit_s = self._section.reply_timeout_s
+            return Reply(TIMEOUT, why=f"no reply within turns.reply_timeout_s = {limit_s:g} s")
+        return Reply(ERROR, why=outcome.why)
 
 
 def _text(reply: object) -> str | None:
+    """The environment's reply, checked in its process."""
     if reply is None:
         return None
     if not isinstance(reply, str):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rlsys.architectures.model_shape import ModelShape
 from rlsys.architectures.precision import computing_dtype
 from rlsys.architectures.support import shape_problems
-from rlsys.config import JobConfig, LearnerSection, SamplerSection
+from rlsys.config import JobConfig
+from rlsys.planning.fit import Node, amounts, groups, job_shortfalls, packs
 from rlsys.planning.gpu_plan import gpu_shortfalls, gpu_warnings, torch_bytes
 from rlsys.planning.memory import (
     DRIVER_MEMORY,
@@ -33,20 +34,9 @@ from rlsys.planning.memory import (
 from rlsys.utils.free_memory import free_bytes
 
 GB = 10**9  # the unit of data sheets: an L4 of 24 GB has 24.15e9 bytes, fewer than 24 GiB
-NODE_SHARE = 1e-3  # of Ray's resource "node:<address>", of which each node has 1
 MARGIN = 0.9  # usable share of the memory: predictions are accurate to 15 %, and other processes need memory too
 LARGEST_BUDGET = 2**20
 SHORT_PROMPT_TOKENS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One machine as Ray sees it. `gpu_memory`: bytes of its smallest GPU; None if not known."""
-
-    name: str
-    resources: Mapping[str, float]
-    memory: int  # bytes
-    gpu_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +86,6 @@ def described_machine(cpus: int | None, memory_gb: float | None, gpus: int, gpu_
     return Node("the described machine", resources, memory, None if gpu_memory_gb is None else int(gpu_memory_gb * GB))
 
 
-def needs(section: LearnerSection | SamplerSection, index: int) -> dict[str, float]:
-    """Ray resources that learner rank or sampler number `index` requests from its node."""
-    found = {"CPU": section.num_cpus, "GPU": section.num_gpus, **section.resources}
-    if section.nodes:
-        found[f"node:{section.nodes[index % len(section.nodes)]}"] = NODE_SHARE
-    return {name: amount for name, amount in found.items() if amount > 0}
-
-
 def _rows(config: JobConfig, dims: ModelShape) -> tuple[Row, ...]:
     learner, sampler = config.learner, config.sampler
     return (
@@ -135,90 +117,16 @@ def _impossible(config: JobConfig, dims: ModelShape) -> Iterator[str]:
 
 
 def _placement(config: JobConfig, nodes: Sequence[Node]) -> Iterator[str]:
-    """Shortfalls of resources: in total, per actor, and for all placement groups under their strategies."""
-    groups = _groups(config)
-    wanted = [bundle for _, bundles, _ in groups for bundle in bundles]
-    has = _sum([node.resources for node in nodes])
-    short = False
-    for name in dict.fromkeys(name for bundle in wanted for name in bundle):
-        if name.startswith("node:"):
-            if name not in has:
-                short = True
-                known = ", ".join(node.name for node in nodes)
-                yield f"learner.nodes, sampler.nodes: found no node {name.removeprefix('node:')!r}; nodes are {known}"
-            continue
-        asked = sum(bundle.get(name, 0.0) for bundle in wanted)
-        if asked > has.get(name, 0.0) + 1e-9:
-            short = True
-            yield _shortfall(config, name, asked, has.get(name, 0.0))
-    if short:
-        return
-    for who, bundles, strategy in groups:
-        for bundle in bundles:
-            if not any(_fits(bundle, node.resources) for node in nodes):
-                short = True
-                yield f"no single node can hold one {who}, which needs {amounts(bundle)}; largest: {_largest(nodes)}"
-                break
-        if strategy == "STRICT_SPREAD" and len(bundles) > len(nodes):
-            short = True
-            yield (
-                f"{who}: placement STRICT_SPREAD needs {len(bundles)} nodes, found {len(nodes)}; use SPREAD, or "
-                f"num_workers={len(nodes)}"
-            )
-        together = _sum(bundles)
-        if strategy == "STRICT_PACK" and not any(_fits(together, node.resources) for node in nodes):
-            short = True
-            yield (
-                f"{who}: placement STRICT_PACK needs {amounts(together)} on one node; largest node: "
-                f"{_largest(nodes)}; use PACK"
-            )
-    if not short and not _packs(wanted, nodes):
+    """Shortfalls of resources. A starting job leaves packing to Ray, because `packs` can miss a placement."""
+    short = list(job_shortfalls(config, nodes))
+    yield from short
+    wanted = [bundle for group in groups(config) for bundle in group.bundles]
+    if not short and not packs(wanted, nodes):
         yield (
             "the nodes have enough resources in total, but the actors do not fit onto them: actors need "
             f"{'; '.join(amounts(bundle) for bundle in wanted)}; nodes have "
             f"{'; '.join(amounts(node.resources) for node in nodes)}. Request less per actor, or fewer workers"
         )
-
-
-def _groups(config: JobConfig) -> list[tuple[str, list[dict[str, float]], str]]:
-    """(name, resources of each bundle, strategy) of each placement group."""
-    learner, sampler = config.learner, config.sampler
-    ranks = [needs(learner, i) for i in range(learner.num_workers)]
-    samplers = [needs(sampler, i) for i in range(sampler.num_workers)]
-    if sampler.colocate:  # a learner rank and its sampler share one bundle, and use the GPU in turn
-        pairs = [_sum([rank, sampler_needs]) for rank, sampler_needs in zip(ranks, samplers, strict=True)]
-        return [("learner rank with its sampler", pairs, learner.placement)]
-    return [("learner rank", ranks, learner.placement), ("sampler", samplers, sampler.placement)]
-
-
-def _shortfall(config: JobConfig, name: str, asked: float, found: float) -> str:
-    learner, sampler = config.learner, config.sampler
-    key = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(name, "resources")
-    each = (needs(learner, 0).get(name, 0.0), needs(sampler, 0).get(name, 0.0))
-    text = (
-        f"{asked:g} {name} needed, {found:g} found, {asked - found:g} too few: learner.num_workers "
-        f"{learner.num_workers} x learner.{key} {each[0]:g} + sampler.num_workers {sampler.num_workers} x "
-        f"sampler.{key} {each[1]:g}"
-    )
-    workers = learner.num_workers + sampler.num_workers
-    if name == "CPU" and found > 0:
-        share = math.floor(found / workers * 100) / 100
-        return f"{text}. Fractions of a core are allowed: learner.num_cpus={share:g} sampler.num_cpus={share:g}"
-    if name == "GPU" and found == 0:
-        return f"{text}. Without GPUs: learner.device=cpu learner.num_gpus=0 sampler.num_gpus=0"
-    return f"{text}. Request less, or join a larger cluster (cluster.address)"
-
-
-def _packs(wanted: Sequence[Mapping[str, float]], nodes: Sequence[Node]) -> bool:
-    """Whether first-fit decreasing places all bundles."""
-    free = [dict(node.resources) for node in nodes]
-    for bundle in sorted(wanted, key=lambda bundle: (bundle.get("GPU", 0.0), bundle.get("CPU", 0.0)), reverse=True):
-        room = next((has for has in free if _fits(bundle, has)), None)
-        if room is None:
-            return False
-        for name, amount in bundle.items():
-            room[name] = room.get(name, 0.0) - amount
-    return True
 
 
 def _memory(config: JobConfig, rows: Sequence[Row], nodes: Sequence[Node]) -> Iterator[str]:
@@ -355,30 +263,6 @@ def _resource_warnings(config: JobConfig, dims: ModelShape) -> Iterator[str]:
         )
 
 
-def amounts(amounts: Mapping[str, float]) -> str:
-    """Text of countable resources: ``2 CPU, 1 GPU``."""
-    shown = {
-        name: amount
-        for name, amount in amounts.items()
-        if not name.startswith(("node:", "memory", "object_store_memory", "accelerator_type"))
-    }
-    return ", ".join(f"{amount:g} {name}" for name, amount in shown.items()) or "nothing"
-
-
 def _gpu_bytes(nodes: Sequence[Node]) -> int | None:
     """Memory of the largest GPU in bytes; None if not known."""
     return max((node.gpu_memory for node in nodes if node.gpu_memory is not None), default=None)
-
-
-def _largest(nodes: Sequence[Node]) -> str:
-    return amounts(
-        max(nodes, key=lambda node: (node.resources.get("GPU", 0.0), node.resources.get("CPU", 0.0))).resources
-    )
-
-
-def _fits(wanted: Mapping[str, float], has: Mapping[str, float]) -> bool:
-    return all(has.get(name, 0.0) + 1e-9 >= amount for name, amount in wanted.items())
-
-
-def _sum(amounts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {name: sum(part.get(name, 0.0) for part in amounts) for part in amounts for name in part}

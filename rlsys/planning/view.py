@@ -10,8 +10,9 @@ from rich.table import Table
 
 from rlsys.architectures.model_shape import ModelShape
 from rlsys.config import JobConfig
+from rlsys.planning.fit import Node, amounts
 from rlsys.planning.memory import MIB, gib
-from rlsys.planning.plan import Node, Plan, Row, amounts
+from rlsys.planning.plan import Plan, Row
 
 STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
 SMALLEST_SHOWN = 0.01  # share of a role's total from which a part is listed

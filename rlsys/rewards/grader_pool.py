@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
-import multiprocessing
 import numbers
 import pickle
-import signal
-import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
 import numpy as np
-from pebble import ProcessExpired, ProcessPool
 
 from rlsys.config import RewardSection
 from rlsys.errors import ConfigError, GradingError, StalledError
-from rlsys.sandbox.killable_process import TEXT_TAIL, describe_exit, init_killable_process
+from rlsys.sandbox.process_pool import Call, Ending, ProcessPool, Worker, pickled
 from rlsys.types import Array
 from rlsys.utils.import_path import import_by_path
 
@@ -84,15 +80,10 @@ class GraderPool:
     def __init__(self, section: RewardSection, function: Grader | str) -> None:
         function = section.function or function
         self._section = section
-        self._source = _source(function)
         self._name = function if isinstance(function, str) else _name_of(function)
-        # fork would copy locks held by this process' threads. The fork server imports these modules once, so that a
-        # replacement for a killed process starts quickly.
         module = function.partition(":")[0] if isinstance(function, str) else function.__module__
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__, module])
         self._graded = 0
-        self._pool = self._start()
+        self._pool = ProcessPool(_worker(function), section.workers, section.timeout_s, [__name__, module])
 
     def grade(
         self, completions: Sequence[str], answers: Sequence[str], problems: Sequence[str] | None = None
@@ -134,7 +125,7 @@ class GraderPool:
                 problem = "" if problems is None else f", {problems[r]}"
                 failed.append((r, f"{self._name}{problem} with answer {answers[r][:_MESSAGE_CHARS]!r}: {text}"))
                 if len(failed) > self._section.max_failed_share * R:
-                    self._pool = self._restart()
+                    self._pool.restart()
                     raise self._too_many(outcome[: r + 1], failed, completions, R)
             r += 1
         return Grades(rewards, outcome, failed[0][1] if failed else "")
@@ -145,64 +136,32 @@ class GraderPool:
 
     def close(self) -> None:
         """Kill all processes, including those in the middle of a call."""
-        self._pool.stop()
-        while True:
-            try:
-                return self._pool.join()
-            except KeyError:  # a race in pebble: its thread removed a process during join; other processes may remain
-                continue
+        self._pool.close()
 
-    def _start(self) -> ProcessPool:
-        pool = ProcessPool(
-            self._section.workers,
-            initializer=_initialise,
-            initargs=(self._source,),
-            context=self._context,
-        )
-        assert pool.active  # reading `active` starts the processes: they import while the caller prepares a batch
-        return pool
-
-    def _restart(self) -> ProcessPool:
-        self.close()
-        return self._start()
-
-    def _submit(
-        self, completions: Sequence[str], answers: Sequence[str], rows: range
-    ) -> dict[int, concurrent.futures.Future[_Answer]]:
-        if not self._pool.active:
-            self._pool = self._restart()
-        timeout = self._section.timeout_s
-        calls = {r: self._pool.schedule(_grade_one, (completions[r], answers[r]), timeout=timeout) for r in rows}
+    def _submit(self, completions: Sequence[str], answers: Sequence[str], rows: range) -> dict[int, Call[float]]:
+        calls = {r: self._pool.submit(completions[r], answers[r]) for r in rows}
         for call in calls.values():
             call.add_done_callback(self._count)
         return calls
 
-    def _count(self, call: concurrent.futures.Future[_Answer]) -> None:
+    def _count(self, call: Call[float]) -> None:
         self._graded += 1  # no race: pebble calls this in a single thread
 
-    def _result(self, call: concurrent.futures.Future[_Answer]) -> tuple[float, int, str]:
+    def _result(self, call: Call[float]) -> tuple[float, int, str]:
         """Wait for (grade, outcome, error text). Calls start in order: the call is running or is the next to run."""
         limit_s = 2 * self._section.timeout_s + START_S
         if not concurrent.futures.wait([call], limit_s).done:
-            self._pool = self._restart()
+            self._pool.restart()
             raise StalledError(
                 f"the {self._section.workers} grader processes returned no grade for {limit_s:.0f} s, although each "
                 f"call is killed after {self._section.timeout_s:g} s; check the machine's load and free memory"
             )
-        error = call.exception()
-        if error is None:
-            reward, text = call.result()
-            return (
-                (reward, RIGHT if reward >= self._section.solved_at else WRONG, "") if not text else (0.0, ERROR, text)
-            )
-        if isinstance(error, BrokenProcessPool):
-            raise error
-        if isinstance(error, TimeoutError):
+        ended = self._pool.outcome(call)
+        if ended.value is not None:
+            return ended.value, RIGHT if ended.value >= self._section.solved_at else WRONG, ""
+        if ended.ending is Ending.TIMEOUT:
             return 0.0, TIMEOUT, f"no grade within rewards.timeout_s = {self._section.timeout_s:g} s"
-        if isinstance(error, ProcessExpired):
-            killed = error.exitcode == -signal.SIGKILL
-            return 0.0, KILLED if killed else ERROR, f"the grader process died: {describe_exit(error.exitcode)}"
-        raise error
+        return 0.0, KILLED if ended.ending is Ending.KILLED else ERROR, ended.why
 
     def _too_many(
         self, outcome: Array, failed: Sequence[tuple[int, str]], completions: Sequence[str], R: int
@@ -216,18 +175,14 @@ class GraderPool:
         )
 
 
-def _source(function: Grader | str) -> str | bytes:
-    """Return what a grader process loads its function from: the import path, checked here, or the pickled function."""
+def _worker(function: Grader | str) -> Worker[float]:
+    """What the grader processes run: the grader at an import path, checked here, or the pickled function."""
     if isinstance(function, str):
         resolve(function)
-        return function
-    try:
-        return pickle.dumps(function)
-    except Exception as error:  # pickling runs user code
-        raise ConfigError(
-            f"rewards: {function!r} cannot be sent to the grader processes ({error}); "
-            "wanted a function at the top level of a module, or its path 'package.module:function'"
-        ) from error
+        return Worker("grader", resolve, function, _number)
+    wanted = "a function at the top level of a module, or its path 'package.module:function'"
+    source = pickled(function, "rewards", "grader", wanted)
+    return Worker("grader", pickle.loads, source, _number)  # trusted: this process pickled it
 
 
 def _name_of(function: Grader) -> str:
@@ -237,32 +192,8 @@ def _name_of(function: Grader) -> str:
     return f"{getattr(function, '__module__', kind.__module__)}:{name}"
 
 
-_Answer = tuple[float, str]  # grade, and the traceback if the call failed, else ""
-_grader: Grader | None = None  # the grader of this process
-_start_error = ""
-
-
-def _initialise(source: str | bytes) -> None:
-    """Load the grader, once per process. If that fails, the process keeps running and each call returns the error."""
-    global _grader, _start_error
-    init_killable_process()
-    try:
-        _grader = resolve(source) if isinstance(source, str) else pickle.loads(source)  # trusted: the parent pickled it
-    except Exception:  # importing user code may raise any type
-        _start_error = traceback.format_exc()[-TEXT_TAIL:]
-
-
-def _grade_one(completion: str, answer: str) -> _Answer:
-    """Call the grader, in a grader process. Errors are returned as text: not every exception can be pickled."""
-    if _grader is None:
-        return 0.0, f"the grader could not be loaded: {_start_error}"
-    try:
-        return _number(_grader(completion, answer)), ""
-    except BaseException:  # SystemExit too, and library errors derived from BaseException
-        return 0.0, traceback.format_exc()[-TEXT_TAIL:]
-
-
 def _number(reward: object) -> float:
+    """The grader's grade, checked in its process."""
     if hasattr(reward, "item"):  # NumPy scalars and tensors with one element
         reward = reward.item()
     if not isinstance(reward, numbers.Real):

@@ -9,7 +9,6 @@ import signal
 import threading
 
 MEMORY_LIMIT_BYTES = 4 * 2**30  # an expression such as 9**9**9 would fill the machine's memory within its time limit
-TEXT_TAIL = 2000  # last characters kept of a traceback
 
 
 def init_killable_process() -> None:

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import ray
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from actors.cluster.placement import Placement, Slot
 from rlsys.config import parse_config
-from rlsys.errors import ClusterError
+from rlsys.errors import ClusterError, StalledError
 
 JOB = "run: {name: a}\nmodel: {path: x}\nwatchdog: {start_s: 60}\n"
 Ids = list[str]
@@ -86,7 +87,7 @@ def test_on_one_gpu_a_pair_shares_it_by_turns_or_by_halves(monkeypatch: pytest.M
     with machine(1, monkeypatch) as of:
         assert of(*on_cuda(1, 0.5, 1, 0.5, colocate=True)) == ([["0"]], [["0"]])
         assert of(*on_cuda(1, 0.5, 1, 0.5, "sampler.gpu_memory_utilization=0.45")) == ([["0"]], [["0"]])
-        with pytest.raises(ClusterError, match=r"asks for 2 GPUs, the cluster has 1"):
+        with pytest.raises(ClusterError, match=r"2 GPU needed, 1 found, 1 too few"):
             of(*on_cuda(1, 1, 1, 1))
         placement = Placement(parse_config(JOB, list(on_cuda(1, 0.5, 1, 0.5, colocate=True))), print)
         with pytest.raises(ClusterError, match=r"another.*set sampler\.num_gpus=1"):
@@ -121,3 +122,19 @@ def test_on_eight_gpus_every_rank_and_every_sampler_has_its_own(monkeypatch: pyt
         assert apart(*learners, *samplers)
         learners, samplers = of(*on_cuda(4, 0.5, 4, 0.5, colocate=True))
         assert learners == samplers and apart(*learners)
+
+
+def test_shares_that_fit_in_total_but_not_on_single_gpus_end_the_wait_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with machine(2, monkeypatch) as of:
+        for shares, who in (((3, 0.6, 1, 0), "learner ranks"), ((1, 0.6, 2, 0.6), "samplers")):
+            with pytest.raises(StalledError, match=rf"{who}: waited .* places .*No other job .*side by side"):
+                of(*on_cuda(*shares, "watchdog.start_s=3"))
+        other = placement_group([{"CPU": 31.0}])
+        with pytest.raises(StalledError, match=r"samplers: waited .* 1 places .*Another job holds the rest"):
+            of("watchdog.start_s=3")
+        remove_placement_group(other)
+        placement = Placement(parse_config(JOB), print)
+        with pytest.raises(ClusterError, match=r"3 places .* with placement STRICT_SPREAD do not fit on one node"):
+            placement._group([{"CPU": 1.0}] * 3, "STRICT_SPREAD", "ranks")  # as if two nodes left since the first check

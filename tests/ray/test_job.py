@@ -129,7 +129,7 @@ def test_a_run_that_computes_something_else_is_refused_with_the_keys_and_the_way
 
 
 def test_more_than_the_cluster_has_is_refused_before_anything_waits(ray_cluster: str, job: Job) -> None:
-    with pytest.raises(ClusterError, match=r"job asks for 101 CPUs, the cluster has 4.*sampler\.num_workers 200"):
+    with pytest.raises(ClusterError, match=r"101 CPU needed, 4 found, 97 too few.*sampler\.num_workers 200"):
         jobs.train(job("sampler.num_workers=200"), Progress())
 
 

@@ -18,7 +18,8 @@ from rlsys.architectures.support import refuse_structure, refuse_unsupported, st
 from rlsys.client import ServiceClient
 from rlsys.config import JobConfig, LoraSection, SamplerSection, parse_config
 from rlsys.errors import ConfigError
-from rlsys.planning.plan import Node, plan
+from rlsys.planning.fit import Node
+from rlsys.planning.plan import plan
 from rlsys.tracking.progress import Progress
 from tests.families.tiny_models import COMMON
 from tests.families.tiny_models import FAMILIES as TINY

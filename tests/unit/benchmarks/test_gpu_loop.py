@@ -19,7 +19,8 @@ from benchmarks.gpu_journal import CUT_OFF, DONE, FAILED, LEFT_OUT, Journal, Not
 from benchmarks.gpu_parts import QUICK, QWEN3_0_6B
 from rlsys.architectures.model_shape import model_shape
 from rlsys.config import load_config
-from rlsys.planning.plan import Node, plan
+from rlsys.planning.fit import Node
+from rlsys.planning.plan import plan
 from tests.waiting import run, until, until_gone
 
 ROOT = Path(__file__).parents[3]

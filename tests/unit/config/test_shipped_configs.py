@@ -12,7 +12,8 @@ import pytest
 
 from rlsys.architectures.model_shape import model_shape
 from rlsys.config import load_config
-from rlsys.planning.plan import Node, plan
+from rlsys.planning.fit import Node
+from rlsys.planning.plan import plan
 from tests.waiting import run
 
 ROOT = Path(__file__).parents[3]

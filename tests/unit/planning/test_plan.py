@@ -13,6 +13,7 @@ import pytest
 from rlsys.architectures.model_shape import known_models, model_shape, of_config
 from rlsys.config import JobConfig, parse_config
 from rlsys.errors import ConfigError
+from rlsys.planning.fit import Node
 from rlsys.planning.memory import (
     CUDA_CONTEXT,
     CUDA_GRAPHS,
@@ -25,7 +26,7 @@ from rlsys.planning.memory import (
     micro_batch_tokens,
     sampler_memory,
 )
-from rlsys.planning.plan import Node, Plan, plan
+from rlsys.planning.plan import Plan, plan
 from tests.waiting import run
 
 ROOT = Path(__file__).parents[3]
