@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -125,7 +125,7 @@ class SamplerActor:
     async def wake(self) -> None:
         await self.sampler.wake()
 
-    async def progress(self) -> Any:
+    async def progress(self) -> tuple[int, ...] | None:
         """Changes with the engine's work; None before the engine starts."""
         if self.started is None:
             return None

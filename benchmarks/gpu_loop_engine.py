@@ -137,9 +137,9 @@ class Loop:
         if self.device == "cuda":
             self.notes.fact("wake took", time.perf_counter() - began, "s")
         snapshot = update.snapshot
-        adapter = self.sampler._live.get(RUN, snapshot.version)
+        adapter = self.sampler.slots.get(RUN, snapshot.version)
         layout = [(slot.name, list(slot.shape), slot.offset, slot.nbytes) for slot in snapshot.layout]
-        (held,) = await self.sampler._call("rlsys_read_back", adapter.id, layout)
+        (held,) = await self.sampler.engine.call_workers("rlsys_read_back", adapter.id, layout)
         self.notes.check("after sleep and wake: adapter slots have the same hash", held == snapshot.digest, 1, ">=")
         gap = np.abs(await self._canary(update) - before)
         bound = 0.0 if self.device == "cpu" else update.bound

@@ -140,7 +140,7 @@ class Measuring:
 
         sampler = Sampler(name=RUN, base=self.base, model=self.config.model, section=self.config.sampler, seed=0)
         ours = ("worker_cls", "worker_extension_cls")
-        self.engine_arguments = sampler.engine_arguments()
+        self.engine_arguments = sampler.engine.arguments()
         slots = {name: value for name, value in self.engine_arguments.items() if name not in ours}
         plain = {name: value for name, value in slots.items() if "lora" not in name}
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"

@@ -91,9 +91,9 @@ class MeasuredSampler(SamplerActor):
         pass
 
     async def canary(self, update: WeightUpdate) -> float:
-        adapter = self.sampler._live.get(RUN, update.snapshot.version)
+        adapter = self.sampler.slots.get(RUN, update.snapshot.version)
         began = time.perf_counter()
-        await self.sampler._score(update.canary_tokens, adapter)
+        await self.sampler.scorer.score(update.canary_tokens, adapter)
         return time.perf_counter() - began
 
     async def add_lora(self, folder: str, number: int) -> float:
@@ -101,7 +101,7 @@ class MeasuredSampler(SamplerActor):
         from vllm.lora.request import LoRARequest
 
         request = LoRARequest(f"plain-{number}", 10_000 + number, folder)
-        engine = self.sampler._engine
+        engine = self.sampler.engine.llm
         began = time.perf_counter()
         await engine.add_lora(request)
         seconds = time.perf_counter() - began
@@ -110,8 +110,8 @@ class MeasuredSampler(SamplerActor):
 
     async def make_room(self) -> None:
         """For `add_lora`, which would throw out what the sampler still counts on."""
-        while len(self.sampler._live.keys()) >= self.config.sampler.max_live_adapters:
-            await self.sampler.unload(*self.sampler._live.keys()[0])
+        while len(self.sampler.slots.keys()) >= self.config.sampler.max_live_adapters:
+            await self.sampler.unload(*self.sampler.slots.keys()[0])
 
 
 @contextmanager

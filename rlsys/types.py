@@ -398,5 +398,5 @@ class SampledSequence:
 class SampleResponse:
     """The completions of one prompt."""
 
-    sequences: list[SampledSequence]
+    sequences: Sequence[SampledSequence]
     prompt_logprobs: list[float | None] | None = None

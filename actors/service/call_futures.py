@@ -13,13 +13,17 @@ from ray.exceptions import RayError
 from actors.faults.actor_calls import as_raised
 
 T = TypeVar("T")
+Part = TypeVar("Part")
 
 
 def future_of(ref: ray.ObjectRef, what: str) -> Future[Any]:
-    """A future of the referenced value. `what` names the actor and its work, for error messages."""
+    """A future of the referenced value. `what` names the actor and its work, for error messages.
+
+    Any: handles of actors know no types, so a reference has none; callers declare it.
+    """
     answer: Future[Any] = Future()
 
-    def settle(done: Future[Any]) -> None:
+    def settle(done: Future[object]) -> None:
         error = done.exception()
         if error is None:
             answer.set_result(done.result())
@@ -30,11 +34,11 @@ def future_of(ref: ray.ObjectRef, what: str) -> Future[Any]:
     return answer
 
 
-def together(parts: Sequence[Future[Any]], combined: Future[T], value: T) -> None:
+def together(parts: Sequence[Future[Part]], combined: Future[T], value: T) -> None:
     """Set the result of `combined` to `value` when all `parts` are done, or set the first error among them."""
     lock, pending = threading.Lock(), [len(parts)]
 
-    def settle(part: Future[Any]) -> None:
+    def settle(part: Future[Part]) -> None:
         error = part.exception()
         with lock:
             pending[0] -= 1

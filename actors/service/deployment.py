@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import ray
+from ray.actor import ActorClass, ActorHandle
 
 from actors.cluster.base_folder import local_folder
 from actors.cluster.ray_cluster import cluster, refuse_other_builds, threads_env
@@ -54,7 +55,7 @@ class RayBackend:
         self._models = itertools.count()
         self._starting = threading.Lock()
         self._joined: dict[str, RayDeployment] = {}
-        self._started: list[list[Any]] = []  # actors, engines first
+        self._started: list[list[ActorHandle]] = []  # actors, engines first
         self._cluster = ExitStack()
         if not ray.is_initialized():
             self._cluster.enter_context(cluster(config.cluster))
@@ -121,10 +122,10 @@ class RayBackend:
     def _start(self, base_model: str, source: str) -> RayDeployment:
         host, engine = self._specs(base_model, source)
         refuse_shortfall(host.learner, engine.section)
-        named: dict[str, Any] = {"namespace": NAMESPACE, "max_concurrency": MANY_CALLS}
+        named: dict[str, object] = {"namespace": NAMESPACE, "max_concurrency": MANY_CALLS}
         if self._config.detached is not None:
             named["lifetime"] = "detached"
-        actors: list[Any] = []
+        actors: list[ActorHandle] = []
         try:
             for i in range(engine.section.num_workers):
                 actor_class = _actor_class(ServiceSampler, engine.section, name=f"sampler/{_key(source)}/{i}", **named)
@@ -182,11 +183,13 @@ class RayBackend:
 class RayDeployment:
     """`rlsys.client.backend.Deployment` on one learner actor and its sampler actors."""
 
-    def __init__(self, about: About, learner: Any, samplers: Sequence[Any], model_id: Callable[[], str]) -> None:
+    def __init__(
+        self, about: About, learner: ActorHandle, samplers: Sequence[ActorHandle], model_id: Callable[[], str]
+    ) -> None:
         self.about = about
         self._learner, self._samplers, self._model_id = learner, samplers, model_id
         self._next = itertools.count()
-        self._unneeded: deque[Callable[[], Any]] = deque()
+        self._unneeded: deque[Callable[[], object]] = deque()
 
     def create_model(self, lora: LoraSection, seed: int) -> Future[ModelHandle]:
         model_id = self._model_id()
@@ -199,12 +202,12 @@ class RayDeployment:
     def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
         self._let_go()
         what = f"training client {model_id}: {request.op}"
-        answer: Future[Any] = future_of(self._learner.submit.remote(model_id, seq, request), what)  # Ray gives no type
-        if isinstance(request, TakeSnapshot):
-            answer = self._held(answer)
-        return answer
+        call = self._learner.submit.remote(model_id, seq, request)
+        if isinstance(request, TakeSnapshot):  # so the Answer is a SnapshotHandle, which mypy does not follow
+            return cast("Future[Answer]", self._held(future_of(call, what)))
+        return future_of(call, what)
 
-    def ship(self, fn: Callable[..., Any]) -> bytes:
+    def ship(self, fn: Callable[..., object]) -> bytes:
         return ship(fn)
 
     def open(self, path: str) -> Future[SnapshotHandle]:
@@ -260,7 +263,7 @@ class RayDeployment:
         answer.add_done_callback(register)
         return registered
 
-    def _sampler(self) -> tuple[Any, str]:
+    def _sampler(self) -> tuple[ActorHandle, str]:
         i = next(self._next) % len(self._samplers)
         return self._samplers[i], f"sampler {i}"
 
@@ -270,7 +273,7 @@ class RayDeployment:
                 self._unneeded.popleft()()
 
 
-def _actor_class(kind: type, section: LearnerSection | SamplerSection, **options: Any) -> Any:
+def _actor_class(kind: type, section: LearnerSection | SamplerSection, **options: object) -> ActorClass:
     """The Ray actor class of `kind` with the resources of its section."""
     return ray.remote(kind).options(
         num_cpus=section.num_cpus,
@@ -291,7 +294,7 @@ def stop(name: str | None = None) -> list[str]:
     return ended
 
 
-def _brought_up(learner: Any, samplers: Sequence[Any], limit_s: float, shared: bool) -> About:
+def _brought_up(learner: ActorHandle, samplers: Sequence[ActorHandle], limit_s: float, shared: bool) -> About:
     """Load the base in all actors, and have every sampler prove that adapters reach its forward pass. `shared`: learner
     and samplers may share a GPU."""
     deadline = time.monotonic() + limit_s
@@ -316,7 +319,7 @@ def _brought_up(learner: Any, samplers: Sequence[Any], limit_s: float, shared: b
     return about
 
 
-def _end(actors: Sequence[Any]) -> None:
+def _end(actors: Sequence[ActorHandle]) -> None:
     """Ask the actors to stop, so that engines shut down cleanly; after STOP_TIMEOUT_S kill them all."""
     stopping = [actor.stop.remote() for actor in actors]
     ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S) if stopping else None
@@ -324,7 +327,7 @@ def _end(actors: Sequence[Any]) -> None:
         ray.kill(actor)
 
 
-def _running() -> dict[str, Any]:
+def _running() -> dict[str, ActorHandle]:
     """Running learner actors by the key of their base."""
     found = {}
     for name in _names("learner/"):

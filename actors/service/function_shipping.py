@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from ray import cloudpickle
 
 from rlsys.errors import LossError
 
 
-def ship(fn: Callable[..., Any]) -> bytes:
+def ship(fn: Callable[..., object]) -> bytes:
     """Pickle a function: by reference if its package is installed, with its code if it is from the user's files.
 
     Raises:
@@ -56,7 +55,7 @@ def _is_users(module: ModuleType) -> bool:
     return not any(Path(file).is_relative_to(folder) for folder in installed)
 
 
-def _culprit(fn: Callable[..., Any]) -> str:
+def _culprit(fn: Callable[..., object]) -> str:
     """Description of the closure variable, global or default argument that cannot be pickled."""
     function = inspect.unwrap(fn) if inspect.isfunction(fn) else getattr(fn, "__call__", fn)  # noqa: B004
     try:
@@ -64,7 +63,7 @@ def _culprit(fn: Callable[..., Any]) -> str:
     except TypeError:
         return repr(fn)
     defaults = dict(enumerate(getattr(function, "__defaults__", None) or ()))
-    used: list[tuple[str, Mapping[Any, Any]]] = [
+    used: list[tuple[str, Mapping[str, object] | Mapping[int, object]]] = [
         ("closure variable", names.nonlocals),
         ("global", names.globals),
         ("default argument", defaults),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from rlsys.config import LoraSection
 from rlsys.types import Array, SamplingParams
@@ -47,7 +47,7 @@ class SnapshotHandle:
     key: str  # unique: the bits behind a key never change
     model_id: str
     version: int  # optimizer steps
-    ref: Any
+    ref: object
     path: str | None = None  # path of the saved snapshot; None: not saved
 
 
@@ -75,7 +75,7 @@ class Deployment(Protocol):
     def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
         """Send a request, which the learner executes after all smaller `seq` of this model."""
 
-    def ship(self, fn: Callable[..., Any]) -> bytes:
+    def ship(self, fn: Callable[..., object]) -> bytes:
         """Serialize a function for the learner. Raises LossError, naming the object that cannot be pickled."""
 
     def open(self, path: str) -> Future[SnapshotHandle]:

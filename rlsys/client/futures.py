@@ -11,13 +11,16 @@ from typing import Any, Generic, Self, TypeVar
 from rlsys.errors import StalledError
 
 T = TypeVar("T")
+Answer = TypeVar("Answer")
 
 
 class ApiFuture(Generic[T], Awaitable[T]):
     """The result of one call. Can be read any number of times, from any thread or event loop."""
 
-    def __init__(self, answer: Future[Any], what: str, read: Callable[[Any], T], client: object = None) -> None:
-        self._answer, self._what, self._read = answer, what, read
+    def __init__(self, answer: Future[Answer], what: str, read: Callable[[Answer], T], client: object = None) -> None:
+        self._answer: Future[Any] = answer  # Any: this class is generic in what `read` returns, not in the answer
+        self._read: Callable[[], T] = lambda: read(answer.result())
+        self._what = what
         self._client = client  # keeps the client, and its objects on the cluster, alive until the result is not needed
         self._lock = threading.Lock()
         self._value: tuple[T, ...] = ()
@@ -30,35 +33,35 @@ class ApiFuture(Generic[T], Awaitable[T]):
             StalledError: no result within `timeout` seconds; the call continues, and `result` can be called again.
         """
         try:
-            answer = self._answer.result(timeout)
+            self._answer.result(timeout)
         except TimeoutError:
             if self._answer.done():
                 raise
             raise self._late(timeout) from None
-        return self._once(answer)
+        return self._once()
 
     async def result_async(self, timeout: float | None = None) -> T:
         """As `result`, without blocking the event loop."""
         waiting = asyncio.shield(asyncio.wrap_future(self._answer))  # a cancelled waiter must not cancel the call
         try:
-            answer = await asyncio.wait_for(waiting, timeout)
+            await asyncio.wait_for(waiting, timeout)
         except TimeoutError:
             if self._answer.done():
                 raise
             raise self._late(timeout) from None
-        return self._once(answer)
+        return self._once()
 
-    def __await__(self) -> Generator[Any, None, T]:
+    def __await__(self) -> Generator[object, None, T]:
         return self.result_async().__await__()
 
     def done(self) -> bool:
         return self._answer.done()
 
-    def _once(self, answer: Any) -> T:
-        """Convert the answer at the first call, and return the same object afterwards."""
+    def _once(self) -> T:
+        """Convert the answer, which has come, at the first call, and return the same object afterwards."""
         with self._lock:
             if not self._value:
-                self._value = (self._read(answer),)
+                self._value = (self._read(),)
             return self._value[0]
 
     def _late(self, timeout: float | None) -> StalledError:
@@ -76,6 +79,6 @@ class Ready:
     async def result_async(self, timeout: float | None = None) -> Self:
         return self
 
-    def __await__(self) -> Generator[Any, None, Self]:
+    def __await__(self) -> Generator[object, None, Self]:
         yield from ()
         return self

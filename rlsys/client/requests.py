@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Generic
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-from rlsys.client.backend import Answer, SnapshotHandle
+from rlsys.client.backend import SnapshotHandle
 from rlsys.types import AdamParams, BatchResult, Datum
 
 if TYPE_CHECKING:  # a client loads torch at its first pass
     from rlsys.datums import DatumBatch
     from rlsys.losses import Loss
 
+Answer_co = TypeVar("Answer_co", covariant=True)
 
-class Request(Generic[Answer]):
+
+class Request(Generic[Answer_co]):
     """Base of all requests. `op`: its name in messages."""
 
     __slots__ = ()

@@ -80,7 +80,10 @@ class ShapedSequence(SampledSequence):
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponse(SampleResponse):
-    """Completions and prompt scores. ``topk_prompt_logprobs[i]``: (token id, nats) pairs, most likely first; None for
-    the first token."""
+    """Completions with their sampling parameters, and prompt scores.
 
+    ``topk_prompt_logprobs[i]``: (token id, nats) pairs, most likely first; None for the first token.
+    """
+
+    sequences: list[ShapedSequence]
     topk_prompt_logprobs: list[list[tuple[int, float]] | None] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,7 +17,13 @@ from rlsys.errors import SamplingError
 from rlsys.rollouts import LENGTH
 from rlsys.types import Array, ModelInput, SamplingParams
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MAX_TOPK = 20  # vLLM's limit
+
+Found = TypeVar("Found")
+Response = TypeVar("Response")
 
 
 class SamplingClient(Ready):
@@ -88,11 +94,11 @@ class SamplingClient(Ready):
     async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
         return await self.compute_logprobs(prompt)
 
-    def get_tokenizer(self) -> Any:
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer, loaded with transformers."""
         return tokenizer_of(self._deployment.about)
 
-    def _future(self, answer: Future[Any], what: str, read: Callable[[Any], Any]) -> ApiFuture[Any]:
+    def _future(self, answer: Future[Found], what: str, read: Callable[[Found], Response]) -> ApiFuture[Response]:
         return ApiFuture(answer, f"sampling client of {self.base_model}: {what}", read, self)
 
 
@@ -124,7 +130,7 @@ def _response(found: SampleAnswer, params: SamplingParams) -> ScoredResponse:
         pairs = zip(found.topk_tokens.tolist(), found.topk_logprobs.tolist(), strict=True)
         topk = [None, *(list(zip(ids, values, strict=True)) for ids, values in pairs)]
     return ScoredResponse(
-        sequences=list(sequences),
+        sequences=sequences,
         prompt_logprobs=None if found.prompt_logprobs is None else _prompt_logprobs(found.prompt_logprobs),
         topk_prompt_logprobs=topk,
     )

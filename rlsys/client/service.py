@@ -8,7 +8,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rlsys.architectures.support import local_config, refuse_unsupported
 from rlsys.client.backend import About, Backend, Deployment, ModelHandle, SnapshotHandle
@@ -199,7 +199,7 @@ class ServiceClient:
         with self._starting:
             self._check_open()
             if self._backend is None:
-                start: Callable[[ServiceConfig], Any] = importlib.import_module(BACKEND).RayBackend
+                start: Callable[[ServiceConfig], Backend] = importlib.import_module(BACKEND).RayBackend
                 self._backend = start(self.config)
             return self._backend
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlsys.client.backend import About
 from rlsys.errors import ConfigError
 
-_loaded: dict[str, Any] = {}
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_loaded: dict[str, PreTrainedTokenizerBase] = {}
 
 
-def tokenizer_of(about: About) -> Any:
+def tokenizer_of(about: About) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, loaded with transformers.
 
     Raises:
@@ -23,7 +26,7 @@ def tokenizer_of(about: About) -> Any:
     return _loaded[about.folder]
 
 
-def _load(about: About) -> Any:
+def _load(about: About) -> PreTrainedTokenizerBase:
     from rlsys.tokenization.stop_conditions import load_tokenizer
 
     if not any(name.startswith(("tokenizer", "vocab")) for name in about.tokenizer):

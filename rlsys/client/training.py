@@ -12,13 +12,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from rlsys.client import requests
 from rlsys.client.backend import Answer, Deployment, ModelHandle, SnapshotHandle
-from rlsys.client.containers import outputs
+from rlsys.client.containers import by_datum, outputs
 from rlsys.client.futures import ApiFuture, Ready
 from rlsys.client.paths import given
 from rlsys.client.requests import Request
@@ -35,10 +35,15 @@ from rlsys.errors import ConfigError
 from rlsys.types import AdamParams, BatchResult, Datum, ForwardBackwardOutput, OptimStepResponse
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
     from rlsys.datums import DatumBatch
+    from rlsys.learner import custom_loss
     from rlsys.losses import Loss
 
 Where = Literal["learner", "caller"]
+CustomLoss: TypeAlias = "Callable[[list[Datum], list[Tensor]], tuple[Tensor, Mapping[str, float]]]"
 Response = TypeVar("Response")
 Result = ApiFuture[ForwardBackwardOutput]
 
@@ -83,9 +88,7 @@ class TrainingClient(Ready):
     ) -> Result:
         return self.forward_backward(data, loss_fn, loss_fn_config)
 
-    def forward_backward_custom(
-        self, data: Sequence[Datum], fn: Callable[..., Any], where: Where = "learner"
-    ) -> Result:
+    def forward_backward_custom(self, data: Sequence[Datum], fn: CustomLoss, where: Where = "learner") -> Result:
         """As `forward_backward`, with ``fn(data, logprobs) -> (loss, metrics)`` as the loss of all datums together.
 
         ``logprobs[d]``: (N_d,) float32 torch tensor, in nats. `where`: "learner" sends `fn` to the learner, where also
@@ -102,7 +105,7 @@ class TrainingClient(Ready):
         raise ConfigError(f"where: found {where!r}; wanted 'learner' or 'caller'")
 
     async def forward_backward_custom_async(
-        self, data: Sequence[Datum], fn: Callable[..., Any], where: Where = "learner"
+        self, data: Sequence[Datum], fn: CustomLoss, where: Where = "learner"
     ) -> Result:
         return self.forward_backward_custom(data, fn, where)
 
@@ -173,7 +176,7 @@ class TrainingClient(Ready):
     async def save_weights_and_get_sampling_client_async(self, name: str | None = None) -> SamplingClient:
         return await self._snapshot(name)
 
-    def get_tokenizer(self) -> Any:
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The base model's tokenizer, loaded with transformers."""
         return tokenizer_of(self._deployment.about)
 
@@ -198,7 +201,7 @@ class TrainingClient(Ready):
         kept = list(data)
         return self._call(request, lambda answer: _output(kept, answer))
 
-    def _custom_at_learner(self, data: list[Datum], fn: Callable[..., Any]) -> Result:
+    def _custom_at_learner(self, data: list[Datum], fn: CustomLoss) -> Result:
         def request() -> Request[BatchResult]:
             from rlsys.learner.custom_loss import collate_custom
 
@@ -208,7 +211,7 @@ class TrainingClient(Ready):
 
         return self._call(request, lambda answer: _output(data, answer))
 
-    def _custom_at_caller(self, data: list[Datum], fn: Callable[..., Any]) -> Result:
+    def _custom_at_caller(self, data: list[Datum], fn: CustomLoss) -> Result:
         """Forward at the learner, `fn` here, backward at the learner. Both sequence numbers are taken at once, so that
         calls submitted later are executed after both passes."""
         from rlsys.learner.custom_loss import collate_custom, result_metrics, surrogate_data, surrogate_weights
@@ -231,8 +234,8 @@ class TrainingClient(Ready):
             submitted = False
             try:
                 passed = forward.result()
-                logprobs = [row["logprobs"] for row in outputs(plain, passed.logprobs)]
-                surrogate = surrogate_weights(data, logprobs, fn)
+                logprobs = by_datum(plain, passed.logprobs)
+                surrogate = surrogate_weights(data, logprobs, cast("custom_loss.CustomLoss", fn))  # `data` is a list
                 weighted = surrogate_data(data, surrogate.weights)
                 request = requests.ForwardBackward(*_batch(self._deployment, weighted, "cross_entropy", None))
                 backward, submitted = self._submit(second, request), True
@@ -276,7 +279,7 @@ class TrainingClient(Ready):
     def _skip(self, seq: int) -> None:
         self._submit(seq, requests.Skip())
 
-    def _named(self, kind: type[Request[Any]]) -> str:
+    def _named(self, kind: type[Request[Answer]]) -> str:
         return f"training client {self.model_id}: {kind.op}"
 
 

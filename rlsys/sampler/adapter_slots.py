@@ -8,10 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsys.errors import SamplingError, WeightSyncError
 from rlsys.weight_sync.update import AdapterSnapshot
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
 
 BASE_VERSION = -1
 
@@ -22,9 +25,10 @@ class Adapter:
 
     id: int
     version: int
-    request: Any  # vLLM's LoRARequest
+    request: LoRARequest
     running: int = 0
-    work: set[asyncio.Future[Any]] = field(default_factory=set)  # of its running calls
+    # of its running calls; Any: futures of different results share no other type
+    work: set[asyncio.Future[Any]] = field(default_factory=set)
     movable: set[str] = field(default_factory=set)  # ids of its engine requests that continue under a newer version
     overtaken: bool = False  # by a newer version of the run
     rolled_back: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rlsys.architectures.model_shape import read_config
 from rlsys.architectures.support import serves_unembedding
@@ -20,13 +19,13 @@ GIB = 2**30
 
 def engine_arguments(
     base: Path, model: ModelSection, section: SamplerSection, seed: int, device: Device, has_tokenizer: bool
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Arguments of vLLM's AsyncEngineArgs; `vllm.LLM` takes the same."""
     cpu, parallel = device == "cpu", section.tensor_parallel_size
     # One position more than promised: vLLM wants to generate a token even where a full-length sequence is only
     # scored. That token is never fed back, so its position is never computed.
     max_model_len = model.max_length + 1
-    by_device: dict[str, Any] = (
+    by_device: dict[str, object] = (
         {
             "distributed_executor_backend": "uni"
             if parallel == 1

@@ -29,7 +29,7 @@ def prepare_environment(section: SamplerSection, device: Device = "cpu") -> None
     os.environ["OMP_NUM_THREADS"] = str(section.threads)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = (
-        "1"  # see rlsys.sampler.engine: one position is allotted and never computed
+        "1"  # see rlsys.sampler.engine_args: one position is allotted and never computed
     )
     set_default("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at length of every choice made here
     if device == "cpu":

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sized
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import OutputProcessorOutput
 
 
 class EngineHeartbeat:
@@ -15,12 +20,12 @@ class EngineHeartbeat:
         self.advanced = 0  # times that a step of the engine moved a request
         self.answered = 0  # calls of the engine's worker
 
-    def watch(self, engine: Any) -> None:
-        """Count outputs of `engine`, vLLM's AsyncLLM, from now on."""
+    def watch(self, engine: AsyncLLM) -> None:
+        """Count outputs of `engine` from now on."""
         processor = engine.output_processor
         stock = processor.process_outputs
 
-        def counted(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        def counted(outputs: Sized, *args: object, **kwargs: object) -> OutputProcessorOutput:
             self.advanced += len(outputs)
             return stock(outputs, *args, **kwargs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from typing import Any
+from collections.abc import Callable
 
 from packaging.version import InvalidVersion, Version
 
@@ -119,11 +119,11 @@ def _changes(device: Device) -> list[str]:
     return changes
 
 
-def _function(module: str, name: str) -> Any:
+def _function(module: str, name: str) -> Callable[..., object] | None:
     try:
-        target: Any = importlib.import_module(module)
+        target: object = importlib.import_module(module)
     except ImportError:
         return None
     for part in name.split("."):
         target = getattr(target, part, None)
-    return target
+    return target if callable(target) else None

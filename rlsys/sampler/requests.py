@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from rlsys.rollouts import Rollouts
 from rlsys.sampler.completion import Completion, completion_of, to_rollouts
 from rlsys.tokenization.stop_conditions import has_tokenizer, read_json, stop_conditions_of
 from rlsys.types import Array, SamplingParams
+
+if TYPE_CHECKING:  # importing vLLM takes seconds and reads the environment
+    import vllm
+    from vllm.outputs import CompletionOutput, RequestOutput
 
 MIN_TEMPERATURE = (
     0.01  # vLLM silently raises smaller ones to this, and the learner's p would be of another distribution
@@ -34,6 +38,11 @@ class BaseModel:
         self.max_positions: int | None = config.get("max_position_embeddings")
         self.endings = stop_conditions_of(folder)
         self.has_tokenizer = has_tokenizer(folder)
+
+
+def rows_of(tokens: Array, offsets: Array) -> list[list[int]]:
+    """Token ids of each sequence."""
+    return [part.tolist() for part in np.split(tokens, offsets[1:-1])] if len(offsets) > 1 else []
 
 
 def check_sequences(
@@ -70,7 +79,7 @@ def stop_rules(
     Raises:
         SamplingError: strings for a model without a tokenizer, or a string that no text can contain.
     """
-    given: list[Any] = [stop] if isinstance(stop, str) else list(stop or ())
+    given: list[str | int] = [stop] if isinstance(stop, str) else list(stop or ())
     strings = [*(item for item in given if isinstance(item, str)), *also]
     if strings and not model.has_tokenizer:
         raise SamplingError(
@@ -85,7 +94,9 @@ def stop_rules(
     return texts, list(dict.fromkeys([*ids, *special]))
 
 
-def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel, also_stop: Sequence[str] = ()) -> Any:
+def engine_params(
+    params: SamplingParams, n: int, seed: int, model: BaseModel, also_stop: Sequence[str] = ()
+) -> vllm.SamplingParams:
     """vLLM's parameters of one group; completion i is sampled with seed + i. `also_stop` adds to `params.stop`."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
@@ -112,7 +123,7 @@ def engine_params(params: SamplingParams, n: int, seed: int, model: BaseModel, a
     )
 
 
-def score_params() -> Any:
+def score_params() -> vllm.SamplingParams:
     """vLLM's parameters of a request that only scores its prompt."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
@@ -128,7 +139,7 @@ def score_params() -> Any:
     )
 
 
-def position_params(token: int) -> Any:
+def position_params(token: int) -> vllm.SamplingParams:
     """vLLM's parameters of a request that scores `token` as the prompt's next token."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
@@ -144,10 +155,37 @@ def position_params(token: int) -> Any:
     )
 
 
-def position_logprob(output: Any, token: int) -> float:
+def position_logprob(output: RequestOutput, token: int) -> float:
     """The log-probability (nats) in the output of a request of `position_params`."""
     (completion,) = output.outputs
     return float(completion.logprobs[0][token].logprob)
+
+
+def topk_params(k: int) -> vllm.SamplingParams:
+    """vLLM's parameters of a request that finds the k likeliest tokens at each position of its prompt."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    return vllm.SamplingParams(
+        max_tokens=1,  # vLLM generates at least one token
+        temperature=0.0,
+        ignore_eos=True,
+        detokenize=False,
+        prompt_logprobs=k,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def likeliest_at(output: RequestOutput, position: int, k: int) -> tuple[list[int], list[float]]:
+    """(ids, nats) of the k likeliest tokens at a position, in the output of a request of `topk_params`.
+
+    vLLM lists the prompt's token first, then the k likeliest, which may include that token again.
+    """
+    found = output.prompt_logprobs
+    start, end = found.start_indices[position], found.end_indices[position]
+    ids, values = found.token_ids[start:end], found.logprobs[start:end]
+    return ids[1 : k + 1], values[1 : k + 1]
 
 
 def group_seeds(seed: int, problems: Array, occurrence: Array | None = None) -> list[int]:
@@ -176,7 +214,7 @@ def later_seed(seed: int, *where: int) -> int:
 
 
 def columns(
-    problems: Array, prompt_tokens: Array, prompt_offsets: Array, n: int, outputs: Sequence[Any], version: int
+    problems: Array, prompt_tokens: Array, prompt_offsets: Array, n: int, outputs: Sequence[RequestOutput], version: int
 ) -> Rollouts:
     """P finished requests as R = P * n columnar completions; a greedy request answered once and counts n times."""
     done = [
@@ -187,14 +225,14 @@ def columns(
     return to_rollouts(problems, prompt_tokens, prompt_offsets, done)
 
 
-def finished(completion: Any, version: int) -> Completion:
+def finished(completion: CompletionOutput, version: int) -> Completion:
     """A completion of vLLM that ended by a stop condition or at its length limit."""
     if completion.finish_reason not in ("stop", "length"):
         raise SamplingError(f"the engine ended a request with {completion.finish_reason!r}; wanted 'stop' or 'length'")
     return so_far(completion, version)
 
 
-def so_far(completion: Any, version: int) -> Completion:
+def so_far(completion: CompletionOutput, version: int) -> Completion:
     """vLLM's completion, which may have been stopped from outside."""
     logprobs = completion.logprobs.logprobs
     return completion_of(completion.token_ids, logprobs, version, stopped=completion.finish_reason == "stop")

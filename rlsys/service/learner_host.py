@@ -8,12 +8,12 @@ import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
 from rlsys.client import requests
-from rlsys.client.backend import About, ModelHandle, SnapshotHandle
+from rlsys.client.backend import About, Answer, ModelHandle, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.paths import Kind, folder_of, new_folder_of, path_of
 from rlsys.client.requests import Request
@@ -40,8 +40,11 @@ class TrainingHost:
         self._publisher = AdapterPublisher(Canary(self.learner, spec.model.dtype, tokens))
         self._temporary = itertools.count()
 
-    def do(self, model_id: str, request: Request[Any]) -> Any:  # Any: each request has its own answer's type
+    def do(self, model_id: str, request: Request[Answer]) -> Answer:
         """Execute a request of the run `model_id`."""
+        return cast(Answer, self._done(model_id, request))  # mypy does not follow a `match` to each request's answer
+
+    def _done(self, model_id: str, request: Request[object]) -> object:
         match request:
             case requests.Forward(batch, loss):
                 return self.learner.forward(model_id, batch, loss)
@@ -61,7 +64,8 @@ class TrainingHost:
             case requests.TakeSnapshot(name):
                 return self._snapshot(model_id, name)
             case requests.Drop():
-                return self.drop(model_id)
+                self.drop(model_id)
+                return None
             case requests.Skip():
                 return None
         raise TypeError(f"{type(request).__name__}: found a request that this learner does not know")

@@ -102,7 +102,10 @@ def test_a_refused_call_takes_its_turn_and_blocks_nobody(trainer: rlsys.Training
 
 
 def test_a_loss_at_the_caller_that_fails_blocks_nobody(trainer: rlsys.TrainingClient, datum: types.Datum) -> None:
-    failed = trainer.forward_backward_custom([datum], lambda data, logprobs: 1 / 0, where="caller")
+    def failing(data: list[types.Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        return torch.tensor(1 / 0), {}
+
+    failed = trainer.forward_backward_custom([datum], failing, where="caller")
     assert trainer.forward([datum], "cross_entropy").result(FAR_S).loss > 0
     with pytest.raises(LossError, match="ZeroDivisionError"):
         failed.result(FAR_S)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlsys.sampler.engine import Sampler
 from rlsys.sampler.vllm.adapter_worker import AdapterExtension
+from rlsys.sampler.vllm_engine import VllmEngine
 
 
 class SpoiledExtension(AdapterExtension):
-    rank: int
     to_spoil: tuple[int, str] | None = None
 
     def spoil(self, where: tuple[int, str] | None) -> None:
@@ -33,15 +32,15 @@ class SpoiledExtension(AdapterExtension):
         return self.rank
 
 
-class SpoiledSampler(Sampler):
+class SpoiledEngine(VllmEngine):
     """Spoils (worker's rank, module) of adapters from the moment that `spoil` is set."""
 
     spoil: tuple[int, str] | None = None
 
-    def engine_arguments(self) -> dict[str, Any]:
-        return {**super().engine_arguments(), "worker_extension_cls": "tests.engine.spoiled.SpoiledExtension"}
+    def arguments(self) -> dict[str, object]:
+        return {**super().arguments(), "worker_extension_cls": "tests.engine.spoiled.SpoiledExtension"}
 
-    async def _call(self, method: str, *args: Any) -> list[Any]:
+    async def call_workers(self, method: str, *args: object) -> list[object]:
         if method == "rlsys_install":
-            await super()._call("spoil", self.spoil)
-        return await super()._call(method, *args)
+            await super().call_workers("spoil", self.spoil)
+        return await super().call_workers(method, *args)

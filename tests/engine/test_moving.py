@@ -33,8 +33,10 @@ def adapters(reference: Reference) -> list[dict[str, torch.Tensor]]:
 
 async def under_way(sampler: Sampler, tokens: int, task: asyncio.Task[Any]) -> None:
     """Until the engine has made about so many steps more, or all of the task's."""
-    end, advanced = sampler._pulse.advanced + tokens, Sign("steps", lambda: sampler._pulse.advanced)
-    await until_async(lambda: task.done() or sampler._pulse.advanced >= end, f"step {end} of the engine", advanced)
+    end, advanced = sampler.engine.heartbeat.advanced + tokens, Sign("steps", lambda: sampler.engine.heartbeat.advanced)
+    await until_async(
+        lambda: task.done() or sampler.engine.heartbeat.advanced >= end, f"step {end} of the engine", advanced
+    )
 
 
 async def met(attempt: Callable[[], Awaitable[T | None]], sampler: Sampler) -> T:
@@ -91,7 +93,7 @@ def test_nothing_is_left_running_and_the_versions_left_behind_make_room(
 ) -> None:
     async def check() -> None:
         await sample_while_loading(sampler, reference, adapters, LONG)
-        assert sampler._engine.get_num_unfinished_requests() == 0
+        assert sampler.engine.llm.get_num_unfinished_requests() == 0
         assert sampler.stats().running_requests == 0
         for key in (("a", 3), ("a", 4)):
             await sampler.load(reference.update(*key, adapters[0]), BOUND)
@@ -152,7 +154,7 @@ def test_a_run_that_goes_back_ends_what_would_have_moved(
             await asyncio.wait([task])
             with pytest.raises(SamplingError, match="went back to an earlier step"):
                 await sampler.draw(hold, [3, 4, 5], LONG)
-        assert sampler._engine.get_num_unfinished_requests() == 0
+        assert sampler.engine.llm.get_num_unfinished_requests() == 0
         if task.exception() is None:
             return None
         with pytest.raises(SamplingError, match="went back to an earlier step"):

@@ -18,7 +18,7 @@ from rlsys.errors import ActorDiedError, ActorFailedError, WeightSyncError
 from rlsys.rollouts import offsets_of
 from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
-from tests.engine.spoiled import SpoiledSampler
+from tests.engine.spoiled import SpoiledEngine
 from tests.engine.tiny_engine import BOUND, LINEARS, MAX_LENGTH, SECTION, VOCAB, Reference
 from tests.waiting import until_gone
 
@@ -37,7 +37,7 @@ async def main(folder):
     model = ModelSection(path=folder, max_length=64)
     sampler = Sampler(name="s", base=Path(folder), model=model, section=section, seed=0)
     await sampler.start()
-    print("READY", *[process.pid for process in sampler._engine.engine_core.resources.engine_manager.processes])
+    print("READY", *[process.pid for process in sampler.engine.llm.engine_core.resources.engine_manager.processes])
     sys.stdout.flush()
     await asyncio.sleep(1e5)
 
@@ -47,21 +47,26 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def pair(reference: Reference, run: Run) -> Iterator[SpoiledSampler]:
+def pair(reference: Reference, run: Run) -> Iterator[Sampler]:
     model = ModelSection(path=str(reference.folder), max_length=MAX_LENGTH)
-    sampler = SpoiledSampler(name="pair", base=reference.folder, model=model, section=TWO, seed=5)
+    sampler = Sampler(name="pair", base=reference.folder, model=model, section=TWO, seed=5, engine_class=SpoiledEngine)
     run(sampler.start())
     yield sampler
     run(sampler.stop())
 
 
 @pytest.fixture
-def two(pair: SpoiledSampler, run: Run) -> Iterator[SpoiledSampler]:
+def two(pair: Sampler, run: Run) -> Iterator[Sampler]:
     """The engine with no adapter loaded."""
     yield pair
-    pair.spoil = None
+    spoil(pair, None)
     for key in pair.stats().live:
         run(pair.unload(*key))
+
+
+def spoil(sampler: Sampler, where: tuple[int, str] | None) -> None:
+    assert isinstance(sampler.engine, SpoiledEngine)
+    sampler.engine.spoil = where
 
 
 def test_two_workers_compute_what_one_does(two: Sampler, sampler: Sampler, reference: Reference, run: Run) -> None:
@@ -85,7 +90,7 @@ def test_each_worker_holds_its_half_of_what_is_split_and_all_of_the_rest(
     update = reference.update("a", 1, reference.adapter(4, 1, targets=["k_proj", "down_proj", "lm_head"]))
     run(two.load(update, BOUND))
     layout = [(slot.name, list(slot.shape), slot.offset, slot.nbytes) for slot in update.snapshot.layout]
-    held = run(two._call("rlsys_read_part", two._live.get("a", 1).id, layout))
+    held = run(two.engine.call_workers("rlsys_read_part", two.slots.get("a", 1).id, layout))
     found = {slot.name: [places[i] for _, places in held] for i, slot in enumerate(update.snapshot.layout)}
     layer = "model.layers.1"
     assert found[f"{layer}.self_attn.k_proj.lora_A"] == [[[0, 4, 0, 64]]] * 2
@@ -97,15 +102,13 @@ def test_each_worker_holds_its_half_of_what_is_split_and_all_of_the_rest(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_value_that_one_worker_holds_wrong_is_caught(
-    two: SpoiledSampler, reference: Reference, run: Run, rank: int
-) -> None:
+def test_a_value_that_one_worker_holds_wrong_is_caught(two: Sampler, reference: Reference, run: Run, rank: int) -> None:
     update = reference.update("a", 1, reference.adapter(8, 1))
-    two.spoil = (rank, "model.layers.1.mlp.down_proj")
+    spoil(two, (rank, "model.layers.1.mlp.down_proj"))
     with pytest.raises(WeightSyncError, match=f"version 1: the slots of tensor-parallel worker {rank} of 2 have"):
         run(two.load(update, BOUND))
     assert two.stats().live == ()
-    two.spoil = None
+    spoil(two, None)
     assert run(two.load(update, BOUND)).digest == update.snapshot.digest
 
 
@@ -114,8 +117,8 @@ def test_a_worker_that_fails_is_named_and_the_next_answers_are_to_the_next_call(
     two: Sampler, run: Run, rank: int
 ) -> None:
     with pytest.raises(ActorFailedError, match=rf"sampler pair: fail: worker {rank}: ValueError: on purpose \(spoiled"):
-        run(two._call("fail", rank))
-    assert run(two._call("fail", 2)) == [0, 1]
+        run(two.engine.call_workers("fail", rank))
+    assert run(two.engine.call_workers("fail", 2)) == [0, 1]
 
 
 def workers_of(engine: int) -> list[int]:
@@ -125,7 +128,7 @@ def workers_of(engine: int) -> list[int]:
 
 
 def test_the_engine_is_dead_when_one_worker_is(two: Sampler, run: Run) -> None:
-    (engine,) = two._engine.engine_core.resources.engine_manager.processes
+    (engine,) = two.engine.llm.engine_core.resources.engine_manager.processes
     workers = workers_of(engine.pid)
     assert not list(Path("/dev/shm").glob("vllm_dist_*-cpushm_*")), "what they share would outlive them"
     os.kill(workers[1], signal.SIGKILL)

@@ -92,7 +92,7 @@ def test_a_dead_engine_is_a_death_with_its_cause_for_whatever_is_asked(reference
         model = ModelSection(path=str(reference.folder), max_length=MAX_LENGTH)
         sampler = Sampler(name="9", base=reference.folder, model=model, section=SECTION, seed=5)
         await sampler.start()
-        (process,) = sampler._engine.engine_core.resources.engine_manager.processes
+        (process,) = sampler.engine.llm.engine_core.resources.engine_manager.processes
         await sampler.load(reference.update("a", 1, reference.adapter(4, 1)), BOUND)
         long = replace(LONG, max_tokens=100)
         tasks: list[asyncio.Task[Any]] = [

@@ -337,4 +337,4 @@ def test_cancelling_the_caller_ends_its_requests(sampler: Sampler, run: Run) -> 
 
     run(cancel())
     assert sampler.stats().running_requests == 0
-    assert sampler._engine.get_num_unfinished_requests() == 0
+    assert sampler.engine.llm.get_num_unfinished_requests() == 0

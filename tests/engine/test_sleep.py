@@ -54,7 +54,7 @@ def test_only_a_colocated_sampler_on_cuda_can_sleep_and_workers_are_never_ray_s(
             seed=0,
             device=device,
         )
-        return sampler.engine_arguments()
+        return sampler.engine.arguments()
 
     assert "enable_sleep_mode" not in arguments("cpu", colocate=True)
     assert arguments("cuda", colocate=True)["enable_sleep_mode"] is True

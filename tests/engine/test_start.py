@@ -43,7 +43,7 @@ async def main(folder):
     prompt = np.arange(4, dtype=np.int32)
     params = SamplingParams(max_tokens=8, stop=[])
     rollouts = await sampler.sample(np.array([0]), prompt, np.array([0, 4]), 2, params, None, -1)
-    pids = [process.pid for process in sampler._engine.engine_core.resources.engine_manager.processes]
+    pids = [process.pid for process in sampler.engine.llm.engine_core.resources.engine_manager.processes]
     print("READY", len(rollouts.tokens), *pids, flush=True)
     await asyncio.sleep(1e5)
 

@@ -37,7 +37,7 @@ def environment() -> Iterator[Environment]:
 
 @pytest.fixture
 def conversations(sampler: Sampler, environment: Environment) -> Conversations:
-    tokenizer = sampler._engine.get_tokenizer()
+    tokenizer = sampler.engine.llm.get_tokenizer()
     rules = TurnRules(
         # a tenth of the words end a turn, beside the model's own end
         stop=[f"w{word}" for word in range(20, 34)],
@@ -76,7 +76,7 @@ def test_each_turn_is_drawn_given_all_before_it_and_every_token_says_who_wrote_i
     assert replies > 6
     assert counts["turns"] >= replies and counts["reply_errors"] == counts["reply_timeouts"] == 0
     assert sampler.stats().running_requests == 0
-    assert sampler._engine.get_num_unfinished_requests() == 0
+    assert sampler.engine.llm.get_num_unfinished_requests() == 0
 
 
 def test_a_seed_repeats_a_conversation_whatever_else_is_sampled(

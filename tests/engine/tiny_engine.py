@@ -30,9 +30,9 @@ BOUND = 1e-4  # nats, |sampler - transformers| of one token in float32
 
 async def at_work(sampler: Sampler, calls: int = 1) -> None:
     """Until the engine computes for so many calls."""
-    before = sampler._pulse.advanced
+    before = sampler.engine.heartbeat.advanced
     await until_async(
-        lambda: sampler.stats().running_requests == calls and sampler._pulse.advanced > before,
+        lambda: sampler.stats().running_requests == calls and sampler.engine.heartbeat.advanced > before,
         f"an engine at work for {calls} calls",
         state=sampler.stats,
     )

@@ -95,7 +95,7 @@ async def scored_by_vllm(sampler: Sampler, adapter: Path) -> Array:
 
     request = LoRARequest(lora_name="plain", lora_int_id=1000, lora_path=str(adapter))
     prompt = {"type": "token", "prompt_token_ids": TOKENS.tolist()}
-    asked = sampler._engine.generate(prompt, score_params(), "plain", lora_request=request)
+    asked = sampler.engine.llm.generate(prompt, score_params(), "plain", lora_request=request)
     (output,) = [output async for output in asked]
     scores = np.asarray(output.prompt_logprobs.logprobs, np.float32)
     assert len(scores) == LENGTH - 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from vllm.lora.layers import LogitsProcessorWithLoRA
@@ -27,9 +27,15 @@ from rlsys.sampler.vllm.text_only import register
 from rlsys.sampler.vllm.worker_calls import Answer, answer
 from rlsys.weight_sync.update import digest_tensors
 
+if TYPE_CHECKING:
+    from vllm.lora.layers.base import BaseLayerWithLoRA
+    from vllm.lora.model_manager import LoRAModelManager
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
 register()  # this module is imported in each worker before its model is loaded
 
 Layout = list[tuple[str, list[int], int, int]]  # (name, shape, offset, nbytes) of each tensor in a snapshot's buffer
+Shape: TypeAlias = Sequence[int]
 PREFIX = "base_model.model."  # PEFT's, of a module's name
 
 
@@ -38,7 +44,7 @@ class Slots:
     """Where one A and one B of every live adapter lie: `a` (adapters, 1, rank, in) and `b` (adapters, 1, out, rank)."""
 
     module: str  # as the engine calls it
-    layer: Any
+    layer: BaseLayerWithLoRA
     a: torch.Tensor
     b: torch.Tensor
 
@@ -46,9 +52,10 @@ class Slots:
 class AdapterExtension:
     """Mixed into vLLM's worker (`worker_extension_cls`), so that `collective_rpc` reaches these."""
 
-    model_runner: Any
+    rank: int  # an attribute of the worker, as the next one
+    model_runner: LoRAModelRunnerMixin
 
-    def rlsys_answer(self, number: int, method: str, arguments: list[Any]) -> Answer:
+    def rlsys_answer(self, number: int, method: str, arguments: list[object]) -> Answer:
         return answer(self, number, method, arguments)
 
     def rlsys_install(
@@ -143,11 +150,11 @@ class AdapterExtension:
                     raise ValueError(f"the engine's slot of {slot.module} holds values outside of shape (0, 0)")
         return digest_tensors(found.items())
 
-    def _rlsys_manager(self) -> Any:
+    def _rlsys_manager(self) -> LoRAModelManager:
         return self.model_runner.lora_manager._adapter_manager
 
 
-def _layers(manager: Any) -> Iterator[tuple[str, list[Slots]]]:
+def _layers(manager: LoRAModelManager) -> Iterator[tuple[str, list[Slots]]]:
     """(name, slots) of each layer that takes adapters: qkv and gate_up have three and two, every other one has one."""
     for name, layer in manager.modules.items():
         a, b = layer.lora_a_stacked, layer.lora_b_stacked
@@ -156,12 +163,12 @@ def _layers(manager: Any) -> Iterator[tuple[str, list[Slots]]]:
         yield name, [Slots(part, layer, *pair) for part, *pair in zip(parts, a, b, strict=True)]
 
 
-def _slots(manager: Any) -> Iterator[Slots]:
+def _slots(manager: LoRAModelManager) -> Iterator[Slots]:
     for _, slots in _layers(manager):
         yield from slots
 
 
-def _places(manager: Any, layout: Layout) -> dict[str, list[Slots]]:
+def _places(manager: LoRAModelManager, layout: Layout) -> dict[str, list[Slots]]:
     """Module of the learner's model -> its slots.
 
     Raises:
@@ -188,10 +195,11 @@ def _cut(tensor: torch.Tensor, side: str, slots: Sequence[Slots]) -> list[torch.
     return pieces(tensor, slots[0].layer.base_layer.output_sizes)
 
 
-def _parts(manager: Any, layout: Layout) -> dict[str, list[Region]]:
+def _parts(manager: LoRAModelManager, layout: Layout) -> dict[str, list[Region]]:
     """Tensor -> the regions of it that this worker holds."""
     shapes = {name: shape for name, shape, _, _ in layout}
-    given: dict[str, tuple[Any, str, int]] = {}  # module here -> shapes of A and B, the learner's module, B's first row
+    # module here -> shapes of A and B, the learner's module, B's first row
+    given: dict[str, tuple[tuple[Shape, Shape], str, int]] = {}
     for module, slots in _places(manager, layout).items():
         a, b = shapes[f"{module}.lora_A"], shapes[f"{module}.lora_B"]
         first, counts = 0, [b[0]] if len(slots) == 1 else slots[0].layer.base_layer.output_sizes
@@ -211,7 +219,7 @@ def _parts(manager: Any, layout: Layout) -> dict[str, list[Region]]:
     return found
 
 
-def _whole(shapes: Sequence[Any]) -> list[tuple[list[Region], ...]]:
+def _whole(shapes: Sequence[tuple[Shape, Shape] | None]) -> list[tuple[list[Region], ...]]:
     return [
         ([], []) if shape is None else tuple([(0, rows, 0, columns)] for rows, columns in shape) for shape in shapes
     ]

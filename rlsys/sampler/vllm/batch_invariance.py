@@ -14,7 +14,7 @@ import torch
 
 ROWS = 16
 
-Multiply = Callable[[torch.Tensor, Any, Any], torch.Tensor]
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]  # input, weight, bias
 
 
 def filled(x: torch.Tensor) -> torch.Tensor:
@@ -26,13 +26,13 @@ def filled(x: torch.Tensor) -> torch.Tensor:
 def batch_invariant_matmul(model: torch.nn.Module) -> None:
     """Fill the rows of every linear layer's input."""
     for module in model.modules():
-        multiply: Any = getattr(module, "cpu_linear", None)  # what vLLM chose for this layer
+        multiply: Multiply | None = getattr(module, "cpu_linear", None)  # what vLLM chose for this layer
         if multiply is not None:
             module.cpu_linear = _filling(multiply)
 
 
-def _filling(multiply: Multiply) -> Any:
-    def by_many(x: torch.Tensor, weight: Any, bias: Any) -> torch.Tensor:
+def _filling(multiply: Multiply) -> Any:  # a Multiply; torch declares modules' attributes as tensors and modules only
+    def by_many(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return multiply(filled(x), weight, bias)[: x.shape[0]] if x.dim() == 2 else multiply(x, weight, bias)
 
     return by_many

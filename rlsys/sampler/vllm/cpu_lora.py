@@ -12,13 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from rlsys.sampler.vllm.batch_invariance import filled
+from rlsys.types import Array
+
+if TYPE_CHECKING:
+    from vllm.lora.layers import LoRAMapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class SegmentedPunica(PunicaWrapperCPU):
     its first step, or when a base is evaluated) is skipped.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.ranks: dict[int, int] = {}
         self.unembedding: set[int] = set()
@@ -47,11 +51,16 @@ class SegmentedPunica(PunicaWrapperCPU):
         self._tokens: list[Block] = []
         self._samples: list[Block] = []
         self._slot_of: dict[int, int] = {}
-        self._token_ids: np.ndarray[Any, Any] = np.zeros(0, np.int64)
+        self._token_ids: Array = np.zeros(0, np.int64)
         self._prompt_hidden: torch.Tensor | None = None
 
     def update_metadata(
-        self, mapping: Any, lora_index_to_id: list[int | None], max_loras: int, vocab_size: int, **kwargs: Any
+        self,
+        mapping: LoRAMapping,
+        lora_index_to_id: list[int | None],
+        max_loras: int,
+        vocab_size: int,
+        **kwargs: object,
     ) -> None:
         """Sort this step's tokens, and the positions that are sampled, by adapter."""
         self._slot_of = {adapter: slot for slot, adapter in enumerate(lora_index_to_id) if adapter is not None}
@@ -59,7 +68,7 @@ class SegmentedPunica(PunicaWrapperCPU):
         self._tokens = self._blocks(self._token_ids)
         self._samples = self._blocks(np.asarray(mapping.prompt_mapping, np.int64))
 
-    def _blocks(self, adapters: np.ndarray[Any, Any]) -> list[Block]:
+    def _blocks(self, adapters: Array) -> list[Block]:
         present = np.unique(adapters)
         return [
             Block(
@@ -82,7 +91,7 @@ class SegmentedPunica(PunicaWrapperCPU):
         output_slices: tuple[int, ...],
         *,
         buffer: tuple[torch.Tensor, ...] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """y[rows] += scale * x[rows] @ A.T @ B.T for each block, slice by slice of a packed layer."""
         if not self._tokens:
@@ -98,7 +107,7 @@ class SegmentedPunica(PunicaWrapperCPU):
         scale: float,
         *,
         buffer: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         """The same for the unembedding, whose rows are the sampled positions or one request's prompt."""
         blocks = self._samples if self._prompt_hidden is None else self._prompt_blocks(x)

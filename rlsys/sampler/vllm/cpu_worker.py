@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
@@ -17,13 +17,19 @@ from rlsys.sampler.vllm.batch_invariance import batch_invariant_matmul
 from rlsys.sampler.vllm.cpu_lora import SegmentedPunica
 from rlsys.sampler.vllm.parent_process import die_with_parent
 
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+    from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+    from vllm.v1.outputs import LogprobsTensors
+
 SEGMENTED_PUNICA = f"{SegmentedPunica.__module__}.{SegmentedPunica.__qualname__}"
 
 
 class CpuWorker(CPUWorker):
     """LoRA by blocks, and prompt log-probabilities that know their adapter."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         bound_growth(self.model_config.get_hidden_size())  # before the weights come
         die_with_parent()
@@ -33,7 +39,7 @@ class CpuWorker(CPUWorker):
         if self.parallel_config.world_size > 1 and self.rank == 0:
             _unlink_shared_memory()
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
+    def load_model(self, *args: object, **kwargs: object) -> None:
         CpuPlatform.get_punica_wrapper = classmethod(lambda cls: SEGMENTED_PUNICA)
         _give_experts_cpu_kernels()
         super().load_model(*args, **kwargs)
@@ -44,9 +50,11 @@ class CpuWorker(CPUWorker):
         (punica,) = runner.lora_manager._adapter_manager.punica_wrapper_mapping.values()
         stock = runner._get_prompt_logprobs_dict
 
-        def with_adapters(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        def with_adapters(
+            hidden_states: torch.Tensor, num_scheduled_tokens: dict[str, int]
+        ) -> dict[str, LogprobsTensors | None]:
             with punica.prompt_logits(hidden_states):
-                return stock(hidden_states, *args, **kwargs)
+                return stock(hidden_states, num_scheduled_tokens)
 
         runner._get_prompt_logprobs_dict = with_adapters
 
@@ -56,7 +64,7 @@ def _give_experts_cpu_kernels() -> None:
     so theirs are chosen as if it were off."""
     stock = unquantized_fused_moe_method.select_unquantized_moe_backend
 
-    def as_without_lora(moe_config: Any) -> Any:
+    def as_without_lora(moe_config: FusedMoEConfig) -> tuple[UnquantizedMoeBackend, type[FusedMoEExperts] | None]:
         return stock(replace(moe_config, is_lora_enabled=False))
 
     unquantized_fused_moe_method.select_unquantized_moe_backend = as_without_lora

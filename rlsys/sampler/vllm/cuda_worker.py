@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from vllm.v1.worker.gpu_worker import Worker
 
 from rlsys.sampler.vllm.parent_process import exit_with_parent
@@ -12,6 +10,6 @@ from rlsys.sampler.vllm.parent_process import exit_with_parent
 class CudaWorker(Worker):
     """vLLM's own, whose process outlives an actor that was killed, and holds the GPU's memory then."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         exit_with_parent()

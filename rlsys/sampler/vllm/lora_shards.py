@@ -9,13 +9,16 @@ layer a worker takes its rows of each of the fused ones:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, overload
 
 import numpy as np
 import torch
 
 from rlsys.errors import WeightSyncError
 from rlsys.weight_sync.update import AdapterSnapshot, digest_tensors
+
+if TYPE_CHECKING:  # the sampler's process imports this module too
+    from vllm.lora.layers.base import BaseLayerWithLoRA
 
 Region = tuple[int, int, int, int]  # first row, end, first column, end of a tensor
 Held = tuple[
@@ -34,7 +37,18 @@ def pieces(b: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     return list(b.split(list(sizes)))
 
 
-def regions(layer: Any, shapes: Sequence[tuple[Sequence[int], Sequence[int]] | None]) -> list[tuple[list[Region], ...]]:
+class Slicing(Protocol):
+    """`slice_lora_a` or `slice_lora_b` of a layer: of several slot pairs it takes a list."""
+
+    @overload
+    def __call__(self, weights: torch.Tensor, /) -> torch.Tensor: ...
+    @overload
+    def __call__(self, weights: list[torch.Tensor | None], /) -> list[torch.Tensor | None]: ...
+
+
+def regions(
+    layer: BaseLayerWithLoRA, shapes: Sequence[tuple[Sequence[int], Sequence[int]] | None]
+) -> list[tuple[list[Region], ...]]:
     """What a worker of several takes of A and of B for each slot pair of `layer`, given their whole shapes.
 
     The layer's own slicing says so, given row and column numbers in the place of weights.
@@ -48,7 +62,7 @@ def regions(layer: Any, shapes: Sequence[tuple[Sequence[int], Sequence[int]] | N
     return list(zip(*sides, strict=True))
 
 
-def _taken(slicing: Any, wholes: Sequence[Sequence[int] | None], axis: int) -> list[torch.Tensor | None]:
+def _taken(slicing: Slicing, wholes: Sequence[Sequence[int] | None], axis: int) -> list[torch.Tensor | None]:
     """Numbers of the rows (axis 0) or columns (axis 1) that are taken of each; None where there is no tensor."""
     numbers = [None if shape is None else _numbers(shape, axis) for shape in wholes]
     if len(numbers) > 1:

@@ -5,7 +5,10 @@ vLLM's own classes for such checkpoints import what handles images, torchvision 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ARCHITECTURES = {"gemma3": "RlsysGemma3TextPart", "mistral3": "RlsysMistral3TextPart"}  # by the checkpoint's model_type
 
@@ -19,7 +22,7 @@ def register() -> None:
         ModelRegistry.register_model(architecture, f"rlsys.sampler.vllm.text_parts:{name}")
 
 
-def text_only(config: Any) -> Any:
+def text_only(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration of a checkpoint's text part, for ``hf_overrides``."""
     if config.model_type not in ARCHITECTURES:  # vLLM asks with a stand-in first, whether the type would change
         return config

@@ -9,14 +9,20 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from rlsys.errors import ActorFailedError
 
-Answer = tuple[int, int, str | None, Any]  # rank, number of the call, error, value
+Answer = tuple[int, int, str | None, object]  # rank, number of the call, error, value
 
 
-def answer(worker: Any, number: int, method: str, arguments: Sequence[Any]) -> Answer:
+class Worker(Protocol):
+    """A worker of vLLM with rlsys.sampler.vllm.adapter_worker mixed in."""
+
+    rank: int
+
+
+def answer(worker: Worker, number: int, method: str, arguments: Sequence[object]) -> Answer:
     """In the worker: `method`'s result or its error."""
     try:
         return worker.rank, number, None, getattr(worker, method)(*arguments)
@@ -26,7 +32,7 @@ def answer(worker: Any, number: int, method: str, arguments: Sequence[Any]) -> A
         return worker.rank, number, f"{type(error).__name__}: {error} ({place})", None
 
 
-def values(where: str, method: str, number: int, answers: Sequence[Answer], workers: int) -> list[Any]:
+def values(where: str, method: str, number: int, answers: Sequence[Answer], workers: int) -> list[object]:
     """All workers' results, by rank.
 
     Raises:

@@ -55,15 +55,23 @@ ATTRIBUTES = {
 
 
 def imported() -> set[str]:
-    """Modules of vLLM that rlsys imports by name."""
+    """Modules of vLLM that rlsys imports by name when it runs."""
     found: set[str] = set()
-    for path in [*ROOT.glob("rlsys/sampler/**/*.py"), ROOT / "rlsys" / "service" / "snapshot_engine.py"]:
-        for node in ast.walk(ast.parse(path.read_text())):
+    for path in ROOT.glob("rlsys/sampler/**/*.py"):
+        for node in _executed(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm."):
                 found |= {str(node.module), *(f"{node.module}.{each.name}" for each in node.names)}
             elif isinstance(node, ast.Import):
                 found |= {each.name for each in node.names if each.name.startswith("vllm.")}
     return found
+
+
+def _executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those under `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            yield node
+            yield from _executed(node)
 
 
 def sources(site_packages: Path) -> Iterator[tuple[str, Path]]:

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from rlsys import losses
+from rlsys.client.backend import SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.requests import Drop, Request, Skip, TakeSnapshot
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.errors import DivergedError
 from rlsys.service.learner_host import TrainingHost
 from rlsys.types import AdamParams
+from rlsys.weight_sync.update import WeightUpdate
 from tests.unit.tiny_learner import Models, assert_same_bits, draw, state
 
 LORA = LoraSection(rank=4, alpha=8.0)
@@ -40,18 +42,24 @@ def step(host: TrainingHost, model_id: str, learning_rate: float) -> None:
     host.learner.optim_step(model_id, AdamParams(learning_rate))
 
 
+def update(handle: SnapshotHandle) -> WeightUpdate:
+    assert isinstance(handle.ref, WeightUpdate)
+    return handle.ref
+
+
 def test_snapshots_of_one_run_are_compared_with_each_other_and_opened_ones_with_the_base(host: TrainingHost) -> None:
     for model_id in ("a", "b"):
         host.create(model_id, LORA, seed=1)
     first = host.do("a", TakeSnapshot())
     step(host, "a", 1e-2)
     second, other = host.do("a", TakeSnapshot("saved")), host.do("b", TakeSnapshot())
-    assert np.array_equal(second.ref.canary_previous, first.ref.canary_new)
-    assert np.array_equal(other.ref.canary_previous, first.ref.canary_previous)
+    assert second.path is not None
+    assert np.array_equal(update(second).canary_previous, update(first).canary_new)
+    assert np.array_equal(update(other).canary_previous, update(first).canary_previous)
     for _ in range(2):
         opened = host.open(second.path)
-        assert np.array_equal(opened.ref.canary_previous, first.ref.canary_previous)
-        assert opened.ref.snapshot.digest == second.ref.snapshot.digest
+        assert np.array_equal(update(opened).canary_previous, update(first).canary_previous)
+        assert update(opened).snapshot.digest == update(second).snapshot.digest
     assert host.learner.runs.ids == ["a", "b"]
 
 

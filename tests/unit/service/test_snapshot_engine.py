@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from rlsys.config import ModelSection, SamplerSection
-from rlsys.service.snapshot_engine import SnapshotEngine
+from rlsys.service.snapshot_engine import seeded
+from rlsys.types import SamplingParams
 
 
-def test_requests_without_a_seed_draw_anew_in_every_session(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 8}))
-    model = ModelSection(path=str(tmp_path), max_length=8)
+def test_requests_without_a_seed_draw_anew_in_every_session() -> None:
+    seeds = [seeded(SamplingParams()).seed for _ in range(60)]
+    assert len(set(seeds)) == len(seeds) and all(seed is not None and 0 <= seed < 2**63 for seed in seeds)
 
-    def session() -> list[int]:
-        engine = SnapshotEngine(name="0", base=tmp_path, model=model, section=SamplerSection(), seed=0)
-        return [engine.own_seed() for _ in range(20)]
 
-    seeds = [seed for _ in range(3) for seed in session()]
-    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+def test_a_seed_that_was_given_is_kept() -> None:
+    params = SamplingParams(max_tokens=3, temperature=0.5, seed=0)
+    assert seeded(params) == params
