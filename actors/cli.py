@@ -291,8 +291,9 @@ def ledger(
     from rlsys.run_state.ledger import Ledger, describe
     from rlsys.run_state.resume import newest
     from rlsys.run_state.run_info import read_info
+    from rlsys.run_state.saved_config import read_saved_config
 
-    job = load_config(run / "config.yaml")
+    job = read_saved_config(run)
     latest = newest(run)
     if latest is None:
         raise ConfigError(f"{run}: has no checkpoint yet")
@@ -308,7 +309,7 @@ def replay(
     run: Annotated[Path, typer.Argument(help="Run directory.", callback=_expanded)],
     step: Annotated[int, typer.Option(help="Step to recompute; its rollouts must be kept (tracking.rollout_steps).")],
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="Device to compute on; default: learner.device.")
+        Literal["cpu", "cuda"] | None, typer.Option(help="Device to compute on; default: that of the run's learner.")
     ] = None,
     tolerance: Annotated[float | None, typer.Option(help="Relative tolerance; default: 1e-5.", min=0.0)] = None,
     out: Annotated[

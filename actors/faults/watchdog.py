@@ -88,7 +88,7 @@ class Watchdog:
 
     @property
     def _key(self) -> str:
-        return f"watchdog.{self.stage}_s"
+        return f"watchdog.stages.{self.stage}"
 
     def _done(self, waits: Sequence[Waiting], pause: float) -> list[Waiting]:
         refs = list(dict.fromkeys(waiting.ref for waiting in waits))

@@ -78,5 +78,5 @@ class BackgroundCheckpointer:
         self.done = -1 if latest is None else latest.step
 
     def _write(self, step: int, packing: Waiting, ledger: bytes) -> None:
-        dog = Watchdog("save", self.config.watchdog.save_s, self.learner.failures)
+        dog = Watchdog("save", self.config.watchdog.limit_of("save"), self.learner.failures)
         self.store.save(step, watched_all([packing], dog)[0], ledger)

@@ -15,7 +15,7 @@ from actors.cluster.placement import Slot
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
 from actors.learner_actor import WATCH, LearnerActor
-from rlsys.config import JobConfig
+from rlsys.config import JobConfig, Stage
 from rlsys.data.problems import ProblemSet
 from rlsys.datums import DatumBatch
 from rlsys.errors import ActorDiedError, DataLostError, RlsysError, WeightSyncError
@@ -74,7 +74,7 @@ class LearnerGroup:
         """The packed folder of a base trained from scratch, by one rank; if it dies, training starts over."""
         while True:
             made, metrics = self.ranks[0].make_base.options(num_returns=2).remote()
-            dog = Watchdog("base", self.config.watchdog.base_s, self.failures)
+            dog = Watchdog("base", self.config.watchdog.limit_of("base"), self.failures)
             waiting, seen = Waiting(metrics, self._name(0), "making the base", self.ranks[0]), 0
             try:
                 while True:
@@ -205,7 +205,7 @@ class LearnerGroup:
             ray.kill(rank)
         self.launch(self.slots)
 
-    def _or_recover(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:
+    def _or_recover(self, refs: Sequence[Any], stage: Stage, what: str) -> list[Any]:
         try:
             return self._results(refs, stage, what)
         except ActorDiedError as error:
@@ -216,13 +216,13 @@ class LearnerGroup:
             self.note(f"{stage}: repeated, its input is lost: {error}")
             raise RolledBack(None) from error
 
-    def _ask(self, ref: Any, stage: str, what: str) -> Any:
+    def _ask(self, ref: Any, stage: Stage, what: str) -> Any:
         """The answer of the first rank alone."""
         return self._results([ref], stage, what)[0]
 
-    def _results(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:
+    def _results(self, refs: Sequence[Any], stage: Stage, what: str) -> list[Any]:
         """The answers of all ranks; of several errors, raises the one that caused the others."""
-        dog = Watchdog(stage, getattr(self.config.watchdog, f"{stage}_s"), self.failures)
+        dog = Watchdog(stage, self.config.watchdog.limit_of(stage), self.failures)
         waits = [Waiting(ref, self._name(i), what, self.ranks[i], together="learner") for i, ref in enumerate(refs)]
         pending, errors, deadline = list(waits), list[RlsysError](), float("inf")
         while pending and time.monotonic() < deadline:

@@ -14,7 +14,7 @@ from actors.cluster.column_refs import BaseRef, base_argument, by_reference, pac
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Watchdog, watched
 from actors.reward_actor import RecordRequest, RewardActor, ShowRequest
-from rlsys.config import JobConfig
+from rlsys.config import JobConfig, Stage
 from rlsys.data.problems import ProblemSet
 from rlsys.errors import ActorDiedError, DataLostError
 from rlsys.protocols import DatumsRef, LogprobsRef, Ref, RewardsRef, RolledBack, RolloutsRef, TrainedStep
@@ -47,7 +47,7 @@ class RestartingActor:
         self.ended = False
         self._healing = threading.RLock()
 
-    def call(self, stage: str, what: str, method: str, *arguments: Any, results: int = 2) -> tuple[list[Any], Any]:
+    def call(self, stage: Stage, what: str, method: str, *arguments: Any, results: int = 2) -> tuple[list[Any], Any]:
         """Of a method with so many results: (Ray's references to all but the last, the last one itself).
 
         Raises:
@@ -68,7 +68,7 @@ class RestartingActor:
                 self.deaths = 0
                 return made, answer
 
-    def ask(self, stage: str, what: str, method: str, *arguments: Any) -> Any:
+    def ask(self, stage: Stage, what: str, method: str, *arguments: Any) -> Any:
         """The only result of a method."""
         actor = self._live_actor()
         return self._wait(getattr(actor, method).remote(*arguments), stage, what, actor)
@@ -86,8 +86,8 @@ class RestartingActor:
         with self._healing:
             return self.actor
 
-    def _wait(self, ref: Any, stage: str, what: str, actor: Any) -> Any:
-        limit = getattr(self.config.watchdog, f"{stage}_s")
+    def _wait(self, ref: Any, stage: Stage, what: str, actor: Any) -> Any:
+        limit = self.config.watchdog.limit_of(stage)
         return watched(ref, Watchdog(stage, limit, self.failures), self.who, what, actor)
 
     def _restart(self, error: ActorDiedError, dead: Any) -> None:

@@ -5,7 +5,7 @@ from rlsys.config.job import JobConfig
 from rlsys.config.learner import LearnerSection
 from rlsys.config.load import dump_config, keys, load_command, load_config, parse_config
 from rlsys.config.model import HALF_ON_CUDA, LoraSection, MakeSection, ModelSection, Precision, SupervisedSection
-from rlsys.config.run import ClusterSection, RunSection, TrackingSection
+from rlsys.config.run import CheckSection, ClusterSection, RunSection, Stage, TrackingSection, WatchdogSection
 from rlsys.config.sampler import SamplerSection, refuse_dtype
 from rlsys.config.section import Section
 from rlsys.config.task import (
@@ -21,6 +21,7 @@ from rlsys.config.task import (
 __all__ = [
     "HALF_ON_CUDA",
     "AdvantageSection",
+    "CheckSection",
     "ClusterSection",
     "ColumnSection",
     "ExampleSection",
@@ -39,10 +40,12 @@ __all__ = [
     "SamplingSection",
     "Section",
     "SourceSection",
+    "Stage",
     "SupervisedSection",
     "TaskSection",
     "TrackingSection",
     "TurnSection",
+    "WatchdogSection",
     "dump_config",
     "keys",
     "load_command",

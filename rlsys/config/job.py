@@ -10,7 +10,7 @@ from pydantic import model_validator
 from rlsys.config import gpu_shares
 from rlsys.config.algorithm import EvalSection, OverlapSection, RlSection
 from rlsys.config.learner import LearnerSection
-from rlsys.config.model import HALF_ON_CUDA, LoraSection, ModelSection
+from rlsys.config.model import HALF_ON_CUDA, MAX_LORA_RANK, LoraSection, ModelSection
 from rlsys.config.run import (
     CheckpointSection,
     CheckSection,
@@ -55,6 +55,17 @@ class JobConfig(Section):
         gpus = sampler.get("num_gpus", 0)
         on_cuda = isinstance(gpus, int | float) and gpus > 0
         return {**tree, "model": {**model, "dtype": HALF_ON_CUDA}} if on_cuda else tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _slots_for_the_adapter(cls, tree: Any) -> Any:
+        """Without sampler.max_lora_rank, a sampler has slots of the adapter's rank."""
+        sections = {name: tree.get(name, {}) for name in ("lora", "sampler")} if isinstance(tree, dict) else {}
+        if not sections or not all(isinstance(section, dict) for section in sections.values()):
+            return tree
+        rank = sections["lora"].get("rank")
+        is_served = isinstance(rank, int) and 1 <= rank <= MAX_LORA_RANK  # otherwise lora.rank is refused
+        return {**tree, "sampler": {"max_lora_rank": rank, **sections["sampler"]}} if is_served else tree
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobConfig:

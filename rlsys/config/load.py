@@ -46,6 +46,14 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: found {type(tree).__name__} at the top; wanted sections such as 'run:'")
     apply(tree, overrides, JobConfig)
+    return validated(tree, source)
+
+
+def validated(tree: Mapping[str, object], source: str) -> JobConfig:
+    """
+    Raises:
+        ConfigError: the tree is no job; one line per wrong key.
+    """
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:

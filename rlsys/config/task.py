@@ -86,10 +86,7 @@ class TaskSection(Section):
     options: dict[str, Any] = Field(default_factory=dict)  # passed to your task class
     min_operations: int = Field(3, ge=1)  # of train and eval problems
     max_operations: int = Field(4, ge=1)
-    supervised_min_operations: int = Field(1, ge=1)
-    supervised_max_operations: int = Field(4, ge=1)
-    max_value: int = Field(20, ge=2)  # intermediate results are in 0..max_value
-    eval_seed: int = 99  # fixed, so that runs with other seeds are compared on the same problems
+    supervised_max_operations: int = Field(4, ge=1)  # of the examples that a base is trained on; the shortest have 1
 
 
 class RewardSection(Section):

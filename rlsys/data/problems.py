@@ -19,6 +19,8 @@ from rlsys.errors import ConfigError
 from rlsys.rollouts import offsets_of, spans
 from rlsys.types import Array
 
+EVAL_SEED = 99  # of every run: runs with other seeds are compared on the same held-out problems
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:

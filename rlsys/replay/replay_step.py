@@ -19,7 +19,7 @@ import numpy as np
 from transformers.utils import logging
 
 from rlsys.advantages import to_minibatches
-from rlsys.config import JobConfig, load_config
+from rlsys.config import JobConfig
 from rlsys.config.relative_paths import resolve_paths
 from rlsys.datums import DatumBatch
 from rlsys.errors import CheckpointError
@@ -27,10 +27,11 @@ from rlsys.learner.learner import Learner
 from rlsys.learner.policy import Policy
 from rlsys.metrics import Metrics, reduce_metrics
 from rlsys.rollouts import Rollouts
-from rlsys.run_state.jsonl import CONFIG, METRICS, read_metrics
+from rlsys.run_state.jsonl import METRICS, read_metrics
 from rlsys.run_state.resume import checkpoint_steps, read_checkpoint
 from rlsys.run_state.run_dir import BASE
 from rlsys.run_state.run_info import folder_of_command
+from rlsys.run_state.saved_config import read_saved_config
 from rlsys.run_state.saved_rollouts import SavedStep, format_steps, load_step, recorded_steps
 from rlsys.types import Array
 from rlsys.weight_sync.canary import SHORT_TOKENS
@@ -87,7 +88,7 @@ class Replay:
 
 
 def replay(run_dir: Path, step: int, device: Literal["cpu", "cuda"] | None = None) -> Replay:
-    """Recompute a step. `device`: default learner.device of the run.
+    """Recompute a step. `device`: default: that of the run's learner.
 
     Raises:
         ConfigError: the directory holds no run, or its base cannot be loaded.
@@ -95,7 +96,7 @@ def replay(run_dir: Path, step: int, device: Literal["cpu", "cuda"] | None = Non
             checkpoint and rollouts belong to different histories of the run.
         DivergedError: as in the run, if this step ended it.
     """
-    config = resolve_paths(load_config(run_dir / CONFIG), folder_of_command(run_dir), Path.cwd())
+    config = resolve_paths(read_saved_config(run_dir), folder_of_command(run_dir), Path.cwd())
     started = _start(run_dir, config, step)
     policy = _policy(run_dir, config, started, device)
     metrics: Metrics = {}
@@ -135,7 +136,8 @@ def _start(run_dir: Path, config: JobConfig, step: int) -> int:
 
 def _policy(run_dir: Path, config: JobConfig, started: int, device: str | None) -> Policy:
     """The run's learner as of step `started`, on one rank, for any number of ranks of the run."""
-    one_rank = {"num_workers": 1, "shard_base": False, "device": device or config.learner.device}
+    num_gpus = {"cpu": 0.0, "cuda": config.learner.num_gpus or 1.0}[device or config.learner.device]
+    one_rank = {"num_workers": 1, "shard_base": False, "num_gpus": num_gpus}
     config = config.model_copy(
         update={
             "learner": config.learner.model_copy(update=one_rank),

@@ -75,7 +75,7 @@ class Dispatcher:
         self.in_flight: dict[Waiting, InFlight] = {}
         self.finished: dict[int, RolloutsRef] = {}
         self._tickets = itertools.count()
-        self._dog = Watchdog("sample", config.watchdog.sample_s, failures)
+        self._dog = Watchdog("sample", config.watchdog.limit_of("sample"), failures)
 
     def add(
         self, split: str, problems: Array, occurrence: Array, n: int, params: SamplingParams, urgent: bool = False
@@ -87,7 +87,7 @@ class Dispatcher:
         ticket = next(self._tickets)
         self.batches = {ticket: batch, **self.batches} if urgent else {**self.batches, ticket: batch}
         if not self.in_flight:
-            self._dog = Watchdog("sample", self.config.watchdog.sample_s, self.failures)
+            self._dog = Watchdog("sample", self.config.watchdog.limit_of("sample"), self.failures)
         return ticket
 
     def forget(self) -> None:

@@ -89,7 +89,7 @@ class Membership:
         self.init: SamplerInit | None = None
         self.current: PublishedAdapter | None = None
         self.deaths = 0  # since the last version that was loaded
-        self._starts = Watchdog("start", config.watchdog.start_s, failures)
+        self._starts = Watchdog("start", config.watchdog.limit_of("start"), failures)
 
     # start and end of the job
 
@@ -149,10 +149,10 @@ class Membership:
         for waiting, member in joining.items():
             waited = time.monotonic() - waiting.since
             lacking = self.placement.lacking(member.slot) if waited > POLL_S and member.joining is waiting else None
-            if lacking and waited > self.config.watchdog.sample_s:
+            if lacking and waited > self.config.watchdog.limit_of("sample"):
                 raise StalledError(
-                    f"sample: no sampler serves, and {member.name} has waited {waited:.0f} s (watchdog.sample_s) for "
-                    f"a place: {lacking}. {self.failures.first()}"
+                    f"sample: no sampler serves, and {member.name} has waited {waited:.0f} s "
+                    f"(watchdog.stages.sample) for a place: {lacking}. {self.failures.first()}"
                 )
 
     def is_current(self, version: int, digest: str) -> bool:
