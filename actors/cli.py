@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rlsys.config import load_command, load_config
+from rlsys.config import ClusterSection, load_command, load_config
 from rlsys.errors import ConfigError, RlsysError, StorageError
 from rlsys.utils.atomic_files import refusal
 from rlsys.utils.env_variables import drop_empty_variables
 from rlsys.utils.shell_paths import expand, expanded
 
 if TYPE_CHECKING:
-    from rlsys.config import JobConfig
     from rlsys.planning.plan import Node
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -175,7 +174,7 @@ def plan(
             )
         nodes = [described_machine(cpus or job.cluster.num_cpus, memory_gb, gpus or 1, gpu_memory_gb)]
     else:
-        nodes = _nodes_of(job, address)
+        nodes = _nodes_of(job.cluster, address)
     comparison = make_plan(job, dims, nodes)
     show(job, dims, nodes, comparison, Console(highlight=False))
     for note in notes:
@@ -184,16 +183,16 @@ def plan(
         raise typer.Exit(1)
 
 
-def _nodes_of(job: JobConfig, address: str | None) -> list[Node]:
+def _nodes_of(section: ClusterSection, address: str | None) -> list[Node]:
     """The nodes of the cluster that the job would join, or this machine."""
-    where = job.cluster.address or address
+    where = section.address or address
     if where:
         from actors.cluster.inventory import nodes_at
 
         return list(nodes_at(where))
     from actors.machine.gpus import this_machine
 
-    return [this_machine(job.cluster.num_cpus)]
+    return [this_machine(section.num_cpus)]
 
 
 def _holds_more_than_a_config(model_path: str | None) -> bool:
@@ -216,7 +215,6 @@ def doctor(
     from rich.console import Console
 
     from actors.doctor import examine
-    from rlsys.config import ClusterSection
     from rlsys.planning.view import show_checks
 
     job = load_config(config) if config else None

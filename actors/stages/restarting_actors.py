@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -14,7 +15,7 @@ from actors.cluster.column_refs import BaseRef, base_argument, by_reference, pac
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Watchdog, watched
 from actors.reward_actor import RecordRequest, RewardActor, ShowRequest
-from rlsys.config import JobConfig, Stage
+from rlsys.config import JobConfig, RlSection, Stage, WatchdogSection
 from rlsys.data.problems import ProblemSet
 from rlsys.errors import ActorDiedError, DataLostError
 from rlsys.protocols import DatumsRef, LogprobsRef, Ref, RewardsRef, RolledBack, RolloutsRef, TrainedStep
@@ -39,9 +40,16 @@ class RestartingActor:
     """
 
     def __init__(
-        self, who: str, make: Callable[[], Any], config: JobConfig, failures: Failures, note: Callable[[str], None]
+        self,
+        who: str,
+        make: Callable[[], Any],
+        watchdog: WatchdogSection,
+        max_restarts: int,
+        failures: Failures,
+        note: Callable[[str], None],
     ) -> None:
-        self.who, self.make, self.config, self.failures, self.note = who, make, config, failures, note
+        self.who, self.make, self.failures, self.note = who, make, failures, note
+        self.watchdog, self.max_restarts = watchdog, max_restarts
         self.actor = make()
         self.deaths = 0  # since the last call that was answered
         self.ended = False
@@ -87,7 +95,7 @@ class RestartingActor:
             return self.actor
 
     def _wait(self, ref: Any, stage: Stage, what: str, actor: Any) -> Any:
-        limit = self.config.watchdog.limit_of(stage)
+        limit = self.watchdog.limit_of(stage)
         return watched(ref, Watchdog(stage, limit, self.failures), self.who, what, actor)
 
     def _restart(self, error: ActorDiedError, dead: Any) -> None:
@@ -98,7 +106,7 @@ class RestartingActor:
                     raise error
                 ray.kill(dead)
                 self.deaths += 1
-                limit = self.config.cluster.max_restarts
+                limit = self.max_restarts
                 if self.deaths > limit:
                     raise self.failures.gone(f"{self.who} died {self.deaths} times without finishing a call", limit)
                 self.note(f"{self.who} died and is replaced ({self.deaths} of {limit}): {str(error).splitlines()[0]}")
@@ -114,7 +122,9 @@ class GraderActors(RestartingActor):
 
     def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
         remote = ray.remote(concurrency_groups={"watch": 1})(RewardActor).options(**by_reference(driver_node_options()))
-        super().__init__("rewards", lambda: remote.remote(config), config, failures, note)
+        make = partial(remote.remote, config)
+        super().__init__("rewards", make, config.watchdog, config.cluster.max_restarts, failures, note)
+        self.config = config
         self.base: BaseRef | None = None
         self.reported_failures: set[str] = set()
 
@@ -202,9 +212,16 @@ class GraderActors(RestartingActor):
 class AdvantageActors(RestartingActor):
     """The loop's ``Advantages``."""
 
-    def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        rl: RlSection,
+        watchdog: WatchdogSection,
+        max_restarts: int,
+        failures: Failures,
+        note: Callable[[str], None],
+    ) -> None:
         remote = ray.remote(GroupAdvantageActor).options(**by_reference(driver_node_options()))
-        super().__init__("advantages", lambda: remote.remote(config.rl), config, failures, note)
+        super().__init__("advantages", partial(remote.remote, rl), watchdog, max_restarts, failures, note)
 
     def compute_advantages(
         self, rollouts: RolloutsRef, rewards: RewardsRef, reference: LogprobsRef | None, num_minibatches: int

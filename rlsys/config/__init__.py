@@ -1,6 +1,13 @@
 """A job's YAML and its checks: sections by subject, the job in `job.py`, reading in `load.py`."""
 
-from rlsys.config.algorithm import AdvantageSection, OverlongSection, RlSection, SamplingSection
+from rlsys.config.algorithm import (
+    AdvantageSection,
+    EvalSection,
+    OverlapSection,
+    OverlongSection,
+    RlSection,
+    SamplingSection,
+)
 from rlsys.config.job import JobConfig
 from rlsys.config.learner import LearnerSection
 from rlsys.config.load import dump_config, keys, load_command, load_config, parse_config
@@ -24,12 +31,14 @@ __all__ = [
     "CheckSection",
     "ClusterSection",
     "ColumnSection",
+    "EvalSection",
     "ExampleSection",
     "JobConfig",
     "LearnerSection",
     "LoraSection",
     "MakeSection",
     "ModelSection",
+    "OverlapSection",
     "OverlongSection",
     "Precision",
     "PromptSection",

@@ -40,7 +40,9 @@ class SamplerPool:
         self.membership = Membership(
             config, placement, failures, note, renew, between, requeue=lambda member: self.dispatcher.requeue(member)
         )
-        self.dispatcher = Dispatcher(config, failures, self.membership, resampled)
+        self.dispatcher = Dispatcher(
+            config.sampler, config.overlap, config.watchdog, failures, self.membership, resampled
+        )
 
     @property
     def members(self) -> list[Member]:
