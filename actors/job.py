@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -154,8 +153,8 @@ def _run(
     """From the base to the last checkpoint. Returns the last step, and the accuracy of each evaluation by step."""
     with ExitStack() as stack:
         # The actors and the ledger exist before anything is asked for or sampled again.
-        handlers: dict[str, Callable[[Any], str]] = {
-            "scale": lambda wanted: actors.policy.samplers.membership.resize(wanted),
+        handlers: dict[str, Callable[[int | None], str]] = {
+            "scale": lambda wanted: actors.policy.samplers.membership.resize(wanted or 0),
             "stop": lambda _: interrupts.request(),
         }
         control = Control(config.run.name, handlers)

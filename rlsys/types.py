@@ -21,7 +21,7 @@ from rlsys.errors import ConfigError, DatumError, SamplingError
 if TYPE_CHECKING:
     import torch
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[Any]  # Any: of several dtypes; the comment beside a field says which
 DType = Literal["float32", "int64"]
 StopReason = Literal["stop", "length"]
 
@@ -31,7 +31,8 @@ LEAST_EPS = 1e-38  # of AdamW in float32: eps 0 would give 0/0 for a weight whos
 
 
 def to_array(value: Any) -> Array:
-    """Convert a list, numpy array, torch tensor or TensorData to a numpy array, without a copy if possible.
+    """Convert a list, numpy array, torch tensor or TensorData to a numpy array, without a copy if possible. Any: of a
+    torch tensor only the methods are known here, since this module does not import torch.
 
     Raises:
         DatumError: the value is ragged or not numeric.
@@ -59,7 +60,7 @@ class TensorData:
 
     __slots__ = ("_array",)
 
-    def __init__(self, data: Any, dtype: DType | None = None, shape: Sequence[int] | None = None) -> None:
+    def __init__(self, data: object, dtype: DType | None = None, shape: Sequence[int] | None = None) -> None:
         array = to_array(data)
         if dtype is None:
             dtype = "int64" if array.dtype.kind in "iub" else "float32"
@@ -85,7 +86,7 @@ class TensorData:
     @property
     def data(self) -> list[float] | list[int]:
         """The flat values in C order."""
-        values: list[Any] = self._array.reshape(-1).tolist()
+        values: list[float] | list[int] = self._array.reshape(-1).tolist()
         return values
 
     @property
@@ -104,7 +105,7 @@ class TensorData:
 
         return torch.from_numpy(np.array(self._array))  # a copy: torch must not write into a shared buffer
 
-    def tolist(self) -> list[Any]:
+    def tolist(self) -> list[Any]:  # Any, here and below: as numpy's, a number or nested lists of numbers
         values: list[Any] = self._array.tolist()
         return values
 
@@ -206,7 +207,7 @@ class ModelInput:
         return f"ModelInput({self.to_ints()})"
 
 
-def _token_ids(tokens: Any) -> Array:
+def _token_ids(tokens: object) -> Array:
     array = to_array(tokens)
     if array.ndim != 1:
         raise DatumError(f"model_input: found shape {array.shape}; wanted one dimension of token ids")
@@ -231,7 +232,7 @@ class Datum:
     """
 
     model_input: ModelInput
-    loss_fn_inputs: Mapping[str, Any]
+    loss_fn_inputs: Mapping[str, Any]  # Any: of the containers above, torch is not imported here
 
     def __post_init__(self) -> None:
         if not isinstance(self.model_input, ModelInput):
@@ -309,8 +310,8 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _is_token_id(value: Any) -> bool:
-    return _is_whole(value) and 0 <= int(value) <= MAX_TOKEN_ID
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, Integral) and _is_whole(value) and 0 <= int(value) <= MAX_TOKEN_ID
 
 
 def is_number(value: object) -> bool:
@@ -374,6 +375,7 @@ class ForwardBackwardOutput:
 
     loss: float
     metrics: Mapping[str, float]
+    # Any: the container type of the datum's target_tokens
     loss_fn_outputs: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
 

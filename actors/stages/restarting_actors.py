@@ -17,16 +17,21 @@ from actors.faults.watchdog import Watchdog, watched
 from actors.reward_actor import RecordRequest, RewardActor, ShowRequest
 from rlsys.config import JobConfig, RlSection, Stage, WatchdogSection
 from rlsys.data.problems import ProblemSet
+from rlsys.datums import DatumBatch
 from rlsys.errors import ActorDiedError, DataLostError
 from rlsys.protocols import DatumsRef, LogprobsRef, Ref, RewardsRef, RolledBack, RolloutsRef, TrainedStep
+from rlsys.types import Array
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
     from rlsys.grading.samples import RolloutSample  # imports transformers, which the driver can do without
 
 STOP_TIMEOUT_S = 5.0  # for the grader processes to end by themselves
 
 
-def driver_node_options() -> dict[str, Any]:
+def driver_node_options() -> dict[str, object]:
     """Options of an actor on the driver's node without a core: it works while learner and samplers wait, and its
     results are needed as long as the driver lives. (Ray 2.60 ignores soft affinity for actors without a core.)"""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -42,7 +47,7 @@ class RestartingActor:
     def __init__(
         self,
         who: str,
-        make: Callable[[], Any],
+        make: Callable[[], ActorHandle],
         watchdog: WatchdogSection,
         max_restarts: int,
         failures: Failures,
@@ -55,8 +60,11 @@ class RestartingActor:
         self.ended = False
         self._healing = threading.RLock()
 
-    def call(self, stage: Stage, what: str, method: str, *arguments: Any, results: int = 2) -> tuple[list[Any], Any]:
-        """Of a method with so many results: (Ray's references to all but the last, the last one itself).
+    def call(
+        self, stage: Stage, what: str, method: str, *arguments: object, results: int = 2
+    ) -> tuple[list[ObjectRef], Any]:
+        """Of a method with so many results: (Ray's references to all but the last, the last one itself). Any: a
+        handle's methods have no types.
 
         Raises:
             RolledBack: its input is lost with a node; redo the step.
@@ -76,8 +84,8 @@ class RestartingActor:
                 self.deaths = 0
                 return made, answer
 
-    def ask(self, stage: Stage, what: str, method: str, *arguments: Any) -> Any:
-        """The only result of a method."""
+    def ask(self, stage: Stage, what: str, method: str, *arguments: object) -> Any:
+        """The only result of a method. Any: as `call`."""
         actor = self._live_actor()
         return self._wait(getattr(actor, method).remote(*arguments), stage, what, actor)
 
@@ -89,16 +97,16 @@ class RestartingActor:
     def started(self) -> None:
         """Called with a new actor, before it gets calls."""
 
-    def _live_actor(self) -> Any:
+    def _live_actor(self) -> ActorHandle:
         """The actor; waits while another thread restarts it."""
         with self._healing:
             return self.actor
 
-    def _wait(self, ref: Any, stage: Stage, what: str, actor: Any) -> Any:
+    def _wait(self, ref: ObjectRef, stage: Stage, what: str, actor: ActorHandle) -> Any:  # as `call`
         limit = self.watchdog.limit_of(stage)
         return watched(ref, Watchdog(stage, limit, self.failures), self.who, what, actor)
 
-    def _restart(self, error: ActorDiedError, dead: Any) -> None:
+    def _restart(self, error: ActorDiedError, dead: ActorHandle) -> None:
         """Start an actor in place of `dead`, unless another thread has done so."""
         with self._healing:
             while self.actor is dead:
@@ -178,8 +186,7 @@ class GraderActors(RestartingActor):
         lengths, refs = pack_columns(rollouts.refs, rewards.refs, *columns)
         firsts = first_rows(trained, self.config.rl.samples_per_problem) if trained else []
         request = ShowRequest(split, count, tuple(firsts), lengths)
-        samples: list[RolloutSample] | None = self._ask_or_note("shown", "show", request, refs)
-        return samples or []
+        return self._ask_or_note("shown", "show", request, refs) or []
 
     def record(self, run_dir: str, step: int, trained: TrainedStep) -> None:
         """Have the step's rollouts written into the run directory, which is on this actor's machine."""
@@ -192,11 +199,14 @@ class GraderActors(RestartingActor):
     def write_problems(self, run_dir: str) -> None:
         self.ask("start", "writing the problems down", "write_problems", run_dir)
 
-    def _ask_or_note(self, what: str, method: str, request: ShowRequest | RecordRequest, refs: Sequence[Any]) -> Any:
+    def _ask_or_note(
+        self, what: str, method: str, request: ShowRequest | RecordRequest, refs: Sequence[ObjectRef]
+    ) -> list[RolloutSample] | None:
         """A call that a run can do without: a loss is only noted."""
         actor = self.actor
         try:
-            return self.ask("grade", f"completions are {what}", method, request, *refs)
+            answer: list[RolloutSample] | None = self.ask("grade", f"completions are {what}", method, request, *refs)
+            return answer
         except (ActorDiedError, DataLostError) as error:
             self.note(f"rewards: the rollouts of this step cannot be {what}: {error}")
             if isinstance(error, ActorDiedError):
@@ -235,8 +245,9 @@ class AdvantageActors(RestartingActor):
             *refs,
             results=2 * num_minibatches + 1,
         )
-        columns = [Ref[Any](ref) for ref in made]
-        return DatumsRef(tuple(columns[:num_minibatches]), metrics, tuple(columns[num_minibatches:]), outcomes)
+        batches = tuple(Ref[DatumBatch](ref) for ref in made[:num_minibatches])
+        rows = tuple(Ref[Array](ref) for ref in made[num_minibatches:])
+        return DatumsRef(batches, metrics, rows, outcomes)
 
 
 def first_rows(trained: TrainedStep, samples: int) -> list[int]:
@@ -248,7 +259,7 @@ def first_rows(trained: TrainedStep, samples: int) -> list[int]:
     return firsts
 
 
-def _minibatch_columns(trained: TrainedStep) -> tuple[list[Ref[Any]], list[Ref[Any]], list[Ref[Any]]]:
+def _minibatch_columns(trained: TrainedStep) -> tuple[list[Ref[DatumBatch]], list[Ref[Array]], list[Ref[Array]]]:
     """Datums, rows and the learner's p of each minibatch."""
     return (
         [ref for datums in trained.datums for ref in datums.batches],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import model_validator
 
@@ -47,9 +47,11 @@ class JobConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _half_precision_on_cuda(cls, tree: Any) -> Any:
+    def _half_precision_on_cuda(cls, tree: object) -> object:
         """Without a dtype, a job gets one that its samplers can serve."""
-        model, sampler = (tree.get(name) if isinstance(tree, dict) else None for name in ("model", "sampler"))
+        if not isinstance(tree, dict):
+            return tree
+        model, sampler = (tree.get(name) for name in ("model", "sampler"))
         if not isinstance(model, dict) or not isinstance(sampler, dict) or "dtype" in model:
             return tree
         gpus = sampler.get("num_gpus", 0)
@@ -58,14 +60,16 @@ class JobConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _slots_for_the_adapter(cls, tree: Any) -> Any:
+    def _slots_for_the_adapter(cls, tree: object) -> object:
         """Without sampler.max_lora_rank, a sampler has slots of the adapter's rank."""
-        sections = {name: tree.get(name, {}) for name in ("lora", "sampler")} if isinstance(tree, dict) else {}
-        if not sections or not all(isinstance(section, dict) for section in sections.values()):
+        if not isinstance(tree, dict):
             return tree
-        rank = sections["lora"].get("rank")
+        lora, sampler = (tree.get(name, {}) for name in ("lora", "sampler"))
+        if not isinstance(lora, dict) or not isinstance(sampler, dict):
+            return tree
+        rank = lora.get("rank")
         is_served = isinstance(rank, int) and 1 <= rank <= MAX_LORA_RANK  # otherwise lora.rank is refused
-        return {**tree, "sampler": {"max_lora_rank": rank, **sections["sampler"]}} if is_served else tree
+        return {**tree, "sampler": {"max_lora_rank": rank, **sampler}} if is_served else tree
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobConfig:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from rlsys.config import yaml_text
 from rlsys.config.job import JobConfig
 from rlsys.config.overrides import apply, refuse_contradictions
 from rlsys.config.replaced_keys import replacement
+from rlsys.config.yaml_text import Annotation
 from rlsys.errors import ConfigError
 from rlsys.utils.text_files import read_text
 
@@ -75,7 +76,7 @@ def keys(section: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str
             yield from keys(inner, f"{prefix}{name}.")
 
 
-def _explain(detail: Mapping[str, Any]) -> str:
+def _explain(detail: ErrorDetails) -> str:
     """One line: which key, what was found, what would be right."""
     where = [str(part) for part in detail["loc"]]
     dotted = ".".join(where)
@@ -105,7 +106,7 @@ def _nearest(where: Sequence[str]) -> str:
     return f"it takes {', '.join(siblings)}"
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: Annotation) -> type[BaseModel] | None:
     """The section that a key holds, alone or in a list."""
     candidates = getattr(annotation, "__args__", (annotation,))
     return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

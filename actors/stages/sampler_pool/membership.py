@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -25,6 +25,9 @@ from rlsys.protocols import PublishedAdapter, Ref
 from rlsys.weight_sync.update import Attestation
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
     from rlsys.weight_sync.canary import StartupProbe
 
 POLL_S = 0.5
@@ -50,7 +53,7 @@ class Member:
 
     index: int
     slot: Slot
-    actor: Any  # Ray's handle, which has no type for its remote methods
+    actor: ActorHandle
     joining: Waiting | None = None  # until this is done it gets no work
     unproven: bool = False
     newcomer: bool = False  # came by `resize` and has not served yet: the job can do without it
@@ -282,10 +285,10 @@ class Membership:
             self.members.append(member)
         return f"{len(self.members) - more} samplers -> {len(self.members)}; new ones serve once they have attested"
 
-    def _actor(self, index: int, slot: Slot) -> Any:
+    def _actor(self, index: int, slot: Slot) -> ActorHandle:
         options = ray.remote(SamplerActor).options(max_concurrency=1000, **by_reference(slot.ray_options()))
         return options.remote(self.config, index)
 
 
-def pending_call(member: Member, ref: Any, what: str) -> Waiting:
+def pending_call(member: Member, ref: ObjectRef, what: str) -> Waiting:
     return Waiting(ref, member.name, what, member.actor)
