@@ -270,7 +270,9 @@ class _Reader:
         for brought in merged:
             if not isinstance(brought, yaml.MappingNode) or brought in self._open:
                 raise self._refused(brought, (*where, "<<"), "wanted a mapping, or a list of mappings, to merge")
-            for key, value in self._merged(brought, annotation, where).items():
+            inherited = self.value(brought, annotation, where)
+            assert isinstance(inherited, dict), "the value of a mapping"
+            for key, value in inherited.items():
                 at = (*where, str(key))
                 if key not in own:
                     own[key] = value
@@ -280,13 +282,6 @@ class _Reader:
                         f"<< inside {'.'.join(at)} too"
                     )  # fmt: skip
         return own
-
-    def _merged(
-        self, node: yaml.MappingNode, annotation: Annotation, where: tuple[str, ...]
-    ) -> Mapping[Hashable, object]:
-        value = self.value(node, annotation, where)
-        assert isinstance(value, dict)
-        return value
 
     def _key(self, node: yaml.Node, annotation: Annotation, where: tuple[str, ...]) -> object:
         if not isinstance(node, yaml.ScalarNode):
