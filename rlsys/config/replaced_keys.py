@@ -8,7 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_STAGES = ("start", "base", "sample", "grade", "reference", "advantage", "learn", "sync", "save")
+_STAGES = (  # whose watchdog.*_s keys were removed
+    "start",
+    "base",
+    "sample",
+    "grade",
+    "reference",
+    "advantage",
+    "learn",
+    "sync",
+    "save",
+)
 
 
 @dataclass(frozen=True, slots=True)

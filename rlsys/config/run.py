@@ -36,7 +36,7 @@ SLOW_STAGES_S: dict[str, float] = {"start": 900.0, "base": 300.0}
 
 
 def _known_stages(limits: dict[str, float]) -> dict[str, float]:
-    for stage in limits.keys() - set(STAGES):
+    for stage in sorted(limits.keys() - set(STAGES)):
         raise ValueError(f"found the stage {stage!r}; wanted {', '.join(STAGES)}{did_you_mean(stage, STAGES)}")
     return limits
 
