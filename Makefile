@@ -16,7 +16,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 .PHONY: quickstart test set-up machine check unit soak bench bench-real-model real-model real-tokenizers gpu-check gpu-loop clean
 
 # Learner and sampler use one GPU alternately. bfloat16: vLLM's LoRA kernels for CUDA support only half precision.
-ON_cuda := model.dtype=bfloat16 learner.device=cuda learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true
+ON_cuda := model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 

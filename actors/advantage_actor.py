@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from actors.cluster.column_refs import unpack_columns
 from rlsys.config import RlSection
+from rlsys.metrics import Metrics
+from rlsys.types import Array
+
+if TYPE_CHECKING:
+    from rlsys.datums import DatumBatch
+    from rlsys.rollouts import Rollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +25,9 @@ class GroupAdvantageActor:
     def __init__(self, section: RlSection) -> None:
         self.section = section
 
-    def compute_advantages(self, request: AdvantageRequest, *columns: Any) -> Any:
+    def compute_advantages(
+        self, request: AdvantageRequest, *columns: Rollouts | Array
+    ) -> tuple[DatumBatch | Array | tuple[Metrics, Array], ...]:
         """Datums of each minibatch, the completions that they come from, and (metrics, outcomes)."""
         import numpy as np
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rlsys.config import load_command, load_config
+from rlsys.config import ClusterSection, load_command, load_config
 from rlsys.errors import ConfigError, RlsysError, StorageError
 from rlsys.utils.atomic_files import refusal
 from rlsys.utils.env_variables import drop_empty_variables
 from rlsys.utils.shell_paths import expand, expanded
 
 if TYPE_CHECKING:
-    from rlsys.config import JobConfig
     from rlsys.planning.fit import Node
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -175,7 +174,7 @@ def plan(
             )
         nodes = [described_machine(cpus or job.cluster.num_cpus, memory_gb, gpus or 1, gpu_memory_gb)]
     else:
-        nodes = _nodes_of(job, address)
+        nodes = _nodes_of(job.cluster, address)
     comparison = make_plan(job, dims, nodes)
     show(job, dims, nodes, comparison, Console(highlight=False))
     for note in notes:
@@ -184,16 +183,16 @@ def plan(
         raise typer.Exit(1)
 
 
-def _nodes_of(job: JobConfig, address: str | None) -> list[Node]:
+def _nodes_of(section: ClusterSection, address: str | None) -> list[Node]:
     """The nodes of the cluster that the job would join, or this machine."""
-    where = job.cluster.address or address
+    where = section.address or address
     if where:
         from actors.cluster.inventory import nodes_at
 
         return list(nodes_at(where))
     from actors.machine.gpus import this_machine
 
-    return [this_machine(job.cluster.num_cpus)]
+    return [this_machine(section.num_cpus)]
 
 
 def _holds_more_than_a_config(model_path: str | None) -> bool:
@@ -216,7 +215,6 @@ def doctor(
     from rich.console import Console
 
     from actors.doctor import examine
-    from rlsys.config import ClusterSection
     from rlsys.planning.view import show_checks
 
     job = load_config(config) if config else None
@@ -291,8 +289,9 @@ def ledger(
     from rlsys.run_state.ledger import Ledger, describe
     from rlsys.run_state.resume import newest
     from rlsys.run_state.run_info import read_info
+    from rlsys.run_state.saved_config import read_saved_config
 
-    job = load_config(run / "config.yaml")
+    job = read_saved_config(run)
     latest = newest(run)
     if latest is None:
         raise ConfigError(f"{run}: has no checkpoint yet")
@@ -308,7 +307,7 @@ def replay(
     run: Annotated[Path, typer.Argument(help="Run directory.", callback=_expanded)],
     step: Annotated[int, typer.Option(help="Step to recompute; its rollouts must be kept (tracking.rollout_steps).")],
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="Device to compute on; default: learner.device.")
+        Literal["cpu", "cuda"] | None, typer.Option(help="Device to compute on; default: that of the run's learner.")
     ] = None,
     tolerance: Annotated[float | None, typer.Option(help="Relative tolerance; default: 1e-5.", min=0.0)] = None,
     out: Annotated[

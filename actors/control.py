@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import RayActorError
@@ -25,6 +25,9 @@ from rlsys.run_state.run_info import INFO
 from rlsys.utils.env_variables import env_variable
 from rlsys.utils.shell_paths import command
 
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
 NAMESPACE = "rlsys"
 PREFIX = "job:"
 RELEASE_S, RELEASE_POLL_S = 15.0, 0.5
@@ -32,20 +35,21 @@ ANSWER_TIMEOUT_S = 120.0  # the driver reads requests between its calls; only tr
 
 
 class JobControl:
-    """Async actor: holds each request until the driver has answered it."""
+    """Async actor: holds each request until the driver has answered it. `about`: what a request asks for, such as the
+    number of samplers."""
 
     def __init__(self) -> None:
-        self.requests: asyncio.Queue[tuple[int, str, Any]] = asyncio.Queue()
+        self.requests: asyncio.Queue[tuple[int, str, int | None]] = asyncio.Queue()
         self.answers: dict[int, asyncio.Future[str]] = {}
         self.numbers = itertools.count()
 
-    async def ask(self, kind: str, about: Any) -> str:
+    async def ask(self, kind: str, about: int | None) -> str:
         number = next(self.numbers)
         answer = self.answers[number] = asyncio.get_running_loop().create_future()
         await self.requests.put((number, kind, about))
         return await answer
 
-    async def next(self) -> tuple[int, str, Any]:
+    async def next(self) -> tuple[int, str, int | None]:
         return await self.requests.get()
 
     async def answer(self, number: int, text: str, error: RlsysError | None) -> None:
@@ -59,7 +63,7 @@ class JobControl:
 class Control:
     """The driver's end of JobControl: reads requests and answers them with `handlers`."""
 
-    def __init__(self, run: str, handlers: Mapping[str, Callable[[Any], str]]) -> None:
+    def __init__(self, run: str, handlers: Mapping[str, Callable[[int | None], str]]) -> None:
         """
         Raises:
             ClusterError: a job of this name is already running on the cluster.
@@ -88,7 +92,7 @@ class Control:
         ray.kill(self.actor)
 
 
-def _register(run: str) -> Any:
+def _register(run: str) -> ActorHandle:
     """Create the named actor. Retries for RELEASE_S: the name of a killed driver's actor is freed with a delay."""
     deadline = time.monotonic() + RELEASE_S
     while True:
@@ -124,7 +128,7 @@ def reach(run: str | None, address: str | None) -> Iterator[str | None]:
         yield name
 
 
-def ask(run: str, kind: str, about: Any) -> str:
+def ask(run: str, kind: str, about: int | None) -> str:
     """Send a request to the driver of a running job and return its answer.
 
     Raises:

@@ -86,7 +86,7 @@ def evaluate(config: JobConfig, policy: PolicySource, progress: Progress) -> Eva
         config=config.model_dump(mode="json"),
         versions=environment(),
         facts=result.metrics,
-        confidence=config.eval.confidence,
+        confidence=result.evaluation.confidence,
         problems=_rows(problems, result),
     )
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -25,7 +24,7 @@ from actors.stages.learner_group import LearnerGroup
 from actors.stages.restarting_actors import GraderActors
 from rlsys import async_loop, loop, losses
 from rlsys.architectures.support import refuse_unsupported_job
-from rlsys.config import JobConfig
+from rlsys.config import JobConfig, ModelSection
 from rlsys.config.gpu_shares import may_share
 from rlsys.config.relative_paths import resolve_paths
 from rlsys.data.problems import Epochs
@@ -92,7 +91,7 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
             # Again once Ray is up: it installs its own handler of SIGTERM, which aborts the process.
             interrupts.watched(),
         ):
-            _announce(config, store, where, progress)
+            _announce(config.run.name, store, where, progress)
             steps, accuracies = _run(config, store, failures, tracker, interrupts, progress)
             save_adapter(store)
             tracker.adapter(store.run_dir / "adapter")
@@ -154,8 +153,8 @@ def _run(
     """From the base to the last checkpoint. Returns the last step, and the accuracy of each evaluation by step."""
     with ExitStack() as stack:
         # The actors and the ledger exist before anything is asked for or sampled again.
-        handlers: dict[str, Callable[[Any], str]] = {
-            "scale": lambda wanted: actors.policy.samplers.membership.resize(wanted),
+        handlers: dict[str, Callable[[int | None], str]] = {
+            "scale": lambda wanted: actors.policy.samplers.membership.resize(wanted or 0),
             "stop": lambda _: interrupts.request(),
         }
         control = Control(config.run.name, handlers)
@@ -172,7 +171,7 @@ def _run(
         )
         policy = actors.policy
         observer = JobObserver(config, tracker, progress, failures, _accuracies(store), policy.graders, actors.pids)
-        base = _base(config, policy.learner, store, observer, progress)
+        base = _base(config.model, policy.learner, store, observer, progress)
         with progress.stage("starting engines", None):
             policy.graders.start(base)
             counts = _task_facts(policy.graders, store, observer)
@@ -194,13 +193,13 @@ def _run(
 
 
 def _base(
-    config: JobConfig, learner: LearnerGroup, store: RunStore, observer: JobObserver, progress: Progress
+    model: ModelSection, learner: LearnerGroup, store: RunStore, observer: JobObserver, progress: Progress
 ) -> BaseRef:
     """A folder or hub name, or a reference to the packed folder of the base that this run trained from scratch."""
-    make = config.model.make
+    make = model.make
     if make is None:
-        assert config.model.path is not None
-        return config.model.path
+        assert model.path is not None
+        return model.path
     if store.base is None:
         with progress.stage("supervised: making the base", make.supervised.max_steps):
             store.put("base", learner.make_base(observer.on_supervised))
@@ -242,10 +241,10 @@ def _tracker(config: JobConfig, store: RunStore, progress: Progress) -> Tracker:
     )
 
 
-def _announce(config: JobConfig, store: RunStore, where: str, progress: Progress) -> None:
+def _announce(run: str, store: RunStore, where: str, progress: Progress) -> None:
     """Tell the user, `rlsys scale` and `rlsys stop` where the run is."""
     after = "" if store.resume is None else f", resuming after step {store.resume.step}"
-    progress.note(f"rlsys: run {config.run.name!r} on {where}, writing to {store.run_dir}{after}")
+    progress.note(f"rlsys: run {run!r} on {where}, writing to {store.run_dir}{after}")
     store.note(
         cluster=ray.get_runtime_context().gcs_address, auth_mode=env_variable("RAY_AUTH_MODE") or "", pid=os.getpid()
     )

@@ -108,10 +108,10 @@ def job_actors(
     """As `policy_actors`, with advantages and checkpoints."""
     with ExitStack() as stack:
         learner = LearnerGroup(config, store, failures, note)
-        checkpointer = BackgroundCheckpointer(config, store, learner)
+        checkpointer = BackgroundCheckpointer(config.rl.steps, config.watchdog, store, learner)
         stack.callback(checkpointer.close)  # after the learner is gone
         policy = stack.enter_context(policy_actors(config, learner, failures, note, between, resampled))
-        advantages = AdvantageActors(config, failures, note)
+        advantages = AdvantageActors(config.rl, config.watchdog, config.cluster.max_restarts, failures, note)
         stack.callback(advantages.close)
         stack.callback(checkpointer.finish)
         yield JobActors(policy, advantages, checkpointer)

@@ -101,7 +101,9 @@ class LearnerActor:
         pin(section.cores, "learner.cores")
         ranks = ALONE
         if meeting_point is not None:
-            limit = 2 * self.config.watchdog.learn_s  # the driver's watchdog acts first: it knows which rank is stuck
+            limit = 2 * self.config.watchdog.limit_of(
+                "learn"
+            )  # the driver's watchdog acts first: it knows which rank is stuck
             ranks = Ranks.join(meeting_point, self.rank, section.num_workers, section.device, limit)
         if section.device == "cuda":
             refuse_dtype(self.config.model.dtype, f"learner rank {self.rank}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 
 from actors.cluster.column_refs import unpack_columns
 from rlsys.config import JobConfig
+from rlsys.metrics import Metrics
 from rlsys.types import Array
 
 if TYPE_CHECKING:
     from actors.cluster.base_folder import Base
     from rlsys.data.problems import ProblemSet
+    from rlsys.datums import DatumBatch
     from rlsys.rewards.grader import Grader
     from rlsys.rewards.rollout_samples import RolloutSample
     from rlsys.rollouts import Rollouts
@@ -64,16 +66,17 @@ class RewardActor:
     def digest(self) -> str:
         return self._grader.problems["train"].digest
 
-    def grade(self, split: str, *rollouts: Rollouts) -> tuple[Array, Any]:
+    def grade(self, split: str, *rollouts: Rollouts) -> tuple[Array, tuple[Metrics, str, Array, Array, Array]]:
+        """Rewards, and (metrics, first failure, grade, passed and idle of each group) as `RewardsRef` has them."""
         from rlsys.rollouts import concatenate
 
         grades = self._grader.grade(split, concatenate(rollouts))
         return grades.rewards, (grades.metrics, grades.failure, grades.grade, grades.passed, grades.idle)
 
-    def show(self, request: ShowRequest, *columns: Any) -> list[RolloutSample]:
+    def show(self, request: ShowRequest, *columns: Rollouts | DatumBatch | Array) -> list[RolloutSample]:
         import numpy as np
 
-        from rlsys.grading.samples import LearnedBatch
+        from rlsys.rewards.rollout_samples import LearnedBatch
         from rlsys.rollouts import concatenate
 
         rollouts, rewards, datums, rows_of, logprobs = unpack_columns(request.lengths, columns)
@@ -90,7 +93,7 @@ class RewardActor:
         """Write the texts of the training problems; metrics and rollouts name problems by number."""
         self._grader.write_problems(Path(run_dir))
 
-    def record(self, request: RecordRequest, *columns: Any) -> None:
+    def record(self, request: RecordRequest, *columns: Rollouts | Array) -> None:
         import numpy as np
 
         from rlsys.rollouts import concatenate
@@ -109,7 +112,7 @@ class RewardActor:
         save_step(Path(request.run_dir), saved, self.config.tracking.rollout_steps)
 
     @ray.method(concurrency_group="watch")
-    def progress(self) -> Any:
+    def progress(self) -> int | None:
         """Changes with every grade; None before `start` is done."""
         return None if self.started is None else self.started.pool.progress()
 

@@ -83,7 +83,16 @@ class ReplayedGraders(GraderActors):
         remote = ray.remote(concurrency_groups={"watch": 1})(ReplayingRewards).options(
             **by_reference(driver_node_options())
         )
-        RestartingActor.__init__(self, "rewards", lambda: remote.remote(config), config, failures, note)
+        RestartingActor.__init__(
+            self,
+            "rewards",
+            lambda: remote.remote(config),
+            config.watchdog,
+            config.cluster.max_restarts,
+            failures,
+            note,
+        )
+        self.config = config
         self.base = None
         self.reported_failures = set()
 
@@ -127,7 +136,7 @@ class Bench:
         overlapping = self.config.overlap.model_copy(update={"max_policy_lag": lag})
         of_rl = self.config.rl.model_copy(update={"steps": until})
         config = self.config.model_copy(update={"overlap": overlapping, "rl": of_rl})
-        self.cast.policy.samplers.dispatcher.config = config
+        self.cast.policy.samplers.dispatcher.overlap = overlapping
         run = loop.run if lag is None else async_loop.run
         before, tokens = self.observer.meter.read(), self.observer.tokens
         assert run(config, self.stages, self.ledger, np.arange(HELD_OUT), self.observer) == until
@@ -162,14 +171,14 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         ending.callback(placement.release)
         rank_slots, sampler_slots = placement.reserve()
         learner = ReplayedLearner(config, store, failures, progress.note)
-        keeper = BackgroundCheckpointer(config, store, learner)
+        keeper = BackgroundCheckpointer(config.rl.steps, config.watchdog, store, learner)
         ending.callback(keeper.close)
         ending.callback(learner.close)
         ending.callback(keeper.finish)
         learner.launch(rank_slots)
         graders = ReplayedGraders(config, failures, progress.note)
         ending.callback(graders.close)
-        advantages = AdvantageActors(config, failures, progress.note)
+        advantages = AdvantageActors(config.rl, config.watchdog, config.cluster.max_restarts, failures, progress.note)
         ending.callback(advantages.close)
         ledger = Ledger(Epochs(config.rl.problems_per_step, config.rl.problems_per_step, config.run.seed))
         control = Control(config.run.name, {})

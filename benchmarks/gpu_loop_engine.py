@@ -42,7 +42,7 @@ lora: {{rank: 16, alpha: 32}}
 tracking: {{wandb: disabled}}
 """
 CUDA = """
-model.dtype=bfloat16 model.max_length=1280 learner.device=cuda learner.num_gpus=0.5 learner.token_budget=8192
+model.dtype=bfloat16 model.max_length=1280 learner.num_gpus=0.5 learner.token_budget=8192
 sampler.num_gpus=0.5 sampler.colocate=true sampler.gpu_memory_utilization=0.3 sampler.enforce_eager=true
 rl.problems_per_step=16 rl.samples_per_problem=8 rl.sampling.max_tokens=256 eval.max_tokens=256
 """

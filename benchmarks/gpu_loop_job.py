@@ -38,7 +38,7 @@ ROLES = {"ray::LearnerActor": "learner", "ray::SamplerActor": "sampler", "VLLM::
 RUNS = "runs"  # of the folder: run directories
 COMMON = "tracking.wandb=disabled rl.substeps=1 cluster.max_restarts=3"
 CUDA = """
-rl.steps=6 eval.every_steps=0 model.dtype=bfloat16 learner.device=cuda learner.num_gpus=0.5 sampler.num_gpus=0.5
+rl.steps=6 eval.every_steps=0 model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5
 sampler.gpu_memory_utilization=0.3 sampler.enforce_eager=true
 """
 CPU = """

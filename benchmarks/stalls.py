@@ -32,7 +32,7 @@ MODEL = MakeSection(
 JOB = """
 run: {{name: stall, seed: 5, dir: {where}}}
 cluster: {{num_cpus: 4}}
-watchdog: {{sample_s: {limit}, learn_s: {limit}, sync_s: {limit}, grade_s: {limit}}}
+watchdog: {{limit_s: {limit}}}
 model: {{path: {base}, max_length: 96}}
 task: {{train_problems: 32, eval_problems: 8}}
 lora: {{rank: 4}}

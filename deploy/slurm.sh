@@ -8,7 +8,7 @@
 # checkout, which must be on a file system shared by all nodes:
 #   sbatch deploy/slurm.sh configs/quickstart.yaml [key=value ...]
 # The packages for CUDA sample only on GPUs, so request one:
-#   sbatch --gpus-per-node=1 deploy/slurm.sh configs/quickstart.yaml model.dtype=bfloat16 learner.device=cuda \
+#   sbatch --gpus-per-node=1 deploy/slurm.sh configs/quickstart.yaml model.dtype=bfloat16 \
 #     learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?slurm.sh runs under sbatch}" # sbatch runs a copy of this file from elsewhere

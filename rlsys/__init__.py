@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlsys import python_version as python_version  # first: it refuses Pythons that the rest cannot run on
 from rlsys import types
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(importlib.import_module("rlsys.client"), name)
     raise AttributeError(f"module 'rlsys' has no attribute {name!r}")

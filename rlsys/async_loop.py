@@ -167,7 +167,8 @@ class Pipeline:
         before = [part for other in self.steps[step] for part in other.problems]
         minibatch.problems.append(problems)
         nth = occurrences(problems, np.concatenate(before) if before else ())
-        count, params = self.config.rl.samples_per_problem, training_params(self.config, step)
+        rl = self.config.rl
+        count, params = rl.samples_per_problem, training_params(rl.sampling, self.config.run.seed, step)
         self.tickets[samplers.submit("train", problems, count, params, nth)] = minibatch
 
     def _grade(self, minibatch: Minibatch, rollouts: RolloutsRef) -> None:
@@ -221,7 +222,7 @@ class Pipeline:
         synced = self.stages.samplers.load(last.published)
         now = time.perf_counter()
         parts = [part for minibatch in minibatches for part in minibatch.rollouts]
-        rollouts = with_refill_metrics(self.config, parts, len(parts) - len(minibatches))
+        rollouts = with_refill_metrics(self.config.rl, parts, len(parts) - len(minibatches))
         rewards = concatenate_rewards([part for minibatch in minibatches for part in minibatch.rewards])
         reference = concatenate_logprobs([one.reference for one in learned if one.reference is not None])
         outcomes = np.concatenate([one.datums.outcomes for one in learned])
@@ -251,7 +252,7 @@ class Pipeline:
         base = reference if reference.refs else None
         trained = TrainedStep(learned[0].version, problems, rollouts, rewards, base, datums, updates)
         self.observer.on_step(step, metrics, trained)
-        if is_eval_step(self.config, step):
+        if is_eval_step(self.config.eval, step, self.config.rl.steps):
             evaluate(self.config, self.stages, self.held_out, step, self.observer)
         if step % self.config.checkpoint.every_steps == 0:
             self._save(last.state)

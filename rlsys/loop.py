@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from rlsys.config import JobConfig
+from rlsys.config import EvalSection, JobConfig, RlSection, SamplingSection
 from rlsys.data.problems import occurrences
 from rlsys.evaluation.evaluate import evaluate_policy
 from rlsys.metrics import Metrics, reduce_metrics
@@ -72,7 +72,7 @@ def run(
 def train(config: JobConfig, stages: Stages, ledger: Ledger, held_out: Array, observer: Observer, step: int) -> None:
     """One step, from problems to an adapter that every sampler serves."""
     learner, clock, version = stages.learner, Clock(), stages.samplers.version
-    problems, rollouts, rewards = sample_groups(config, stages, ledger, step, clock)
+    problems, rollouts, rewards = sample_groups(config.rl, config.run.seed, stages, ledger, step, clock)
     with clock("reference"):
         reference = learner.reference(rollouts) if config.rl.advantages.kl_coef > 0 else None
     with clock("advantage"):
@@ -86,36 +86,36 @@ def train(config: JobConfig, stages: Stages, ledger: Ledger, held_out: Array, ob
     updated = reduce_metrics([minibatch.metrics for minibatch in learned])
     metrics = {**rollouts.metrics, **speed, **rewards.metrics, **datums.metrics, **updated, **synced, **clock.metrics()}
     observer.on_step(step, metrics, TrainedStep(version, problems, rollouts, rewards, reference, [datums], learned))
-    if is_eval_step(config, step):
+    if is_eval_step(config.eval, step, config.rl.steps):
         evaluate(config, stages, held_out, step, observer)
 
 
 def sample_groups(
-    config: JobConfig, stages: Stages, ledger: Ledger, step: int, clock: Clock
+    rl: RlSection, seed: int, stages: Stages, ledger: Ledger, step: int, clock: Clock
 ) -> tuple[Array, RolloutsRef, RewardsRef]:
     """A batch of groups with their rewards; up to ``rl.refill_rounds`` rounds more replace those that teach nothing."""
     problems, rollouts, rewards = list[Array](), list[RolloutsRef](), list[RewardsRef]()
-    wanted, nothing = config.rl.problems_per_step, np.empty(0, np.int64)
-    while wanted and len(rollouts) <= config.rl.refill_rounds:
+    wanted, nothing = rl.problems_per_step, np.empty(0, np.int64)
+    while wanted and len(rollouts) <= rl.refill_rounds:
         with clock("sample"):
             before, drawn = np.concatenate([nothing, *problems]), ledger.draw(step, wanted)
             problems.append(drawn)
-            count, params = config.rl.samples_per_problem, training_params(config, step)
+            count, params = rl.samples_per_problem, training_params(rl.sampling, seed, step)
             rollouts.append(stages.samplers.sample("train", drawn, count, params, occurrences(drawn, before)))
         with clock("grade"):
             rewards.append(stages.graders.grade("train", rollouts[-1]))
         wanted = int(rewards[-1].idle.sum())
     return (
         np.concatenate(problems),
-        with_refill_metrics(config, rollouts, len(rollouts) - 1),
+        with_refill_metrics(rl, rollouts, len(rollouts) - 1),
         concatenate_rewards(rewards),
     )
 
 
-def with_refill_metrics(config: JobConfig, parts: Sequence[RolloutsRef], refills: int) -> RolloutsRef:
+def with_refill_metrics(rl: RlSection, parts: Sequence[RolloutsRef], refills: int) -> RolloutsRef:
     """A batch's rollouts, saying how many rounds of refilling there were, where there may be any."""
     batch = concatenate_rollouts(parts)
-    if not config.rl.refill_rounds:
+    if not rl.refill_rounds:
         return batch
     return RolloutsRef(batch.refs, {**batch.metrics, "sampler/refill_rounds": refills})
 
@@ -135,14 +135,14 @@ def learn(stages: Stages, datums: DatumsRef, step: int) -> list[LogprobsRef]:
     return learned
 
 
-def training_params(config: JobConfig, step: int) -> SamplingParams:
+def training_params(sampling: SamplingSection, seed: int, step: int) -> SamplingParams:
     """Seeded by step; the samplers go on from there by problem and by how often the step has drawn it."""
-    return config.rl.sampling.params(seed=config.run.seed * 1_000_003 + step)
+    return sampling.params(seed=seed * 1_000_003 + step)
 
 
-def is_eval_step(config: JobConfig, step: int) -> bool:
-    every = config.eval.every_steps
-    return step == config.rl.steps or bool(every and step % every == 0)
+def is_eval_step(section: EvalSection, step: int, last_step: int) -> bool:
+    every = section.every_steps
+    return step == last_step or bool(every and step % every == 0)
 
 
 def evaluate(config: JobConfig, stages: Stages, held_out: Array, step: int, observer: Observer) -> None:

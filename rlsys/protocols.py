@@ -30,7 +30,7 @@ T = TypeVar("T")
 class Ref(Generic[T]):
     """Reference to a T in the object store. `value` is Ray's ObjectRef, which only `actors` may import."""
 
-    value: Any
+    value: Any  # whose type `rlsys` must not import
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +176,8 @@ class Checkpointer(Protocol):
     done: int  # step of the last checkpoint; -1: none yet, not even of the evaluation before the first step
 
     def save(self, step: int, ledger: Ledger, state: Any) -> None:
-        """Checkpoint a finished step: an interrupted run resumes there. May return before the files are written."""
+        """Checkpoint a finished step: an interrupted run resumes there. May return before the files are written. Any:
+        as `Learner.state`."""
 
 
 class Observer(Protocol):

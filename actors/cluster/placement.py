@@ -46,7 +46,7 @@ class Placement:
 
         Raises:
             ClusterError: the cluster could not hold them even if it were idle.
-            StalledError: others hold the resources for longer than watchdog.start_s.
+            StalledError: others hold the resources for longer than watchdog.stages.start.
         """
         refuse_shortfall(self.config)
         learner, sampler = self.config.learner, self.config.sampler
@@ -106,8 +106,8 @@ class Placement:
                 raise ClusterError(
                     f"{what}: {len(bundles)} places ({asked}) with placement {strategy} do not fit on {_has()}"
                 )
-            if waited > (limit_s or self.config.watchdog.start_s):
-                limit = f"{limit_s:g}" if limit_s else "watchdog.start_s"
+            if waited > (limit_s or self.config.watchdog.limit_of("start")):
+                limit = f"{limit_s:g}" if limit_s else "watchdog.stages.start"
                 self._groups.remove(group)
                 remove_placement_group(group)
                 free = ray.available_resources()

@@ -49,7 +49,8 @@ class Origin:
 
 
 def wait(ref: ray.ObjectRef, timeout_s: float, what: str) -> Any:
-    """Get the value of one reference. `what` names the actor and its work, for error messages.
+    """Get the value of one reference. `what` names the actor and its work, for error messages. Any: a handle's methods
+    have no types.
 
     Raises:
         RlsysError: the error that the actor raised, unchanged.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.core.generated import gcs_pb2
@@ -16,6 +16,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rlsys.errors import ActorDiedError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 LINES = 20
 TIMEOUT_S = 6.0
@@ -36,12 +39,12 @@ class Process:
         return f"pid {self.pid} on {self.ip}"
 
 
-def actor_id(actor: Any) -> str:
+def actor_id(actor: ActorHandle) -> str:
     found: str = actor._actor_id.hex()
     return found
 
 
-def process_of(actor: Any) -> Process | None:
+def process_of(actor: ActorHandle) -> Process | None:
     """The actor's process; None before it has one. Reads the GCS, because ray.util.state needs Ray's dashboard."""
     accessor = ray._private.state.state._connect_and_get_accessor()
     packed = accessor.get_actor_info(actor._actor_id)
@@ -54,7 +57,7 @@ def process_of(actor: Any) -> Process | None:
     return Process(info.pid, address.ip_address, address.worker_id.hex(), address.node_id.hex())
 
 
-def tail(actor: Any, lines: int = LINES, timeout_s: float = TIMEOUT_S) -> str:
+def tail(actor: ActorHandle, lines: int = LINES, timeout_s: float = TIMEOUT_S) -> str:
     """The last lines that the actor's process wrote, below a line with file and process; or the reason why there is no
     log.
 
@@ -74,7 +77,7 @@ def tail(actor: Any, lines: int = LINES, timeout_s: float = TIMEOUT_S) -> str:
     return found[0]
 
 
-def _tail(actor: Any, lines: int, timeout_s: float) -> str:
+def _tail(actor: ActorHandle, lines: int, timeout_s: float) -> str:
     process = process_of(actor)
     if process is None:
         return "no log: the actor never had a process"
@@ -140,11 +143,11 @@ class Failures:
         self.names: dict[str, str] = {}  # actor id -> name in messages
         self._seen: list[Failure] = []
 
-    def name(self, actor: Any, who: str) -> None:
+    def name(self, actor: ActorHandle, who: str) -> None:
         """Register an actor's name, for errors that arrive through other actors."""
         self.names[actor_id(actor)] = who
 
-    def add(self, who: str, error: BaseException, actor: Any = None) -> None:
+    def add(self, who: str, error: BaseException, actor: ActorHandle | None = None) -> None:
         """Record an error once. `actor`: the actor that caused it, whose log is added."""
         if any(failure.text == str(error) for failure in self._seen):
             return

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import ActorDiedError as RayActorDiedError
@@ -16,6 +16,9 @@ from actors.faults import actor_logs
 from actors.faults.actor_calls import as_raised
 from actors.faults.actor_logs import Failures
 from rlsys.errors import ActorDiedError, RlsysError, StalledError
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
 
 SETTLE_S = 2.0  # a wait is this old before its actor is asked for progress
 POLL_S = 1.0  # between two progress requests to one actor
@@ -36,7 +39,7 @@ class Waiting:
     ref: ray.ObjectRef
     who: str  # "sampler 1"
     what: str  # "sampling 8 completions of problems 3, 17, 40"
-    actor: Any = None
+    actor: ActorHandle | None = None
     since: float = field(default_factory=time.monotonic)
     together: str = ""  # group of ranks that wait for one another: progress of one counts for all of them
 
@@ -46,7 +49,7 @@ class Heartbeat:
     """The last known progress of one actor; times are of time.monotonic()."""
 
     moved: float = float("-inf")
-    value: Any = None
+    value: object = None
     answered: bool = False
     asked: float = float("-inf")
     answer: ray.ObjectRef | None = None  # of the progress request that is pending
@@ -88,7 +91,7 @@ class Watchdog:
 
     @property
     def _key(self) -> str:
-        return f"watchdog.{self.stage}_s"
+        return f"watchdog.stages.{self.stage}"
 
     def _done(self, waits: Sequence[Waiting], pause: float) -> list[Waiting]:
         refs = list(dict.fromkeys(waiting.ref for waiting in waits))
@@ -119,7 +122,7 @@ class Watchdog:
         self._last_check = now
         for waiting in waits:
             heartbeat = self._heartbeat(waiting)
-            if heartbeat is None or now - waiting.since < self._settle_s:
+            if heartbeat is None or waiting.actor is None or now - waiting.since < self._settle_s:
                 continue
             if heartbeat.answer is not None and ray.wait([heartbeat.answer], timeout=0)[0]:
                 self._hear(heartbeat, heartbeat.answer)
@@ -147,7 +150,7 @@ class Watchdog:
         now = time.monotonic()
         if now - self._last_resumed < min(BLIND_S, self.limit_s):
             return
-        moved: dict[Any, float] = {}
+        moved: dict[str | ray.ObjectRef, float] = {}
         for waiting in waits:
             key = waiting.together or waiting.ref
             moved[key] = max(moved.get(key, float("-inf")), self._moved(waiting))
@@ -196,7 +199,8 @@ class Watchdog:
 
 
 def value(waiting: Waiting, failures: Failures | None = None, limit_s: float = FETCH_S) -> Any:
-    """The result of a wait that `wait_any` returned. An error is raised, and also added to `failures`.
+    """The result of a wait that `wait_any` returned. An error is raised, and also added to `failures`. Any: a handle's
+    methods have no types.
 
     Raises:
         RlsysError: the error that the actor raised, unchanged.
@@ -231,14 +235,14 @@ def _with_file(raised: RlsysError, file: Path | None) -> RlsysError:
     return pointing
 
 
-def watched(ref: ray.ObjectRef, watchdog: Watchdog, who: str, what: str, actor: Any = None) -> Any:
-    """Wait for one result; raises as `Watchdog.wait_any` and `value` do."""
+def watched(ref: ray.ObjectRef, watchdog: Watchdog, who: str, what: str, actor: ActorHandle | None = None) -> Any:
+    """Wait for one result; raises as `Watchdog.wait_any` and `value` do. Any: as `value`."""
     return watched_all([Waiting(ref, who, what, actor)], watchdog)[0]
 
 
 def watched_all(waits: Sequence[Waiting], watchdog: Watchdog) -> list[Any]:
-    """Wait for all results, in the order given; raises the first failure."""
-    answers: dict[int, Any] = {}
+    """Wait for all results, in the order given; raises the first failure. Any: as `value`."""
+    answers: dict[int, object] = {}
     pending = dict(enumerate(waits))
     while pending:
         done = watchdog.wait_any(list(pending.values()))

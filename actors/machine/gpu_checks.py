@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from actors.machine.checks import Check, Status, apart
 from actors.machine.device_code import architectures, covers, told, vllm_extensions
@@ -36,6 +36,16 @@ for at in range(cuda.device_count() if built else 0):
 print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "nccl": list(nccl),
                   "architectures": cuda.get_arch_list() if built else [], "tried": tried}))
 """
+
+
+class TorchFacts(TypedDict):
+    """What `TORCH` prints."""
+
+    version: str
+    cuda: str | None  # None: a CPU build
+    nccl: list[int]
+    architectures: list[str]
+    tried: list[str | None]  # of each visible GPU: why it does not compute; None: it does
 
 
 def examine_gpus(job: JobConfig | None, elsewhere: bool) -> Iterator[Check]:
@@ -152,8 +162,9 @@ def _against(gpu: Gpu, found: Gpus, job: JobConfig | None) -> Iterator[tuple[Sta
         yield "warn", "`nvidia-smi` lists the processes that hold the rest of its memory; end them"
 
 
-def torch_and_driver(torch: dict[str, Any], found: Gpus) -> Check:
+def torch_and_driver(torch: TorchFacts, found: Gpus) -> Check:
     """Versions of driver, CUDA and NCCL, and whether they serve each other."""
+    assert torch["cuda"] is not None, "a CPU build is told apart before"
     nccl = ".".join(map(str, torch["nccl"])) or "missing"
     text = f"{_driver(found)}; torch {torch['version']} for CUDA {torch['cuda']}, NCCL {nccl}"
     built = int(torch["cuda"].partition(".")[0])
@@ -178,7 +189,7 @@ def _driver(found: Gpus) -> str:
 _ADVICE = "`nvidia-smi` shows what holds the GPU; in a container, is the host's driver mounted (--gpus all)?"
 
 
-def kernels(torch: dict[str, Any], found: Gpus) -> Iterator[Check]:
+def kernels(torch: TorchFacts, found: Gpus) -> Iterator[Check]:
     """Whether torch and vLLM were built for these GPUs."""
     of_vllm = {name for path in vllm_extensions() for name in architectures(path)}
     for who, built in (("torch", set(torch["architectures"])), ("vLLM", of_vllm)):
@@ -197,9 +208,12 @@ def kernels(torch: dict[str, Any], found: Gpus) -> Iterator[Check]:
             yield Check(name, "ok", text)
 
 
-def _torch() -> dict[str, Any] | str:
+def _torch() -> TorchFacts | str:
     done = apart(TORCH, TORCH_LIMIT_S)
-    return done if isinstance(done, str) else dict(json.loads(done[0]))
+    if isinstance(done, str):
+        return done
+    facts: TorchFacts = json.loads(done[0])
+    return facts
 
 
 def asks_for_gpus(job: JobConfig) -> bool:

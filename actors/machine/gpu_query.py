@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+Facts = dict[str, Any]  # JSON; Any: texts, numbers and lists, which actors/machine/gpus.py turns into a `Gpus`
 RAYS_COPY = "_private/thirdparty/pynvml/pynvml.py"
 
 
@@ -22,7 +24,7 @@ def main() -> None:
     print(json.dumps(query(_bindings())))
 
 
-def query(nvml: Any) -> dict[str, Any]:
+def query(nvml: ModuleType) -> Facts:
     """Driver, devices and peer access; {"error": ..., "code": ...} where NVML does not answer."""
     try:
         nvml.nvmlInit()
@@ -37,7 +39,7 @@ def query(nvml: Any) -> dict[str, Any]:
     }
 
 
-def _gpu(nvml: Any, at: int, handle: Any) -> dict[str, Any]:
+def _gpu(nvml: ModuleType, at: int, handle: object) -> Facts:
     mig = _fact(nvml, nvml.nvmlDeviceGetMigMode, handle)  # [current, pending]
     return {
         "index": at,
@@ -50,7 +52,7 @@ def _gpu(nvml: Any, at: int, handle: Any) -> dict[str, Any]:
     }
 
 
-def _identity(nvml: Any, handle: Any) -> dict[str, Any]:
+def _identity(nvml: ModuleType, handle: object) -> Facts:
     memory = _fact(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     return {
         "uuid": _fact(nvml, nvml.nvmlDeviceGetUUID, handle),
@@ -60,7 +62,7 @@ def _identity(nvml: Any, handle: Any) -> dict[str, Any]:
     }
 
 
-def _instances(nvml: Any, handle: Any) -> Iterator[dict[str, Any]]:
+def _instances(nvml: ModuleType, handle: object) -> Iterator[Facts]:
     """MIG instances of one GPU. Numbers of instances may have gaps."""
     for at in range(_fact(nvml, nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
         instance = _fact(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, at)
@@ -68,14 +70,14 @@ def _instances(nvml: Any, handle: Any) -> Iterator[dict[str, Any]]:
             yield _identity(nvml, instance)
 
 
-def _pairs_without_peer_access(nvml: Any, handles: list[Any]) -> Iterator[list[int]]:
+def _pairs_without_peer_access(nvml: ModuleType, handles: list[object]) -> Iterator[list[int]]:
     for (one, first), (two, second) in combinations(enumerate(handles), 2):
         status = _fact(nvml, nvml.nvmlDeviceGetP2PStatus, first, second, nvml.NVML_P2P_CAPS_INDEX_WRITE)
         if status is not None and status != nvml.NVML_P2P_STATUS_OK:
             yield [one, two]
 
 
-def _fact(nvml: Any, ask: Callable[..., Any], *arguments: Any) -> Any:
+def _fact(nvml: ModuleType, ask: Callable[..., Any], *arguments: object) -> Any:  # any of NVML's types
     try:
         found = ask(*arguments)
     except nvml.NVMLError:
@@ -83,14 +85,14 @@ def _fact(nvml: Any, ask: Callable[..., Any], *arguments: Any) -> Any:
     return found.decode() if isinstance(found, bytes) else found
 
 
-def _bindings() -> Any:
+def _bindings() -> ModuleType:
     """NVIDIA's bindings: those installed (nvidia-ml-py), else the copy of them that Ray ships."""
     if importlib.util.find_spec("pynvml") is not None:
         return importlib.import_module("pynvml")
     return rays_copy()
 
 
-def rays_copy() -> Any:
+def rays_copy() -> ModuleType:
     """Loaded by its file, which spares the seconds that `import ray` takes."""
     ray = importlib.util.find_spec("ray")
     if ray is None or ray.origin is None:

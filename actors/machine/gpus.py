@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlsys.architectures.precision import bfloat16_problem
 from rlsys.errors import ClusterError, ConfigError
 from rlsys.planning.fit import Node
 from rlsys.utils.env_variables import env_variable
 from rlsys.utils.free_memory import free_bytes
+
+if TYPE_CHECKING:
+    from actors.machine.gpu_query import Facts
 
 NVML = "libnvidia-ml.so.1"  # comes with the driver
 LIMIT_S = 60.0  # without persistence mode the driver initialises each GPU on the first query, seconds for each
@@ -141,7 +144,7 @@ def refuse_dtype(dtype: str, who: str) -> None:
             raise ConfigError(f"model.dtype {dtype}: {who}: {problem}")
 
 
-def parsed(answer: dict[str, Any]) -> Gpus:
+def parsed(answer: Facts) -> Gpus:
     """Of the JSON that actors.machine.gpu_query prints."""
     if "error" in answer:
         return Gpus(
@@ -160,7 +163,7 @@ def parsed(answer: dict[str, Any]) -> Gpus:
     )
 
 
-def _gpu(whole: dict[str, Any], part: dict[str, Any], instance: bool) -> Gpu:
+def _gpu(whole: Facts, part: Facts, instance: bool) -> Gpu:
     capability = whole["capability"] and (whole["capability"][0], whole["capability"][1])
     return Gpu(
         whole["index"], part["uuid"] or "", part["name"] or "", capability, part["total"], part["free"], instance

@@ -25,7 +25,7 @@ def sections(config: ServiceConfig, has: Resources) -> tuple[LearnerSection, Sam
     cpus, gpus = has.get("CPU", 0.0), has.get("GPU", 0.0)
     if gpus >= 1:
         share = 1.0 if gpus >= 2 else 0.5
-        learner = LearnerSection(device="cuda", num_gpus=share)
+        learner = LearnerSection(num_gpus=share)
         sampler = SamplerSection(
             num_gpus=share,
             gpu_memory_utilization=0.85 if share == 1.0 else 0.45,  # the CUDA contexts of two processes need memory too

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from actors.faults.watchdog import Waiting, Watchdog, watched_all
 from actors.stages.learner_group import LearnerGroup
-from rlsys.config import JobConfig
+from rlsys.config import WatchdogSection
 from rlsys.errors import ActorDiedError, DataLostError
 from rlsys.run_state.ledger import Ledger
 from rlsys.run_state.run_dir import RunStore
@@ -20,8 +20,8 @@ EARLIER_LAUNCH = -1  # no launch of the learner has this number
 class BackgroundCheckpointer:
     """The loop's ``Checkpointer``: at most one checkpoint is being written; `save` waits for the last one of a run."""
 
-    def __init__(self, config: JobConfig, store: RunStore, learner: LearnerGroup) -> None:
-        self.config, self.store, self.learner = config, store, learner
+    def __init__(self, last_step: int, watchdog: WatchdogSection, store: RunStore, learner: LearnerGroup) -> None:
+        self.last_step, self.watchdog, self.store, self.learner = last_step, watchdog, store, learner
         self.done = -1 if store.resume is None else store.resume.step
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
@@ -38,7 +38,7 @@ class BackgroundCheckpointer:
                 self.flush()
                 self._writing = self._writer.submit(self._write, step, state, ledger.to_bytes())
                 self.done = step
-                if step >= self.config.rl.steps:
+                if step >= self.last_step:
                     self.flush()
         except (ActorDiedError, DataLostError) as error:
             self._forget()
@@ -78,5 +78,5 @@ class BackgroundCheckpointer:
         self.done = -1 if latest is None else latest.step
 
     def _write(self, step: int, packing: Waiting, ledger: bytes) -> None:
-        dog = Watchdog("save", self.config.watchdog.save_s, self.learner.failures)
+        dog = Watchdog("save", self.watchdog.limit_of("save"), self.learner.failures)
         self.store.save(step, watched_all([packing], dog)[0], ledger)

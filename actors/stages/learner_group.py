@@ -15,7 +15,7 @@ from actors.cluster.placement import Slot
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
 from actors.learner_actor import WATCH, LearnerActor
-from rlsys.config import JobConfig
+from rlsys.config import JobConfig, Stage
 from rlsys.data.problems import ProblemSet
 from rlsys.datums import DatumBatch
 from rlsys.errors import ActorDiedError, DataLostError, RlsysError, WeightSyncError
@@ -23,6 +23,9 @@ from rlsys.protocols import LogprobsRef, MinibatchPosition, PublishedAdapter, Re
 from rlsys.run_state.resume import Resume
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
     from rlsys.weight_sync.canary import StartupProbe
 
 POLL_S = 0.5
@@ -53,7 +56,7 @@ class LearnerGroup:
         self, config: JobConfig, store: CheckpointSource, failures: Failures, note: Callable[[str], None]
     ) -> None:
         self.config, self.store, self.failures, self.note = config, store, failures, note
-        self.ranks: list[Any] = []
+        self.ranks: list[ActorHandle] = []
         self.slots: Sequence[Slot] = ()
         self.init: LearnerInit | None = None
         self.deaths = 0  # since the last finished step
@@ -74,7 +77,7 @@ class LearnerGroup:
         """The packed folder of a base trained from scratch, by one rank; if it dies, training starts over."""
         while True:
             made, metrics = self.ranks[0].make_base.options(num_returns=2).remote()
-            dog = Watchdog("base", self.config.watchdog.base_s, self.failures)
+            dog = Watchdog("base", self.config.watchdog.limit_of("base"), self.failures)
             waiting, seen = Waiting(metrics, self._name(0), "making the base", self.ranks[0]), 0
             try:
                 while True:
@@ -205,7 +208,8 @@ class LearnerGroup:
             ray.kill(rank)
         self.launch(self.slots)
 
-    def _or_recover(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:
+    def _or_recover(self, refs: Sequence[ObjectRef], stage: Stage, what: str) -> list[Any]:
+        """As `_results`; a loss ends in RolledBack."""
         try:
             return self._results(refs, stage, what)
         except ActorDiedError as error:
@@ -216,13 +220,14 @@ class LearnerGroup:
             self.note(f"{stage}: repeated, its input is lost: {error}")
             raise RolledBack(None) from error
 
-    def _ask(self, ref: Any, stage: str, what: str) -> Any:
-        """The answer of the first rank alone."""
+    def _ask(self, ref: ObjectRef, stage: Stage, what: str) -> Any:
+        """The answer of the first rank alone. Any: as `_results`."""
         return self._results([ref], stage, what)[0]
 
-    def _results(self, refs: Sequence[Any], stage: str, what: str) -> list[Any]:
-        """The answers of all ranks; of several errors, raises the one that caused the others."""
-        dog = Watchdog(stage, getattr(self.config.watchdog, f"{stage}_s"), self.failures)
+    def _results(self, refs: Sequence[ObjectRef], stage: Stage, what: str) -> list[Any]:
+        """The answers of all ranks; of several errors, raises the one that caused the others. Any: a handle's methods
+        have no types."""
+        dog = Watchdog(stage, self.config.watchdog.limit_of(stage), self.failures)
         waits = [Waiting(ref, self._name(i), what, self.ranks[i], together="learner") for i, ref in enumerate(refs)]
         pending, errors, deadline = list(waits), list[RlsysError](), float("inf")
         while pending and time.monotonic() < deadline:

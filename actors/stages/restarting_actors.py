@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -14,18 +15,23 @@ from actors.cluster.column_refs import BaseRef, base_argument, by_reference, pac
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Watchdog, watched
 from actors.reward_actor import RecordRequest, RewardActor, ShowRequest
-from rlsys.config import JobConfig
+from rlsys.config import JobConfig, RlSection, Stage, WatchdogSection
 from rlsys.data.problems import ProblemSet
+from rlsys.datums import DatumBatch
 from rlsys.errors import ActorDiedError, DataLostError
 from rlsys.protocols import DatumsRef, LogprobsRef, Ref, RewardsRef, RolledBack, RolloutsRef, TrainedStep
+from rlsys.types import Array
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
     from rlsys.rewards.rollout_samples import RolloutSample  # imports transformers, which the driver can do without
 
 STOP_TIMEOUT_S = 5.0  # for the grader processes to end by themselves
 
 
-def driver_node_options() -> dict[str, Any]:
+def driver_node_options() -> dict[str, object]:
     """Options of an actor on the driver's node without a core: it works while learner and samplers wait, and its
     results are needed as long as the driver lives. (Ray 2.60 ignores soft affinity for actors without a core.)"""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -39,16 +45,26 @@ class RestartingActor:
     """
 
     def __init__(
-        self, who: str, make: Callable[[], Any], config: JobConfig, failures: Failures, note: Callable[[str], None]
+        self,
+        who: str,
+        make: Callable[[], ActorHandle],
+        watchdog: WatchdogSection,
+        max_restarts: int,
+        failures: Failures,
+        note: Callable[[str], None],
     ) -> None:
-        self.who, self.make, self.config, self.failures, self.note = who, make, config, failures, note
+        self.who, self.make, self.failures, self.note = who, make, failures, note
+        self.watchdog, self.max_restarts = watchdog, max_restarts
         self.actor = make()
         self.deaths = 0  # since the last call that was answered
         self.ended = False
         self._healing = threading.RLock()
 
-    def call(self, stage: str, what: str, method: str, *arguments: Any, results: int = 2) -> tuple[list[Any], Any]:
-        """Of a method with so many results: (Ray's references to all but the last, the last one itself).
+    def call(
+        self, stage: Stage, what: str, method: str, *arguments: object, results: int = 2
+    ) -> tuple[list[ObjectRef], Any]:
+        """Of a method with so many results: (Ray's references to all but the last, the last one itself). Any: a
+        handle's methods have no types.
 
         Raises:
             RolledBack: its input is lost with a node; redo the step.
@@ -68,8 +84,8 @@ class RestartingActor:
                 self.deaths = 0
                 return made, answer
 
-    def ask(self, stage: str, what: str, method: str, *arguments: Any) -> Any:
-        """The only result of a method."""
+    def ask(self, stage: Stage, what: str, method: str, *arguments: object) -> Any:
+        """The only result of a method. Any: as `call`."""
         actor = self._live_actor()
         return self._wait(getattr(actor, method).remote(*arguments), stage, what, actor)
 
@@ -81,16 +97,16 @@ class RestartingActor:
     def started(self) -> None:
         """Called with a new actor, before it gets calls."""
 
-    def _live_actor(self) -> Any:
+    def _live_actor(self) -> ActorHandle:
         """The actor; waits while another thread restarts it."""
         with self._healing:
             return self.actor
 
-    def _wait(self, ref: Any, stage: str, what: str, actor: Any) -> Any:
-        limit = getattr(self.config.watchdog, f"{stage}_s")
+    def _wait(self, ref: ObjectRef, stage: Stage, what: str, actor: ActorHandle) -> Any:  # as `call`
+        limit = self.watchdog.limit_of(stage)
         return watched(ref, Watchdog(stage, limit, self.failures), self.who, what, actor)
 
-    def _restart(self, error: ActorDiedError, dead: Any) -> None:
+    def _restart(self, error: ActorDiedError, dead: ActorHandle) -> None:
         """Start an actor in place of `dead`, unless another thread has done so."""
         with self._healing:
             while self.actor is dead:
@@ -98,7 +114,7 @@ class RestartingActor:
                     raise error
                 ray.kill(dead)
                 self.deaths += 1
-                limit = self.config.cluster.max_restarts
+                limit = self.max_restarts
                 if self.deaths > limit:
                     raise self.failures.gone(f"{self.who} died {self.deaths} times without finishing a call", limit)
                 self.note(f"{self.who} died and is replaced ({self.deaths} of {limit}): {str(error).splitlines()[0]}")
@@ -114,7 +130,9 @@ class GraderActors(RestartingActor):
 
     def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
         remote = ray.remote(concurrency_groups={"watch": 1})(RewardActor).options(**by_reference(driver_node_options()))
-        super().__init__("rewards", lambda: remote.remote(config), config, failures, note)
+        make = partial(remote.remote, config)
+        super().__init__("rewards", make, config.watchdog, config.cluster.max_restarts, failures, note)
+        self.config = config
         self.base: BaseRef | None = None
         self.reported_failures: set[str] = set()
 
@@ -168,8 +186,7 @@ class GraderActors(RestartingActor):
         lengths, refs = pack_columns(rollouts.refs, rewards.refs, *columns)
         firsts = first_rows(trained, self.config.rl.samples_per_problem) if trained else []
         request = ShowRequest(split, count, tuple(firsts), lengths)
-        samples: list[RolloutSample] | None = self._ask_or_note("shown", "show", request, refs)
-        return samples or []
+        return self._ask_or_note("shown", "show", request, refs) or []
 
     def record(self, run_dir: str, step: int, trained: TrainedStep) -> None:
         """Have the step's rollouts written into the run directory, which is on this actor's machine."""
@@ -182,11 +199,14 @@ class GraderActors(RestartingActor):
     def write_problems(self, run_dir: str) -> None:
         self.ask("start", "writing the problems down", "write_problems", run_dir)
 
-    def _ask_or_note(self, what: str, method: str, request: ShowRequest | RecordRequest, refs: Sequence[Any]) -> Any:
+    def _ask_or_note(
+        self, what: str, method: str, request: ShowRequest | RecordRequest, refs: Sequence[ObjectRef]
+    ) -> list[RolloutSample] | None:
         """A call that a run can do without: a loss is only noted."""
         actor = self.actor
         try:
-            return self.ask("grade", f"completions are {what}", method, request, *refs)
+            answer: list[RolloutSample] | None = self.ask("grade", f"completions are {what}", method, request, *refs)
+            return answer
         except (ActorDiedError, DataLostError) as error:
             self.note(f"rewards: the rollouts of this step cannot be {what}: {error}")
             if isinstance(error, ActorDiedError):
@@ -202,9 +222,16 @@ class GraderActors(RestartingActor):
 class AdvantageActors(RestartingActor):
     """The loop's ``Advantages``."""
 
-    def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        rl: RlSection,
+        watchdog: WatchdogSection,
+        max_restarts: int,
+        failures: Failures,
+        note: Callable[[str], None],
+    ) -> None:
         remote = ray.remote(GroupAdvantageActor).options(**by_reference(driver_node_options()))
-        super().__init__("advantages", lambda: remote.remote(config.rl), config, failures, note)
+        super().__init__("advantages", partial(remote.remote, rl), watchdog, max_restarts, failures, note)
 
     def compute_advantages(
         self, rollouts: RolloutsRef, rewards: RewardsRef, reference: LogprobsRef | None, num_minibatches: int
@@ -218,8 +245,9 @@ class AdvantageActors(RestartingActor):
             *refs,
             results=2 * num_minibatches + 1,
         )
-        columns = [Ref[Any](ref) for ref in made]
-        return DatumsRef(tuple(columns[:num_minibatches]), metrics, tuple(columns[num_minibatches:]), outcomes)
+        batches = tuple(Ref[DatumBatch](ref) for ref in made[:num_minibatches])
+        rows = tuple(Ref[Array](ref) for ref in made[num_minibatches:])
+        return DatumsRef(batches, metrics, rows, outcomes)
 
 
 def first_rows(trained: TrainedStep, samples: int) -> list[int]:
@@ -231,7 +259,7 @@ def first_rows(trained: TrainedStep, samples: int) -> list[int]:
     return firsts
 
 
-def _minibatch_columns(trained: TrainedStep) -> tuple[list[Ref[Any]], list[Ref[Any]], list[Ref[Any]]]:
+def _minibatch_columns(trained: TrainedStep) -> tuple[list[Ref[DatumBatch]], list[Ref[Array]], list[Ref[Array]]]:
     """Datums, rows and the learner's p of each minibatch."""
     return (
         [ref for datums in trained.datums for ref in datums.batches],

@@ -239,7 +239,7 @@ def _of_make(make: MakeSection, max_length: int, dtype: str) -> ModelShape:
         head_dim=make.head_dim,
         intermediate_size=make.intermediate_size,
         max_positions=max_length,
-        tie_embeddings=make.tie_embeddings,
+        tie_embeddings=True,  # as rlsys.modeling.base_model makes it
         saved_bytes=SAVED_BYTES[dtype],
     )
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,9 @@ from rlsys.tokenization.stop_conditions import eos_id, stop_conditions_of_tokeni
 from rlsys.types import AdamParams, Array
 from rlsys.utils.atomic_files import new_folder
 
+OPTIMIZER: Literal["muon"] = "muon"  # for 2-D weights except embeddings; AdamW for the others
+BETAS = (0.9, 0.98)
+GRAD_CLIP_NORM = 1.0
 FINAL_SHARE = 0.04  # learning rate at the end of the decay, as a share of the peak
 TOKENIZER_TEXTS = 3000  # texts that train the tokenizer; more do not change relevant merges
 
@@ -158,7 +162,7 @@ def make_base(config: JobConfig, out: Path, on_step: OnStep) -> SupervisedResult
     gate = Gate(problems, task.grade, tokenizer, config.eval.max_tokens, environment)
     with new_folder(out) as folder:
         initial_model(make, tokenizer, config.model.max_length, model_seed, folder / "initial")
-        learner = Learner(folder / "initial", config.model, config.learner, "all", section.optimizer)
+        learner = Learner(folder / "initial", config.model, config.learner, "all", OPTIMIZER)
         shutil.rmtree(folder / "initial")
         result = train_base(learner, examples, gate, section, order_seed, on_step)
         learner.save_model(folder)
@@ -181,9 +185,7 @@ def train_base(
         rate = learning_rate(section, step, decay_from)
         batch = examples.batch(ids)
         loss = learner.forward_backward(BASE_RUN, batch, loss_fn, where="weighted").loss_sum
-        learner.optim_step(
-            BASE_RUN, AdamParams(rate, section.beta1, section.beta2, grad_clip_norm=section.grad_clip_norm)
-        )
+        learner.optim_step(BASE_RUN, AdamParams(rate, *BETAS, grad_clip_norm=GRAD_CLIP_NORM))
         tokens += len(batch.tokens)
         seconds = time.perf_counter() - step_start
         metrics = {"sft/loss": loss, "sft/learning_rate": rate, "sft/tokens_per_s": len(batch.tokens) / seconds}
@@ -252,6 +254,6 @@ def _gate_message(section: SupervisedSection, step: int, accuracy: float, loss: 
         "the supervised stage did not train a base model that can solve the task: greedy accuracy from prompts with "
         f"started steps is {accuracy:.3f} on {section.gate_problems} problems {when} (step {step}, loss {loss:.3f} "
         f"nats per token); wanted supervised.gate_accuracy {section.gate_accuracy}. RL on this base model may fail. "
-        "Raise supervised.max_steps or the sizes in model.make, make the task easier (task.max_value, "
-        "task.max_operations), or try another run.seed"
+        "Raise supervised.max_steps or the sizes in model.make, make the task easier "
+        "(task.max_operations), or try another run.seed"
     )

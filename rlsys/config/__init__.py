@@ -1,11 +1,18 @@
 """A job's YAML and its checks: sections by subject, the job in `job.py`, reading in `load.py`."""
 
-from rlsys.config.algorithm import AdvantageSection, OverlongSection, RlSection, SamplingSection
+from rlsys.config.algorithm import (
+    AdvantageSection,
+    EvalSection,
+    OverlapSection,
+    OverlongSection,
+    RlSection,
+    SamplingSection,
+)
 from rlsys.config.job import JobConfig
 from rlsys.config.learner import LearnerSection
 from rlsys.config.load import dump_config, keys, load_command, load_config, parse_config
 from rlsys.config.model import HALF_ON_CUDA, LoraSection, MakeSection, ModelSection, Precision, SupervisedSection
-from rlsys.config.run import ClusterSection, RunSection, TrackingSection
+from rlsys.config.run import CheckSection, ClusterSection, RunSection, Stage, TrackingSection, WatchdogSection
 from rlsys.config.sampler import SamplerSection, refuse_dtype
 from rlsys.config.section import Section
 from rlsys.config.task import (
@@ -21,14 +28,17 @@ from rlsys.config.task import (
 __all__ = [
     "HALF_ON_CUDA",
     "AdvantageSection",
+    "CheckSection",
     "ClusterSection",
     "ColumnSection",
+    "EvalSection",
     "ExampleSection",
     "JobConfig",
     "LearnerSection",
     "LoraSection",
     "MakeSection",
     "ModelSection",
+    "OverlapSection",
     "OverlongSection",
     "Precision",
     "PromptSection",
@@ -39,10 +49,12 @@ __all__ = [
     "SamplingSection",
     "Section",
     "SourceSection",
+    "Stage",
     "SupervisedSection",
     "TaskSection",
     "TrackingSection",
     "TurnSection",
+    "WatchdogSection",
     "dump_config",
     "keys",
     "load_command",

@@ -36,25 +36,16 @@ class AdvantageSection(Section):
 
 
 class SamplingSection(Section):
+    """From the complete distribution: under top_p or top_k, p/q would not be 1 on policy but the mass kept."""
+
     max_tokens: int = Field(48, ge=1)
     temperature: float = Field(1.0, ge=0.01)  # vLLM clamps lower values; the learner computes p at the same temperature
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(-1, ge=-1)
     # Texts that end a completion, besides the model's end tokens (rlsys/tokenization/stop_conditions.py); the text of a
     # special token is that token. []: no text, and the job accepts a model without end tokens
     stop: list[str] | None = None
 
-    @model_validator(mode="after")
-    def _not_truncated(self) -> SamplingSection:
-        if self.top_p != 1.0 or self.top_k != -1:
-            raise ValueError(
-                "top_p and top_k truncate the distribution, so p/q would not be 1 on policy but the mass kept; "
-                "for training leave top_p: 1.0 and top_k: -1 (the learner applies the temperature too)"
-            )
-        return self
-
     def params(self, seed: int | None = None) -> SamplingParams:
-        return SamplingParams(self.max_tokens, self.temperature, self.top_p, self.top_k, seed, self.stop or None)
+        return SamplingParams(self.max_tokens, self.temperature, seed=seed, stop=self.stop or None)
 
 
 class LossSection(Section):
@@ -135,7 +126,6 @@ class EvalSection(Section):
     samples: int = Field(0, ge=0)  # completions per problem for pass@k; 0: none are sampled
     pass_k: list[int] = Field(default_factory=lambda: [1])  # each at most `samples`
     temperature: float = Field(1.0, ge=0.01)  # of those
-    confidence: float = Field(0.95, gt=0, lt=1)  # of the intervals
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvalSection:

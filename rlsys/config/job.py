@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import model_validator
 
 from rlsys.config import gpu_shares
 from rlsys.config.algorithm import EvalSection, OverlapSection, RlSection
 from rlsys.config.learner import LearnerSection
-from rlsys.config.model import HALF_ON_CUDA, LoraSection, ModelSection
+from rlsys.config.model import HALF_ON_CUDA, MAX_LORA_RANK, LoraSection, ModelSection
 from rlsys.config.run import (
     CheckpointSection,
     CheckSection,
@@ -47,14 +47,29 @@ class JobConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _half_precision_on_cuda(cls, tree: Any) -> Any:
+    def _half_precision_on_cuda(cls, tree: object) -> object:
         """Without a dtype, a job gets one that its samplers can serve."""
-        model, sampler = (tree.get(name) if isinstance(tree, dict) else None for name in ("model", "sampler"))
+        if not isinstance(tree, dict):
+            return tree
+        model, sampler = (tree.get(name) for name in ("model", "sampler"))
         if not isinstance(model, dict) or not isinstance(sampler, dict) or "dtype" in model:
             return tree
         gpus = sampler.get("num_gpus", 0)
         on_cuda = isinstance(gpus, int | float) and gpus > 0
         return {**tree, "model": {**model, "dtype": HALF_ON_CUDA}} if on_cuda else tree
+
+    @model_validator(mode="before")
+    @classmethod
+    def _slots_for_the_adapter(cls, tree: object) -> object:
+        """Without sampler.max_lora_rank, a sampler has slots of the adapter's rank."""
+        if not isinstance(tree, dict):
+            return tree
+        lora, sampler = (tree.get(name, {}) for name in ("lora", "sampler"))
+        if not isinstance(lora, dict) or not isinstance(sampler, dict):
+            return tree
+        rank = lora.get("rank")
+        is_served = isinstance(rank, int) and 1 <= rank <= MAX_LORA_RANK  # otherwise lora.rank is refused
+        return {**tree, "sampler": {"max_lora_rank": rank, **sampler}} if is_served else tree
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobConfig:

@@ -11,11 +11,10 @@ from rlsys.config.section import Section
 
 
 class LearnerSection(Section):
-    device: Literal["cpu", "cuda"] = "cpu"
     num_workers: int = Field(1, ge=1)  # data-parallel ranks
     shard_base: bool = False  # FSDP2 over the frozen base; every rank holds all of the adapter
     num_cpus: Cpus = 1  # of each
-    num_gpus: Gpus = 0
+    num_gpus: Gpus = 0  # of each: one GPU or a fraction; 0: it computes on the CPU
     resources: Resources = Field(default_factory=dict)  # custom resources of each, such as {learner_node: 0.01}
     nodes: list[str] = Field(default_factory=list)  # node addresses, used round-robin; empty: any node with room
     placement: Strategy = "PACK"
@@ -31,20 +30,14 @@ class LearnerSection(Section):
     entropy: bool = False  # log the policy's entropy at trained tokens, as policy/entropy
 
     @model_validator(mode="after")
-    def _device_and_gpus_agree(self) -> LearnerSection:
-        if self.device == "cuda" and self.num_gpus == 0:
-            raise ValueError(
-                "device cuda, num_gpus 0: Ray would not reserve the learner's GPU, which other actors may use; "
-                "set learner.num_gpus=1, or a fraction, or learner.device=cpu"
-            )
+    def _one_gpu_for_each_rank(self) -> LearnerSection:
         if self.num_gpus > 1:
             raise ValueError(
                 f"num_gpus {self.num_gpus:g}: a rank computes on one GPU and would leave the others idle; set "
                 f"learner.num_gpus=1, and learner.num_workers={self.num_gpus:g} for as many ranks"
             )
-        if self.device == "cpu" and self.num_gpus > 0:
-            raise ValueError(
-                f"device cpu, num_gpus {self.num_gpus:g}: the learner would compute on the CPU and leave its GPU idle; "
-                "set learner.device=cuda, or learner.num_gpus=0"
-            )
         return self
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.num_gpus > 0 else "cpu"

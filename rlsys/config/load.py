@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from rlsys.config import yaml_text
 from rlsys.config.job import JobConfig
 from rlsys.config.overrides import apply, refuse_contradictions
 from rlsys.config.replaced_keys import replacement
+from rlsys.config.yaml_text import Annotation
 from rlsys.errors import ConfigError
 from rlsys.utils.text_files import read_text
 
@@ -46,6 +47,14 @@ def parse_config(text: str, overrides: Sequence[str] = (), source: str = "config
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: found {type(tree).__name__} at the top; wanted sections such as 'run:'")
     apply(tree, overrides, JobConfig)
+    return validated(tree, source)
+
+
+def validated(tree: Mapping[str, object], source: str) -> JobConfig:
+    """
+    Raises:
+        ConfigError: the tree is no job; one line per wrong key.
+    """
     try:
         return JobConfig.model_validate(tree)
     except ValidationError as error:
@@ -67,7 +76,7 @@ def keys(section: type[BaseModel] = JobConfig, prefix: str = "") -> Iterator[str
             yield from keys(inner, f"{prefix}{name}.")
 
 
-def _explain(detail: Mapping[str, Any]) -> str:
+def _explain(detail: ErrorDetails) -> str:
     """One line: which key, what was found, what would be right."""
     where = [str(part) for part in detail["loc"]]
     dotted = ".".join(where)
@@ -97,7 +106,7 @@ def _nearest(where: Sequence[str]) -> str:
     return f"it takes {', '.join(siblings)}"
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: Annotation) -> type[BaseModel] | None:
     """The section that a key holds, alone or in a list."""
     candidates = getattr(annotation, "__args__", (annotation,))
     return next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

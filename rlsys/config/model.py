@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from rlsys.config.section import Section
 from rlsys.utils.shell_paths import PathText
 
+MAX_LORA_RANK = 512  # that vLLM serves
+
 Precision = Literal["float32", "bfloat16", "float16"]
 
 
@@ -21,11 +23,7 @@ class SupervisedSection(Section):
     problems: int = Field(20_000, ge=1)  # examples, cycled
     worked_share: float = Field(0.5, ge=0, le=1)  # of answers that show their steps; the others state the result only
     batch_size: int = Field(64, ge=1)
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon for 2-D weights except embeddings, adamw for others
     learning_rate: float = Field(4e-3, gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.98, ge=0, lt=1)
-    grad_clip_norm: float = Field(1.0, ge=0)
     warmup_steps: int = Field(50, ge=0)
     first_check_step: int = Field(400, ge=1)
     check_every_steps: int = Field(50, ge=1)
@@ -45,8 +43,6 @@ class MakeSection(Section):
     num_kv_heads: int = Field(2, ge=1)
     head_dim: int = Field(32, ge=32, multiple_of=32)  # a size that vLLM's CPU attention supports
     intermediate_size: int = Field(288, ge=8)
-    rope_theta: float = Field(10_000.0, gt=0)
-    tie_embeddings: bool = True
     supervised: SupervisedSection = SupervisedSection()
 
 
@@ -68,7 +64,7 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    rank: int = Field(16, ge=1)
+    rank: int = Field(16, ge=1, le=MAX_LORA_RANK)
     alpha: float = Field(32.0, gt=0)
     train_attn: bool = True
     train_mlp: bool = True

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from rlsys.config.yaml_text import NULLS, annotation_at, is_optional_section, read_value, section_of
+from rlsys.config.yaml_text import NULLS, Annotation, annotation_at, is_optional_section, read_value, section_of
 from rlsys.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
     path: tuple[str, ...]
-    value: Any
+    value: object
     given: str  # as on the command line
 
 
-def apply(tree: dict[str, Any], overrides: Sequence[str], schema: Any) -> None:
+def apply(tree: dict[str, object], overrides: Sequence[str], schema: Annotation) -> None:
     """Change `tree`, which `schema` validates later. ``section={...}`` changes the keys it names, and no others.
 
     A later override wins: a program appends its overrides to those of the user.
@@ -30,7 +29,7 @@ def apply(tree: dict[str, Any], overrides: Sequence[str], schema: Any) -> None:
             _set(tree, setting, schema)
 
 
-def refuse_contradictions(overrides: Sequence[str], schema: Any) -> None:
+def refuse_contradictions(overrides: Sequence[str], schema: Annotation) -> None:
     """Refuse a command line that sets a key twice: its author may have forgotten the first override.
 
     Raises:
@@ -53,7 +52,7 @@ def refuse_contradictions(overrides: Sequence[str], schema: Any) -> None:
                 )
 
 
-def _settings(override: str, schema: Any) -> Iterator[_Setting]:
+def _settings(override: str, schema: Annotation) -> Iterator[_Setting]:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"override {override!r}: wanted section.key=value, such as rl.steps=10")
@@ -66,7 +65,7 @@ def _settings(override: str, schema: Any) -> Iterator[_Setting]:
     yield from _pairs(path, value, annotation, override)
 
 
-def _pairs(path: tuple[str, ...], value: Any, annotation: Any, given: str) -> Iterator[_Setting]:
+def _pairs(path: tuple[str, ...], value: object, annotation: Annotation, given: str) -> Iterator[_Setting]:
     """One of each key that ``section={...}`` names."""
     if section_of(annotation) is None or not isinstance(value, dict) or not value:
         yield _Setting(path, value, given)
@@ -75,7 +74,7 @@ def _pairs(path: tuple[str, ...], value: Any, annotation: Any, given: str) -> It
         yield from _pairs((*path, str(key)), inner, annotation_at(annotation, [str(key)]), given)
 
 
-def _set(tree: dict[str, Any], setting: _Setting, schema: Any) -> None:
+def _set(tree: dict[str, object], setting: _Setting, schema: Annotation) -> None:
     *sections, name = setting.path
     for section in sections:
         inner = tree.get(section)

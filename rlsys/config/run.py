@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rlsys.config.key_types import Address, Name, Processes, Seconds, WandbProject, WandbTag
 from rlsys.config.section import Section
+from rlsys.errors import did_you_mean
 from rlsys.utils.shell_paths import PathText
 
 
@@ -27,18 +28,29 @@ class ClusterSection(Section):
     max_restarts: int = Field(3, ge=0)  # of each actor kind between two completed steps; 0: fail on the first death
 
 
+Stage = Literal["start", "base", "sample", "grade", "reference", "advantage", "learn", "sync", "save"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+# Stages that show no progress until they end: loading a base or starting an engine; a step of the supervised stage with
+# its gate
+SLOW_STAGES_S: dict[str, float] = {"start": 900.0, "base": 300.0}
+
+
+def _known_stages(limits: dict[str, float]) -> dict[str, float]:
+    for stage in sorted(limits.keys() - set(STAGES)):
+        raise ValueError(f"found the stage {stage!r}; wanted {', '.join(STAGES)}{did_you_mean(stage, STAGES)}")
+    return limits
+
+
 class WatchdogSection(Section):
     """Seconds without progress after which a stage with pending work stops the run. Not the total time of a stage."""
 
-    start_s: Seconds = 900.0  # loading a base or starting an engine shows no progress until it ends
-    base_s: Seconds = 300.0  # supervised stage: no step
-    sample_s: Seconds = 120.0
-    grade_s: Seconds = 120.0
-    reference_s: Seconds = 120.0
-    advantage_s: Seconds = 120.0
-    learn_s: Seconds = 120.0
-    sync_s: Seconds = 120.0
-    save_s: Seconds = 120.0
+    limit_s: Seconds = 120.0  # of every stage; start has at least 900 s, base (the supervised stage) at least 300 s
+    stages: Annotated[dict[str, Seconds], AfterValidator(_known_stages)] = Field(
+        default_factory=dict
+    )  # stages with a limit of their own, such as {sample: 600}
+
+    def limit_of(self, stage: Stage) -> float:
+        return self.stages.get(stage, max(self.limit_s, SLOW_STAGES_S.get(stage, 0.0)))
 
 
 class CheckpointSection(Section):

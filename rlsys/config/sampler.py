@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlsys.config.key_types import Core, Cpus, Gpus, Processes, Resources, Strategy
-from rlsys.config.model import Precision
+from rlsys.config.model import MAX_LORA_RANK, Precision
 from rlsys.config.section import Section
 
 
@@ -24,7 +24,9 @@ class SamplerSection(Section):
     cores: list[Core] = Field(default_factory=list)  # processors to pin it to; empty: any. Needs one worker on CPU
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(4096, ge=1)
-    max_lora_rank: int = Field(16, ge=1, le=512)  # rounded up to a slot width of vLLM
+    max_lora_rank: int = Field(
+        16, ge=1, le=MAX_LORA_RANK
+    )  # a job's default is its lora.rank; rounded up to a slot width of vLLM
     max_live_adapters: int = Field(3, ge=2)  # 2 double-buffer one run's versions, 1 for the start-up probe
     kv_cache_gb: float = Field(1.0, gt=0)  # CPU
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)

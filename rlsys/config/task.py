@@ -43,7 +43,8 @@ class PromptSection(Section):
     template: str = "{prompt}"  # around every question, few-shot ones too; {prompt} is the question
     few_shot: list[ExampleSection] = Field(default_factory=list)
     max_tokens: int | None = Field(None, ge=1)  # longer prompts are dropped and counted; None: they stop the run
-    template_options: dict[str, Any] = Field(default_factory=dict)  # to the chat template: {enable_thinking: false}
+    # to the chat template: {enable_thinking: false}. Any: the template defines them
+    template_options: dict[str, Any] = Field(default_factory=dict)
     date: str | None = None  # YYYY-MM-DD, today's date for a chat template; None: the day on which the run began
 
     @field_validator("date", mode="before")
@@ -83,13 +84,11 @@ class TaskSection(Section):
     eval: SourceSection | None = None  # None: the task's default, else a held-out part of train
     columns: ColumnSection | None = None  # None: the task's default
     eval_share: float = Field(0.05, gt=0, lt=1)  # of train, held out by a hash of the prompt, where there is no eval
-    options: dict[str, Any] = Field(default_factory=dict)  # passed to your task class
+    # passed to your task class. Any: the class defines them
+    options: dict[str, Any] = Field(default_factory=dict)
     min_operations: int = Field(3, ge=1)  # of train and eval problems
     max_operations: int = Field(4, ge=1)
-    supervised_min_operations: int = Field(1, ge=1)
-    supervised_max_operations: int = Field(4, ge=1)
-    max_value: int = Field(20, ge=2)  # intermediate results are in 0..max_value
-    eval_seed: int = 99  # fixed, so that runs with other seeds are compared on the same problems
+    supervised_max_operations: int = Field(4, ge=1)  # of the examples that a base is trained on; the shortest have 1
 
 
 class RewardSection(Section):

@@ -12,14 +12,15 @@ import math
 import re
 import shlex
 import types
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
 
 from rlsys.errors import ConfigError
 
+Annotation: TypeAlias = object  # a type as typing writes it: a class, a union, Annotated, Literal
 TAG = "tag:yaml.org,2002:"
 NULLS = ("", "~", "null", "Null", "NULL")
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F]+|0o[0-7]+")
@@ -56,7 +57,7 @@ def _whole(pattern: re.Pattern[str]) -> re.Pattern[str]:
 _set_resolvers()
 
 
-def read(text: str, schema: Any, source: str) -> Any:
+def read(text: str, schema: Annotation, source: str) -> object:
     """The tree of a YAML text, to be validated by `schema`.
 
     Raises:
@@ -65,7 +66,7 @@ def read(text: str, schema: Any, source: str) -> Any:
     return _parsed(text, schema, source)
 
 
-def read_value(text: str, annotation: Any, key: str, source: str) -> Any:
+def read_value(text: str, annotation: Annotation, key: str, source: str) -> object:
     """The value of ``key=value`` on a command line. A text stays unchanged, unless all of it is in quotes.
 
     Raises:
@@ -76,20 +77,21 @@ def read_value(text: str, annotation: Any, key: str, source: str) -> Any:
     return _parsed(text, annotation, source, key)
 
 
-def dump(tree: Mapping[str, Any]) -> str:
+def dump(tree: Mapping[str, object]) -> str:
     """YAML that `read` turns back into the same values, with or without a schema."""
     return str(yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False))
 
 
 def read_json(text: str | bytes, source: str) -> Any:
-    """
+    """Any: as json.loads.
+
     Raises:
         ConfigError: a name stands twice in one object, with different values.
         ValueError: no JSON.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found: dict[str, object] = {}
         for name, value in pairs:
             if repr(found.setdefault(name, value)) != repr(value):
                 raise ConfigError(f"{source}: {name!r} is given twice in one object: {found[name]!r} and {value!r}")
@@ -98,21 +100,21 @@ def read_json(text: str | bytes, source: str) -> Any:
     return json.loads(text, object_pairs_hook=unique)
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Annotation) -> type[BaseModel] | None:
     """The section that a key holds."""
     return next(
         (kind for kind in _alternatives(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)), None
     )
 
 
-def annotation_at(schema: Any, path: Sequence[str]) -> Any:
+def annotation_at(schema: Annotation, path: Sequence[str]) -> Annotation:
     """Of the key or place that `path` leads to; None: there is none."""
     for part in path:
         schema = _inside(schema, part)
     return schema
 
 
-def wants_text(annotation: Any) -> bool:
+def wants_text(annotation: Annotation) -> bool:
     kinds = _alternatives(annotation)
     return bool(kinds) and all(
         kind is str or (get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind)))
@@ -120,15 +122,15 @@ def wants_text(annotation: Any) -> bool:
     )
 
 
-def is_optional_section(annotation: Any) -> bool:
+def is_optional_section(annotation: Annotation) -> bool:
     return section_of(annotation) is not None and _optional(annotation)
 
 
-def _optional(annotation: Any) -> bool:
+def _optional(annotation: Annotation) -> bool:
     return type(None) in _union(annotation)
 
 
-def _union(annotation: Any) -> tuple[Any, ...]:
+def _union(annotation: Annotation) -> tuple[Annotation, ...]:
     """The members of a union, or the annotation alone."""
     if get_origin(annotation) is Annotated:
         return _union(get_args(annotation)[0])
@@ -137,16 +139,16 @@ def _union(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _alternatives(annotation: Any) -> list[Any]:
+def _alternatives(annotation: Annotation) -> list[Annotation]:
     return [kind for kind in _union(annotation) if kind is not type(None)]
 
 
-def _wants_number(annotation: Any) -> bool:
+def _wants_number(annotation: Annotation) -> bool:
     kinds = _alternatives(annotation)
     return bool(kinds) and all(kind in (int, float) for kind in kinds)
 
 
-def _inside(annotation: Any, key: str) -> Any:
+def _inside(annotation: Annotation, key: str) -> Annotation:
     """The annotation of a section's key, or of what a dict or a list holds; Any of a dict of anything."""
     for kind in _alternatives(annotation):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -174,7 +176,7 @@ def _text_value(text: str, *, optional: bool) -> str | None:
     return text if (before + after).strip() else str(node.value)
 
 
-def _parsed(text: str, schema: Any, source: str, override: str = "") -> Any:
+def _parsed(text: str, schema: Annotation, source: str, override: str = "") -> object:
     """`override`: the key, where the text is the value of one on a command line."""
     hint = _quoted(text, schema, override) if override else ""
     try:
@@ -194,7 +196,7 @@ def _parsed(text: str, schema: Any, source: str, override: str = "") -> Any:
         raise ConfigError(f"{source}: is nested too deeply") from None
 
 
-def _quoted(text: str, annotation: Any, key: str) -> str:
+def _quoted(text: str, annotation: Annotation, key: str) -> str:
     """How a text is given to a key that takes texts among other things."""
     quoted = json.dumps(text, ensure_ascii=False)
     if wants_text(_inside(annotation, "")):
@@ -209,7 +211,7 @@ class _Reader:
         self._loader, self._source, self._override = loader, source, override
         self._open: list[yaml.Node] = []  # from the top to where the reader is
 
-    def value(self, node: yaml.Node, annotation: Any, where: tuple[str, ...]) -> Any:
+    def value(self, node: yaml.Node, annotation: Annotation, where: tuple[str, ...]) -> object:
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, annotation, where)
         if node in self._open:
@@ -231,7 +233,7 @@ class _Reader:
         finally:
             self._open.pop()
 
-    def _scalar(self, node: yaml.ScalarNode, annotation: Any, where: tuple[str, ...]) -> Any:
+    def _scalar(self, node: yaml.ScalarNode, annotation: Annotation, where: tuple[str, ...]) -> object:
         plain = node.style is None
         if plain and node.value in NULLS and (node.value == "" or _optional(annotation) or not wants_text(annotation)):
             empty = section_of(annotation) is not None and not _optional(annotation)
@@ -246,10 +248,12 @@ class _Reader:
             raise self._refused(node, where, f"found {node.value}; wanted a finite number")
         return value
 
-    def _mapping(self, node: yaml.MappingNode, annotation: Any, where: tuple[str, ...]) -> dict[Any, Any]:
+    def _mapping(
+        self, node: yaml.MappingNode, annotation: Annotation, where: tuple[str, ...]
+    ) -> dict[Hashable, object]:
         """Its own keys, and below them those that it merges."""
-        own: dict[Any, Any] = {}
-        lines: dict[Any, int] = {}
+        own: dict[Hashable, object] = {}
+        lines: dict[Hashable, int] = {}
         merged: list[yaml.Node] = []
         for key_node, value_node in node.value:
             key = "<<" if key_node.tag == TAG + "merge" else self._key(key_node, annotation, where)
@@ -266,7 +270,9 @@ class _Reader:
         for brought in merged:
             if not isinstance(brought, yaml.MappingNode) or brought in self._open:
                 raise self._refused(brought, (*where, "<<"), "wanted a mapping, or a list of mappings, to merge")
-            for key, value in self.value(brought, annotation, where).items():
+            inherited = self.value(brought, annotation, where)
+            assert isinstance(inherited, dict), "the value of a mapping"
+            for key, value in inherited.items():
                 at = (*where, str(key))
                 if key not in own:
                     own[key] = value
@@ -277,7 +283,7 @@ class _Reader:
                     )  # fmt: skip
         return own
 
-    def _key(self, node: yaml.Node, annotation: Any, where: tuple[str, ...]) -> Any:
+    def _key(self, node: yaml.Node, annotation: Annotation, where: tuple[str, ...]) -> object:
         if not isinstance(node, yaml.ScalarNode):
             raise self._refused(node, where, "found a list or a mapping as a key; wanted a text")
         if any(kind is Any for kind in _alternatives(annotation)) and node.style is None:
@@ -294,7 +300,7 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
-def _leaves(value: Any, prefix: str = "") -> set[str]:
+def _leaves(value: object, prefix: str = "") -> set[str]:
     if not isinstance(value, dict):
         return {prefix}
     return {leaf for key, inner in value.items() for leaf in _leaves(inner, f"{prefix}.{key}" if prefix else str(key))}

@@ -19,6 +19,7 @@ from rlsys.rollouts import offsets_of, spans
 from rlsys.types import Array
 
 Encode = Callable[[str | Messages], Sequence[int]]  # a question, or messages -> prompt tokens
+EVAL_SEED = 99  # of every run: runs with other seeds are compared on the same held-out problems
 
 
 @dataclass(frozen=True, slots=True)

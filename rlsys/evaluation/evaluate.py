@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from rlsys.config import JobConfig
-from rlsys.evaluation.statistics import Evaluation, evaluation_of
+from rlsys.data.problems import EVAL_SEED
+from rlsys.evaluation.statistics import CONFIDENCE, Evaluation, evaluation_of
 from rlsys.metrics import Metrics
 from rlsys.protocols import Graders, RewardsRef, RolloutsRef
 from rlsys.types import Array, SamplingParams
@@ -44,11 +45,11 @@ def evaluate_policy(config: JobConfig, samplers: Sampling, graders: Graders, hel
     grades = graders.grade("eval", rollouts)
     passed = None
     if section.samples:
-        params = SamplingParams(section.max_tokens, section.temperature, seed=config.task.eval_seed, stop=stop)
+        params = SamplingParams(section.max_tokens, section.temperature, seed=EVAL_SEED, stop=stop)
         sampled = samplers.sample("eval", held_out, section.samples, params)
         passed = graders.grade("eval", sampled).passed
     evaluation = evaluation_of(
-        grades.grade, passed, section.samples, section.pass_k, section.confidence, config.rewards.solved_at
+        grades.grade, passed, section.samples, section.pass_k, CONFIDENCE, config.rewards.solved_at
     )
     metrics = {
         **evaluation.metrics(),

@@ -16,6 +16,8 @@ import numpy as np
 
 from rlsys.types import Array
 
+CONFIDENCE = 0.95  # level of the intervals of an evaluation, as papers give it
+
 
 @dataclass(frozen=True, slots=True)
 class Interval:

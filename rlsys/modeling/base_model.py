@@ -18,6 +18,7 @@ from rlsys.errors import CheckpointError, ConfigError
 from rlsys.utils.atomic_files import new_folder
 
 MANIFEST = "rlsys-manifest.txt"  # one line "<hash>  <name>" per file, sorted by name
+ROPE_THETA, TIED_EMBEDDINGS = 10_000.0, True  # of a base trained from scratch
 
 
 def initial_model(make: MakeSection, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int, out: Path) -> None:
@@ -39,9 +40,9 @@ def initial_model(make: MakeSection, tokenizer: PreTrainedTokenizerBase, max_len
         num_key_value_heads=make.num_kv_heads,
         head_dim=make.head_dim,
         intermediate_size=make.intermediate_size,
-        rope_parameters={"rope_type": "default", "rope_theta": make.rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         max_position_embeddings=max_length,
-        tie_word_embeddings=make.tie_embeddings,
+        tie_word_embeddings=TIED_EMBEDDINGS,
         dtype="float32",
         **ends,
     )

@@ -147,7 +147,7 @@ def _shortfall(config: JobConfig, shortage: Shortage) -> str:
         share = math.floor(found / workers * 100) / 100
         return f"{text}. Fractions of a core are allowed: learner.num_cpus={share:g} sampler.num_cpus={share:g}"
     if name == "GPU" and found == 0:
-        return f"{text}. Without GPUs: learner.device=cpu learner.num_gpus=0 sampler.num_gpus=0"
+        return f"{text}. Without GPUs: learner.num_gpus=0 sampler.num_gpus=0"
     return f"{text}. Request less, or join a larger cluster (cluster.address)"
 
 

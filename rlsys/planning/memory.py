@@ -370,7 +370,6 @@ def _supervised(config: JobConfig, dims: ModelShape) -> Phase:
     section, weights = config.model.make.supervised, FP32 * dims.parameters
     linears = (*dims.attention.values(), *dims.mlp.values())
     matrices = dims.num_layers * sum(inputs * outputs for inputs, outputs in linears)
-    single = matrices if section.optimizer == "muon" else 0
     tokens = min(
         max(config.learner.token_budget, config.model.max_length), section.batch_size * config.model.max_length
     )
@@ -381,7 +380,7 @@ def _supervised(config: JobConfig, dims: ModelShape) -> Phase:
         {
             "weights": weights,
             "gradients": weights,
-            "optimizer": 2 * weights - FP32 * single,
+            "optimizer": 2 * weights - FP32 * matrices,
             "activations": activations(config, dims, tokens),  # linear modules save their inputs, as adapters do
             "logits and workspace": max(3 * FP32 * chunk * dims.vocab_size, of_mlp),
             **_runtime(config),

@@ -19,7 +19,7 @@ import numpy as np
 from transformers.utils import logging
 
 from rlsys.advantages import to_minibatches
-from rlsys.config import JobConfig, load_config
+from rlsys.config import JobConfig, RlSection
 from rlsys.config.relative_paths import resolve_paths
 from rlsys.datums import DatumBatch
 from rlsys.errors import CheckpointError
@@ -27,10 +27,11 @@ from rlsys.learner.learner import Learner
 from rlsys.learner.policy import Policy
 from rlsys.metrics import Metrics, reduce_metrics
 from rlsys.rollouts import Rollouts
-from rlsys.run_state.jsonl import CONFIG, METRICS, read_metrics
+from rlsys.run_state.jsonl import METRICS, read_metrics
 from rlsys.run_state.resume import checkpoint_steps, read_checkpoint
 from rlsys.run_state.run_dir import BASE
 from rlsys.run_state.run_info import folder_of_command
+from rlsys.run_state.saved_config import read_saved_config
 from rlsys.run_state.saved_rollouts import SavedStep, format_steps, load_step, recorded_steps
 from rlsys.types import Array
 from rlsys.weight_sync.canary import SHORT_TOKENS
@@ -87,7 +88,7 @@ class Replay:
 
 
 def replay(run_dir: Path, step: int, device: Literal["cpu", "cuda"] | None = None) -> Replay:
-    """Recompute a step. `device`: default learner.device of the run.
+    """Recompute a step. `device`: default: that of the run's learner.
 
     Raises:
         ConfigError: the directory holds no run, or its base cannot be loaded.
@@ -95,7 +96,7 @@ def replay(run_dir: Path, step: int, device: Literal["cpu", "cuda"] | None = Non
             checkpoint and rollouts belong to different histories of the run.
         DivergedError: as in the run, if this step ended it.
     """
-    config = resolve_paths(load_config(run_dir / CONFIG), folder_of_command(run_dir), Path.cwd())
+    config = resolve_paths(read_saved_config(run_dir), folder_of_command(run_dir), Path.cwd())
     started = _start(run_dir, config, step)
     policy = _policy(run_dir, config, started, device)
     metrics: Metrics = {}
@@ -104,7 +105,7 @@ def replay(run_dir: Path, step: int, device: Literal["cpu", "cuda"] | None = Non
         _refuse_other_history(run_dir, recorded, policy.learner.runs.version(policy.run_id), started)
         metrics, pieces = _learn(policy, recorded)
     written = _written(run_dir, step)
-    notes = tuple(_notes(run_dir, config, recorded, started, bool(written)))
+    notes = tuple(_notes(config.learner.num_workers, recorded, started, bool(written)))
     return Replay(step, started, recorded, _figures(written, metrics, pieces), pieces, notes)
 
 
@@ -135,7 +136,8 @@ def _start(run_dir: Path, config: JobConfig, step: int) -> int:
 
 def _policy(run_dir: Path, config: JobConfig, started: int, device: str | None) -> Policy:
     """The run's learner as of step `started`, on one rank, for any number of ranks of the run."""
-    one_rank = {"num_workers": 1, "shard_base": False, "device": device or config.learner.device}
+    num_gpus = {"cpu": 0.0, "cuda": config.learner.num_gpus or 1.0}[device or config.learner.device]
+    one_rank = {"num_workers": 1, "shard_base": False, "num_gpus": num_gpus}
     config = config.model_copy(
         update={
             "learner": config.learner.model_copy(update=one_rank),
@@ -154,8 +156,9 @@ def _policy(run_dir: Path, config: JobConfig, started: int, device: str | None) 
 
 def _learn(policy: Policy, recorded: SavedStep) -> tuple[Metrics, tuple[Piece, ...]]:
     """Compute advantages, gradients and optimizer steps as in the run. Returns the metrics of all minibatches."""
-    computed = list(_compute_advantages(recorded, policy.config))
-    minibatches = recorded.pieces // policy.config.rl.substeps
+    rl = policy.config.rl
+    computed = list(_compute_advantages(recorded, rl, policy.config.overlap.max_policy_lag is not None))
+    minibatches = recorded.pieces // rl.substeps
     pieces, learned = [], []
     for i, (batch, rows, fresh) in enumerate(part for parts, _ in computed for part in parts):
         substep, place = divmod(i, minibatches)
@@ -167,20 +170,20 @@ def _learn(policy: Policy, recorded: SavedStep) -> tuple[Metrics, tuple[Piece, .
 
 
 def _compute_advantages(
-    recorded: SavedStep, config: JobConfig
+    recorded: SavedStep, rl: RlSection, overlapped: bool
 ) -> Iterator[tuple[list[tuple[DatumBatch, Array, bool]], Metrics]]:
     """Yield, for each call of the advantage stage, its minibatches and its metrics. A minibatch has its datums, their
     completions, and whether all tokens are from the newest version. With `overlap` (`rlsys.async_loop`) each call made
     one minibatch; otherwise one call made all of them."""
-    if config.overlap.max_policy_lag is None:
+    if not overlapped:
         batches, rows, metrics, _ = to_minibatches(
-            recorded.rollouts, recorded.rewards, config.rl, recorded.pieces, recorded.reference
+            recorded.rollouts, recorded.rewards, rl, recorded.pieces, recorded.reference
         )
         yield [(batch, of, True) for batch, of in zip(batches, rows, strict=True)], metrics
         return
     for groups in np.array_split(np.arange(len(recorded.rollouts.problems)), recorded.pieces):
         share, first_row = _share(recorded, int(groups[0]), int(groups[-1]) + 1)
-        (batch,), (of,), metrics, _ = to_minibatches(share.rollouts, share.rewards, config.rl, 1, share.reference)
+        (batch,), (of,), metrics, _ = to_minibatches(share.rollouts, share.rewards, rl, 1, share.reference)
         fresh = metrics.get("sampler/version_min", recorded.version) >= recorded.version
         yield [(batch, of + first_row, fresh)], metrics
 
@@ -237,7 +240,7 @@ def _figures(written: Mapping[str, float], metrics: Metrics, pieces: tuple[Piece
     return tuple(Figure(name, written.get(name), metrics.get(name), scale(name)) for name in names)
 
 
-def _notes(run_dir: Path, config: JobConfig, recorded: SavedStep, started: int, is_written: bool) -> Iterator[str]:
+def _notes(ranks: int, recorded: SavedStep, started: int, is_written: bool) -> Iterator[str]:
     if started < recorded.step - 1:
         beginning = "the start of the run" if started == 0 else f"the checkpoint of step {started}"
         yield f"started from {beginning} and replayed {format_steps(list(range(started + 1, recorded.step)))} first"
@@ -245,8 +248,7 @@ def _notes(run_dir: Path, config: JobConfig, recorded: SavedStep, started: int, 
         yield f"{METRICS} has no metrics of step {recorded.step}: the run ended during the step, or repeated it"
     if recorded.reference is not None:
         yield "the log-probabilities of the reference are the recorded ones, not recomputed"
-    if config.learner.num_workers > 1:
+    if ranks > 1:
         yield (
-            f"the run summed its gradients over {config.learner.num_workers} ranks, the replay uses one: sums are "
-            "rounded in another order"
+            f"the run summed its gradients over {ranks} ranks, the replay uses one: sums are rounded in another order"
         )

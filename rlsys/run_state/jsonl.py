@@ -24,6 +24,7 @@ Record = Mapping[str, Any]
 RECORD_KEYS = ("step", "time", "stage", "row")  # of a line of metrics.jsonl; every other key is a metric
 
 Note = Callable[[str], None]
+Line = dict[str, Any]  # JSON of a line. Any: as json.loads; the rows below have the types of its values
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class ProblemRow:
     answer: str
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+def read_metrics(run_dir: Path) -> list[Line]:
     """The lines of metrics.jsonl in the order written, metrics as floats; no file means no lines."""
     return [
         {key: value if key in RECORD_KEYS else float(value) for key, value in record.items()}
@@ -108,7 +109,7 @@ def last_step(run_dir: Path) -> int:
     return max((record["step"] for record in read_lines(run_dir / METRICS) if record["stage"] == "rl"), default=0)
 
 
-def rollout_of(record: Mapping[str, Any]) -> RolloutRow:
+def rollout_of(record: Line) -> RolloutRow:
     """A line of rollouts.jsonl; lines of early files have no tokens."""
     numbers = {
         "reward": float(record["reward"]),
@@ -119,7 +120,7 @@ def rollout_of(record: Mapping[str, Any]) -> RolloutRow:
     return RolloutRow(**{"problem": UNKNOWN, "pieces": [], "sampled": [], **record, **numbers})
 
 
-def metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:
+def metrics_of(record: Mapping[str, Any]) -> Line:
     """The metrics of a line of metrics.jsonl."""
     return {name: value for name, value in record.items() if name not in RECORD_KEYS}
 
@@ -128,7 +129,7 @@ def open_to_append(path: Path) -> TextIO:
     return path.open("a", encoding="utf-8")
 
 
-def write_line(file: TextIO, record: Mapping[str, Any], sync: bool = True) -> None:
+def write_line(file: TextIO, record: Mapping[str, object], sync: bool = True) -> None:
     """Write one line of strict JSON; on disk when this returns, or with `sync` false after a later synced line."""
     file.write(line_of(record))
     file.flush()
@@ -136,12 +137,12 @@ def write_line(file: TextIO, record: Mapping[str, Any], sync: bool = True) -> No
         os.fsync(file.fileno())
 
 
-def line_of(record: Mapping[str, Any]) -> str:
+def line_of(record: Mapping[str, object]) -> str:
     """A float that is not finite becomes "NaN", "Infinity" or "-Infinity"."""
     return json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
     if not isinstance(value, float) or math.isfinite(value):
@@ -149,11 +150,11 @@ def _finite(value: Any) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _optional(value: Any) -> float | None:
+def _optional(value: float | str | None) -> float | None:
     return None if value is None else float(value)
 
 
-def cut_lines(path: Path, keeps: Callable[[Mapping[str, Any]], bool], note: Note) -> list[dict[str, Any]]:
+def cut_lines(path: Path, keeps: Callable[[Line], bool], note: Note) -> list[Line]:
     """Remove the lines that are not kept and an incomplete last line; returns the remaining lines."""
     if not path.is_file():
         return []
@@ -167,7 +168,7 @@ def cut_lines(path: Path, keeps: Callable[[Mapping[str, Any]], bool], note: Note
     return kept
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[Line]:
     if not path.is_file():
         return
     lines = path.read_bytes().split(b"\n")

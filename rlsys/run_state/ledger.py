@@ -137,7 +137,7 @@ class Ledger:
     def to_bytes(self) -> bytes:
         """An .npz archive followed by its hash."""
         head = [FORMAT_VERSION, self._step, self._epochs.num_problems, self._epochs.seed]
-        arrays: dict[str, Any] = {"head": np.array(head, np.int64)}
+        arrays: dict[str, Any] = {"head": np.array(head, np.int64)}  # Any: for savez a keyword may be its flag
         arrays |= zip(_COLUMNS, self._columns(), strict=True)
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)

@@ -79,6 +79,8 @@ def _is_run(run_dir: Path) -> bool:
     """By what an rlsys wrote: other programs have a config.yaml too."""
     try:
         tree = yaml_text.read((run_dir / CONFIG).read_text("utf-8"), JobConfig, CONFIG)
+        if not isinstance(tree, dict):
+            raise TypeError(type(tree))
         is_job = {"run", "model"} <= tree.keys() <= JobConfig.model_fields.keys()
         if is_job and all(isinstance(tree[name], dict) for name in ("run", "model")) and "name" in tree["run"]:
             return True

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Unpack
 
 from rlsys.config import JobConfig, dump_config
 from rlsys.errors import CheckpointError, ConfigError
@@ -33,7 +33,7 @@ from rlsys.run_state.jsonl import CONFIG, Note
 from rlsys.run_state.ledger import Ledger
 from rlsys.run_state.own_files import refuse_foreign, refuse_link, remove_run, repair
 from rlsys.run_state.resume import Resume, newest_of_own_run, refuse_lost_checkpoints, write_checkpoint
-from rlsys.run_state.run_info import day_of, read_info, write_info
+from rlsys.run_state.run_info import RunInfo, day_of, read_info, write_info
 from rlsys.utils.atomic_files import remove_folder, replace_file, replace_folder
 
 BASE = "base"
@@ -45,15 +45,13 @@ class RunStore:
     ``config`` is the job with the run's date; ``resume`` is the checkpoint to resume from, None for a new run.
     """
 
-    def __init__(
-        self, config: JobConfig, lock: int, info: Mapping[str, Any], resume: Resume | None, note: Note
-    ) -> None:
+    def __init__(self, config: JobConfig, lock: int, info: RunInfo, resume: Resume | None, note: Note) -> None:
         """Use ``RunStore.open``."""
         self.run_dir = config.run_dir
         self.config = config
         self.resume = resume
         self._lock = lock
-        self._info = dict(info)
+        self._info = info.copy()
         self._note = note
 
     @classmethod
@@ -88,9 +86,9 @@ class RunStore:
             ) from error
 
     @property
-    def info(self) -> Mapping[str, Any]:
+    def info(self) -> RunInfo:
         """run.json: wandb_id, started (Unix, seconds), and what ``note`` has added."""
-        return dict(self._info)
+        return self._info.copy()
 
     @property
     def finished(self) -> bool:
@@ -103,7 +101,7 @@ class RunStore:
         path = self.run_dir / BASE
         return path if path.is_dir() else None  # a damaged one was removed when the store was opened
 
-    def note(self, **facts: Any) -> None:
+    def note(self, **facts: Unpack[RunInfo]) -> None:
         """Add to run.json; on disk before this returns."""
         self._info |= facts
         write_info(self.run_dir, self._info)
@@ -148,7 +146,7 @@ def _opened(config: JobConfig, handle: int, note: Note) -> RunStore:
     run_dir = config.run_dir
     config = config.dated(day_of(run_dir) or date.today().isoformat())
     if not (run_dir / CONFIG).is_file():
-        info: dict[str, Any] = {"wandb_id": secrets.token_hex(5), "started": time.time(), "folder": str(Path.cwd())}
+        info: RunInfo = {"wandb_id": secrets.token_hex(5), "started": time.time(), "folder": str(Path.cwd())}
         write_info(run_dir, info)
         replace_file(run_dir / CONFIG, dump_config(config).encode())  # last: it makes the directory a run
         return RunStore(config, handle, info, None, note)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from rlsys.config import JobConfig, yaml_text
 from rlsys.errors import RunExistsError
@@ -17,15 +16,29 @@ from rlsys.utils.manifest import to_json
 INFO = "run.json"
 
 
-def read_info(run_dir: Path) -> dict[str, Any]:
+class RunInfo(TypedDict, total=False):
+    """What run.json holds."""
+
+    wandb_id: str
+    started: float  # Unix, seconds
+    folder: str  # in which the newest command was given
+    problems: str  # hash of the training problems
+    train_problems: int
+    cluster: str  # address of the newest driver's Ray cluster
+    auth_mode: str  # RAY_AUTH_MODE of that driver; empty: unset
+    pid: int  # of that driver
+
+
+def read_info(run_dir: Path) -> RunInfo:
     """
     Raises:
         RunExistsError: the file is missing or damaged.
     """
     path = run_dir / INFO
     try:
-        info = json.loads(path.read_bytes())
-        return {**info, "wandb_id": str(info["wandb_id"])}
+        info: RunInfo = json.loads(path.read_bytes())
+        info["wandb_id"] = str(info["wandb_id"])
+        return info
     except FileNotFoundError:
         why = f"it has no {INFO}, so it was written by an rlsys without checkpoints"
     except (ValueError, TypeError, KeyError) as error:
@@ -36,7 +49,7 @@ def read_info(run_dir: Path) -> dict[str, Any]:
     )
 
 
-def write_info(run_dir: Path, info: Mapping[str, Any]) -> None:
+def write_info(run_dir: Path, info: RunInfo) -> None:
     """Replace run.json; it is on disk before this returns."""
     replace_file(run_dir / INFO, to_json(info))
 
@@ -45,7 +58,7 @@ def day_of(run_dir: Path) -> str | None:
     """The day (ISO 8601) on which the run began, as its chat template writes it; None where no run is readable."""
     try:
         tree = yaml_text.read((run_dir / CONFIG).read_text("utf-8"), JobConfig, CONFIG)
-        day = (tree.get("prompt") or {}).get("date")
+        day = (tree.get("prompt") or {}).get("date") if isinstance(tree, dict) else None
         if day is not None:
             return str(day)
         started = json.loads((run_dir / INFO).read_bytes())["started"]  # of an rlsys that kept no date

@@ -17,8 +17,8 @@ Device = Literal["cpu", "cuda"]
 LISTS = {"cpu": "requirements/torch-cpu.txt and requirements/cpu.txt", "cuda": "requirements/gpu.txt"}
 SET_UP = {"cpu": "make set-up", "cuda": "make set-up DEVICE=cuda"}
 ON = {  # keys of a job that move it
-    "cpu": "learner.device=cpu learner.num_gpus=0 sampler.num_gpus=0 sampler.colocate=false",
-    "cuda": "model.dtype=bfloat16 learner.device=cuda learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true",
+    "cpu": "learner.num_gpus=0 sampler.num_gpus=0 sampler.colocate=false",
+    "cuda": "model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true",
 }
 CALLED = {"cpu": "the CPU", "cuda": "a GPU"}
 

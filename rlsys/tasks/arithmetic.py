@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from rlsys.config import TaskSection
-from rlsys.data.problems import Problem, distinct
+from rlsys.data.problems import EVAL_SEED, Problem, distinct
 from rlsys.errors import ConfigError
 from rlsys.math_grading.extraction import extract, plain_number
 
@@ -27,7 +27,7 @@ NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
 ITEMS = ("books", "apples", "coins", "pens")
 GAINS = ("buys {} more", "finds {} more")
 LOSSES = ("loses {}", "gives away {}")
-MAX_OPERAND = 9
+MAX_OPERAND, MAX_VALUE = 9, 20
 TRAIN_PROBLEMS, EVAL_PROBLEMS = 4096, 200  # defaults of task.train_problems and task.eval_problems
 
 Part = Literal["eval", "gate", "train", "supervised"]
@@ -42,25 +42,22 @@ class _Story(NamedTuple):
 
 
 class Arithmetic:
-    """Task `arithmetic`: starting values in 1..max_value, operands in 1..9, intermediate results in 0..max_value."""
+    """Task `arithmetic`: starting values in 1..20, operands in 1..9, intermediate results in 0..20."""
 
     def __init__(self, section: TaskSection, seed: int) -> None:
-        for low, high in (
-            ("min_operations", "max_operations"),
-            ("supervised_min_operations", "supervised_max_operations"),
-        ):
-            if getattr(section, low) > getattr(section, high):
-                raise ConfigError(
-                    f"task.{low}: found {getattr(section, low)}; wanted at most task.{high} = {getattr(section, high)}"
-                )
+        if section.min_operations > section.max_operations:
+            raise ConfigError(
+                f"task.min_operations: found {section.min_operations}; wanted at most task.max_operations = "
+                f"{section.max_operations}"
+            )
         self._section = section
         self._splits = {
             "train": self._distinct("train", section.train_problems or TRAIN_PROBLEMS, seed, "train_problems"),
-            "eval": self._distinct("eval", section.eval_problems or EVAL_PROBLEMS, section.eval_seed, "eval_problems"),
+            "eval": self._distinct("eval", section.eval_problems or EVAL_PROBLEMS, EVAL_SEED, "eval_problems"),
         }
 
     def problems(self, split: Literal["train", "eval"]) -> Sequence[Problem]:
-        """Return distinct problems; the eval split depends only on `task.eval_seed`, not on the run's seed."""
+        """Return distinct problems; the eval split does not depend on the run's seed."""
         return self._splits[split]
 
     @staticmethod
@@ -76,17 +73,16 @@ class Arithmetic:
     def supervised_examples(self, n: int, worked_share: float, seed: int) -> list[tuple[str, str]]:
         """Return (prompt, answer text) pairs. Some repeat: only a few thousand problems have a single operation."""
         section, rng = self._section, random.Random(f"supervised {seed}")
-        low, high = section.supervised_min_operations, section.supervised_max_operations
         examples = []
         for _ in range(n):
-            story = self._draw(rng, "supervised", low, high)
+            story = self._draw(rng, "supervised", 1, section.supervised_max_operations)
             steps = story.steps if rng.random() < worked_share else ""
             examples.append((story.prompt, f"{steps}\\boxed{{{story.answer}}}"))
         return examples
 
     def gate_problems(self, n: int) -> Sequence[Problem]:
         """Return `n` distinct problems of the gate part."""
-        return self._distinct("gate", n, self._section.eval_seed, "gate problems")
+        return self._distinct("gate", n, EVAL_SEED, "gate problems")
 
     def force_steps(self, problem: Problem) -> Problem:
         """Append the prompt's first number to the prompt: a continuation can then only show the worked steps."""
@@ -106,18 +102,17 @@ class Arithmetic:
             return problems
         raise ConfigError(
             f"task.{what}: found {len(problems)} distinct problems of {section.min_operations} to "
-            f"{section.max_operations} operations up to {section.max_value}; wanted {n}: "
-            "ask for fewer, or raise task.max_operations or task.max_value"
+            f"{section.max_operations} operations; wanted {n}: "
+            "ask for fewer, or raise task.max_operations"
         )
 
     def _draw(self, rng: random.Random, part: Part, low: int, high: int) -> _Story:
         for _ in range(10_000):
-            story = _story(rng, rng.randint(low, high), self._section.max_value)
+            story = _story(rng, rng.randint(low, high))
             if part_of(story.prompt) == part:
                 return story
         raise ConfigError(
-            f"task: no problem of {low} to {high} operations with values up to {self._section.max_value} belongs to "
-            f"the {part} part; raise task.max_value or the number of operations"
+            f"task: no problem of {low} to {high} operations belongs to the {part} part; raise the number of operations"
         )
 
 
@@ -127,13 +122,13 @@ def part_of(prompt: str) -> Part:
     return _PARTS[int.from_bytes(digest, "big") % len(_PARTS)]
 
 
-def _story(rng: random.Random, operations: int, max_value: int) -> _Story:
+def _story(rng: random.Random, operations: int) -> _Story:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    value = rng.randint(1, max_value)
+    value = rng.randint(1, MAX_VALUE)
     clauses, steps = [f"{name} has {value} {item}"], []
     for _ in range(operations):
         # all changes that keep the value in range are equally likely
-        change = rng.choice([c for c in range(-MAX_OPERAND, MAX_OPERAND + 1) if c != 0 and 0 <= value + c <= max_value])
+        change = rng.choice([c for c in range(-MAX_OPERAND, MAX_OPERAND + 1) if c != 0 and 0 <= value + c <= MAX_VALUE])
         clauses.append(rng.choice(GAINS if change > 0 else LOSSES).format(abs(change)))
         steps.append(f"{value}{change:+d}={value + change}\n")
         value += change

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from rlsys.config import TaskSection
-from rlsys.data.problems import Problem, distinct
+from rlsys.data.problems import EVAL_SEED, Problem, distinct
 from rlsys.errors import ConfigError
 from rlsys.tasks.arithmetic import ITEMS, NAMES, Arithmetic, Part, part_of
 
@@ -50,11 +50,11 @@ class Calculator:
         self._section = section
         self._splits = {
             "train": self._distinct("train", section.train_problems or TRAIN_PROBLEMS, seed),
-            "eval": self._distinct("eval", section.eval_problems or EVAL_PROBLEMS, section.eval_seed),
+            "eval": self._distinct("eval", section.eval_problems or EVAL_PROBLEMS, EVAL_SEED),
         }
 
     def problems(self, split: Literal["train", "eval"]) -> Sequence[Problem]:
-        """Return distinct problems; the eval split depends only on `task.eval_seed`, not on the run's seed."""
+        """Return distinct problems; the eval split does not depend on the run's seed."""
         return self._splits[split]
 
     @staticmethod
@@ -93,7 +93,7 @@ class Calculator:
 
     def gate_problems(self, n: int) -> Sequence[Problem]:
         """Return `n` distinct problems of the gate part."""
-        return self._distinct("gate", n, self._section.eval_seed)
+        return self._distinct("gate", n, EVAL_SEED)
 
     def force_steps(self, problem: Problem) -> Problem:
         """Append <<, the start of a call to the calculator, to the prompt."""

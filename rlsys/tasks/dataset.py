@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from rlsys.config import ColumnSection, SourceSection, TaskSection
 from rlsys.data.dedup import is_held_out
-from rlsys.data.problems import Problem
+from rlsys.data.problems import EVAL_SEED, Problem
 from rlsys.data.rows import read_rows
 from rlsys.errors import ConfigError
 from rlsys.math_grading import answers
@@ -50,7 +50,7 @@ class DataSet:
                 )
         self._splits = {
             "train": _subset(problems, section.train_problems, f"train {seed}"),
-            "eval": _subset(held_out_problems, section.eval_problems, f"eval {section.eval_seed}"),
+            "eval": _subset(held_out_problems, section.eval_problems, f"eval {EVAL_SEED}"),
         }
 
     def problems(self, split: Literal["train", "eval"]) -> Sequence[Problem]:

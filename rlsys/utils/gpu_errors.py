@@ -127,7 +127,7 @@ KNOWN = (
     Known(
         "Found no NVIDIA driver on your system",
         "libc10_cuda",
-        "install the NVIDIA driver, start the container with --gpus all, or set learner.device=cpu and num_gpus=0",
+        "install the NVIDIA driver, start the container with --gpus all, or set learner.num_gpus=0",
     ),
     Known(
         "No CUDA GPUs are available",

@@ -137,7 +137,7 @@ def story(
             sampler={"resources": {"engines": 1}},
             rewards=SLOW,
             rl={"steps": 200},
-            watchdog={"sample_s": WAIT_S},
+            watchdog={"stages": {"sample": WAIT_S}},
         )
         run = Run(machines, config)
         run.until_step(2)
@@ -167,7 +167,9 @@ def test_a_machine_that_dies_in_mid_run_is_replaced_by_one_that_is_added(story: 
 def test_a_job_whose_last_sampler_has_nowhere_to_go_ends_with_the_reason(story: Story) -> None:
     said = story.run.driver.output()
     message = said[said.rindex("StalledError") :]
-    waited = re.search(r"sampler 0 has waited (\d+) s \(watchdog\.sample_s\) for a place: (.*) on one node", message)
+    waited = re.search(
+        r"sampler 0 has waited (\d+) s \(watchdog\.stages\.sample\) for a place: (.*) on one node", message
+    )
     assert waited and int(waited[1]) >= WAIT_S and "1 engines" in waited[2], message
     assert story.code == 1
     assert "Traceback" not in said
@@ -185,7 +187,7 @@ def test_a_job_that_ended_for_want_of_a_machine_goes_on_once_there_is_one(
         sampler={"resources": {"engines": 1}},
         rewards=SLOW,
         rl={"steps": 12},
-        watchdog={"sample_s": 60},
+        watchdog={"stages": {"sample": 60}},
     )
     run = Run(machines, config)
     run.until_step(3)
@@ -260,7 +262,7 @@ def test_a_job_goes_on_with_the_samplers_left_while_a_lost_one_has_no_place(
         sampler={"num_workers": 2, "resources": {"engines": 1}},
         rewards=SLOW,
         rl={"steps": 10_000},
-        watchdog={"start_s": start_s},
+        watchdog={"stages": {"start": start_s}},
     )
     run = Run(machines, config)
     run.until_step(2)

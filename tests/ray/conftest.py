@@ -22,7 +22,7 @@ MICRO = MakeSection(
 
 JOB = """
 run: {name: micro, seed: 5}
-watchdog: {start_s: 1200}
+watchdog: {stages: {start: 1200}}
 model: {dtype: float32, max_length: 96}
 task: {train_problems: 32, eval_problems: 8}
 lora: {rank: 4, alpha: 8}

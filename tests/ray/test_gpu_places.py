@@ -14,7 +14,7 @@ from actors.cluster.placement import Placement, Slot
 from rlsys.config import parse_config
 from rlsys.errors import ClusterError, StalledError
 
-JOB = "run: {name: a}\nmodel: {path: x}\nwatchdog: {start_s: 60}\n"
+JOB = "run: {name: a}\nmodel: {path: x}\nwatchdog: {stages: {start: 60}}\n"
 Ids = list[str]
 
 
@@ -67,7 +67,6 @@ def on_cuda(
     ranks: int, of_rank: float, samplers: int, of_sampler: float, *more: str, colocate: bool = False
 ) -> tuple[str, ...]:
     return (
-        "learner.device=cuda",
         f"learner.num_workers={ranks}",
         f"learner.num_gpus={of_rank}",
         f"sampler.num_workers={samplers}",

@@ -39,7 +39,7 @@ def test_two_ranks_with_a_shared_base_and_two_samplers_survive_the_death_of_a_ra
 
 @pytest.mark.soak
 def test_a_rank_that_stands_still_stops_the_run_and_is_named(ray_cluster: str, job: Job) -> None:
-    config = job("rl.steps=100000", *TWO, "watchdog.learn_s=30", "watchdog.sync_s=30")
+    config = job("rl.steps=100000", *TWO, "watchdog.stages.learn=30", "watchdog.stages.sync=30")
     stopped: list[float] = []
 
     def victim() -> list[psutil.Process]:
@@ -59,11 +59,11 @@ def test_a_rank_that_stands_still_stops_the_run_and_is_named(ray_cluster: str, j
 
 def test_more_ranks_than_there_is_room_for_are_refused_at_once(ray_cluster: str, job: Job) -> None:
     with pytest.raises(ClusterError, match=r"9\.5 CPU needed, 4 found, 5\.5 too few: learner\.num_workers 9 x"):
-        jobs.train(job("learner.num_workers=9", f"watchdog.start_s={FAR_S}"), Progress())
+        jobs.train(job("learner.num_workers=9", f"watchdog.stages.start={FAR_S}"), Progress())
 
 
 def test_a_place_that_no_single_node_has_is_refused_at_once(ray_cluster: str, job: Job) -> None:
-    waits = f"watchdog.start_s={FAR_S}"  # for whatever is not refused
+    waits = f"watchdog.stages.start={FAR_S}"  # for whatever is not refused
     with pytest.raises(ClusterError, match=r"placement STRICT_SPREAD needs 2 nodes, found 1; use SPREAD"):
         jobs.train(job(*TWO, "learner.placement=STRICT_SPREAD", waits), Progress())
     with pytest.raises(ClusterError, match=r"found no node '10\.9\.9\.9'; nodes are"):

@@ -73,7 +73,7 @@ def test_a_stuck_actor_is_named_with_its_work_its_log_and_the_key_to_raise(actor
     assert LIMIT_S < time.monotonic() - began < 5 * LIMIT_S
     message = str(caught.value)
     assert message.startswith(f"sample: no progress for {LIMIT_S:g} s.")
-    assert f"raise watchdog.sample_s (now {LIMIT_S:g})" in message
+    assert f"raise watchdog.stages.sample (now {LIMIT_S:g})" in message
     assert re.search(
         r"waiting for sampler 1: sampling 8 completions of problems 3, 17, 40; since \d\d:\d\d:\d\d", message
     )

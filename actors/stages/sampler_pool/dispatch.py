@@ -14,7 +14,7 @@ from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
 from actors.sampler_actor import SampleRequest
 from actors.stages.sampler_pool.membership import Member, Membership, pending_call
-from rlsys.config import JobConfig
+from rlsys.config import OverlapSection, SamplerSection, WatchdogSection
 from rlsys.errors import ActorDiedError, RlsysError
 from rlsys.protocols import Ref, RolloutsRef
 from rlsys.rollouts import Rollouts
@@ -68,14 +68,21 @@ class Dispatcher:
     """`resampled`: called with the (P,) training problems whose groups are sampled again."""
 
     def __init__(
-        self, config: JobConfig, failures: Failures, membership: Membership, resampled: Callable[[Array], None]
+        self,
+        sampler: SamplerSection,
+        overlap: OverlapSection,
+        watchdog: WatchdogSection,
+        failures: Failures,
+        membership: Membership,
+        resampled: Callable[[Array], None],
     ) -> None:
-        self.config, self.failures, self.membership, self.resampled = config, failures, membership, resampled
+        self.sampler, self.overlap, self.watchdog = sampler, overlap, watchdog
+        self.failures, self.membership, self.resampled = failures, membership, resampled
         self.batches: dict[int, PendingBatch] = {}  # by ticket, in the order of dispatch
         self.in_flight: dict[Waiting, InFlight] = {}
         self.finished: dict[int, RolloutsRef] = {}
         self._tickets = itertools.count()
-        self._dog = Watchdog("sample", config.watchdog.sample_s, failures)
+        self._dog = Watchdog("sample", watchdog.limit_of("sample"), failures)
 
     def add(
         self, split: str, problems: Array, occurrence: Array, n: int, params: SamplingParams, urgent: bool = False
@@ -87,7 +94,7 @@ class Dispatcher:
         ticket = next(self._tickets)
         self.batches = {ticket: batch, **self.batches} if urgent else {**self.batches, ticket: batch}
         if not self.in_flight:
-            self._dog = Watchdog("sample", self.config.watchdog.sample_s, self.failures)
+            self._dog = Watchdog("sample", self.watchdog.limit_of("sample"), self.failures)
         return ticket
 
     def forget(self) -> None:
@@ -173,7 +180,7 @@ class Dispatcher:
         """Problems in the order given, cut into calls."""
         count = -(-len(problems) // max(1, self._max_held // n))
         if self._overlapped:
-            count = -(-len(problems) // max(1, self.config.sampler.max_num_seqs // FINE // n))
+            count = -(-len(problems) // max(1, self.sampler.max_num_seqs // FINE // n))
         elif len(self.membership.members) > 1:
             count = max(count, min(len(problems), CHUNKS_PER_SAMPLER * len(self.membership.members)))
         shares = zip(np.array_split(problems, count), np.array_split(occurrence, count), strict=True)
@@ -181,12 +188,12 @@ class Dispatcher:
 
     @property
     def _overlapped(self) -> bool:
-        return self.config.overlap.max_policy_lag is not None
+        return self.overlap.max_policy_lag is not None
 
     @property
     def _max_held(self) -> int:
         """Completions that a sampler may hold."""
-        return (1 if self._overlapped else AHEAD) * self.config.sampler.max_num_seqs
+        return (1 if self._overlapped else AHEAD) * self.sampler.max_num_seqs
 
 
 def _rollouts_of(batch: PendingBatch, workers: int) -> RolloutsRef:

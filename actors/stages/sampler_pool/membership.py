@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 
@@ -25,6 +25,9 @@ from rlsys.protocols import PublishedAdapter, Ref
 from rlsys.weight_sync.update import Attestation
 
 if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
     from rlsys.weight_sync.canary import StartupProbe
 
 POLL_S = 0.5
@@ -50,7 +53,7 @@ class Member:
 
     index: int
     slot: Slot
-    actor: Any  # Ray's handle, which has no type for its remote methods
+    actor: ActorHandle
     joining: Waiting | None = None  # until this is done it gets no work
     unproven: bool = False
     newcomer: bool = False  # came by `resize` and has not served yet: the job can do without it
@@ -89,7 +92,7 @@ class Membership:
         self.init: SamplerInit | None = None
         self.current: PublishedAdapter | None = None
         self.deaths = 0  # since the last version that was loaded
-        self._starts = Watchdog("start", config.watchdog.start_s, failures)
+        self._starts = Watchdog("start", config.watchdog.limit_of("start"), failures)
 
     # start and end of the job
 
@@ -149,10 +152,10 @@ class Membership:
         for waiting, member in joining.items():
             waited = time.monotonic() - waiting.since
             lacking = self.placement.lacking(member.slot) if waited > POLL_S and member.joining is waiting else None
-            if lacking and waited > self.config.watchdog.sample_s:
+            if lacking and waited > self.config.watchdog.limit_of("sample"):
                 raise StalledError(
-                    f"sample: no sampler serves, and {member.name} has waited {waited:.0f} s (watchdog.sample_s) for "
-                    f"a place: {lacking}. {self.failures.first()}"
+                    f"sample: no sampler serves, and {member.name} has waited {waited:.0f} s "
+                    f"(watchdog.stages.sample) for a place: {lacking}. {self.failures.first()}"
                 )
 
     def is_current(self, version: int, digest: str) -> bool:
@@ -282,10 +285,10 @@ class Membership:
             self.members.append(member)
         return f"{len(self.members) - more} samplers -> {len(self.members)}; new ones serve once they have attested"
 
-    def _actor(self, index: int, slot: Slot) -> Any:
+    def _actor(self, index: int, slot: Slot) -> ActorHandle:
         options = ray.remote(SamplerActor).options(max_concurrency=1000, **by_reference(slot.ray_options()))
         return options.remote(self.config, index)
 
 
-def pending_call(member: Member, ref: Any, what: str) -> Waiting:
+def pending_call(member: Member, ref: ObjectRef, what: str) -> Waiting:
     return Waiting(ref, member.name, what, member.actor)

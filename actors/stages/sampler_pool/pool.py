@@ -40,7 +40,9 @@ class SamplerPool:
         self.membership = Membership(
             config, placement, failures, note, renew, between, requeue=lambda member: self.dispatcher.requeue(member)
         )
-        self.dispatcher = Dispatcher(config, failures, self.membership, resampled)
+        self.dispatcher = Dispatcher(
+            config.sampler, config.overlap, config.watchdog, failures, self.membership, resampled
+        )
 
     @property
     def members(self) -> list[Member]:
@@ -119,7 +121,7 @@ class SamplerPool:
         self._wake()
         reload = membership.current is not None and update.version <= membership.current.version
         membership.current = update
-        dog = Watchdog("sync", self.config.watchdog.sync_s, self.failures)
+        dog = Watchdog("sync", self.config.watchdog.limit_of("sync"), self.failures)
         asked = {membership.loading(member, reload): member for member in membership.serving}
         attested: list[Attestation] = []
         while asked:
@@ -167,7 +169,7 @@ class SamplerPool:
             self.asleep = False
 
     def _all(self, method: str, what: str) -> None:
-        dog = Watchdog("sync", self.config.watchdog.sync_s, self.failures)
+        dog = Watchdog("sync", self.config.watchdog.limit_of("sync"), self.failures)
         asked: dict[Waiting, Member] = {
             pending_call(member, getattr(member.actor, method).remote(), what): member
             for member in self.membership.serving

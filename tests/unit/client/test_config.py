@@ -33,10 +33,5 @@ def test_float32_adapters_on_a_cuda_sampler_are_refused_with_the_way_out() -> No
         dtype_of(found, sections(found, GPUS)[1])
 
 
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [({"device": "cuda"}, "set learner.num_gpus=1"), ({"num_gpus": 0.5}, "set learner.device=cuda")],
-)
-def test_a_learner_whose_device_and_gpus_disagree_is_refused(section: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LearnerSection.model_validate(section)
+def test_a_learner_computes_where_its_gpus_are() -> None:
+    assert [LearnerSection(num_gpus=gpus).device for gpus in (0, 0.5, 1)] == ["cpu", "cuda", "cuda"]

@@ -15,9 +15,8 @@ JOB = "run: {name: a}\nmodel: {path: x}\n"
 
 
 def keys(**sections: object) -> list[str]:
-    """``learner.num_gpus=1`` and so on; a learner with a GPU computes on it."""
-    device = ["learner.device=cuda"] if sections.get("learner.num_gpus") else []
-    return [*device, *(f"{key}={str(value).lower()}" for key, value in sections.items())]
+    """``learner.num_gpus=1`` and so on."""
+    return [f"{key}={str(value).lower()}" for key, value in sections.items()]
 
 
 def job(learner: float, sampler: float, ranks: int = 1, samplers: int = 1, **more: object) -> list[str]:
@@ -81,11 +80,9 @@ def test_shares_that_work_are_accepted(overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     ("learner", "sampler", "named"),
     [
-        ({"device": "cuda", "num_gpus": 0.5}, {"num_gpus": 0.5}, "sampler.gpu_memory_utilization=0.5"),
-        ({"device": "cuda", "num_gpus": 1}, {"num_gpus": 0.5, "num_workers": 2}, "set sampler.num_gpus=1"),
-        ({"device": "cuda", "num_gpus": 2}, {"num_gpus": 1}, "set learner.num_gpus=1"),
-        ({"device": "cuda"}, {"num_gpus": 1}, "set learner.num_gpus=1"),
-        ({"num_gpus": 1}, {"num_gpus": 1}, "set learner.device=cuda"),
+        ({"num_gpus": 0.5}, {"num_gpus": 0.5}, "sampler.gpu_memory_utilization=0.5"),
+        ({"num_gpus": 1}, {"num_gpus": 0.5, "num_workers": 2}, "set sampler.num_gpus=1"),
+        ({"num_gpus": 2}, {"num_gpus": 1}, "set learner.num_gpus=1"),
         ({}, {"num_gpus": 0.5, "colocate": True}, "sampler.colocate=false"),
         ({}, {"num_gpus": 1, "tensor_parallel_size": 2}, "set sampler.num_gpus=2"),
     ],
@@ -107,5 +104,5 @@ def test_a_section_that_does_not_go_with_what_the_cluster_adds_is_refused_with_i
     half = ServiceConfig(sampler=SamplerSection(num_gpus=0.5))  # whose utilization is for a GPU that learns in turn
     with pytest.raises(ConfigError, match=r"ServiceConfig: .*sampler\.gpu_memory_utilization=0\.5"):
         sections(half, {"CPU": 8.0, "GPU": 1.0})
-    whole = ServiceConfig(learner=LearnerSection(device="cuda", num_gpus=1))
+    whole = ServiceConfig(learner=LearnerSection(num_gpus=1))
     assert sections(whole, {"CPU": 8.0, "GPU": 2.0})[1].num_gpus == 1

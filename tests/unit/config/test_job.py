@@ -92,13 +92,14 @@ WRONG = [
     (["rl.steps=-1"], ["rl.steps", "-1", "greater than or equal to 0"]),
     (["rl.steps=many"], ["rl.steps", "'many'", "integer"]),
     (["rl.samples_per_problem=1"], ["rl.samples_per_problem", "greater than or equal to 2"]),
-    (["rl.sampling.top_p=0.9"], ["rl.sampling", "top_p: 1.0"]),
-    (["rl.sampling.top_k=20"], ["rl.sampling", "top_k: -1"]),
+    (["rl.sampling.top_p=0.9"], ["rl.sampling.top_p", "always 1.0"]),
+    (["rl.sampling.top_k=20"], ["rl.sampling.top_k", "always -1"]),
+    (["watchdog.stages.smaple=60"], ["watchdog.stages", "'smaple'", "start, base, sample", "did you mean 'sample'"]),
     (["rl.sampling.temperature=0"], ["rl.sampling.temperature", "greater than or equal to 0.01"]),
     (["rl.advantages={baseline: none, normalise: std}"], ["rl.advantages", "baseline: none", "normalise: none"]),
     (["rewards.format_pattern='(a'"], ["rewards.format_pattern", "no valid regular expression", "missing )"]),
     (["rl.loss.name=grpo"], ["rl.loss.name", "importance_sampling", "'grpo'"]),
-    (["lora.rank=64"], ["lora.rank 64", "sampler.max_lora_rank=64"]),
+    (["lora.rank=64", "sampler.max_lora_rank=32"], ["lora.rank 64", "sampler.max_lora_rank=64"]),
     (["lora.train_attn=false", "lora.train_mlp=false"], ["no module is trained", "train_unembed"]),
     (UNEMBEDDING_ON_CUDA, ["lora.train_unembed", "set lora.train_unembed=false"]),
     (["model.make.head_dim=16"], ["model.make.head_dim", "16"]),
@@ -142,7 +143,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_sampler_on_cuda_takes_half_precision_and_a_learner_there_any(dtype: str) -> None:
     assert parse_config(SMALL, ["sampler.num_gpus=0.5", f"model.dtype={dtype}"]).sampler_device == "cuda"
-    mixed = parse_config(SMALL, ["learner.device=cuda", "learner.num_gpus=0.5", "model.dtype=float32"])
+    mixed = parse_config(SMALL, ["learner.num_gpus=0.5", "model.dtype=float32"])
     assert (mixed.model.dtype, mixed.sampler_device) == ("float32", "cpu")
 
 

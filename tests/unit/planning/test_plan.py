@@ -282,12 +282,12 @@ def test_the_command_ends_with_code_1_where_the_job_does_not_fit() -> None:
 
 
 def test_predictions_for_a_gpu_are_marked_as_unmeasured() -> None:
-    done = run_plan("configs/quickstart.yaml", "learner.device=cuda", "learner.num_gpus=1", *ON_CUDA)
+    done = run_plan("configs/quickstart.yaml", "learner.num_gpus=1", *ON_CUDA)
     assert "UNMEASURED" in done.stdout and done.returncode == 1
 
 
 IN_TURNS = [
-    "learner.device=cuda", "learner.num_gpus=0.5", "sampler.num_gpus=0.5", "sampler.colocate=true",
+    "learner.num_gpus=0.5", "sampler.num_gpus=0.5", "sampler.colocate=true",
     "sampler.gpu_memory_utilization=0.5", "model.dtype=bfloat16",
 ]  # fmt: skip
 

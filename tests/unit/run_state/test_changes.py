@@ -9,8 +9,9 @@ import yaml
 
 from rlsys.config import dump_config
 from rlsys.errors import RunExistsError
-from rlsys.run_state.changes import FIXED, refuse_changes
+from rlsys.run_state.changes import refuse_changes
 from rlsys.run_state.run_dir import RunStore
+from rlsys.run_state.saved_config import FIXED
 from tests.unit.run_state.run_stores import config, saved
 
 
@@ -58,7 +59,7 @@ def test_a_configuration_of_an_older_rlsys_is_compared_by_the_keys_that_both_hav
     old = yaml.safe_load(path.read_text())
     old["run"]["stage_timeout_s"] = 600.0  # a key that is gone
     old["gone"] = {"section": {"key": 1}}
-    del old["checkpoint"], old["task"]["eval_seed"]  # keys that are new
+    del old["checkpoint"], old["task"]["eval_share"]  # keys that are new
     path.write_text(yaml.safe_dump(old))
     refuse_changes(job, job.run_dir)
     path.write_text("run: [")

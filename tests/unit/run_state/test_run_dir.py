@@ -57,11 +57,11 @@ def test_a_run_of_an_rlsys_that_kept_no_day_has_that_of_its_start(tmp_path: Path
 
 def test_facts_outlive_the_driver(tmp_path: Path) -> None:
     with RunStore.open(config(tmp_path)) as store:
-        store.note(address="10.0.0.1:6379")
+        store.note(cluster="10.0.0.1:6379")
         first = store.info
     with RunStore.open(config(tmp_path)) as store:
         assert store.info == first
-        assert store.info["address"] == "10.0.0.1:6379" and store.info["wandb_id"]
+        assert store.info["cluster"] == "10.0.0.1:6379" and store.info["wandb_id"]
 
 
 def test_only_the_steps_asked_for_decide_whether_a_run_is_finished(tmp_path: Path) -> None:

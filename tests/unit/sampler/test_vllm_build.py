@@ -17,7 +17,6 @@ Install = Callable[..., None]
 ROOT = Path(__file__).parents[3]
 ON_GPU = [
     "model.dtype=bfloat16",
-    "learner.device=cuda",
     "learner.num_gpus=0.5",
     "sampler.num_gpus=0.5",
     "sampler.colocate=true",

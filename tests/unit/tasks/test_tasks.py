@@ -123,14 +123,14 @@ def test_an_expression_in_the_box_earns_nothing(quickstart: Arithmetic) -> None:
 
 
 def test_more_problems_than_there_are_is_refused_with_the_way_out() -> None:
-    section = TaskSection(train_problems=300, max_value=2, min_operations=1, max_operations=1)
-    with pytest.raises(ConfigError, match=r"task.train_problems: found \d+ distinct .* wanted 300: .*max_operations"):
+    section = TaskSection(train_problems=20_000, min_operations=1, max_operations=1)
+    with pytest.raises(ConfigError, match=r"task.train_problems: found \d+ distinct .* wanted 20000: .*max_operations"):
         Arithmetic(section, seed=0)
 
 
 def test_a_range_of_operations_upside_down_is_refused() -> None:
-    section = TaskSection(supervised_min_operations=3, supervised_max_operations=2)
-    with pytest.raises(ConfigError, match="supervised_min_operations: found 3; wanted at most"):
+    section = TaskSection(min_operations=3, max_operations=2)
+    with pytest.raises(ConfigError, match=r"task\.min_operations: found 3; wanted at most task\.max_operations = 2"):
         Arithmetic(section, seed=0)
 
 

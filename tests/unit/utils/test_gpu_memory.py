@@ -41,7 +41,7 @@ def actor(base: Path, **section: object) -> LearnerActor:
 def test_after_all_that_computes_the_memory_that_torch_keeps_is_given_back(
     tiny_model: Callable[[bool], Path], asked: list[str]
 ) -> None:
-    door = actor(tiny_model(True), device="cuda", num_gpus=0.4)
+    door = actor(tiny_model(True), num_gpus=0.4)
     batch = on_policy(door.policy, np.linspace(-1, 1, LENGTH).astype(np.float32))
     place = SimpleNamespace(step=1, substep=0, first=True, last=True, on_policy=True)
     for work in (door.probe, lambda: door.learn(batch, place), door.publish, door.state_files):
@@ -55,7 +55,7 @@ def test_after_all_that_computes_the_memory_that_torch_keeps_is_given_back(
     assert asked == ["limit 0.4", "empty"]  # after an error too
 
 
-@pytest.mark.parametrize("section", [{}, {"device": "cuda", "num_gpus": 1}], ids=["on the CPU", "a GPU of its own"])
+@pytest.mark.parametrize("section", [{}, {"num_gpus": 1}], ids=["on the CPU", "a GPU of its own"])
 def test_who_shares_no_gpu_keeps_its_memory(
     section: dict[str, object], tiny_model: Callable[[bool], Path], asked: list[str]
 ) -> None:
@@ -68,7 +68,7 @@ def test_who_shares_no_gpu_keeps_its_memory(
 def test_start_loads_within_the_share_and_gives_back(
     tiny_model: Callable[[bool], Path], asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    door = actor(tiny_model(True), device="cuda", num_gpus=0.5)
+    door = actor(tiny_model(True), num_gpus=0.5)
     loaded: list[JobConfig] = []
 
     def load(*arguments: object) -> str:

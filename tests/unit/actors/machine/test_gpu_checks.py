@@ -10,18 +10,26 @@ import pytest
 
 from actors.machine.checks import Check, apart
 from actors.machine.device_code import architectures, covers, told, vllm_extensions
-from actors.machine.gpu_checks import TORCH, examine_gpus, examine_nvml, kernels, serving_device, torch_and_driver
+from actors.machine.gpu_checks import (
+    TORCH,
+    TorchFacts,
+    examine_gpus,
+    examine_nvml,
+    kernels,
+    serving_device,
+    torch_and_driver,
+)
 from actors.machine.gpus import Gpu, Gpus, gpus
 from rlsys.config import JobConfig, parse_config
 from rlsys.planning.plan import GB
 from tests.unit.actors.machine.nvml_standin import MIB, Card, Machine, Part, cards, install, needs_gcc
 
-ON_GPU = (
-    "run: {name: a}\nmodel: {path: x, dtype: bfloat16}\nlearner: {device: cuda, num_gpus: 1}\nsampler: {num_gpus: 1}\n"
-)
+ON_GPU = "run: {name: a}\nmodel: {path: x, dtype: bfloat16}\nlearner: {num_gpus: 1}\nsampler: {num_gpus: 1}\n"
 T4 = Card(Part("GPU-t", "Tesla T4", 15_360 * MIB, 15_000 * MIB), capability=(7, 5), mig=-1)
 H200 = Gpus(driver="580.1", cuda=(13, 0), gpus=(Gpu(0, "GPU-h", "NVIDIA H200", (9, 0), 141 * GB, 140 * GB),))
-TORCH_FACTS = {"version": "2.13.0+cu130", "cuda": "13.0", "nccl": [2, 29, 7], "architectures": ["sm_80", "sm_90"]}
+TORCH_FACTS: TorchFacts = {
+    "version": "2.13.0+cu130", "cuda": "13.0", "nccl": [2, 29, 7], "architectures": ["sm_80", "sm_90"], "tried": [],
+}  # fmt: skip
 
 
 def named(checks: list[Check]) -> dict[str, Check]:

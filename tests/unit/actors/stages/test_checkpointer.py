@@ -61,7 +61,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Learner, Keeper, Ledg
     learner = Learner(config, store, Failures(), lambda text: None)
     learner.init = LearnerInit(None, None)  # type: ignore[arg-type]
     learner.launch(())
-    return store, learner, Keeper(config, store, learner), Ledger(Epochs(4, 2, 0))  # type: ignore[arg-type]
+    return store, learner, Keeper(7, config.watchdog, store, learner), Ledger(Epochs(4, 2, 0))  # type: ignore[arg-type]
 
 
 def test_a_state_from_before_the_learner_went_back_makes_no_checkpoint(

@@ -13,7 +13,7 @@ from actors.faults.actor_logs import Failures
 from actors.reward_actor import RewardActor, ShowRequest
 from actors.stages.restarting_actors import RestartingActor, first_rows
 from rlsys.advantages import to_minibatches
-from rlsys.config import JobConfig, parse_config
+from rlsys.config import JobConfig, WatchdogSection, parse_config
 from rlsys.errors import ActorDiedError
 from rlsys.protocols import DatumsRef, Ref, RewardsRef, RolloutsRef, TrainedStep
 from rlsys.rewards.rollout_samples import LearnedBatch, _token_values
@@ -76,7 +76,7 @@ def test_completions_are_shown_with_their_own_advantages_where_pieces_were_centr
 
 def test_a_death_that_two_threads_see_is_healed_once_and_none_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "kill", lambda actor: None)
-    stage = RestartingActor("rewards", object, job(), Failures(), lambda text: None)
+    stage = RestartingActor("rewards", object, WatchdogSection(), 3, Failures(), lambda text: None)
     dead, death = stage.actor, ActorDiedError("gone")
     threads = [threading.Thread(target=stage._restart, args=(death, dead)) for _ in range(2)]
     for thread in threads:

@@ -138,7 +138,7 @@ def learner_case(dtype: str, **section: Any) -> dict[str, Any]:
     watched = Watched()
     with mode(), watched:
         unembed = section.pop("train_unembed", False)
-        given = LearnerSection(device="cuda", num_gpus=1, token_budget=400, **section)
+        given = LearnerSection(num_gpus=1, token_budget=400, **section)
         learner = module.Learner("x", ModelSection(path="x", dtype=dtype, max_length=2048), given)
         learner.runs.create("run", LoraSection(rank=8, train_unembed=unembed), seed=1)
         data = batch()
