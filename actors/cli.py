@@ -250,7 +250,7 @@ def export(
     if for_vllm and merged:
         raise ConfigError("--for-vllm was given with --merged; a merged model has only one layout")
 
-    from rlsys.learner.adapter_checkpoint import read_info
+    from rlsys.learner.checkpoint_files import read_info
     from rlsys.learner.export import export_adapter, export_merged
 
     if merged:
