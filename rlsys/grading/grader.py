@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlsys import tasks
 from rlsys.advantages import groups_without_gradient
@@ -31,6 +30,9 @@ from rlsys.tasks.problem_sets import problem_sets
 from rlsys.tokenization.renderer import Renderer
 from rlsys.tokenization.stop_conditions import embedding_rows, load_tokenizer, read_json
 from rlsys.types import Array
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
