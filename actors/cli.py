@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rlsys.config import load_command, load_config
 from rlsys.errors import ConfigError, RlsysError, StorageError
 from rlsys.utils.atomic_files import refusal
 from rlsys.utils.env_variables import drop_empty_variables
@@ -22,6 +21,12 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+def _load(config: Path, overrides: Sequence[str] | None) -> JobConfig:
+    from rlsys.config import load_command  # takes most of the start's time, which `rlsys --help` does not need
+
+    return load_command(config, overrides or ())
 
 
 def _expanded(path: Path | None) -> Path | None:
@@ -50,7 +55,7 @@ def train(
     """Train a policy, or resume an interrupted run.
 
     Joins the Ray cluster at cluster.address or RAY_ADDRESS; without an address, starts Ray on this machine."""
-    job = load_command(config, overrides or ())
+    job = _load(config, overrides)
 
     from actors.job import train as run_job  # Ray and torch are imported only for a valid configuration
     from rlsys.tracking.progress import Progress, closing_rows
@@ -104,7 +109,7 @@ def evaluate(
 
     Writes only to the output folder, so it can be used while the run is active.
     """
-    job = load_command(config, [*(overrides or ()), *([] if samples is None else [f"eval.samples={samples}"])])
+    job = _load(config, [*(overrides or ()), *([] if samples is None else [f"eval.samples={samples}"])])
 
     from rlsys.evaluation.policy_source import find_policy
 
@@ -160,7 +165,7 @@ def plan(
     from rlsys.planning.plan import plan as make_plan
     from rlsys.planning.view import show
 
-    job = load_command(config, overrides or ())
+    job = _load(config, overrides)
     refuse_structure(job.model.path)
     notes: tuple[str, ...] = ()
     if _holds_more_than_a_config(job.model.path):
@@ -216,7 +221,7 @@ def doctor(
     from rich.console import Console
 
     from actors.doctor import examine
-    from rlsys.config import ClusterSection
+    from rlsys.config import ClusterSection, load_config
     from rlsys.planning.view import show_checks
 
     job = load_config(config) if config else None
@@ -287,6 +292,7 @@ def ledger(
     run: Annotated[Path, typer.Argument(help="Run directory; the run may be active.", callback=_expanded)],
 ) -> None:
     """Show how many of a run's sampled problems had each outcome, as of its last checkpoint."""
+    from rlsys.config import load_config
     from rlsys.data.problems import Epochs
     from rlsys.run_state.ledger import Ledger, describe
     from rlsys.run_state.resume import newest

@@ -6,9 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlsys.config.key_types import Address, Name, Processes, Seconds, WandbProject, WandbTag
+from rlsys.config.key_types import Address, Name, PathText, Processes, Seconds, WandbProject, WandbTag
 from rlsys.config.section import Section
-from rlsys.utils.shell_paths import PathText
 
 
 class RunSection(Section):
