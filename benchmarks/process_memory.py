@@ -2,13 +2,15 @@
 
 Runs a job of two steps on a random Qwen3 of two layers, so that the figures are those of the imports and of Ray, and
 prints each role's largest resident size (RSS) and unique set size (USS, the memory that ends with the process). RSS
-counts the pages of shared libraries and of the object store in each process that maps them, USS in none. An actor
-without a method body is the least that a Ray actor needs. The losses are printed too, to compare two revisions.
+counts the pages of shared libraries and of the object store in each process that maps them, USS in none. A driver and
+an actor that import Ray alone are measured too: no process of a job can need less. The last lines are what the learner
+computed and the hash of its adapter, to compare two revisions.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -33,7 +35,6 @@ ROLES = {
     "VLLM::EngineCore": "engine",
     "ray::IDLE": "idle Ray worker",
 }
-GRADERS = "multiprocessing.forkserver"
 JOB = """
 run: {name: memory, seed: 5}
 model: {dtype: float32, max_length: 96}
@@ -101,7 +102,7 @@ def _measured(driver: int) -> Iterator[tuple[str, int, int]]:
         return
     for process in processes:
         try:
-            role = "driver" if process.pid == driver else _role(" ".join(process.cmdline()))
+            role = "driver" if process.pid == driver else _role(process)
             if role is not None:
                 memory = process.memory_full_info()
                 yield role, memory.rss, memory.uss
@@ -109,9 +110,15 @@ def _measured(driver: int) -> Iterator[tuple[str, int, int]]:
             continue
 
 
-def _role(title: str) -> str | None:
-    if GRADERS in title:
-        return "grader process"
+def _role(process: psutil.Process) -> str | None:
+    role = _named(process)
+    if role is None and any(_named(parent) == "reward actor" for parent in process.parents()):
+        return "grader process"  # or the server that forks them
+    return role
+
+
+def _named(process: psutil.Process) -> str | None:
+    title = " ".join(process.cmdline())
     return next((role for name, role in ROLES.items() if title.startswith(name)), None)
 
 
@@ -122,11 +129,13 @@ def floor() -> dict[str, tuple[int, int]]:
     return {"driver, Ray alone": (driver[0], driver[1]), "actor, Ray alone": (actor[0], actor[1])}
 
 
-def losses(run_dir: Path) -> list[dict[str, float]]:
-    """What the learner computed in each step: equal on two revisions that compute the same."""
+def computed(run_dir: Path) -> str:
+    """Numbers of each step, and the hash of the adapter: equal on two revisions that compute the same."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    wanted = ("step", "policy/loss", "policy/grad_norm", "reward/mean")
-    return [{name: line[name] for name in wanted if name in line} for line in lines if "reward/mean" in line]
+    wanted = ("step", "reward/mean", "policy/grad_norm", "policy/kl_k1", "policy/logprob_diff_mean")
+    steps = [{name: line[name] for name in wanted} for line in lines if "reward/mean" in line]
+    adapter = hashlib.sha256((run_dir / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return "\n".join([*map(json.dumps, steps), f"adapter {adapter}"])
 
 
 def _environment() -> dict[str, str]:
@@ -145,11 +154,11 @@ def main() -> None:
         places = [f"model.path={scratch / 'base'}", f"run.dir={scratch / 'runs'}"]
         command = [sys.executable, "-m", "rlsys", "train", str(scratch / "job.yaml"), *places, *overrides]
         peaks = floor() | run(command)
-        steps = losses(scratch / "runs" / "memory")
+        result = computed(scratch / "runs" / "memory")
     print(f"{'process':<18} {'RSS':>6} {'USS':>6}   (largest, MiB)")
     for role, (rss, uss) in sorted(peaks.items()):
         print(f"{role:<18} {rss / MIB:>6.0f} {uss / MIB:>6.0f}")
-    print(json.dumps(steps))
+    print(result)
 
 
 if __name__ == "__main__":
