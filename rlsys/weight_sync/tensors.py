@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from blake3 import blake3
 
 from rlsys.weight_sync.update import AdapterSnapshot, TensorSlot
 
@@ -40,6 +39,8 @@ def tensors_of(snapshot: AdapterSnapshot) -> dict[str, torch.Tensor]:
 
 def digest_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
     """A hash over names, shapes, dtypes and bytes, in the order given."""
+    from blake3 import blake3  # only publishing and serving need it; benchmarks.gpu_check runs without it
+
     digest = blake3()
     for name, tensor in named:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
