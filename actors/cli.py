@@ -10,17 +10,23 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from rlsys.config import ClusterSection, load_command, load_config
 from rlsys.errors import ConfigError, RlsysError, StorageError
 from rlsys.utils.atomic_files import refusal
 from rlsys.utils.env_variables import drop_empty_variables
 from rlsys.utils.shell_paths import expand, expanded
 
 if TYPE_CHECKING:
+    from rlsys.config import ClusterSection, JobConfig
     from rlsys.planning.fit import Node
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+
+
+def _load(config: Path, overrides: Sequence[str] | None) -> JobConfig:
+    from rlsys.config import load_command  # takes most of the start's time, which `rlsys --help` does not need
+
+    return load_command(config, overrides or ())
 
 
 def _expanded(path: Path | None) -> Path | None:
@@ -49,7 +55,7 @@ def train(
     """Train a policy, or resume an interrupted run.
 
     Joins the Ray cluster at cluster.address or RAY_ADDRESS; without an address, starts Ray on this machine."""
-    job = load_command(config, overrides or ())
+    job = _load(config, overrides)
 
     from actors.job import train as run_job  # Ray and torch are imported only for a valid configuration
     from rlsys.tracking.progress import Progress, closing_rows
@@ -103,7 +109,7 @@ def evaluate(
 
     Writes only to the output folder, so it can be used while the run is active.
     """
-    job = load_command(config, [*(overrides or ()), *([] if samples is None else [f"eval.samples={samples}"])])
+    job = _load(config, [*(overrides or ()), *([] if samples is None else [f"eval.samples={samples}"])])
 
     from rlsys.evaluation.policy_source import find_policy
 
@@ -159,7 +165,7 @@ def plan(
     from rlsys.planning.plan import plan as make_plan
     from rlsys.planning.view import show
 
-    job = load_command(config, overrides or ())
+    job = _load(config, overrides)
     refuse_structure(job.model.path)
     notes: tuple[str, ...] = ()
     if _holds_more_than_a_config(job.model.path):
@@ -215,6 +221,7 @@ def doctor(
     from rich.console import Console
 
     from actors.doctor import examine
+    from rlsys.config import ClusterSection, load_config
     from rlsys.planning.view import show_checks
 
     job = load_config(config) if config else None
@@ -248,7 +255,7 @@ def export(
     if for_vllm and merged:
         raise ConfigError("--for-vllm was given with --merged; a merged model has only one layout")
 
-    from rlsys.learner.adapter_checkpoint import read_info
+    from rlsys.learner.checkpoint_files import read_info
     from rlsys.learner.export import export_adapter, export_merged
 
     if merged:

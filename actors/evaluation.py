@@ -25,13 +25,13 @@ from rlsys.errors import RlsysError
 from rlsys.evaluation.evaluate import EvalResult, evaluate_policy
 from rlsys.evaluation.policy_source import PolicySource
 from rlsys.evaluation.record import EvalRecord, GradedCompletion
-from rlsys.modeling.base_model import pack_folder
 from rlsys.planning.model_folder import check_job
 from rlsys.protocols import Ref
 from rlsys.run_state.resume import Resume
 from rlsys.tracking.learning_checks import LearningChecks
 from rlsys.tracking.progress import Progress
 from rlsys.tracking.system_metrics import environment
+from rlsys.utils.packed_folder import pack_folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,7 @@ from rlsys.config.gpu_shares import may_share
 from rlsys.config.relative_paths import resolve_paths
 from rlsys.data.problems import Epochs
 from rlsys.errors import RlsysError, RunExistsError, StorageError
-from rlsys.learner.adapter_checkpoint import CONFIG, MANIFEST, WEIGHTS
-from rlsys.modeling.base_model import pack_folder
+from rlsys.learner.checkpoint_files import CONFIG, MANIFEST, WEIGHTS
 from rlsys.planning.model_folder import check_job
 from rlsys.protocols import Ref, Stages
 from rlsys.report.page import write_report
@@ -42,6 +41,7 @@ from rlsys.tracking.progress import Progress
 from rlsys.tracking.tracker import Tracker
 from rlsys.utils.atomic_files import refusal
 from rlsys.utils.env_variables import env_variable
+from rlsys.utils.packed_folder import pack_folder
 from rlsys.utils.text_files import first_line
 
 

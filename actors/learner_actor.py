@@ -48,8 +48,8 @@ class LearnerActor:
 
     def make_base(self) -> tuple[dict[str, bytes], Metrics]:
         from rlsys.bootstrap.supervised import make_base
-        from rlsys.modeling.base_model import pack_folder
         from rlsys.planning.memory import bound_growth
+        from rlsys.utils.packed_folder import pack_folder
 
         assert self.config.model.make
         bound_growth(self.config.model.make.hidden_size)

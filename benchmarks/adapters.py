@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from rlsys.data.problems import Problem, ProblemSet, encode
-from rlsys.weight_sync.update import AdapterSnapshot, snapshot_of
+from rlsys.weight_sync.tensors import snapshot_of, tensors_of
+from rlsys.weight_sync.update import AdapterSnapshot
 
 
 def random_snapshot(
@@ -31,7 +32,7 @@ def random_snapshot(
 def write_adapter(snapshot: AdapterSnapshot, folder: Path) -> None:
     """In PEFT's format."""
     folder.mkdir(parents=True)
-    tensors = {f"base_model.model.{name}.weight": tensor.clone() for name, tensor in snapshot.tensors().items()}
+    tensors = {f"base_model.model.{name}.weight": tensor.clone() for name, tensor in tensors_of(snapshot).items()}
     targets = sorted({slot.name.split(".")[-2] for slot in snapshot.layout})
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": snapshot.rank, "lora_alpha": snapshot.rank,

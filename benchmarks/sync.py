@@ -32,7 +32,8 @@ from ray.cluster_utils import Cluster
 
 from actors.cluster.ray_cluster import threads_env
 from actors.faults.actor_calls import wait
-from rlsys.weight_sync.update import WeightUpdate, digest_tensors, snapshot_of
+from rlsys.weight_sync.tensors import digest_tensors, snapshot_of, tensors_of
+from rlsys.weight_sync.update import WeightUpdate
 from tests.nodes.machines import ROOT, best
 
 LIMIT_S = 60.0
@@ -78,7 +79,7 @@ class Receiver:
         return time.monotonic(), total
 
     async def digest(self, update: WeightUpdate) -> str:
-        return digest_tensors(sorted(update.snapshot.tensors().items()))
+        return digest_tensors(sorted(tensors_of(update.snapshot).items()))
 
 
 def measure(where: str, sizes: Sequence[float], counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:

@@ -6,27 +6,27 @@ import importlib
 from typing import TYPE_CHECKING
 
 from rlsys import python_version as python_version  # first: it refuses Pythons that the rest cannot run on
-from rlsys import types
-from rlsys.types import (
-    AdamParams,
-    Datum,
-    EncodedTextChunk,
-    ForwardBackwardOutput,
-    ModelInput,
-    OptimStepResponse,
-    SampledSequence,
-    SampleResponse,
-    SamplingParams,
-    TensorData,
-)
 
 if TYPE_CHECKING:
+    from rlsys import types
     from rlsys.client import ApiFuture, SamplingClient, ServiceClient, ServiceConfig, TrainingClient
+    from rlsys.types import (
+        AdamParams,
+        Datum,
+        EncodedTextChunk,
+        ForwardBackwardOutput,
+        ModelInput,
+        OptimStepResponse,
+        SampledSequence,
+        SampleResponse,
+        SamplingParams,
+        TensorData,
+    )
 
 __version__ = "0.1.0"
 
-# Loaded when asked for: a job's configuration and the types need neither clients nor what these need.
-_LAZY = ("ApiFuture", "SamplingClient", "ServiceClient", "ServiceConfig", "TrainingClient")
+# Loaded when asked for: the command line and a job's configuration need neither clients nor numpy.
+_OF_CLIENT = ("ApiFuture", "SamplingClient", "ServiceClient", "ServiceConfig", "TrainingClient")
 
 __all__ = [
     "AdamParams",
@@ -50,6 +50,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        return getattr(importlib.import_module("rlsys.client"), name)
+    if name == "types":
+        return importlib.import_module("rlsys.types")
+    if name in __all__:
+        return getattr(importlib.import_module("rlsys.client" if name in _OF_CLIENT else "rlsys.types"), name)
     raise AttributeError(f"module 'rlsys' has no attribute {name!r}")

@@ -8,6 +8,8 @@ If a ratio overflows at a position with a weight, value and gradient stay infini
 gradient, whereas ``optim_step`` refuses a gradient that is not finite. In float32 an overflow needs p - q > 88, which
 only broken log-probabilities reach.
 
+The functions call methods of tensors only, so that a driver or client can check a loss's parameters without torch.
+
 To add a loss: write its function, add a line to ``_LOSSES``, and add a golden test.
 """
 
@@ -16,13 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from rlsys.errors import LossError, MissingInputError, did_you_mean
 from rlsys.types import Array, is_number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Config = Mapping[str, float]
 
@@ -44,7 +48,7 @@ def ppo(p_T: Tensor, q_T: Tensor, adv_T: Tensor, *, low: float, high: float) -> 
     token whose r overflows has gradient 0 instead of 0 * inf.
     """
     x_T = p_T - q_T
-    return -torch.where(adv_T > 0, x_T.clamp(max=_log(high)), x_T.clamp(min=_log(low))).exp() * adv_T
+    return -x_T.clamp(max=_log(high)).where(adv_T > 0, x_T.clamp(min=_log(low))).exp() * adv_T
 
 
 def cispo(
@@ -102,12 +106,12 @@ class Loss:
         _require_columns(self, columns)
         inputs = [logp_T] + [columns[key] for key in _RATIO_INPUTS if key in self.required]
         weights_T = columns.get("weights")
-        counts_T = torch.ones_like(logp_T, dtype=torch.bool) if weights_T is None else weights_T != 0
+        counts_T = logp_T.new_ones(logp_T.shape).bool() if weights_T is None else weights_T != 0
         if _LOSSES[self.name].silent_at_zero_advantage:
             counts_T = counts_T & (columns["advantages"] != 0)
         # Inputs are masked, not values: otherwise autograd would multiply the masked gradient 0 by an infinite exp.
-        values_T = _LOSSES[self.name].equation(*(torch.where(counts_T, x, 0.0) for x in inputs), **self.params)
-        return values_T if weights_T is None else torch.where(counts_T, weights_T, 0.0) * values_T
+        values_T = _LOSSES[self.name].equation(*(x.where(counts_T, 0.0) for x in inputs), **self.params)
+        return values_T if weights_T is None else weights_T.where(counts_T, 0.0) * values_T
 
 
 def resolve(name: str, config: Config | None = None) -> Loss:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlsys.errors import ConfigError, DatumError, SamplingError
+from rlsys.limits import LEAST_EPS
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ StopReason = Literal["stop", "length"]
 
 INTEGER_INPUTS = frozenset({"target_tokens"})
 MAX_TOKEN_ID = 2**31 - 1  # batches use int32
-LEAST_EPS = 1e-38  # of AdamW in float32: eps 0 would give 0/0 for a weight whose gradients were all 0
 
 
 def to_array(value: object) -> Array:

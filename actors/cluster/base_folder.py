@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from rlsys.errors import ConfigError
-from rlsys.modeling.base_model import unpack_folder
+from rlsys.utils.packed_folder import unpack_folder
 
 Base = (
     str | Mapping[str, bytes]

@@ -35,6 +35,7 @@ from rlsys.client.requests import Drop, Request, TakeSnapshot
 from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
 from rlsys.config.gpu_shares import may_share, start_in_order
 from rlsys.errors import ConfigError
+from rlsys.learner.checkpoint_files import read_info
 from rlsys.types import Array, SamplingParams
 from rlsys.utils.shell_paths import as_written
 
@@ -70,10 +71,6 @@ class RayBackend:
             return deployment
 
     def base_model_of(self, path: str) -> str:
-        from rlsys.learner.adapter_checkpoint import (
-            read_info,  # imports the learner's libraries, which most clients do not need
-        )
-
         return read_info(folder_of(Path(self._checkpoints), path)).base_name
 
     def known(self) -> list[About | str]:

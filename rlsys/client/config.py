@@ -17,8 +17,8 @@ from rlsys.config import (
     gpu_shares,
     refuse_dtype,
 )
-from rlsys.config.key_types import Name, Seconds
-from rlsys.utils.shell_paths import PathText, expand
+from rlsys.config.key_types import Name, PathText, Seconds
+from rlsys.utils.shell_paths import expand
 
 
 def _whole_models(value: object) -> object:

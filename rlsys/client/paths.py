@@ -46,6 +46,6 @@ def folder_of(root: Path, path: str) -> Path:
 
 def new_folder_of(root: Path, model_id: str, kind: str, name: str) -> Path:
     """Folder for a new state of that name. Raises CheckpointError as `folder_of` does."""
-    from rlsys.learner.adapter_checkpoint import checkpoint_path
+    from rlsys.learner.checkpoint_files import checkpoint_path
 
     return checkpoint_path(root / model_id.replace(":", ".") / kind, name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 from rlsys.client.backend import SnapshotHandle
 from rlsys.types import AdamParams, BatchResult, Datum
 
-if TYPE_CHECKING:  # a client loads torch at its first pass
+if TYPE_CHECKING:
     from rlsys.datums import DatumBatch
     from rlsys.losses import Loss
 

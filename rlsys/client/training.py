@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 
+from rlsys import datums, losses
 from rlsys.client import requests
 from rlsys.client.backend import Answer, Deployment, ModelHandle, SnapshotHandle
 from rlsys.client.containers import by_datum, outputs
@@ -290,9 +291,7 @@ def _drop(deployment: Deployment, model_id: str, numbers: Iterator[int]) -> None
 def _batch(
     deployment: Deployment, data: Sequence[Datum], loss_fn: str, loss_fn_config: Mapping[str, float] | None
 ) -> tuple[DatumBatch, Loss]:
-    """The batch and its loss, validated against loss and model. Imports torch at the first call."""
-    from rlsys import datums, losses
-
+    """The batch and its loss, validated against loss and model."""
     loss = losses.resolve(loss_fn, loss_fn_config)
     about = deployment.about
     return datums.collate(data, loss, vocab_size=about.vocab_size, max_length=about.max_length), loss

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from rlsys.config.section import Section
-from rlsys.types import LEAST_EPS, AdamParams, SamplingParams
+from rlsys.limits import LEAST_EPS
+
+if TYPE_CHECKING:
+    from rlsys.types import AdamParams, SamplingParams
 
 
 class AdvantageSection(Section):
@@ -45,6 +48,8 @@ class SamplingSection(Section):
     stop: list[str] | None = None
 
     def params(self, seed: int | None = None) -> SamplingParams:
+        from rlsys.types import SamplingParams  # imports numpy, which a refused job does not need
+
         return SamplingParams(self.max_tokens, self.temperature, seed=seed, stop=self.stop or None)
 
 
@@ -84,6 +89,8 @@ class OptimSection(Section):
         a warm-up (N - step) / N; cosine: final + (1 - final) * (1 + cos(pi x)) / 2 (SGDR, arXiv:1608.03983, equation 5,
         without restarts). From step N on the rate is `final_share`.
         """
+        from rlsys.types import AdamParams  # as above
+
         factor = min(1.0, (step + 1) / max(1, self.warmup_steps))
         if self.schedule != "constant":
             end, top = self.decay_steps or total_steps, max(0, self.warmup_steps - 1)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PlainSerializer
 
 from rlsys.errors import ConfigError
+from rlsys.utils.shell_paths import as_written, expand
+
+PathText = Annotated[str, AfterValidator(expand), PlainSerializer(as_written, return_type=str, when_used="json")]
 
 
 def _plain_name(text: str) -> str:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from rlsys.config.key_types import PathText
 from rlsys.config.section import Section
-from rlsys.utils.shell_paths import PathText
 
 MAX_LORA_RANK = 512  # that vLLM serves
 

@@ -6,10 +6,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
-from rlsys.config.key_types import Address, Name, Processes, Seconds, WandbProject, WandbTag
+from rlsys.config.key_types import Address, Name, PathText, Processes, Seconds, WandbProject, WandbTag
 from rlsys.config.section import Section
 from rlsys.errors import did_you_mean
-from rlsys.utils.shell_paths import PathText
 
 
 class RunSection(Section):

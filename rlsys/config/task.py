@@ -5,12 +5,10 @@ from __future__ import annotations
 from datetime import date
 from typing import Any
 
-import regex
 from pydantic import Field, field_validator, model_validator
 
-from rlsys.config.key_types import Processes, Seconds
+from rlsys.config.key_types import PathText, Processes, Seconds
 from rlsys.config.section import Section
-from rlsys.utils.shell_paths import PathText
 
 
 class SourceSection(Section):
@@ -114,8 +112,12 @@ class RewardSection(Section):
     @field_validator("format_pattern")
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
+        if pattern is None:
+            return None
+        import regex  # only for a job with a pattern
+
         try:
-            regex.compile(pattern or "")
+            regex.compile(pattern)
         except regex.error as error:
             raise ValueError(f"is no valid regular expression: {error}") from None
         return pattern

@@ -12,13 +12,13 @@ from typing import Literal
 from rlsys.config import JobConfig, LoraSection, ModelSection
 from rlsys.config.relative_paths import resolve_paths
 from rlsys.errors import CheckpointError
-from rlsys.learner.adapter_checkpoint import CONFIG as ADAPTER_CONFIG
-from rlsys.learner.adapter_checkpoint import MANIFEST, WEIGHTS, read_files, read_info
-from rlsys.modeling.base_model import pack_folder
+from rlsys.learner.checkpoint_files import CONFIG as ADAPTER_CONFIG
+from rlsys.learner.checkpoint_files import MANIFEST, WEIGHTS, read_files, read_info
 from rlsys.run_state.jsonl import CONFIG, read_problems
 from rlsys.run_state.resume import CHECKPOINTS, newest
 from rlsys.run_state.run_dir import BASE
 from rlsys.run_state.run_info import day_of
+from rlsys.utils.packed_folder import pack_folder
 from rlsys.utils.shell_paths import as_written
 
 Kind = Literal["base", "adapter", "merged"]

@@ -10,14 +10,11 @@ the files that the format names and no others, each from memory once its hash is
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save_file
@@ -25,54 +22,28 @@ from torch import Tensor
 
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError
-from rlsys.learner.base_fingerprint import BaseFingerprint
+from rlsys.learner.checkpoint_files import (
+    CONFIG,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    OPTIMIZER,
+    WEIGHTS,
+    BaseFingerprint,
+    CheckpointInfo,
+    info_of,
+    read_content,
+    read_info,
+    read_manifest,
+)
 from rlsys.learner.runs import RunState
 from rlsys.utils.atomic_files import new_folder
-from rlsys.utils.manifest import digest, file_entry, sealed
+from rlsys.utils.manifest import file_entry, sealed
 
 if TYPE_CHECKING:
     from rlsys.learner.learner import Learner
 
-FORMAT, FORMAT_VERSION = "rlsys-checkpoint", 1
-CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
-MANIFEST = "rlsys-checkpoint.json"
 _PREFIX, _SUFFIX = "base_model.model.", ".weight"  # around a parameter's name in PEFT's layout
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-class _Manifest(TypedDict):
-    """The JSON of MANIFEST, as this format version has it; `_info` checks it."""
-
-    format: str
-    format_version: int
-    run_id: str
-    version: int
-    lora: dict[str, object]
-    base_name: str
-    base: dict[str, str]
-    files: dict[str, object]  # name -> file_entry
-    digest: NotRequired[str]
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointInfo:
-    """What a checkpoint says of itself; `base_name` is what the saving learner called its base."""
-
-    run_id: str
-    version: int  # optimizer steps
-    lora: LoraSection
-    has_optimizer: bool
-    base_name: str
-    base: BaseFingerprint
-
-
-def checkpoint_path(root: Path, name: str) -> Path:
-    """Where the checkpoint of that name lies. Names are plain, so that none leads out of `root`."""
-    if not _PLAIN.fullmatch(name):
-        raise CheckpointError(
-            f"checkpoint name {name!r}: wanted 1 to 128 letters, digits, '.', '_' and '-', the first a letter or digit"
-        )
-    return root / name
 
 
 def save_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool, overwrite: bool = False) -> None:
@@ -141,22 +112,10 @@ def restore_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool)
     return info
 
 
-def read_info(path: Path) -> CheckpointInfo:
-    """What the checkpoint says of itself; of its files only this one is read."""
-    return _info(Path(path), _manifest(Path(path)))
-
-
 def read_adapter(path: Path) -> tuple[CheckpointInfo, dict[str, Tensor]]:
     """Also the weights, ``<module path>.lora_A`` (r, in) and ``.lora_B`` (out, r), without the scale alpha / r."""
     info, state = _read(Path(path), with_optimizer=False)
     return info, dict(state.weights)
-
-
-def read_files(path: Path, names: tuple[str, ...] = (CONFIG, WEIGHTS)) -> dict[str, bytes]:
-    """Contents that the checkpoint vouches for."""
-    manifest = _manifest(Path(path))
-    _info(Path(path), manifest)
-    return {name: _content(Path(path), name, manifest["files"]) for name in names}
 
 
 def require_base(where: str, found: BaseFingerprint, wanted: BaseFingerprint) -> None:
@@ -179,8 +138,8 @@ def _readable(file: Path) -> bytes:
 
 
 def _read(path: Path, with_optimizer: bool) -> tuple[CheckpointInfo, RunState]:
-    manifest = _manifest(path)
-    info = _info(path, manifest)
+    manifest = read_manifest(path)
+    info = info_of(path, manifest)
     if with_optimizer and not info.has_optimizer:
         raise CheckpointError(f"{path}: was saved without optimizer state; load the weights alone")
     weights = {}
@@ -193,67 +152,15 @@ def _read(path: Path, with_optimizer: bool) -> tuple[CheckpointInfo, RunState]:
     )
 
 
-def _manifest(path: Path) -> _Manifest:
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: found no folder; wanted a checkpoint of rlsys")
-    content = _bytes(path, MANIFEST)
-    try:
-        manifest: object = json.loads(content)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {MANIFEST} is no JSON, so it is damaged: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: {MANIFEST} is not of a checkpoint of rlsys")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
-        raise CheckpointError(f"{path}: found format version {found!r}; this rlsys reads {FORMAT_VERSION}")
-    if manifest.pop("digest", None) != digest(manifest):
-        raise CheckpointError(f"{path}: {MANIFEST} does not match its own hash: it was changed or is damaged")
-    return cast(_Manifest, manifest)
-
-
-def _info(path: Path, manifest: _Manifest) -> CheckpointInfo:
-    try:
-        names = set(dict(manifest["files"]))
-        info = CheckpointInfo(
-            str(manifest["run_id"]),
-            int(manifest["version"]),
-            LoraSection.model_validate(manifest["lora"]),
-            OPTIMIZER in names,
-            str(manifest["base_name"]),
-            BaseFingerprint(**manifest["base"]),
-        )
-    except (KeyError, TypeError, ValueError, ValidationError) as error:
-        raise CheckpointError(f"{path}: {MANIFEST} lacks what the format has: {error}") from error
-    if names not in ({CONFIG, WEIGHTS}, {CONFIG, WEIGHTS, OPTIMIZER}):
-        raise CheckpointError(f"{path}: {MANIFEST} names the files {sorted(names)}; wanted those of the format alone")
-    return info
-
-
 def _tensors(path: Path, name: str, files: Mapping[str, object]) -> dict[str, Tensor]:
     try:
-        tensors: dict[str, Tensor] = parse_tensors(_content(path, name, files))
+        tensors: dict[str, Tensor] = parse_tensors(read_content(path, name, files))
     except (SafetensorError, KeyError, ValueError) as error:  # KeyError: a dtype that torch has not
         raise CheckpointError(f"{path}: {name} is no safetensors file: {error}") from error
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {name}: {key} holds values that are not finite")
     return tensors
-
-
-def _content(path: Path, name: str, files: Mapping[str, object]) -> bytes:
-    content = _bytes(path, name)
-    found, wanted = file_entry(content), files.get(name)
-    if found != wanted:
-        raise CheckpointError(f"{path}: {name} is truncated or damaged: found {found}; wanted {wanted}")
-    return content
-
-
-def _bytes(path: Path, name: str) -> bytes:
-    file = path / name
-    if file.is_symlink() or not file.is_file():
-        reason = "is a link, which may lead out of it" if file.is_symlink() else "is missing"
-        raise CheckpointError(f"{path}: is no checkpoint of rlsys: {name} {reason}")
-    return file.read_bytes()
 
 
 def _format_lora(lora: LoraSection) -> str:

@@ -7,19 +7,13 @@ is loaded in bfloat16, float32 or float64.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from rlsys.learner.checkpoint_files import BaseFingerprint
+
 SAMPLES = 1024  # per parameter; further training changes nearly all of them
-
-
-@dataclass(frozen=True, slots=True)
-class BaseFingerprint:
-    summary: str  # for messages: architecture, vocabulary, hidden size, layers
-    shape: str  # hash over the configuration's shape and over every parameter's name and shape
-    weights: str  # hash over values
 
 
 def fingerprint_of(model: PreTrainedModel) -> BaseFingerprint:

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.learner.adapter_checkpoint import CONFIG, WEIGHTS, read_adapter, read_files, read_info, require_base
+from rlsys.learner.adapter_checkpoint import read_adapter, require_base
 from rlsys.learner.base_fingerprint import fingerprint_of
+from rlsys.learner.checkpoint_files import CONFIG, WEIGHTS, read_files, read_info
 from rlsys.modeling.text_part import configuration, is_composite, is_tied, load_whole, text_part
 from rlsys.utils.atomic_files import new_folder
 from rlsys.utils.shell_paths import command

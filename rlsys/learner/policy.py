@@ -14,14 +14,16 @@ from rlsys import losses
 from rlsys.config import JobConfig
 from rlsys.datums import DatumBatch
 from rlsys.errors import DivergedError, MismatchError
-from rlsys.learner.adapter_checkpoint import OPTIMIZER, load_run, restore_run, save_run
+from rlsys.learner.adapter_checkpoint import load_run, restore_run, save_run
+from rlsys.learner.checkpoint_files import OPTIMIZER
 from rlsys.learner.learner import Learner
-from rlsys.modeling.base_model import pack_folder, unpack_folder
 from rlsys.rollouts import Rollouts, offsets_of, spans
 from rlsys.types import AdamParams, Array
+from rlsys.utils.packed_folder import pack_folder, unpack_folder
 from rlsys.weight_sync.canary import Canary, StartupProbe
 from rlsys.weight_sync.publisher import AdapterPublisher
-from rlsys.weight_sync.update import WeightUpdate, digest_tensors
+from rlsys.weight_sync.tensors import digest_tensors
+from rlsys.weight_sync.update import WeightUpdate
 
 METRICS = {
     "ratio:mean": "policy/ratio_mean",

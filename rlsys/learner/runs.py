@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rlsys.errors import ConfigError
 from rlsys.learner.optimizer import Stepper, require_like
 from rlsys.modeling.lora import Adapters
-from rlsys.weight_sync.update import AdapterSnapshot, snapshot_of
+from rlsys.weight_sync.tensors import snapshot_of
+from rlsys.weight_sync.update import AdapterSnapshot
 
 if TYPE_CHECKING:  # runs only read it: GPU checks run without pydantic
     from rlsys.config import LoraSection

@@ -11,12 +11,10 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TypedDict
-
-from transformers import PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from typing import TYPE_CHECKING, TypedDict
 
 from rlsys import tasks
+from rlsys.architectures.families import FAMILIES, TEXT_PARTS
 from rlsys.config import JobConfig
 from rlsys.errors import ConfigError
 from rlsys.tokenization.renderer import Renderer
@@ -30,6 +28,9 @@ from rlsys.tokenization.stop_conditions import (
     stop_tokens_by_place,
 )
 from rlsys.utils.shell_paths import command
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PLAIN_DTYPES = ("F32", "F16", "BF16")
@@ -186,7 +187,7 @@ def _check_config(folder: Path, config: Mapping[str, object]) -> None:
             "a quantised one: load it with transformers, model.dequantize(), save_pretrained"
         )
     kind = config.get("model_type")
-    if kind in CONFIG_MAPPING_NAMES:
+    if kind in FAMILIES or kind in TEXT_PARTS or _is_of_transformers(kind):
         return  # transformers' class is used, even if auto_map names another one
     if config.get("auto_map"):
         raise ConfigError(
@@ -198,6 +199,12 @@ def _check_config(folder: Path, config: Mapping[str, object]) -> None:
         f"model.path: {folder}/{CONFIG}: found model_type {kind!r}; wanted one that this transformers knows, such as "
         "llama, qwen3, gemma3_text, mistral"
     )
+
+
+def _is_of_transformers(model_type: object) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # imports torch
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 def _method(quantised: object) -> str:

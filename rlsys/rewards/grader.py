@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlsys import tasks
 from rlsys.advantages import groups_without_gradient
@@ -30,6 +30,9 @@ from rlsys.tasks.problem_sets import problem_sets
 from rlsys.tokenization.renderer import Renderer
 from rlsys.tokenization.stop_conditions import embedding_rows, load_tokenizer, read_json
 from rlsys.types import Array
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)

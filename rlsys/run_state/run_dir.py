@@ -35,6 +35,7 @@ from rlsys.run_state.own_files import refuse_foreign, refuse_link, remove_run, r
 from rlsys.run_state.resume import Resume, newest_of_own_run, refuse_lost_checkpoints, write_checkpoint
 from rlsys.run_state.run_info import RunInfo, day_of, read_info, write_info
 from rlsys.utils.atomic_files import remove_folder, replace_file, replace_folder
+from rlsys.utils.packed_folder import MANIFEST, pack_folder
 
 BASE = "base"
 
@@ -185,8 +186,6 @@ def _keep_config(run_dir: Path, new: bytes, note: Note) -> None:
 def _remove_damaged_base(path: Path, note: Note) -> None:
     if not path.is_dir():
         return
-    from rlsys.modeling.base_model import MANIFEST, pack_folder  # here: it imports torch, which other runs do not need
-
     manifest = path / MANIFEST
     if manifest.is_file() and manifest.read_bytes() == pack_folder(path)[MANIFEST]:
         return

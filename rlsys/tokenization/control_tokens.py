@@ -14,11 +14,14 @@ from __future__ import annotations
 import re
 import secrets
 from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerBase
 
 from rlsys.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SECRET = secrets.token_hex(16)  # random, so that no data can contain a mark; token ids do not depend on it
 _MARK = re.compile(f"M{_SECRET}M([0-9]+)M")

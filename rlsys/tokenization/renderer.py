@@ -13,9 +13,9 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import PromptSection
 from rlsys.data.messages import Messages
@@ -31,6 +31,9 @@ from rlsys.tokenization.chat_template import (
 from rlsys.tokenization.control_tokens import ControlTokens, control_tokens
 from rlsys.tokenization.stop_conditions import eos_id
 from rlsys.types import Array
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 BETWEEN_EXAMPLES = "\n\n"  # separator of few-shot examples without a chat template
 QUESTION, TURN = "the-question", "the-turn"  # placeholder texts, to find what the template writes around them

@@ -12,15 +12,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsInt, cast
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, SupportsInt, cast
 
 from rlsys.config import yaml_text
 from rlsys.errors import ConfigError
 from rlsys.tokenization.chat_template import last_turn_end
 from rlsys.tokenization.control_tokens import control_tokens, special_tokens
+from rlsys.tokenization.tokenizer_class import tokenizer_class
 from rlsys.utils.text_files import first_line, why_undecodable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _TOKENIZER_TEXTS = ("*token*.json", "vocab.json", "chat_template*.json", "*.jinja", "*.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
@@ -115,8 +117,14 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: transformers cannot load it.
     """
+    import transformers  # takes a second, which drivers of models that are trained from scratch do not need
+
+    name = tokenizer_class(folder) or "AutoTokenizer"  # which imports torch
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = getattr(transformers, name).from_pretrained(
+            folder, trust_remote_code=False
+        )
+        return tokenizer
     except Exception as error:  # a damaged file, an unknown format or class: the library raises many types
         texts = sorted(path for name in _TOKENIZER_TEXTS for path in folder.glob(name) if path.is_file())
         why = why_undecodable(texts) or first_line(error)  # the library's messages do not name the file

@@ -13,9 +13,6 @@ import pwd
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import AfterValidator, PlainSerializer
 
 from rlsys.errors import ConfigError
 from rlsys.utils.env_variables import env_variable
@@ -45,9 +42,6 @@ def as_written(path: str | Path) -> str:
 def expanded(path: str | Path) -> Path:
     """A path argument of a command line: a shell does not expand ``--out=~/x``."""
     return Path(expand(str(path)))
-
-
-PathText = Annotated[str, AfterValidator(expand), PlainSerializer(as_written, return_type=str, when_used="json")]
 
 
 def command(*words: str | Path) -> str:

@@ -7,14 +7,9 @@ read back from the engine proves that they arrived.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from rlsys.types import Array
-
-DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +32,7 @@ class AdapterSnapshot:
     dtype: str  # of all tensors, named as in model.dtype
     layout: tuple[TensorSlot, ...]  # sorted by name
     buffer: Array  # (nbytes,) uint8
-    digest: str  # digest_tensors of the tensors in layout order
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """name -> tensor, views onto the buffer (read-only when it came through Ray)."""
-        buffer = torch.from_numpy(self.buffer)
-        dtype = getattr(torch, self.dtype)
-        return {
-            slot.name: buffer[slot.offset : slot.offset + slot.nbytes].view(dtype).reshape(slot.shape)
-            for slot in self.layout
-        }
+    digest: str  # rlsys.weight_sync.tensors.digest_tensors of the tensors in layout order
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,30 +64,3 @@ class Attestation:
     separation: float  # mean |learner's new - learner's previous|
     has_power: bool  # False if the versions are closer than the engine's noise, so that the canary proves nothing
     seconds: float
-
-
-def snapshot_of(
-    run_id: str, version: int, rank: int, tensors: Mapping[str, torch.Tensor], dtype: str
-) -> AdapterSnapshot:
-    """Lay named tensors (on any device, scale already folded into B) end to end in `dtype`, sorted by name."""
-    to = getattr(torch, dtype)
-    sizes = {name: tensors[name].numel() * to.itemsize for name in sorted(tensors)}
-    buffer = torch.empty(sum(sizes.values()), dtype=torch.uint8)
-    layout, ready, at = [], [], 0
-    for name, size in sizes.items():
-        tensor = tensors[name].detach()
-        ready.append((name, buffer[at : at + size].view(to).view(tensor.shape).copy_(tensor)))
-        layout.append(TensorSlot(name, tuple(tensor.shape), at, size))
-        at += size
-    return AdapterSnapshot(run_id, version, rank, dtype, tuple(layout), buffer.numpy(), digest_tensors(ready))
-
-
-def digest_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """A hash over names, shapes, dtypes and bytes, in the order given."""
-    from blake3 import blake3  # imported here: only publishing and serving need it
-
-    digest = blake3()
-    for name, tensor in named:
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest(length=DIGEST_BYTES)

@@ -15,7 +15,7 @@ from rlsys.errors import SamplingError, WeightSyncError
 from rlsys.rollouts import LENGTH, STOP, Rollouts, offsets_of
 from rlsys.sampler.engine import Sampler
 from rlsys.types import SamplingParams
-from rlsys.weight_sync.update import snapshot_of
+from rlsys.weight_sync.tensors import snapshot_of
 from tests.engine.tiny_engine import BOUND, EOS, LINEARS, MAX_LENGTH, VOCAB, Reference, at_work
 
 Run = Callable[..., Any]

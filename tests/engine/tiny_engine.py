@@ -13,7 +13,8 @@ from rlsys.config import SamplerSection
 from rlsys.sampler.engine import Sampler
 from rlsys.types import Array
 from rlsys.weight_sync.canary import BaseCanary, StartupProbe, by_depth, compared
-from rlsys.weight_sync.update import AdapterSnapshot, WeightUpdate, snapshot_of
+from rlsys.weight_sync.tensors import snapshot_of
+from rlsys.weight_sync.update import AdapterSnapshot, WeightUpdate
 from tests.waiting import until_async
 
 VOCAB, EOS, MAX_LENGTH = 160, 1, 256

@@ -16,7 +16,7 @@ from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.evaluation.policy_source import find_policy
 from rlsys.evaluation.record import EvalRecord, read
-from rlsys.learner.adapter_checkpoint import MANIFEST
+from rlsys.learner.checkpoint_files import MANIFEST
 from rlsys.learner.export import export_merged
 from rlsys.modeling.base_model import initial_model
 from rlsys.run_state.jsonl import read_metrics, write_problems

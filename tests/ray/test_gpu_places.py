@@ -129,10 +129,10 @@ def test_shares_that_fit_in_total_but_not_on_single_gpus_end_the_wait_with_the_r
     with machine(2, monkeypatch) as of:
         for shares, who in (((3, 0.6, 1, 0), "learner ranks"), ((1, 0.6, 2, 0.6), "samplers")):
             with pytest.raises(StalledError, match=rf"{who}: waited .* places .*No other job .*side by side"):
-                of(*on_cuda(*shares, "watchdog.start_s=3"))
+                of(*on_cuda(*shares, "watchdog.stages.start=3"))
         other = placement_group([{"CPU": 31.0}])
         with pytest.raises(StalledError, match=r"samplers: waited .* 1 places .*Another job holds the rest"):
-            of("watchdog.start_s=3")
+            of("watchdog.stages.start=3")
         remove_placement_group(other)
         placement = Placement(parse_config(JOB), print)
         with pytest.raises(ClusterError, match=r"3 places .* with placement STRICT_SPREAD do not fit on one node"):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from rlsys.config import ExampleSection, PromptSection
 from rlsys.data.problems import Problem, encode
 from rlsys.tokenization.control_tokens import control_tokens
 from rlsys.tokenization.renderer import Renderer, build_supervised_example
-from rlsys.tokenization.stop_conditions import stop_conditions_of
+from rlsys.tokenization.stop_conditions import load_tokenizer, stop_conditions_of
+from rlsys.tokenization.tokenizer_class import tokenizer_class
 from tests.real.known import KNOWN, load, model_folder
 from tests.real.rows import PAGE, table
 
@@ -204,3 +207,30 @@ def test_the_page_says_what_these_tokenizers_give() -> None:
     for known in KNOWN:
         load(known)
     assert table() in PAGE.read_text(encoding="utf-8"), "docs/tokenizers.md: run `python -m tests.real.rows`"
+
+
+@pytest.mark.parametrize(
+    ("known", "model_type"),
+    [
+        ("qwen3", "qwen3"),
+        ("qwen3", "qwen2"),
+        ("llama3_1", "llama"),
+        ("gemma3", "gemma3_text"),
+        ("gptoss", "gpt_oss"),
+        ("smollm2", "llama"),
+    ],
+)
+def test_the_class_chosen_without_torch_encodes_and_decodes_as_autotokenizer_does(
+    known: str, model_type: str, tmp_path: Path
+) -> None:
+    folder = model_folder(known, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": model_type}))
+    assert tokenizer_class(folder) is not None
+    light, auto = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(light) is type(auto)
+    assert light.backend_tokenizer.to_str() == auto.backend_tokenizer.to_str()
+    assert (light.special_tokens_map, light.chat_template) == (auto.special_tokens_map, auto.chat_template)
+    ids = [auto.encode(text) for text in TEXTS]
+    assert [light.encode(text) for text in TEXTS] == ids
+    assert light.batch_decode(ids, skip_special_tokens=True) == auto.batch_decode(ids, skip_special_tokens=True)

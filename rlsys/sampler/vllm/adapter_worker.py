@@ -25,7 +25,7 @@ from rlsys.sampler.vllm.lora_shards import Held, Region, pieces, regions
 from rlsys.sampler.vllm.shared_buffer import from_shared_buffer
 from rlsys.sampler.vllm.text_only import register
 from rlsys.sampler.vllm.worker_calls import Answer, answer
-from rlsys.weight_sync.update import digest_tensors
+from rlsys.weight_sync.tensors import digest_tensors
 
 if TYPE_CHECKING:
     from vllm.lora.layers.base import BaseLayerWithLoRA

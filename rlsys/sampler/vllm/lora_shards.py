@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from rlsys.errors import WeightSyncError
-from rlsys.weight_sync.update import AdapterSnapshot, digest_tensors
+from rlsys.weight_sync.tensors import digest_tensors, tensors_of
+from rlsys.weight_sync.update import AdapterSnapshot
 
 if TYPE_CHECKING:  # the sampler's process imports this module too
     from vllm.lora.layers.base import BaseLayerWithLoRA
@@ -105,7 +106,7 @@ def proven_digest(where: str, snapshot: AdapterSnapshot, held: Sequence[Held]) -
     Raises:
         WeightSyncError: a worker's part differs, or no worker holds a part of a tensor.
     """
-    tensors = snapshot.tensors()
+    tensors = tensors_of(snapshot)
     covered = {name: np.zeros(tuple(tensor.shape), np.bool_) for name, tensor in tensors.items()}
     for rank, (digest, places) in enumerate(held):
         parts = {}

@@ -18,8 +18,9 @@ from rlsys.config import JobConfig, LearnerSection, MakeSection, ModelSection, S
 from rlsys.data.problems import Problem
 from rlsys.errors import ConfigError, QualityError
 from rlsys.learner.learner import Learner
-from rlsys.modeling.base_model import initial_model, pack_folder
+from rlsys.modeling.base_model import initial_model
 from rlsys.tasks import TeachableTask
+from rlsys.utils.packed_folder import pack_folder
 
 MICRO: dict[str, Any] = {
     "vocab_size": 160,

@@ -12,11 +12,12 @@ import pytest
 from rlsys.config import JobConfig, LoraSection, dump_config, parse_config
 from rlsys.errors import CheckpointError
 from rlsys.evaluation.policy_source import PolicySource, find_policy
-from rlsys.learner.adapter_checkpoint import CONFIG, MANIFEST, OPTIMIZER, WEIGHTS, save_run
+from rlsys.learner.adapter_checkpoint import save_run
+from rlsys.learner.checkpoint_files import CONFIG, MANIFEST, OPTIMIZER, WEIGHTS
 from rlsys.learner.learner import Learner
-from rlsys.modeling.base_model import unpack_folder
 from rlsys.run_state.jsonl import write_problems
 from rlsys.run_state.run_dir import RunStore
+from rlsys.utils.packed_folder import unpack_folder
 from tests.unit.tiny_learner import Models, make, with_run
 
 LORA = LoraSection(rank=4, alpha=8.0)

@@ -20,7 +20,8 @@ from rlsys import losses
 from rlsys.config import LoraSection
 from rlsys.datums import take
 from rlsys.errors import CheckpointError
-from rlsys.learner.adapter_checkpoint import checkpoint_path, load_run, read_adapter, read_info, restore_run, save_run
+from rlsys.learner.adapter_checkpoint import load_run, read_adapter, restore_run, save_run
+from rlsys.learner.checkpoint_files import checkpoint_path, read_info
 from rlsys.learner.export import export_adapter, export_merged
 from rlsys.learner.learner import Learner
 from rlsys.types import AdamParams

@@ -18,6 +18,7 @@ from rlsys.errors import ConfigError, GradientError
 from rlsys.learner.learner import Learner
 from rlsys.learner.runs import BASE_RUN
 from rlsys.types import AdamParams
+from rlsys.weight_sync.tensors import tensors_of
 from tests.unit.tiny_learner import (
     ALL_TARGETS,
     Models,
@@ -306,14 +307,14 @@ def test_runs_that_exist_or_do_not_are_named(tiny_model: Models) -> None:
 def test_a_snapshot_is_the_adapter_with_its_scale_in_b(tiny_model: Models) -> None:
     learner = with_run(make(tiny_model(True)))
     snapshot = learner.snapshot("run", "float32")
-    own, sent = weights(learner), snapshot.tensors()
+    own, sent = weights(learner), tensors_of(snapshot)
     assert sent.keys() == own.keys()
     assert "model.layers.0.self_attn.q_proj.lora_A" in sent and "lm_head.lora_B" in sent
     for name in own:
         assert torch.equal(sent[name], own[name] * (2.0 if name.endswith("lora_B") else 1.0))
     assert (snapshot.run_id, snapshot.version, snapshot.rank) == ("run", 0, 4)
     assert sent["lm_head.lora_A"].shape == (4, 32) and sent["lm_head.lora_B"].shape == (64, 4)
-    half = learner.snapshot("run", "bfloat16").tensors()
+    half = tensors_of(learner.snapshot("run", "bfloat16"))
     assert all(torch.equal(half[name], sent[name].bfloat16()) for name in sent)
 
 

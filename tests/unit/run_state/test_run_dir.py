@@ -135,7 +135,7 @@ def test_a_directory_that_cannot_be_made_is_an_error_of_its_key(tmp_path: Path) 
 
 
 def test_a_base_is_kept_when_it_is_whole_and_made_again_when_it_is_not(tmp_path: Path) -> None:
-    from rlsys.modeling.base_model import pack_folder  # here, so that the drivers that import this module start fast
+    from rlsys.utils.packed_folder import pack_folder  # here, so that the drivers that import this module start fast
 
     job = config(tmp_path)
     notes: list[str] = []

@@ -8,7 +8,7 @@ import torch
 from rlsys.errors import ActorFailedError, WeightSyncError
 from rlsys.sampler.vllm.lora_shards import Held, Region, part_of, pieces, proven_digest, regions
 from rlsys.sampler.vllm.worker_calls import answer, values
-from rlsys.weight_sync.update import digest_tensors, snapshot_of
+from rlsys.weight_sync.tensors import digest_tensors, snapshot_of
 
 TENSORS = {
     "down.lora_A": torch.randn(2, 8, generator=torch.Generator().manual_seed(0)),
