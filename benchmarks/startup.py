@@ -87,7 +87,7 @@ def measure(name: str, folder: Path, base: Path, repeats: int) -> None:
             case "refused":
                 bad = folder / "bad.yaml"
                 bad.write_text(JOB.format(where=folder, base=base) + "rll: {}\n")
-                side = lambda: timed([*RLSYS, "train", str(bad)], 2)  # noqa: E731
+                side = lambda: timed([*RLSYS, "train", str(bad)], 1)  # noqa: E731
             case "client":
                 side = lambda: timed([sys.executable, "-c", CLIENT, str(base)], 0, environment)  # noqa: E731
             case _:
