@@ -51,7 +51,7 @@ def main() -> None:
         before.mkdir()
         archive = subprocess.run(["git", "archive", asked.revision], cwd=ROOT, stdout=subprocess.PIPE, check=True)
         subprocess.run(["tar", "-x", "-C", str(before)], input=archive.stdout, check=True)
-        base = _base(folder)
+        base = quickstart_shape(folder)
         found: dict[str, list[dict[str, float]]] = {"before": [], "after": []}
         for pair in range(asked.pairs):
             sides = [("before", before), ("after", ROOT)]
@@ -68,7 +68,7 @@ def main() -> None:
         asked.out.write_text(json.dumps({"revision": asked.revision, "rows": rows, "runs": found}, indent=2))
 
 
-def _base(folder: Path) -> Path:
+def quickstart_shape(folder: Path) -> Path:
     """A random model of the quickstart's dimensions: how long completions are does not depend on what it learns."""
     out = folder / "base"
     job = parse_config(JOB.format(where=folder, base="x", steps=1))

@@ -1,0 +1,197 @@
+"""Seconds from a command to its first result: `rlsys --help`, a refused config, a job alone and on a Ray cluster, and a
+client of a running deployment.
+
+    python -m benchmarks.startup [--repeats 5] [--only help refused job joined client]
+
+Each repetition starts new processes; the files are in the page cache after a first round that is not counted. A job is
+the quickstart's model with random weights and 8 problems of 8 completions in a step; its first step is read from
+metrics.jsonl, which has the time at which a step ended. Phases: until Ray runs (`ray`), until the engines start
+(`actors`), until they have proved that adapters reach their forward pass (`engines`), first evaluation and first step
+(`step`), and from the end of the last step to the exit (`close`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.overhead import quickstart_shape
+from benchmarks.rows import Row, Target, finish
+
+ROOT = Path(__file__).parents[1]
+RLSYS = [sys.executable, "-m", "rlsys"]
+RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+JOB = """
+run: {{name: job, seed: 5, dir: {where}}}
+model: {{path: {base}, dtype: float32, max_length: 128}}
+task: {{min_operations: 4, max_operations: 5, supervised_max_operations: 5, eval_problems: 32}}
+learner: {{logprob_chunk_tokens: 4096}}
+rl: {{steps: 2, problems_per_step: 8, samples_per_problem: 8, sampling: {{max_tokens: 56}}}}
+eval: {{every_steps: 0, max_tokens: 56}}
+tracking: {{wandb: disabled}}
+"""
+CLIENT = """
+import sys
+from rlsys import Datum, ModelInput, SamplingParams, ServiceClient
+from rlsys.client.config import ServiceConfig
+
+service = ServiceClient(ServiceConfig(detached="startup"), models={"base": sys.argv[1]})
+training = service.create_lora_training_client("base", rank=8)
+tokens = list(range(8, 40))
+datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": [1.0] * 31})
+training.forward_backward([datum], "cross_entropy").result()
+sampling = training.save_weights_and_get_sampling_client()
+print(sampling.sample(ModelInput.from_ints(tokens), 1, SamplingParams(max_tokens=4)).result().sequences[0].tokens)
+"""
+PHASES = {"on a Ray cluster on": "ray", "on the Ray cluster at": "ray", "starting engines: started": "actors"}
+LIMITS = {"help": 0.3, "refused": 0.3, "job": 12.0, "joined": 5.0, "client": 5.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Seconds of one start, and of its phases."""
+
+    first_step: float
+    phases: dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="*", choices=list(LIMITS), default=list(LIMITS))
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="startup-") as scratch:
+        folder = Path(scratch)
+        base = quickstart_shape(folder)
+        for name in options.only:
+            measure(name, folder, base, options.repeats)
+
+
+def measure(name: str, folder: Path, base: Path, repeats: int) -> None:
+    side: Callable[[], Start]
+    with cluster() if name in ("joined", "client") else nothing() as environment:
+        match name:
+            case "help":
+                side = lambda: timed([*RLSYS, "--help"], 0)  # noqa: E731
+            case "refused":
+                bad = folder / "bad.yaml"
+                bad.write_text(JOB.format(where=folder, base=base) + "rll: {}\n")
+                side = lambda: timed([*RLSYS, "train", str(bad)], 1)  # noqa: E731
+            case "client":
+                side = lambda: timed([sys.executable, "-c", CLIENT, str(base)], 0, environment)  # noqa: E731
+            case _:
+                side = lambda: job(folder, base, environment)  # noqa: E731
+        side()  # page cache
+        starts = []
+        for repeat in range(repeats):
+            starts.append(side())
+            print(f"{repeat + 1:>8}  {name}: {starts[-1]}", file=sys.stderr, flush=True)
+    names = starts[0].phases
+    finish(
+        Row(
+            name=f"startup-{name}",
+            title=TITLES[name],
+            command=f"startup --repeats {repeats} --only {name}",
+            unit="s",
+            sides={"start": [start.first_step for start in starts], "limit": [LIMITS[name]] * repeats},
+            targets=[Target("start", "limit", 1.0, "<=")],
+            more={"phases, median": {each: statistics.median(s.phases[each] for s in starts) for each in names}},
+        )
+    )
+
+
+TITLES = {
+    "help": "start: `rlsys --help`",
+    "refused": "start: `rlsys train` with a misspelled section, to its refusal",
+    "job": "start: `rlsys train` on an existing base of 0.4M parameters, command to the end of the first RL step",
+    "joined": "start: the same on a Ray cluster that is up",
+    "client": "start: a second client of a detached deployment, to its first update and its first completion",
+}
+
+
+def timed(command: list[str], expected: int, environment: dict[str, str] | None = None) -> Start:
+    began = time.perf_counter()
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | (environment or {})
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    took = time.perf_counter() - began
+    assert done.returncode == expected, done.stdout + done.stderr
+    return Start(took, {})
+
+
+def job(folder: Path, base: Path, environment: dict[str, str]) -> Start:
+    with tempfile.TemporaryDirectory(dir=folder) as where:
+        config = Path(where) / "job.yaml"
+        config.write_text(JOB.format(where=where, base=base))
+        began, at = time.time(), dict[str, float]()
+        env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | environment
+        process = subprocess.Popen(
+            [*RLSYS, "train", str(config)],
+            cwd=ROOT,
+            env=env | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            for sign, phase in PHASES.items():
+                if sign in line:
+                    at.setdefault(phase, time.time() - began)
+            if "starting engines: done" in line:
+                at["engines"] = time.time() - began
+        assert process.wait() == 0, "".join(said)
+        ended = time.time() - began
+        lines = [json.loads(line) for line in (Path(where) / "job" / "metrics.jsonl").read_text().splitlines()]
+        ends = [line["time"] - began for line in lines if "time/step_s" in line]
+    marks = [*at.items(), ("step", ends[0])]
+    phases = {name: end - before for (name, end), before in zip(marks, [0.0, *(end for _, end in marks)], strict=False)}
+    return Start(ends[0], phases | {"close": ended - ends[-1]})
+
+
+@contextmanager
+def nothing() -> Iterator[dict[str, str]]:
+    yield {}
+
+
+def address(log: Path, ray: subprocess.Popen[str]) -> str:
+    """Of the cluster that `ray` starts, as its log has it."""
+    ends = time.monotonic() + 120
+    while time.monotonic() < ends and ray.poll() is None:
+        found = re.search(r"--address='([^']+)'", log.read_text())
+        if found:
+            return found[1]
+        time.sleep(0.2)
+    raise SystemExit(f"Ray has not started: {log.read_text()}")
+
+
+@contextmanager
+def cluster() -> Iterator[dict[str, str]]:
+    """A Ray cluster of this machine, started for the block."""
+    env = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
+    start = [*RAY, "start", "--head", "--port", "0", "--include-dashboard", "false", "--num-cpus", "4", "--block"]
+    with (
+        tempfile.NamedTemporaryFile("w") as log,
+        subprocess.Popen(start, env=env, stdout=log, stderr=log, text=True) as ray,
+    ):
+        try:
+            yield {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address(Path(log.name), ray)}
+        finally:
+            ray.terminate()
+            ray.wait(60)
+
+
+if __name__ == "__main__":
+    main()
