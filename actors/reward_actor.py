@@ -73,6 +73,7 @@ class RewardActor:
     def show(self, request: ShowRequest, *columns: Any) -> list[RolloutSample]:
         import numpy as np
 
+        from rlsys.grading.samples import LearnedBatch
         from rlsys.rollouts import concatenate
 
         rollouts, rewards, datums, rows_of, logprobs = unpack_columns(request.lengths, columns)
@@ -82,9 +83,7 @@ class RewardActor:
             request.count,
             concatenate(rollouts),
             np.concatenate(rewards),
-            datums,
-            of_step,
-            logprobs,
+            LearnedBatch(datums, of_step, logprobs) if datums else None,
         )
 
     def write_problems(self, run_dir: str) -> None:

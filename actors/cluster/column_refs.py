@@ -18,27 +18,29 @@ INLINE_BYTES = 512
 BaseRef = str | Ref[Mapping[str, bytes]]  # folder or hub name that every node can read, or a packed folder
 
 
-def by_reference(options: Mapping[str, Any]) -> dict[str, Any]:
+def by_reference(options: Mapping[str, object]) -> dict[str, object]:
     """An actor's options, with results above a few numbers left in its node's object store.
 
     An actor reads Ray's limit (100 KB by default) from the environment of its process.
     """
     env = options.get("runtime_env", {})
+    assert isinstance(env, Mapping)
     variables = {**env.get("env_vars", {}), "RAY_max_direct_call_object_size": str(INLINE_BYTES)}
     return {**options, "runtime_env": {**env, "env_vars": variables}}
 
 
-def base_argument(base: BaseRef) -> Any:
+def base_argument(base: BaseRef) -> object:
     """A base as an argument of an actor's method: Ray resolves the reference."""
     return base.value if isinstance(base, Ref) else base
 
 
-def pack_columns(*columns: Sequence[Ref[Any]]) -> tuple[tuple[int, ...], list[Any]]:
+# Any: a call packs columns of several types, whose number and order differ from call to call.
+def pack_columns(*columns: Sequence[Ref[Any]]) -> tuple[tuple[int, ...], list[object]]:
     """(lengths, Ray's references end to end): (a, b) (c,) -> (2, 1), [a, b, c]."""
     return tuple(len(column) for column in columns), [ref.value for column in columns for ref in column]
 
 
-def unpack_columns(lengths: Sequence[int], values: Sequence[Any]) -> list[tuple[Any, ...]]:
+def unpack_columns(lengths: Sequence[int], values: Sequence[object]) -> list[tuple[Any, ...]]:
     """The columns again, resolved: (2, 1), [a, b, c] -> (a, b) (c,)."""
     columns, start = [], 0
     for length in lengths:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -29,9 +28,9 @@ class Slot:
 
     group: PlacementGroup
     bundle: int
-    options: Mapping[str, Any]  # what the actor itself takes of the bundle
+    options: Mapping[str, object]  # what the actor itself takes of the bundle
 
-    def ray_options(self) -> dict[str, Any]:
+    def ray_options(self) -> dict[str, object]:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundle)
         return {**self.options, "scheduling_strategy": strategy}
 

@@ -7,7 +7,6 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import ray
 from ray._private import worker as ray_worker
@@ -76,7 +75,7 @@ def _leave() -> None:
         gc.enable()
 
 
-def _print_nothing(data: Any, ignore_prefix: bool) -> None:
+def _print_nothing(data: object, ignore_prefix: bool) -> None:
     """Replaces Ray's function that prints worker messages on the terminal."""
 
 

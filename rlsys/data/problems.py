@@ -10,7 +10,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,8 @@ from rlsys.data.messages import Messages
 from rlsys.errors import ConfigError
 from rlsys.rollouts import offsets_of, spans
 from rlsys.types import Array
+
+Encode = Callable[[str | Messages], Sequence[int]]  # a question, or messages -> prompt tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +105,7 @@ def occurrences(problems: Array, before: Array | Sequence[int] = ()) -> Array:
     return earlier
 
 
-def encode(
-    problems: Sequence[Problem], encode_fn: Callable[[Any], Sequence[int]], max_tokens: int | None = None
-) -> ProblemSet:
+def encode(problems: Sequence[Problem], encode_fn: Encode, max_tokens: int | None = None) -> ProblemSet:
     """Tokenize problems; prompts of more than `max_tokens` are dropped, and ids number the remaining problems.
 
     `encode_fn` returns the prompt tokens of a question, or of messages if the problem has them.
@@ -136,7 +135,7 @@ def encode(
     )
 
 
-def _tokens(problem: Problem, index: int, encode_fn: Callable[[Any], Sequence[int]]) -> Sequence[int]:
+def _tokens(problem: Problem, index: int, encode_fn: Encode) -> Sequence[int]:
     try:
         return encode_fn(problem.messages or problem.prompt)
     except ConfigError as error:

@@ -9,10 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
-from typing import Any
 
 from rlsys.data.messages import Messages, why_not_messages
-from rlsys.data.row_files import number
+from rlsys.data.row_files import Row, number
 
 MISSING = object()  # value of a column that a row does not have
 _MAX_WRITTEN_DIGITS = 30  # before or after the decimal point; longer decimals keep their exponent
@@ -29,7 +28,7 @@ def roots(column: str) -> tuple[str, ...]:
     return tuple(".".join(parts[:end]) for end in range(len(parts), 0, -1))
 
 
-def value_at(row: Mapping[str, Any], column: str) -> Any:
+def value_at(row: Row, column: str) -> object:
     """Return the value of a column; MISSING if the row has no such column, None if a value on its path is missing."""
     for root in roots(column):
         if root in row:
@@ -37,7 +36,7 @@ def value_at(row: Mapping[str, Any], column: str) -> Any:
     return MISSING
 
 
-def names(row: Mapping[str, Any]) -> Iterator[str]:
+def names(row: Row) -> Iterator[str]:
     """Yield the column names and paths of a row that ``value_at`` accepts, without paths into lists."""
     for name, value in row.items():
         if isinstance(value, Mapping) and value:
@@ -87,7 +86,7 @@ def question(value: object) -> str | Messages:
     return messages[0][1] if len(messages) == 1 else messages
 
 
-def _inside(value: Any, path: Sequence[str]) -> Any:
+def _inside(value: object, path: Sequence[str]) -> object:
     for part in path:
         if value is None:
             return None

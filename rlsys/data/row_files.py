@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 
@@ -30,7 +30,11 @@ from rlsys.errors import ConfigError
 from rlsys.utils.shell_paths import command
 from rlsys.utils.text_files import LFS_POINTER, decode, first_line
 
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    import pyarrow
+
+Row = Mapping[str, object]
+Convert = Callable[[object], object]
 
 FORMATS = {
     ".jsonl": "json",
@@ -40,7 +44,11 @@ FORMATS = {
     ".ndjson": "json",
     ".tsv": "tsv",
 }
-_UNPACK: dict[str, Callable[[Path, str], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_UNPACK: dict[str, Callable[[Path, Literal["rb"]], io.BufferedIOBase]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
 _MAX_INT_DIGITS = 30  # integers with an exponent and up to this many digits become int
 _MAX_DIGITS = 4000  # longer integers stay Decimal: Python refuses to convert an int of more than 4300 digits to text
 
@@ -94,13 +102,13 @@ def number(written: str) -> int | Decimal | str:
     return value
 
 
-def _opened(path: Path, name: str) -> IO[bytes]:
+def _opened(path: Path, name: str) -> io.BufferedIOBase:
     unpack = _UNPACK.get(Path(name or path.name).suffix)
-    stream: IO[bytes] = path.open("rb") if unpack is None else unpack(path, "rb")
+    stream: io.BufferedIOBase = path.open("rb") if unpack is None else unpack(path, "rb")
     return stream
 
 
-def _json(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Row]:
+def _json(stream: io.BufferedIOBase, roots: Sequence[str], where: str) -> Iterator[Row]:
     """Read JSON: one object per line, or a list of objects."""
     start = stream.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
     stream.seek(0)
@@ -109,7 +117,7 @@ def _json(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Row]:
     return _json_lines(stream, where)
 
 
-def _json_lines(stream: IO[bytes], where: str) -> Iterator[Row]:
+def _json_lines(stream: io.BufferedIOBase, where: str) -> Iterator[Row]:
     for line_number, line in enumerate(stream, 1):
         text = decode(line, where, line_number).rstrip("\r\n")
         if not text.strip():
@@ -124,7 +132,7 @@ def _json_lines(stream: IO[bytes], where: str) -> Iterator[Row]:
         yield row
 
 
-def _refuse_one_object(stream: IO[bytes], where: str) -> None:
+def _refuse_one_object(stream: io.BufferedIOBase, where: str) -> None:
     """Raise ConfigError if the file is a single object over several lines, so that no line by itself is JSON."""
     stream.seek(0)
     try:
@@ -138,8 +146,9 @@ def _refuse_one_object(stream: IO[bytes], where: str) -> None:
     )
 
 
-def _json_list(stream: IO[bytes], where: str) -> Iterator[Row]:
+def _json_list(stream: io.BufferedIOBase, where: str) -> Iterator[Row]:
     rows = _parsed(decode(stream.read(), where), where)
+    assert isinstance(rows, list), "the text begins with ["
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ConfigError(f"{where}, element {i}: found {_kind(row)}; wanted an object, such as {_EXAMPLE}")
@@ -149,7 +158,7 @@ def _json_list(stream: IO[bytes], where: str) -> Iterator[Row]:
 _EXAMPLE = '{"question": "1 + 1?", "answer": "2"}'
 
 
-def _parsed(text: str, where: str, first_line: int = 1) -> Any:
+def _parsed(text: str, where: str, first_line: int = 1) -> object:
     try:
         return json.loads(text, parse_int=number, parse_float=number, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -165,14 +174,14 @@ class _DuplicateKeyError(Exception):
     """An object has a key twice; Python's parser would silently drop the first value."""
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         raise _DuplicateKeyError(Counter(key for key, _ in pairs).most_common(1)[0][0])
     return fields
 
 
-def _csv(stream: IO[bytes], roots: Sequence[str], where: str, delimiter: str = ",") -> Iterator[Row]:
+def _csv(stream: io.BufferedIOBase, roots: Sequence[str], where: str, delimiter: str = ",") -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)  # 128 KiB by default
     text = io.StringIO(decode(stream.read(), where), newline="")
     reader = csv.reader(
@@ -198,7 +207,7 @@ def _csv(stream: IO[bytes], roots: Sequence[str], where: str, delimiter: str = "
         raise ConfigError(f"{where}, line {reader.line_num}: is not valid CSV: {error}") from None
 
 
-def _parquet(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Row]:
+def _parquet(stream: io.BufferedIOBase, roots: Sequence[str], where: str) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
@@ -224,7 +233,7 @@ def _parquet(stream: IO[bytes], roots: Sequence[str], where: str) -> Iterator[Ro
         ) from error
 
 
-def _values(column: Any, convert: Callable[[Any], Any], name: str, first: int, where: str) -> list[Any]:
+def _values(column: pyarrow.Array, convert: Convert, name: str, first: int, where: str) -> list[object]:
     """Return the column's values as Python objects; `first` is the row number of the first value."""
     try:
         return [convert(value) for value in column.to_pylist()]
@@ -240,7 +249,7 @@ def _values(column: Any, convert: Callable[[Any], Any], name: str, first: int, w
     raise AssertionError("to_pylist fails only if as_py of one value fails")
 
 
-def _exact(kind: Any) -> Callable[[Any], Any]:
+def _exact(kind: pyarrow.DataType) -> Convert:
     """Return the function that converts pyarrow's Python value of this type to the value in the file.
 
     A float becomes the shortest decimal that rounds to it in its own width: float32 0.1 is 0.1, not 0.10000000149.
@@ -249,7 +258,7 @@ def _exact(kind: Any) -> Callable[[Any], Any]:
 
     if types.is_floating(kind):
         width = {16: np.float16, 32: np.float32, 64: np.float64}[kind.bit_width]
-        return lambda value: None if value is None else number(str(width(value)))
+        return lambda value: None if value is None else number(str(width(cast(float, value))))
     if types.is_dictionary(kind):
         return _exact(kind.value_type)
     if types.is_struct(kind):
@@ -260,12 +269,18 @@ def _exact(kind: Any) -> Callable[[Any], Any]:
     return lambda value: value
 
 
-def _of_struct(inner: Mapping[str, Callable[[Any], Any]], value: Any) -> Any:
-    return None if value is None else {name: inner[name](part) for name, part in value.items()}
+def _of_struct(inner: Mapping[str, Convert], value: object) -> object:
+    if value is None:
+        return None
+    assert isinstance(value, Mapping)
+    return {name: inner[name](part) for name, part in value.items()}
 
 
-def _of_list(inner: Callable[[Any], Any], value: Any) -> Any:
-    return None if value is None else [inner(part) for part in value]
+def _of_list(inner: Convert, value: object) -> object:
+    if value is None:
+        return None
+    assert isinstance(value, list)
+    return [inner(part) for part in value]
 
 
 def _refuse_duplicate_columns(names: Sequence[str], roots: Sequence[str], where: str) -> None:
@@ -278,7 +293,7 @@ def _kind(value: object) -> str:
     return f"{type(value).__name__} {str(value)[:80]!r}"
 
 
-_READERS: dict[str, Callable[[IO[bytes], Sequence[str], str], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[io.BufferedIOBase, Sequence[str], str], Iterator[Row]]] = {
     "json": _json,
     "csv": _csv,
     "tsv": partial(_csv, delimiter="\t"),

@@ -9,11 +9,11 @@ Hub cannot be reached, the cache is used.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlsys.config import ColumnSection, SourceSection
 from rlsys.config.relative_paths import HUB_NAME
@@ -23,6 +23,9 @@ from rlsys.data.row_files import FORMATS, Row, format_of, read_file
 from rlsys.data.split_files import PLAIN_OPTIONS, Splits, error_text, in_our_formats, splits_of_folder
 from rlsys.errors import ConfigError, did_you_mean
 from rlsys.utils.text_files import first_line
+
+if TYPE_CHECKING:
+    import datasets
 
 HUB_LIMIT_S = 10.0  # for the Hub's first response; later requests have the time limits of `datasets`
 
@@ -87,7 +90,7 @@ def _as_text(rows: Iterable[Row], columns: ColumnSection, where: str) -> Rows:
     return Rows(tuple(prompts), tuple(answers), unusable, why)
 
 
-def _present(value: Any) -> Any:
+def _present(value: object) -> object:
     return None if value is row_fields.MISSING else value
 
 
@@ -183,7 +186,7 @@ def _splits_of_hub(source: SourceSection, where: str) -> Splits | None:
         raise ConfigError(f"{where} cannot be read: {error_text(error)}") from error
 
 
-def _is_plain(config: Any) -> bool:
+def _is_plain(config: datasets.BuilderConfig) -> bool:
     """Return whether the README sets no option that changes how files are read, such as names of CSV columns."""
     if not config.data_files:
         return False
@@ -251,11 +254,11 @@ def _offline() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
 
 
-def _read(where: str, *args: str, **options: Any) -> Iterator[Row]:
+def _read(where: str, *args: str, **options: str | bool | None) -> Iterator[Row]:
     import datasets
 
     try:
-        rows: list[Mapping[str, Any]] = list(datasets.load_dataset(*args, **options))
+        rows: list[Row] = list(datasets.load_dataset(*args, **options))
     except Exception as error:  # the readers of `datasets` raise many types
         raise ConfigError(f"{where} cannot be read: {error_text(error)}") from error
     return iter(rows)

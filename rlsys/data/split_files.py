@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from rlsys.config import SourceSection
 from rlsys.data.row_files import FORMATS, format_of
@@ -36,7 +35,7 @@ def splits_of_folder(source: SourceSection, folder: Path, key: str) -> Splits | 
     options = _options_of_folder(source, folder, where)
     if options.keys() - PLAIN_OPTIONS:
         return None
-    root = (folder / (options.get("data_dir") or "")).resolve()
+    root = (folder / str(options.get("data_dir") or "")).resolve()
     with plain_path(root) as plain:
         base, named = glob.escape(str(plain)), options.get("data_files")
         try:
@@ -93,7 +92,7 @@ def _of_one_format(files: Mapping[str, Sequence[str]], where: str) -> Mapping[st
     return kept if all_paths and all(map(format_of, all_paths)) else None
 
 
-def _options_of_folder(source: SourceSection, folder: Path, where: str) -> Mapping[str, Any]:
+def _options_of_folder(source: SourceSection, folder: Path, where: str) -> Mapping[str, object]:
     """Return the options of the subset in the folder's README.md, as on the Hub."""
     from datasets.utils.metadata import MetadataConfigs
     from huggingface_hub import DatasetCard
@@ -114,7 +113,7 @@ def _options_of_folder(source: SourceSection, folder: Path, where: str) -> Mappi
         if source.subset is None:
             raise ConfigError(f"{where} has several subsets; set {key} to one of {known}")
         raise ConfigError(f"{where} has no subset {subset!r} ({key}); it has {known}{did_you_mean(subset, subsets)}")
-    options: Mapping[str, Any] = subsets[subset]
+    options: Mapping[str, object] = subsets[subset]
     return options
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from rlsys.config import JobConfig
 from rlsys.environments.environment_pool import ERROR, OVER, TIMEOUT, Environment, Reply
 from rlsys.errors import ConfigError, GradingError
 from rlsys.rollouts import Rollouts
+from rlsys.sampler.adapter_slots import AdapterLease
 from rlsys.sampler.completion import Completion, environment_reply, join_completions, to_rollouts
 from rlsys.sampler.requests import child_seeds, later_seed
 from rlsys.tokenization.renderer import Renderer
@@ -41,10 +42,10 @@ class TurnSampler(Protocol):
 
     def hold(
         self, run_id: str | None, version: int, requests: int, moves: bool = False
-    ) -> AbstractContextManager[Any]: ...
+    ) -> AbstractContextManager[AdapterLease]: ...
 
     async def draw(
-        self, hold: Any, prompt: list[int], params: SamplingParams, also_stop: Sequence[str] = ()
+        self, hold: AdapterLease, prompt: list[int], params: SamplingParams, also_stop: Sequence[str] = ()
     ) -> Completion: ...
 
 
@@ -149,7 +150,13 @@ class Conversations:
         return rollouts, {name: float(counts[name] * (n // children)) for name in names}
 
     async def _converse(
-        self, hold: Any, prompt: list[int], answer: str, params: SamplingParams, seed: int, counts: Counter[str]
+        self,
+        hold: AdapterLease,
+        prompt: list[int],
+        answer: str,
+        params: SamplingParams,
+        seed: int,
+        counts: Counter[str],
     ) -> Completion:
         """Sample one completion, turn by turn."""
         rules, parts, turns = self._rules, list[Completion](), list[str]()

@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.box import MARKDOWN
@@ -48,7 +47,7 @@ class EvalRecord:
     base: str
     version: int | None  # optimizer steps of an adapter
     time: float  # Unix time in seconds
-    config: Mapping[str, Any]
+    config: Mapping[str, Mapping[str, object]]  # by section
     versions: Mapping[str, str]
     facts: Mapping[str, float]
     confidence: float
@@ -147,7 +146,9 @@ def table(record: EvalRecord) -> Table:
 
 
 def _solved_at(record: EvalRecord) -> float:
-    return float(record.config["rewards"]["solved_at"])
+    solved_at = record.config["rewards"]["solved_at"]
+    assert isinstance(solved_at, int | float)
+    return float(solved_at)
 
 
 def _pass_at(facts: Mapping[str, float]) -> list[str]:

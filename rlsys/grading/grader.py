@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -105,15 +104,14 @@ class Grader:
         )
 
     def show(
-        self, split: str, count: int, rollouts: Rollouts, rewards: Array, *learned: Sequence[Any]
+        self, split: str, count: int, rollouts: Rollouts, rewards: Array, learned: LearnedBatch | None = None
     ) -> list[RolloutSample]:
         """Select `count` completions for display: best and worst of a training step, first ones of an evaluation.
 
-        `learned`: fields of ``LearnedBatch``, if the learner trained on the step.
+        `learned`: None unless the learner trained on the step.
         """
-        batch = LearnedBatch(*learned) if learned and learned[0] else None
         chosen = first_of_groups(rollouts, count) if split == "eval" else best_and_worst(rollouts, rewards, count)
-        return rollout_samples(self.tokenizer, self.problems[split], rollouts, rewards, chosen, batch)
+        return rollout_samples(self.tokenizer, self.problems[split], rollouts, rewards, chosen, learned)
 
     def write_problems(self, run_dir: Path) -> None:
         """Write the training problems' prompts and answers to the run directory."""

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -41,7 +41,14 @@ HOW_FROM_GGUF = (
     "quantization_config=GgufConfig(dequantize=True)), as examples/real_model.py does"
 )
 
-Header = Mapping[str, Mapping[str, Any]]  # of a safetensors file: tensor name -> dtype, shape, data_offsets
+
+class TensorEntry(TypedDict):
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+Header = Mapping[str, TensorEntry]  # of a safetensors file, by tensor name
 
 
 def check_job(config: JobConfig) -> tuple[str, ...]:
@@ -167,8 +174,10 @@ def _about_file(path: Path) -> str:
     return "A model is a folder with config.json, tokenizer files and safetensors"
 
 
-def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
-    quantised = config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config")
+def _check_config(folder: Path, config: Mapping[str, object]) -> None:
+    text_config = config.get("text_config")
+    of_text = text_config.get("quantization_config") if isinstance(text_config, Mapping) else None
+    quantised = config.get("quantization_config") or of_text
     if quantised:
         method = _method(quantised)
         raise ConfigError(
@@ -191,7 +200,7 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     )
 
 
-def _method(quantised: Any) -> str:
+def _method(quantised: object) -> str:
     if not isinstance(quantised, Mapping):
         return repr(quantised)
     bits = next((name for name in ("load_in_4bit", "load_in_8bit") if quantised.get(name)), None)
@@ -298,7 +307,7 @@ def _check_tensors(folder: Path, rows: int | None, headers: Mapping[str, Header]
             )
 
 
-def _tensors(headers: Mapping[str, Header]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def _tensors(headers: Mapping[str, Header]) -> Iterator[tuple[str, str, TensorEntry]]:
     for file, header in headers.items():
         for name, entry in header.items():
             yield file, name, entry

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -63,7 +62,7 @@ def write(found: Replay, path: Path) -> None:
     replace_file(path, (json.dumps(body, allow_nan=False) + "\n").encode())
 
 
-def _datums(found: Replay, piece: Piece) -> list[dict[str, Any]]:
+def _datums(found: Replay, piece: Piece) -> list[dict[str, object]]:
     batch, rollouts = piece.batch, found.recorded.rollouts
     counts = batch.columns["weights"] != 0
     rows = []

@@ -8,12 +8,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from rlsys.report.numbers import Scale, nice_ticks, number, tick_labels
+from rlsys.run_state.jsonl import Record
 
 Points = list[tuple[int, float]]  # (step, value), by step
-Record = Mapping[str, Any]  # a line of metrics.jsonl
+Bar = tuple[float, float, float, float]  # x, y, width, height
 
 WIDTH, HEIGHT = 360, 176  # of a chart in SVG units, about pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 10, 24  # margins inside the chart
@@ -116,7 +116,7 @@ class Curve:
     path: str  # SVG, empty for bars
     band: str  # SVG path of the confidence band, empty without one
     dots: Sequence[tuple[float, float]]
-    bars: Sequence[tuple[float, float, float, float]]  # x, y, width, height
+    bars: Sequence[Bar]
     last: str
     not_finite: Sequence[int]  # steps whose value is not finite
 
@@ -258,7 +258,13 @@ def _bars(spec: ChartSpec, lines: Sequence[Line], x: Scale, y: Scale) -> list[Cu
 
 
 def _curve(
-    spec: ChartSpec, line: Line, colour: int, path: str, band: str, dots: Sequence[Any], bars: Sequence[Any]
+    spec: ChartSpec,
+    line: Line,
+    colour: int,
+    path: str,
+    band: str,
+    dots: Sequence[tuple[float, float]],
+    bars: Sequence[Bar],
 ) -> Curve:
     not_finite = [step for step, value in line.points if not math.isfinite(value)]
     return Curve(line.label, colour % COLOURS, path, band, dots, bars, _said(spec, line.points[-1][1]), not_finite)

@@ -10,16 +10,15 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlsys.errors import ConfigError
-from rlsys.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, SECTIONS, TOP, WIDTH, Record, chart, series
+from rlsys.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, SECTIONS, TOP, WIDTH, chart, series
 from rlsys.report.numbers import number, percent
 from rlsys.report.problems import outcomes
 from rlsys.report.rollouts import EXTREME_STEPS, RATIO_LEVELS, pairs, samples, verdicts
@@ -28,6 +27,7 @@ from rlsys.run_state.jsonl import (
     ENVIRONMENT,
     ERRORS,
     METRICS,
+    Record,
     read_groups,
     read_metrics,
     read_problems,
@@ -66,6 +66,7 @@ def page(run_dir: Path) -> str:
     records, rows = read_metrics(run_dir), read_rollouts(run_dir)
     config_text = _text(run_dir / CONFIG)
     config = _config(run_dir / CONFIG, config_text)
+    steps = _section(config, "rl").get("steps")
     charts = {title: [(spec, chart(spec, records)) for spec in specs] for title, specs in SECTIONS.items()}
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -83,11 +84,11 @@ def page(run_dir: Path) -> str:
         style=Markup(style),
         script_hash=_hash(script),
         style_hash=_hash(style),
-        name=config.get("run", {}).get("name", run_dir.name),
+        name=_section(config, "run").get("name", run_dir.name),
         written=time.strftime("%Y-%m-%d %H:%M %Z"),
         headline=headline(records),
         signs=[(_steps(sign.steps), sign.text) for sign in learning_warnings(records, config)],
-        tiles=tiles(records, config.get("rl", {}).get("steps")),
+        tiles=tiles(records, steps if isinstance(steps, int) else None),
         sections={title: [drawing for _, drawing in drawings if drawing] for title, drawings in charts.items()},
         closed=CLOSED,
         missing=[spec.title for drawings in charts.values() for spec, drawing in drawings if not drawing],
@@ -103,7 +104,7 @@ def page(run_dir: Path) -> str:
     )
 
 
-def _config(path: Path, text: str) -> dict[str, Any]:
+def _config(path: Path, text: str) -> dict[str, object]:
     try:
         found = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -113,7 +114,12 @@ def _config(path: Path, text: str) -> dict[str, Any]:
     return found
 
 
-def _environment(path: Path) -> dict[str, Any]:
+def _section(config: Mapping[str, object], name: str) -> Mapping[str, object]:
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
+
+
+def _environment(path: Path) -> dict[str, object]:
     try:
         found = json.loads(_text(path) or "{}")
     except ValueError as error:

@@ -18,6 +18,9 @@ from rlsys.utils.atomic_files import replace_file
 
 METRICS, ROLLOUTS, GROUPS, PROBLEMS = "metrics.jsonl", "rollouts.jsonl", "groups.jsonl", "problems.jsonl"
 CONFIG, ENVIRONMENT, ERRORS = "config.yaml", "environment.json", "errors.log"
+# A line of metrics.jsonl: `stage` is a text, all other values are numbers. A TypedDict cannot list metrics, which are
+# named at run time, and with a union every reader would have to test the value of a key whose type is known.
+Record = Mapping[str, Any]
 RECORD_KEYS = ("step", "time", "stage", "row")  # of a line of metrics.jsonl; every other key is a metric
 
 Note = Callable[[str], None]

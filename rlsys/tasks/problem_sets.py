@@ -6,13 +6,12 @@ is trained on. Problem ids number the remaining problems: the same job and data 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rlsys.data.dedup import count_repeated, find_shared, format_shared
 from rlsys.data.messages import why_not_messages
-from rlsys.data.problems import Problem, ProblemSet, encode
+from rlsys.data.problems import Encode, Problem, ProblemSet, encode
 from rlsys.errors import ConfigError
 from rlsys.tasks import CountingTask, Split, Task
 
@@ -29,7 +28,7 @@ class ProblemSets:
         return self.train if split == "train" else self.eval
 
 
-def problem_sets(task: Task, encode_fn: Callable[[Any], Sequence[int]], max_tokens: int | None = None) -> ProblemSets:
+def problem_sets(task: Task, encode_fn: Encode, max_tokens: int | None = None) -> ProblemSets:
     """Build the problem sets of a task.
 
     `encode_fn` returns the prompt tokens of a question or of messages. Prompts of more than `max_tokens` are dropped.

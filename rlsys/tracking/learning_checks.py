@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from rlsys.metrics import Metrics
+from rlsys.run_state.jsonl import Record
 
 WINDOW = 3  # steps in a row; all steps of a shorter run
 SHARE = 0.95  # of completions or groups
 DROPPED = 0.5  # of the training problems
 
-Keys = Mapping[str, Any]  # the job's values by dotted key; unknown keys are absent
+Keys = Mapping[str, object]  # the job's values by dotted key; unknown keys are absent
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,10 @@ class _Streak:
 class LearningChecks:
     """Checks metrics step by step. `config`: the job as nested mappings; parts may be missing."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, object]) -> None:
         self._keys = dict(_flat(config))
+        steps = self._keys.get("rl.steps")
+        self._longest = max(1, steps) if isinstance(steps, int) else WINDOW  # window
         self._streaks = {check.name: _Streak() for check in CHECKS}
         self._reported: set[str] = set()
 
@@ -87,7 +89,7 @@ class LearningChecks:
             hidden.update(check.hides)
             if check.name in hidden:
                 streak.now.clear()
-            elif streak.add(step, min(check.window, max(1, self._keys.get("rl.steps", WINDOW)))):
+            elif streak.add(step, min(check.window, self._longest)):
                 streak.text = check.says(share, metrics, self._keys)
         new = [sign for sign in self.signs() if sign.name not in self._reported]
         self._reported.update(sign.name for sign in new)
@@ -104,14 +106,14 @@ class LearningChecks:
         return [LearningWarning(name, tuple(streak.all), streak.text) for name, streak in found if streak.all]
 
 
-def learning_warnings(records: Iterable[Mapping[str, Any]], config: Mapping[str, Any]) -> list[LearningWarning]:
+def learning_warnings(records: Iterable[Record], config: Mapping[str, object]) -> list[LearningWarning]:
     """Warnings from the lines of metrics.jsonl."""
     checks = LearningChecks(config)
     see_records(checks, records)
     return checks.signs()
 
 
-def see_records(checks: LearningChecks, records: Iterable[Mapping[str, Any]]) -> None:
+def see_records(checks: LearningChecks, records: Iterable[Record]) -> None:
     """Replay recorded steps in the order written; their warnings are not printed again."""
     for record in records:
         if record.get("stage") != "sft":
@@ -123,7 +125,7 @@ def percent(share: float) -> str:
     return "all" if share >= 1 else f"{min(99.9, share * 100):.3g} % of the"
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _flat(section: Mapping[str, object], prefix: str = "") -> Iterable[tuple[str, object]]:
     for name, value in section.items():
         yield prefix + name, value
         if isinstance(value, Mapping):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -60,7 +59,7 @@ class SystemMetrics:
         return found | _gpu_figures(self._gpus)
 
 
-def _gpu_handles(note: Callable[[str], None]) -> list[Any]:
+def _gpu_handles(note: Callable[[str], None]) -> list[object]:
     """Handles of the node's GPUs; empty without GPUs, nvidia-smi or pynvml."""
     if shutil.which("nvidia-smi") is None:
         return []
@@ -77,7 +76,7 @@ def _gpu_handles(note: Callable[[str], None]) -> list[Any]:
         return []
 
 
-def _gpu_figures(handles: list[Any]) -> dict[str, float]:
+def _gpu_figures(handles: list[object]) -> dict[str, float]:
     found: dict[str, float] = {}
     if handles:
         import pynvml

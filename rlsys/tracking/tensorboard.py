@@ -7,12 +7,12 @@ declares the step from which TensorBoard ignores the earlier files of its folder
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlsys.errors import ConfigError
-from rlsys.run_state.jsonl import metrics_of
+from rlsys.run_state.jsonl import Record, metrics_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -24,7 +24,7 @@ STAGES = ("rl", "sft")
 class TensorBoardWriter:
     """Event files of one run; values are in the file when a call returns."""
 
-    def __init__(self, run_dir: Path, config: str, kept: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, run_dir: Path, config: str, kept: Sequence[Record]) -> None:
         """Continue after `kept`, the lines of metrics.jsonl; `config` is shown as text.
 
         Raises:
@@ -40,7 +40,7 @@ class TensorBoardWriter:
                 self._add(record)
         self._flush()
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Record) -> None:
         """A line of metrics.jsonl."""
         self._add(record)
         self._writers[record["stage"]].flush()
@@ -55,7 +55,7 @@ class TensorBoardWriter:
         for writer in self._writers.values():
             writer.close()
 
-    def _add(self, record: Mapping[str, Any]) -> None:
+    def _add(self, record: Record) -> None:
         writer = self._writers[record["stage"]]
         for name, value in metrics_of(record).items():
             writer.add_scalar(name, float(value), record["step"], walltime=record["time"])
@@ -82,5 +82,5 @@ def _let_a_second_begin(folder: Path) -> None:
     time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
 
 
-def _next_step(kept: Sequence[Mapping[str, Any]], stage: str) -> int:
+def _next_step(kept: Sequence[Record], stage: str) -> int:
     return max((record["step"] + 1 for record in kept if record["stage"] == stage), default=0)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 from rlsys.config import TrackingSection, yaml_text
 from rlsys.errors import CheckpointError
@@ -26,6 +26,7 @@ from rlsys.run_state.jsonl import (
     ROLLOUTS,
     GroupsRow,
     Note,
+    Record,
     RolloutRow,
     cut_lines,
     open_to_append,
@@ -46,7 +47,7 @@ class Tracker:
         run_dir: Path,
         section: TrackingSection,
         run_name: str,
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         note: Note = print,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         *,
@@ -124,10 +125,10 @@ class Tracker:
         if self._board:
             self._board.roll_back(step)
 
-    def _cut(self, step: int, keep_supervised: bool) -> list[dict[str, Any]]:
+    def _cut(self, step: int, keep_supervised: bool) -> Sequence[Record]:
         """Cut the files back, open them to append, and set the row number. Returns the lines of metrics.jsonl."""
 
-        def keeps(record: Mapping[str, Any]) -> bool:
+        def keeps(record: Record) -> bool:
             return keep_supervised if record.get("stage") == "sft" else bool(record["step"] <= step)
 
         records = cut_lines(self._run_dir / METRICS, keeps, self._note)

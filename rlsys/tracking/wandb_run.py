@@ -14,10 +14,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from rlsys.config import TrackingSection
-from rlsys.run_state.jsonl import METRICS, TOKEN_FIELDS, Note, RolloutRow, metrics_of
+from rlsys.run_state.jsonl import METRICS, TOKEN_FIELDS, Note, Record, RolloutRow, metrics_of
 from rlsys.utils.env_variables import env_variable, set_default
 from rlsys.utils.shell_paths import command
 
@@ -48,7 +48,7 @@ class WandbRun:
         section: TrackingSection,
         name: str,
         run_id: str | None,
-        config: Mapping[str, Any],
+        config: Mapping[str, object],
         note: Note,
         connect_timeout_s: float,
     ) -> None:
@@ -68,7 +68,7 @@ class WandbRun:
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self._thread.start()
 
-    def repeat(self, records: Sequence[Mapping[str, Any]], rows: Sequence[RolloutRow]) -> None:
+    def repeat(self, records: Sequence[Record], rows: Sequence[RolloutRow]) -> None:
         """Send the lines of the files, except rows that wandb has."""
         of_step: dict[int, list[RolloutRow]] = {}
         for row in rows:
@@ -79,7 +79,7 @@ class WandbRun:
             if record["stage"] == "rl" and last[record["row"]] == i and record["step"] in of_step:
                 self.table(record["row"], record["step"], of_step[record["step"]])
 
-    def log(self, record: Mapping[str, Any], repeated: bool = False) -> None:
+    def log(self, record: Record, repeated: bool = False) -> None:
         """A line of metrics.jsonl."""
         row, axis = record["row"], "sft/step" if record["stage"] == "sft" else "step"
         metrics = {name: float(value) if repeated else value for name, value in metrics_of(record).items()}
@@ -100,7 +100,7 @@ class WandbRun:
 
         self._calls.put(call)
 
-    def _put(self, run: wandb.Run, row: int, values: Mapping[str, Any]) -> None:
+    def _put(self, run: wandb.Run, row: int, values: Mapping[str, object]) -> None:
         if row >= self._have:
             run.log(dict(values), step=row)
             self._have = row

@@ -8,24 +8,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 
-def file_entry(content: bytes) -> dict[str, Any]:
+def file_entry(content: bytes) -> dict[str, int | str]:
     """What a manifest says about one file."""
     return {"bytes": len(content), "blake2b": hashlib.blake2b(content, digest_size=16).hexdigest()}
 
 
-def digest(body: Mapping[str, Any]) -> str:
+def digest(body: Mapping[str, object]) -> str:
     """Hash of a manifest without its own ``digest`` entry."""
     return hashlib.blake2b(json.dumps(body, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def sealed(body: Mapping[str, Any]) -> bytes:
+def sealed(body: Mapping[str, object]) -> bytes:
     """The manifest's file: `body` and its ``digest``."""
     return to_json({**body, "digest": digest(body)})
 
 
-def to_json(value: Mapping[str, Any]) -> bytes:
+def to_json(value: Mapping[str, object]) -> bytes:
     """Indented JSON that ends with a newline."""
     return (json.dumps(value, indent=2) + "\n").encode()

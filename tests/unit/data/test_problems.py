@@ -5,11 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlsys.data.messages import Messages
 from rlsys.data.problems import Epochs, Problem, encode
 from rlsys.errors import ConfigError
 
 
-def letters(prompt: str) -> list[int]:
+def letters(prompt: str | Messages) -> list[int]:
+    assert isinstance(prompt, str)
     return [ord(character) for character in prompt]
 
 

@@ -16,6 +16,7 @@ from rlsys.environments.environment_pool import Environment
 from rlsys.environments.multi_turn import Conversations, TurnRules
 from rlsys.errors import GradingError, SamplingError
 from rlsys.rollouts import ENVIRONMENT, LENGTH, STOP, Rollouts, offsets_of
+from rlsys.sampler.adapter_slots import AdapterLease
 from rlsys.sampler.completion import Completion, completion_of
 from rlsys.types import SamplingParams
 from tests.unit.environments.sample_environments import answering
@@ -47,15 +48,15 @@ class Script:
         return 99
 
     @contextmanager
-    def hold(self, run_id: str | None, version: int, requests: int, moves: bool = False) -> Iterator[int]:
+    def hold(self, run_id: str | None, version: int, requests: int, moves: bool = False) -> Iterator[AdapterLease]:
         self.holds.append((run_id, version, requests, moves))
         try:
-            yield version
+            yield AdapterLease(run_id, version, None, moves, rollbacks=0)
         finally:
             self.holds.append(())
 
     async def draw(
-        self, hold: int, prompt: list[int], params: SamplingParams, also_stop: Sequence[str] = ()
+        self, hold: AdapterLease, prompt: list[int], params: SamplingParams, also_stop: Sequence[str] = ()
     ) -> Completion:
         assert params.seed is not None
         so_far = text(prompt)
@@ -63,7 +64,7 @@ class Script:
         self.calls.append((so_far, params.seed, params.max_tokens, tuple(also_stop)))
         whole = ids(self.writes(so_far, params.seed))
         tokens = whole[: params.max_tokens]
-        return completion_of(tokens, [-0.5] * len(tokens), hold, stopped=len(whole) <= params.max_tokens)
+        return completion_of(tokens, [-0.5] * len(tokens), hold.version, stopped=len(whole) <= params.max_tokens)
 
 
 @pytest.fixture(scope="module")

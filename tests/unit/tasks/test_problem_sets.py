@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rlsys.data.messages import Messages
 from rlsys.data.problems import Problem
 from rlsys.errors import ConfigError
 from rlsys.tasks import Split
@@ -35,7 +36,8 @@ def asked(*prompts: str) -> list[Problem]:
     return [Problem(prompt, str(i)) for i, prompt in enumerate(prompts)]
 
 
-def letters(prompt: str) -> list[int]:
+def letters(prompt: str | Messages) -> list[int]:
+    assert isinstance(prompt, str)
     return [ord(character) for character in prompt]
 
 
@@ -90,9 +92,9 @@ def test_the_same_question_is_held_out_whatever_system_prompt_it_has() -> None:
 
 def test_messages_reach_the_renderer_and_their_text_the_records() -> None:
     said = (("user", "a?"), ("assistant", "b"), ("user", "c?"))
-    seen: list[Any] = []
+    seen: list[str | Messages] = []
 
-    def encoded(question: Any) -> list[int]:
+    def encoded(question: str | Messages) -> list[int]:
         seen.append(question)
         return [1]
 

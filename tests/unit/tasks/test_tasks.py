@@ -305,7 +305,7 @@ def test_the_task_that_the_docs_show_is_a_task_in_under_twenty_lines(
     (tmp_path / "my_tasks.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     task = tasks.build(TaskSection(name="my_tasks:Doubling", train_problems=500), seed=0)
-    sets = problem_sets(task, lambda prompt: [ord(character) for character in prompt])
+    sets = problem_sets(task, lambda prompt: [ord(character) for character in str(prompt)])
     assert (len(sets.train), len(sets.eval)) == (500, 100)
     assert task.grade("It is 14", sets.eval.answers[7]) == 1.0
     assert len(tasks.build(TaskSection(name="my_tasks:Doubling", options={"count": 7}), 0).problems("train")) == 7

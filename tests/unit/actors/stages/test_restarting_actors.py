@@ -44,8 +44,10 @@ def groups(first: int, count: int) -> Rollouts:
 class Seen:
     """A ``Grader`` that keeps what it was to show."""
 
-    def show(self, split: str, rows: int, rollouts: Rollouts, rewards: Array, *learned: Any) -> list[Any]:
-        return [_token_values(rollouts, r, LearnedBatch(*learned))[0] for r in range(len(rewards))]
+    def show(
+        self, split: str, rows: int, rollouts: Rollouts, rewards: Array, learned: LearnedBatch
+    ) -> list[list[float]]:
+        return [_token_values(rollouts, r, learned)[0] for r in range(len(rewards))]
 
 
 def test_completions_are_shown_with_their_own_advantages_where_pieces_were_centred_one_by_one() -> None:
