@@ -28,7 +28,7 @@ def test_a_shortage_says_how_much_is_missing_of_each_resource() -> None:
 def test_bundles_pack_onto_nodes_in_any_order_and_a_fragmented_cluster_holds_fewer() -> None:
     cluster = [node("a", CPU=4.0), node("b", CPU=4.0, GPU=1.0)]
     assert packs([{"CPU": 1.0}, {"CPU": 3.0}, {"CPU": 4.0, "GPU": 1.0}], cluster)
-    assert packs([{"CPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}], cluster), "the GPU's bundle comes first"
+    assert packs([{"CPU": 1.0}, {"CPU": 4.0}, {"CPU": 1.0, "GPU": 1.0}], cluster), "the GPU's bundle is placed first"
     assert not packs([{"CPU": 3.0}, {"CPU": 3.0}, {"CPU": 2.0}], cluster), "8 cores in total, but 1 + 1 are left"
 
 
