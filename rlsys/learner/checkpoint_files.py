@@ -16,19 +16,13 @@ from pydantic import ValidationError
 
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError
+from rlsys.learner.base_fingerprint import BaseFingerprint
 from rlsys.utils.manifest import digest, file_entry
 
 FORMAT, FORMAT_VERSION = "rlsys-checkpoint", 1
 CONFIG, WEIGHTS, OPTIMIZER = "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors"
 MANIFEST = "rlsys-checkpoint.json"
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-@dataclass(frozen=True, slots=True)
-class BaseFingerprint:
-    summary: str  # for messages: architecture, vocabulary, hidden size, layers
-    shape: str  # hash over the configuration's shape and over every parameter's name and shape
-    weights: str  # hash over values
 
 
 @dataclass(frozen=True, slots=True)
