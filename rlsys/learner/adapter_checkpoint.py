@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError
+from rlsys.learner.base_fingerprint import BaseFingerprint
 from rlsys.learner.checkpoint_files import (
     CONFIG,
     FORMAT,
@@ -29,7 +30,6 @@ from rlsys.learner.checkpoint_files import (
     MANIFEST,
     OPTIMIZER,
     WEIGHTS,
-    BaseFingerprint,
     CheckpointInfo,
     info_of,
     read_content,

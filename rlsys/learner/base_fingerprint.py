@@ -7,17 +7,26 @@ is loaded in bfloat16, float32 or float64.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedModel
-
-from rlsys.learner.checkpoint_files import BaseFingerprint
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLES = 1024  # per parameter; further training changes nearly all of them
 
 
+@dataclass(frozen=True, slots=True)
+class BaseFingerprint:
+    summary: str  # for messages: architecture, vocabulary, hidden size, layers
+    shape: str  # hash over the configuration's shape and over every parameter's name and shape
+    weights: str  # hash over values
+
+
 def fingerprint_of(model: PreTrainedModel) -> BaseFingerprint:
     """Fingerprint of a model without adapters."""
+    import torch  # a driver reads the fingerprints of checkpoints without torch
+
     config = model.config
     fields = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
     values_of_shape = [

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError
+from rlsys.learner.base_fingerprint import BaseFingerprint
 from rlsys.utils.manifest import digest, file_entry
 
 FORMAT, FORMAT_VERSION = "rlsys-checkpoint", 1
@@ -36,13 +37,6 @@ class Manifest(TypedDict):
     base: dict[str, str]
     files: dict[str, object]  # name -> file_entry
     digest: NotRequired[str]
-
-
-@dataclass(frozen=True, slots=True)
-class BaseFingerprint:
-    summary: str  # for messages: architecture, vocabulary, hidden size, layers
-    shape: str  # hash over the configuration's shape and over every parameter's name and shape
-    weights: str  # hash over values
 
 
 @dataclass(frozen=True, slots=True)

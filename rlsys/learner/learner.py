@@ -26,8 +26,7 @@ from rlsys.datums import DatumBatch
 from rlsys.distributed.ranks import ALONE, Ranks
 from rlsys.errors import ConfigError, GradientError
 from rlsys.learner.accumulation import GradientAccumulation, Where
-from rlsys.learner.base_fingerprint import fingerprint_of
-from rlsys.learner.checkpoint_files import BaseFingerprint
+from rlsys.learner.base_fingerprint import BaseFingerprint, fingerprint_of
 from rlsys.learner.custom_loss import CustomLoss
 from rlsys.learner.forward import ForwardPass, Progress, unpacked
 from rlsys.learner.load_model import decoder_layers, load_model, save_model
