@@ -25,7 +25,7 @@ from rlsys.environments.environment_pool import ERROR, OVER, TIMEOUT, Environmen
 from rlsys.errors import ConfigError, GradingError
 from rlsys.rollouts import Rollouts
 from rlsys.sampler.adapter_slots import AdapterLease
-from rlsys.sampler.completion import Completion, environment_reply, join_completions, to_rollouts
+from rlsys.sampler.growing_completion import Completion, environment_reply, join_completions, to_rollouts
 from rlsys.sampler.requests import child_seeds, later_seed
 from rlsys.tokenization.renderer import Renderer
 from rlsys.tokenization.stop_conditions import load_tokenizer

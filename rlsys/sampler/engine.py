@@ -20,8 +20,8 @@ from rlsys.errors import ConfigError, SamplingError
 from rlsys.rollouts import Rollouts
 from rlsys.sampler.adapter_loader import AdapterLoader
 from rlsys.sampler.adapter_slots import BASE_VERSION, AdapterLease, AdapterSlots, kept
-from rlsys.sampler.completion import Completion, join_completions, to_rollouts
 from rlsys.sampler.engine_start import Device, preload, prepare_environment
+from rlsys.sampler.growing_completion import Completion, join_completions, to_rollouts
 from rlsys.sampler.request_runner import RequestRunner, together
 from rlsys.sampler.requests import (
     BaseModel,

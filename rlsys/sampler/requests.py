@@ -12,7 +12,7 @@ from rlsys.architectures.families import text_part
 from rlsys.data.problems import occurrences
 from rlsys.errors import ConfigError, SamplingError
 from rlsys.rollouts import Rollouts
-from rlsys.sampler.completion import Completion, completion_of, to_rollouts
+from rlsys.sampler.growing_completion import Completion, completion_of, to_rollouts
 from rlsys.tokenization.stop_conditions import has_tokenizer, read_json, stop_conditions_of
 from rlsys.types import Array, SamplingParams
 

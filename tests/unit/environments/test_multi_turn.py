@@ -17,7 +17,7 @@ from rlsys.environments.multi_turn import Conversations, TurnRules
 from rlsys.errors import GradingError, SamplingError
 from rlsys.rollouts import ENVIRONMENT, LENGTH, STOP, Rollouts, offsets_of
 from rlsys.sampler.adapter_slots import AdapterLease
-from rlsys.sampler.completion import Completion, completion_of
+from rlsys.sampler.growing_completion import Completion, completion_of
 from rlsys.types import SamplingParams
 from tests.unit.environments.sample_environments import answering
 from tests.waiting import slowdown, until_async
