@@ -1,4 +1,4 @@
-"""Publishes adapters to samplers: each version with the canary that lets a sampler prove which version it serves."""
+"""Builds the update of each version that samplers load, with the canary by which a sampler proves what it serves."""
 
 from __future__ import annotations
 
