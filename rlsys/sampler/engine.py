@@ -44,6 +44,7 @@ from rlsys.sampler.requests import (
 )
 from rlsys.sampler.stop_strings import stop_across
 from rlsys.sampler.vllm.lora_shards import proven_digest
+from rlsys.sampler.vllm.model_classes import register_classes
 from rlsys.sampler.vllm.shared_buffer import to_shared_buffer
 from rlsys.sampler.vllm.worker_calls import values
 from rlsys.types import Array, SamplingParams
@@ -117,6 +118,8 @@ class Sampler:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if self._device == "cpu":
+            register_classes(self._base)
         self._log = EngineLog()
         try:
             with engine_processes(self._device), plain_path(self._base) as folder:  # vLLM globs for the weights
