@@ -40,7 +40,8 @@ class Reply:
 
 
 class Environment:
-    """Pool of `section.workers` processes that call the picklable `function`. Use all methods on one event loop."""
+    """Pool of `section.workers` processes that call the picklable `function`. They start with `begin` or the first
+    call. Use all methods on one event loop."""
 
     def __init__(self, section: TurnSection, function: Replier) -> None:
         self._section = section
@@ -54,6 +55,10 @@ class Environment:
         self._context = multiprocessing.get_context("forkserver")  # fork would copy locks held by other threads
         self._context.set_forkserver_preload([__name__, function.__module__])
         self._answered = 0
+        self._pool: ProcessPool | None = None
+
+    def begin(self) -> None:
+        """Start the processes, so that they import the environment before the first call."""
         self._pool = self._start()
 
     async def reply(self, turns: Sequence[str], answer: str) -> Reply:
@@ -86,6 +91,8 @@ class Environment:
 
     def close(self) -> None:
         """Kill all processes, including those in the middle of a call."""
+        if self._pool is None:
+            return
         self._pool.stop()
         while True:
             try:
@@ -98,11 +105,11 @@ class Environment:
         pool = ProcessPool(
             self._section.workers, initializer=_initialise, initargs=(self._function,), context=self._context
         )
-        assert pool.active  # reading `active` starts the processes: they import while the engine starts
+        assert pool.active  # reading `active` starts the processes
         return pool
 
     def _submit(self, turns: Sequence[str], answer: str) -> Future[_Answer]:
-        if not self._pool.active:
+        if self._pool is None or not self._pool.active:
             self.close()
             self._pool = self._start()
         timeout = self._section.reply_timeout_s
