@@ -240,7 +240,7 @@ def test_a_host_process_ends_with_its_actor(suspended: bool) -> None:
     until_gone([pid], "the host process of a killed actor")
 
 
-@pytest.mark.parametrize("actor", ["actors.sampler_actor"])
+@pytest.mark.parametrize("actor", ["actors.sampler_actor", "actors.service.sampler_service"])
 def test_an_actor_with_a_host_process_imports_neither_torch_nor_vllm(actor: str) -> None:
     program = f"import sys, {actor}; print([name for name in ('torch', 'vllm', 'transformers') if name in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
