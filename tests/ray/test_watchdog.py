@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from actors.faults.watchdog import Waiting, Watchdog, value, watched, watched_al
 from actors.hosting.host_process import HostProcess
 from actors.hosting.sampler_body import SamplerBody
 from actors.sampler_actor import SamplerActor
-from rlsys.config import parse_config
+from rlsys.config import JobConfig, parse_config
 from rlsys.errors import ActorDiedError, ActorFailedError, DataLostError, GradingError, StalledError
 from rlsys.rollouts import offsets_of
 from rlsys.types import SamplingParams
@@ -224,6 +226,13 @@ class AskedBody(SamplerBody):
 class AskedSampler(SamplerActor):
     body = AskedBody
 
+    def __init__(self, config: JobConfig, index: int) -> None:
+        super().__init__(config, index)
+        self.constructed_in = threading.get_native_id()
+
+    async def main_thread_constructed_it(self) -> bool:
+        return self.constructed_in == os.getpid()
+
     async def complete(self, max_tokens: int) -> int:
         return await self.host.call("complete", max_tokens)
 
@@ -275,6 +284,11 @@ def test_a_stopped_engine_is_a_stall_that_names_its_sampler(sampler: Any) -> Non
     finally:
         engine.resume()
     assert wait(waiting.ref, FAR_S, "sampler 0") == 60
+
+
+def test_ray_constructs_an_async_actor_in_the_thread_that_lives_as_long_as_it(sampler: Any) -> None:
+    """With this thread the kernel ends the host process."""
+    assert wait(sampler.main_thread_constructed_it.remote(), FAR_S, "sampler 0")
 
 
 def test_a_stopped_host_process_is_a_stall_that_names_its_sampler(sampler: Any) -> None:

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
+import re
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from typing import Any
@@ -12,9 +15,12 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
 
+from actors.faults.actor_calls import as_raised
 from actors.hosting.host_process import HostProcess, InProcess, start_host
-from rlsys.errors import ActorDiedError, SamplingError
+from rlsys.errors import ActorDiedError, ActorFailedError, SamplingError
 from rlsys.types import Array
 from tests.unit.actors.hosting.bodies import Body
 from tests.waiting import run as to_end
@@ -134,6 +140,17 @@ def test_an_error_of_a_library_keeps_its_name_without_the_library(host: HostProc
         run(host.call("fail", "picky"))
     assert type(picky.value).__name__ == "Picky"
     assert "vllm" not in sys.modules
+
+
+@pytest.mark.parametrize(("kind", "name"), [("library", "EngineDeadError"), ("", "OSError")])
+def test_the_run_s_error_names_the_place_in_the_host_process(host: HostProcess, run: Any, kind: str, name: str) -> None:
+    with pytest.raises(Exception, match=r"issue|space") as caught:
+        run(host.call("fail", kind))
+    text = "".join(traceback.format_exception(caught.value))
+    error = pickle.loads(cloudpickle.dumps(RayTaskError("SamplerActor.sample", text, caught.value)))
+    failure = as_raised(error, "sampler 3")
+    assert isinstance(failure, ActorFailedError)
+    assert re.match(rf"sampler 3: {name}: .*/hosting/bodies\.py:\d+ in fail\)$", str(failure)), failure
 
 
 def test_what_cannot_be_pickled_fails_its_own_call(host: HostProcess, run: Any) -> None:
