@@ -26,11 +26,14 @@ POLL_S = 0.1
 MIB = 2**20
 ROLES = {"ray::LearnerActor": "learner", "ray::SamplerActor": "sampler", "VLLM::EngineCore": "engine"}
 OTHERS = {"ray::RewardActor": "rewards", "ray::GroupAdvantageActor": "advantages"}
+HOST = "rlsys host of sampler"  # the last argument of a sampler's host process
 IMPORTS = {
     "learner": "ray actors.learner_actor rlsys.learner.learner rlsys.learner.policy rlsys.bootstrap.supervised "
     "rlsys.modeling.base_model "
     "transformers.models.qwen3.modeling_qwen3",
-    "sampler": "ray actors.sampler_actor rlsys.sampler.engine vllm.v1.engine.async_llm",
+    "sampler": "ray actors.sampler_actor rlsys.weight_sync.update",
+    "host": "vllm.v1.engine.async_llm vllm.v1.engine.core rlsys.sampler.vllm.cpu_worker rlsys.sampler.engine "
+    "rlsys.environments.multi_turn",
     "engine": "vllm.v1.engine.async_llm vllm.v1.engine.core rlsys.sampler.vllm.cpu_worker "
     "rlsys.sampler.vllm.adapter_worker "
     "vllm.model_executor.models.qwen3",
@@ -122,6 +125,7 @@ def _look(process: psutil.Process, peaks: dict[str, dict[str, int]]) -> None:
     try:
         title = " ".join(process.cmdline())
         role = next((role for name, role in (ROLES | OTHERS).items() if title.startswith(name)), None)
+        role = "host" if HOST in title else role
         if role is None:
             return
         found = _status(Path(f"/proc/{process.pid}/status").read_text())
@@ -158,7 +162,7 @@ def compare(
     peaks = run(config, [*overrides, f"run.dir={scratch / 'runs'}"], scratch / f"{name}.log")
     print(f"{name}: peaks in MiB {json.dumps(_mib(peaks))}", flush=True)
     above = {role: peaks[role]["VmHWM"] - before[role]["VmHWM"] for role in before}
-    measured = {"learner": above["learner"], "sampler": above["sampler"] + above["engine"]}
+    measured = {"learner": above["learner"], "sampler": above["sampler"] + above["host"] + above["engine"]}
     return [
         f"{name:<22} {role:<8} {predicted[role].total / MIB:>10.0f} {measured[role] / MIB:>9.0f} "
         f"{predicted[role].total / measured[role] - 1:>+8.1%}"

@@ -23,7 +23,7 @@ from rlsys.types import Array
 
 if TYPE_CHECKING:
     from actors.cluster.base_folder import Base
-    from actors.sampler_actor import SampleRequest  # imports torch
+    from actors.hosting.sampler_body import SampleRequest
     from rlsys.datums import DatumBatch
     from rlsys.protocols import MinibatchPosition
 

@@ -34,6 +34,7 @@ from actors.cluster.ray_cluster import cluster
 from actors.evaluation import Loaded
 from actors.faults.actor_calls import wait
 from actors.faults.actor_logs import Failures
+from actors.hosting.sampler_body import SamplerBody
 from actors.learner_actor import LearnerActor
 from actors.sampler_actor import SamplerActor
 from actors.stages.learner_group import LearnerGroup, LearnerInit
@@ -84,8 +85,8 @@ class MeasuredLearner(LearnerActor):
         return time.perf_counter() - began
 
 
-class MeasuredSampler(SamplerActor):
-    """The job's sampler actor, with additional timings."""
+class MeasuredBody(SamplerBody):
+    """The work of a job's sampler actor, with additional timings."""
 
     async def empty(self) -> None:
         pass
@@ -112,6 +113,24 @@ class MeasuredSampler(SamplerActor):
         """For `add_lora`, which would throw out what the sampler still counts on."""
         while len(self.sampler.slots.keys()) >= self.config.sampler.max_live_adapters:
             await self.sampler.unload(*self.sampler.slots.keys()[0])
+
+
+class MeasuredSampler(SamplerActor):
+    """The job's sampler actor with these calls, which go through its host process as the job's do."""
+
+    body = MeasuredBody
+
+    async def empty(self) -> None:
+        await self.host.call("empty")
+
+    async def canary(self, update: WeightUpdate) -> float:
+        return await self.host.call("canary", update)
+
+    async def add_lora(self, folder: str, number: int) -> float:
+        return await self.host.call("add_lora", folder, number)
+
+    async def make_room(self) -> None:
+        await self.host.call("make_room")
 
 
 @contextmanager

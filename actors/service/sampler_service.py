@@ -1,4 +1,4 @@
-"""Actor class of a deployment's sampler: one vLLM engine shared by many sampling clients."""
+"""Actor class of a deployment's sampler: one vLLM engine, in a host process, shared by many sampling clients."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections import Counter
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING
 
+from actors.hosting.host_process import start_host
+from actors.hosting.snapshot_body import SnapshotBody
 from rlsys.client.backend import SampleAnswer
 from rlsys.client.config import SamplerSpec
 from rlsys.errors import SamplingError
+from rlsys.sampler.engine_start import prepare_environment
 from rlsys.service.snapshot_cache import SnapshotCache
 from rlsys.types import Array, SamplingParams
-from rlsys.weight_sync.canary import StartupProbe
 
 if TYPE_CHECKING:
     import ray
 
+    from rlsys.weight_sync.canary import StartupProbe
     from rlsys.weight_sync.update import WeightUpdate
 
 
@@ -23,10 +26,8 @@ class ServiceSampler:
     """Async actor: serves many calls concurrently, so that the engine can batch them."""
 
     def __init__(self, spec: SamplerSpec, index: int) -> None:
-        from rlsys.sampler import engine
-
-        engine.prepare_environment(spec.section, spec.device)
-        self.spec, self.index = spec, index
+        prepare_environment(spec.section, spec.device)
+        self.host = start_host(f"sampler {index}", spec.device, SnapshotBody, spec, index)
         self.clients_by_snapshot: Counter[str] = Counter()
         self.refs: dict[str, ray.ObjectRef[WeightUpdate]] = {}
         self.snapshot_cache = SnapshotCache(
@@ -34,31 +35,13 @@ class ServiceSampler:
         )
 
     async def preload(self) -> None:
-        from rlsys.sampler import engine
-
-        engine.preload(self.spec.device)
+        await self.host.call("preload")
 
     async def start(self) -> None:
-        from actors.cluster.base_folder import local_folder
-        from rlsys.sampler.engine import Sampler
-        from rlsys.service.snapshot_engine import SnapshotEngine
-
-        spec = self.spec
-        assert spec.model.path is not None
-        with local_folder(spec.model.path) as folder:
-            self.sampler = Sampler(
-                name=str(self.index),
-                base=folder,
-                model=spec.model,
-                section=spec.section,
-                seed=self.index,
-                device=spec.device,
-            )
-            self.snapshots = SnapshotEngine(self.sampler)
-            await self.sampler.start()
+        await self.host.call("start")
 
     async def prove(self, probe: StartupProbe) -> None:
-        await self.sampler.probe(probe, self.spec.max_canary_diff)
+        await self.host.call("prove", probe)
 
     async def register(self, key: str, ref: list[ray.ObjectRef[WeightUpdate]]) -> None:
         """Count one more client that holds this snapshot. `ref` is wrapped in a list, so that Ray does not fetch the
@@ -76,17 +59,18 @@ class ServiceSampler:
         self, key: str | None, prompt: Array, n: int, params: SamplingParams, prompt_logprobs: bool, topk: int
     ) -> SampleAnswer:
         async with self._using(key):
-            return await self.snapshots.answer(key, prompt, n, params, prompt_logprobs, topk)
+            return await self.host.call("answer", key, prompt, n, params, prompt_logprobs, topk)
 
     async def logprobs(self, key: str | None, tokens: Array) -> Array:
         async with self._using(key):
-            return await self.snapshots.score(key, tokens)
+            return await self.host.call("score", key, tokens)
 
     async def resident(self) -> list[str]:
         return self.snapshot_cache.keys
 
     async def stop(self) -> None:
-        await self.sampler.stop()
+        await self.host.call("stop")
+        await self.host.close()
 
     def _using(self, key: str | None) -> AbstractAsyncContextManager[object]:
         return AsyncExitStack() if key is None else self.snapshot_cache.using(key)
@@ -94,7 +78,7 @@ class ServiceSampler:
     async def _load(self, key: str) -> None:
         if key not in self.refs:
             raise SamplingError(f"snapshot {key} was released: no client holds it any more")
-        await self.snapshots.serve(key, await self.refs[key], self.spec.max_canary_diff)
+        await self.host.call("serve", key, await self.refs[key])
 
     async def _unload(self, key: str) -> None:
-        await self.snapshots.withdraw(key)
+        await self.host.call("withdraw", key)

@@ -34,25 +34,34 @@ class Reply:
 
 
 class Environment:
-    """Pool of `section.workers` processes that call the picklable `function`. Use all methods on one event loop."""
+    """Pool of `section.workers` processes that call the picklable `function`. They start with `begin` or the first
+    call. Use all methods on one event loop."""
 
     def __init__(self, section: TurnSection, function: Replier) -> None:
         self._section = section
         wanted = "a picklable task, or a task whose method `reply` is static"
         source = pickled(function, "task", "environment", wanted)
-        worker = Worker("environment", pickle.loads, source, _text)  # trusted: this process pickled it
+        self._worker = Worker("environment", pickle.loads, source, _text)  # trusted: this process pickled it
+        self._preload = [__name__, function.__module__]
         self._answered = 0
-        self._pool = ProcessPool(worker, section.workers, section.reply_timeout_s, [__name__, function.__module__])
+        self._pool: ProcessPool[str | None] | None = None
+
+    def begin(self) -> ProcessPool[str | None]:
+        """Start the processes, so that they import the environment before the first call."""
+        if self._pool is None:
+            section = self._section
+            self._pool = ProcessPool(self._worker, section.workers, section.reply_timeout_s, self._preload)
+        return self._pool
 
     async def reply(self, turns: Sequence[str], answer: str) -> Reply:
         """Call the environment with the model's turns so far, oldest first, and the reference answer."""
-        why = ""
+        why, pool = "", self.begin()
         for _ in range(ATTEMPTS):
-            call = self._pool.submit(list(turns), answer)
+            call = pool.submit(list(turns), answer)
             with contextlib.suppress(Exception):  # `outcome` reads the error
                 await asyncio.wrap_future(call)
             try:
-                outcome = self._pool.outcome(call)
+                outcome = pool.outcome(call)
             except BrokenProcessPool as error:
                 why = f"the environment processes died between two calls: {error}"
                 continue
@@ -69,7 +78,8 @@ class Environment:
 
     def close(self) -> None:
         """Kill all processes, including those in the middle of a call."""
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
 
     def _reply(self, outcome: Outcome[str | None]) -> Reply:
         if outcome.ending is Ending.VALUE:

@@ -68,7 +68,7 @@ class Conversations:
 
     @classmethod
     def start(cls, config: JobConfig, base: Path, sampler: TurnSampler) -> Conversations | None:
-        """Start the environment processes; None if the task is single-turn.
+        """Build the environment; its processes start with `begin`. None if the task is single-turn.
 
         Raises:
             ConfigError: the task cannot be built or pickled, or it runs code and turns.python_tool is false or the
@@ -96,6 +96,10 @@ class Conversations:
             reply_ids=lambda reply, last: renderer.reply_ids(reply, last, last in ends),
         )
         return cls(sampler, Environment(config.turns, task.reply), rules)
+
+    def begin(self) -> None:
+        """Start the environment processes."""
+        self._environment.begin()
 
     def progress(self) -> int:
         """Return the number of finished environment calls."""

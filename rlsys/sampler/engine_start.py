@@ -7,7 +7,9 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import forkserver
+from typing import Literal
 
 from rlsys.config import SamplerSection
 from rlsys.sampler.private_api import check_private_api
@@ -47,13 +49,14 @@ def prepare_environment(section: SamplerSection, device: Device = "cpu") -> None
 
 
 def preload(device: Device = "cpu") -> None:
-    """Import vLLM here and, on CPU, in the process from which the engine is forked, at the same time.
+    """Import vLLM here and, on CPU, in the process from which the engine is forked, at the same time: a fork server,
+    unless `preload_to_fork` was called in this process.
 
     Raises:
         ClusterError: a vLLM that is built for another device, or whose private API is another one.
     """
     refuse_other_vllm(device)
-    if device == "cpu":
+    if device == "cpu" and _starts.method == "forkserver":
         multiprocessing.set_forkserver_preload(list(PRELOAD))
         forkserver.ensure_running()
     importlib.import_module("vllm.v1.engine.async_llm")
@@ -61,12 +64,31 @@ def preload(device: Device = "cpu") -> None:
     register()
 
 
+def preload_to_fork(device: Device) -> None:
+    """As `preload`, in a process whose only thread is the one that starts the engine: on CPU the engine is forked from
+    this process."""
+    if device == "cpu":
+        _starts.method = "fork"
+        refuse_other_vllm(device)
+        for module in PRELOAD:
+            importlib.import_module(module)
+    preload(device)
+
+
+@dataclass
+class _Starts:
+    method: Literal["forkserver", "fork"] = "forkserver"  # of engines on CPU, in this process
+
+
+_starts = _Starts()
+
+
 @contextmanager
 def engine_processes(device: Device) -> Iterator[None]:
-    """While inside, vLLM starts its engine by a fork of the preloaded server instead of a fresh interpreter.
+    """While inside, vLLM forks its engine from a process that has vLLM imported, instead of a fresh interpreter.
 
-    vLLM insists on `spawn` in a Ray actor and on CPU, and pays its import again; the server has it imported. Not on
-    CUDA, where a fork server was never tried.
+    vLLM insists on `spawn` in a Ray actor and on CPU, and pays its import again. Not on CUDA, where a fork was never
+    tried.
     """
     if device != "cpu":
         yield
@@ -74,7 +96,7 @@ def engine_processes(device: Device) -> Iterator[None]:
     import vllm.v1.engine.utils as utils
 
     stock = utils.get_mp_context
-    utils.get_mp_context = lambda: multiprocessing.get_context("forkserver")
+    utils.get_mp_context = lambda: multiprocessing.get_context(_starts.method)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from rlsys.sampler.engine_args import engine_arguments
 from rlsys.sampler.engine_start import Device, engine_processes, preload, prepare_environment
 from rlsys.sampler.heartbeat import EngineHeartbeat
 from rlsys.sampler.postmortem import EngineLog, refusal
+from rlsys.sampler.vllm.model_classes import register_classes
 from rlsys.sampler.vllm.worker_calls import values
 from rlsys.utils.text_files import plain_path
 
@@ -74,6 +75,8 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if self.device == "cpu":
+            register_classes(self._base)
         self._log = EngineLog()
         try:
             with engine_processes(self.device), plain_path(self._base) as folder:  # vLLM globs for the weights

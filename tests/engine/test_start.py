@@ -21,6 +21,7 @@ from rlsys.config import ModelSection, SamplerSection
 from rlsys.errors import ClusterError
 from rlsys.sampler.engine import Sampler
 from rlsys.sampler.private_api import check_private_api
+from rlsys.sampler.vllm.model_classes import register_classes
 from rlsys.types import SamplingParams
 from tests.engine.tiny_engine import Reference
 from tests.waiting import run as run_to_end
@@ -156,6 +157,27 @@ def test_another_vllm_is_refused_before_it_is_patched(monkeypatch: pytest.Monkey
         ClusterError, match=r"vLLM 0\.41\.1 is installed, and rlsys knows 0\.32 and 0\.33; .* 0\.32, as"
     ):
         check_private_api()
+
+
+def test_a_model_s_class_is_inspected_here_and_not_in_a_process_that_imports_vllm_again(
+    reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import registry
+
+    def refuse(function: Callable[[], object]) -> object:
+        raise AssertionError("another process")
+
+    name = "Qwen3ForCausalLM"
+    by_name = registry._LazyRegisteredModel("vllm.model_executor.models.qwen3", name)
+    monkeypatch.setattr(registry, "_run_in_subprocess", refuse)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))  # the file of an earlier inspection lies elsewhere
+    monkeypatch.setitem(ModelRegistry.models, name, by_name)
+    with pytest.raises(AssertionError, match="another process"):
+        by_name.inspect_model_cls()
+    register_classes(reference.folder)
+    found = ModelRegistry.models[name].inspect_model_cls()
+    assert found.architecture == name and found.is_text_generation_model and found.supports_pp
 
 
 def test_both_model_runners_keep_adapters_where_the_engine_s_hooks_look_for_them() -> None:

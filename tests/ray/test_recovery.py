@@ -93,6 +93,11 @@ def engines() -> list[psutil.Process]:
     return [child for child in children if "EngineCore" in _title(child)]
 
 
+def hosts() -> list[psutil.Process]:
+    children = [child for actor in actors_of("SamplerActor") for child in actor.children()]
+    return [child for child in children if "rlsys host of sampler 0" in _title(child)]
+
+
 def _title(process: psutil.Process | None) -> str:
     try:
         return " ".join(process.cmdline()) if process else ""
@@ -124,6 +129,21 @@ def check_whole(config: JobConfig, undisturbed: tuple[JobConfig, bytes]) -> None
     for step in range(1, STEPS + 1):
         assert np.array_equal(ledger.ids(step), epochs.batch_at(step - 1))
     assert weights(config) == undisturbed[1], "the final adapter is not the one of an undisturbed run"
+
+
+def test_a_killed_host_process_is_named_and_its_sampler_replaced(
+    job: Job, undisturbed: tuple[JobConfig, bytes]
+) -> None:
+    config = job(f"rl.steps={STEPS}")
+    notes: list[str] = []
+    progress = Progress()
+    progress.note = notes.append  # type: ignore[method-assign,assignment]
+    with killing(config, hosts) as killed:
+        jobs.train(config, progress)
+    (told,) = [note for note in notes if "died and is replaced" in note]
+    how = f"sampler 0: its host process {killed[0]}, which starts the engine, ended: signal 9 (Killed)"
+    assert told.startswith("sampler 0 died and is replaced (1 of ") and told.endswith(how)
+    check_whole(config, undisturbed)
 
 
 @pytest.mark.soak

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +19,10 @@ import ray
 from actors.faults.actor_calls import wait
 from actors.faults.actor_logs import Failures, process_of, tail
 from actors.faults.watchdog import Waiting, Watchdog, value, watched, watched_all
+from actors.hosting.host_process import HostProcess
+from actors.hosting.sampler_body import SamplerBody
 from actors.sampler_actor import SamplerActor
-from rlsys.config import parse_config
+from rlsys.config import JobConfig, parse_config
 from rlsys.errors import ActorDiedError, ActorFailedError, DataLostError, GradingError, StalledError
 from rlsys.rollouts import offsets_of
 from rlsys.types import SamplingParams
@@ -209,7 +213,7 @@ def test_the_tail_of_a_log_is_there_for_the_living_and_the_dead(actor: Callable[
     assert time.monotonic() - began < LIMIT_S
 
 
-class AskedSampler(SamplerActor):
+class AskedBody(SamplerBody):
     """Takes a prompt, where a job's sampler takes the numbers of problems."""
 
     async def complete(self, max_tokens: int) -> int:
@@ -217,6 +221,24 @@ class AskedSampler(SamplerActor):
         prompt = np.arange(8, dtype=np.int32) + 5
         rollouts = await self.sampler.sample(np.array([3]), prompt, offsets_of([8]), 1, params, None, -1)
         return len(rollouts.tokens)
+
+
+class AskedSampler(SamplerActor):
+    body = AskedBody
+
+    def __init__(self, config: JobConfig, index: int) -> None:
+        super().__init__(config, index)
+        self.constructed_in = threading.get_native_id()
+
+    async def main_thread_constructed_it(self) -> bool:
+        return self.constructed_in == os.getpid()
+
+    async def complete(self, max_tokens: int) -> int:
+        return await self.host.call("complete", max_tokens)
+
+    async def host_pid(self) -> int:
+        assert isinstance(self.host, HostProcess)
+        return self.host.pid
 
 
 @pytest.fixture(scope="module")
@@ -264,8 +286,27 @@ def test_a_stopped_engine_is_a_stall_that_names_its_sampler(sampler: Any) -> Non
     assert wait(waiting.ref, FAR_S, "sampler 0") == 60
 
 
-def test_an_engine_ends_with_its_actor_even_if_it_is_stopped(sampler: Any) -> None:
-    engine = engine_of(sampler)
+def test_ray_constructs_an_async_actor_in_the_thread_that_lives_as_long_as_it(sampler: Any) -> None:
+    """With this thread the kernel ends the host process."""
+    assert wait(sampler.main_thread_constructed_it.remote(), FAR_S, "sampler 0")
+
+
+def test_a_stopped_host_process_is_a_stall_that_names_its_sampler(sampler: Any) -> None:
+    host = psutil.Process(wait(sampler.host_pid.remote(), FAR_S, "sampler 0"))
+    host.suspend()
+    try:
+        waiting = Waiting(sampler.complete.remote(60), "sampler 0", "sampling 1 completion of problem 3", sampler)
+        with pytest.raises(StalledError, match=r"waiting for sampler 0: sampling 1 completion of problem 3"):
+            watched_all([waiting], Watchdog("sample", LIMIT_S))
+    finally:
+        host.resume()
+    assert wait(waiting.ref, FAR_S, "sampler 0") == 60
+
+
+def test_engine_and_host_process_end_with_their_actor_even_if_they_are_stopped(sampler: Any) -> None:
+    engine, host = engine_of(sampler), psutil.Process(wait(sampler.host_pid.remote(), FAR_S, "sampler 0"))
+    assert engine.parent() == host
     engine.suspend()
+    host.suspend()
     ray.kill(sampler)
-    until_gone([engine.pid], "the engine of a killed actor to end")
+    until_gone([engine.pid, host.pid], "the processes of a killed actor to end")

@@ -24,7 +24,7 @@ from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.learner.adapter_checkpoint import read_adapter
 from rlsys.run_state.jsonl import read_metrics
 from tests.ray.conftest import JOB, micro_base, ray_cluster
-from tests.ray.test_recovery import actors_of, engines, ledger_of, steps, weights
+from tests.ray.test_recovery import actors_of, engines, hosts, ledger_of, steps, weights
 from tests.waiting import Sign, cpu_of, exit_code, size_of, until
 
 __all__ = ["micro_base", "ray_cluster"]  # fixtures
@@ -35,6 +35,7 @@ STEPS = 60
 KINDS: dict[str, Callable[[], list[psutil.Process]]] = {
     "learner": lambda: actors_of("LearnerActor"),
     "sampler": lambda: actors_of("SamplerActor"),
+    "host": hosts,
     "engine": engines,
     "grader": lambda: _graders(),
 }

@@ -12,7 +12,7 @@ import numpy as np
 
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
-from actors.sampler_actor import SampleRequest
+from actors.hosting.sampler_body import SampleRequest
 from actors.stages.sampler_pool.membership import Member, Membership, pending_call
 from rlsys.config import OverlapSection, SamplerSection, WatchdogSection
 from rlsys.errors import ActorDiedError, RlsysError

@@ -1,4 +1,4 @@
-"""An engine's process ends with the actor that started it: a lingering one holds memory that the next engine needs."""
+"""An engine's processes end with their actor: a lingering one holds memory that the next engine needs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,17 @@ def die_with_parent() -> None:
     """For a process that was forked by a server, or that is a worker of an engine's process."""
     if multiprocessing.parent_process() is None:
         return
-    # A stopped process runs no threads, but the kernel's signal reaches it. It comes when the fork server
-    # ends, which it does with the actor; to one of several workers, when the engine's process ends.
+    # A stopped process runs no threads, but the kernel's signal reaches it. It comes when the process that forked this
+    # one ends: the actor's host, a fork server, which ends with the process that started it, or the engine's process.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     exit_with_parent()
+
+
+def end_with(parent: int) -> None:
+    """For a fresh process that process `parent` started, in a thread that lives as long as that process."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os._exit(1)
 
 
 def exit_with_parent() -> None:

@@ -1,0 +1,102 @@
+"""What the tests' host processes run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+from rlsys.errors import SamplingError
+from rlsys.types import Array
+
+
+class EngineDeadError(Exception):
+    """As vLLM's: of a module that the actor does not import."""
+
+
+EngineDeadError.__module__ = "vllm.v1.engine.exceptions"
+
+
+class Picky(ValueError):
+    """Pickled, and never restored."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class Body:
+    def __init__(self, name: str) -> None:
+        self.name, self.log = name, list[str]()
+
+    async def facts(self) -> dict[str, Any]:
+        loaded = [name for name in ("ray", "torch", "vllm") if name in sys.modules]
+        return {
+            "name": self.name,
+            "pid": os.getpid(),
+            "threads": threading.active_count(),
+            "tasks": len(os.listdir("/proc/self/task")),
+            "loaded": loaded,
+            "environment": os.environ.get("RLSYS_TEST_HOST"),
+            "cores": sorted(os.sched_getaffinity(0)),
+            "nice": os.nice(0),
+            "output": [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)],
+            "path": sys.path,
+        }
+
+    async def double(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        return {name: array * 2 for name, array in arrays.items()}
+
+    async def echo(self, value: Any) -> Any:
+        return value
+
+    async def later(self, seconds: float, value: int) -> int:
+        await asyncio.sleep(seconds)
+        return value
+
+    async def wait_until_cancelled(self) -> None:
+        self.log.append("waits")
+        try:
+            await asyncio.sleep(1e5)
+        except asyncio.CancelledError:
+            self.log.append("cancelled")
+            raise
+
+    async def cancel_itself(self) -> None:
+        raise asyncio.CancelledError
+
+    async def logged(self) -> list[str]:
+        return self.log
+
+    async def fail(self, kind: str) -> None:
+        if kind == "ours":
+            raise SamplingError("temperature: found -1")
+        if kind == "caused":
+            try:
+                np.zeros(1)[3]
+            except IndexError as error:
+                raise SamplingError("nothing was started") from error
+        if kind == "library":
+            raise EngineDeadError("EngineCore encountered an issue")
+        if kind == "picky":
+            raise Picky(1, 2)
+        raise OSError(28, "No space left on device")
+
+    async def unpicklable(self) -> Any:
+        return threading.Lock()
+
+    async def fork(self) -> int:
+        """A child that outlives its parent, as an engine that does not see it end."""
+        if (child := os.fork()) == 0:
+            signal.pause()
+        return child
+
+    async def die(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    async def leave(self, code: int) -> None:
+        os._exit(code)
