@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from rlsys.config import TurnSection
+from rlsys.environments.environment_pool import Environment
 from rlsys.errors import SamplingError
 from rlsys.types import Array
+from tests.unit.environments.sample_environments import answering
 
 
 class EngineDeadError(Exception):
@@ -94,6 +97,15 @@ class Body:
         if (child := os.fork()) == 0:
             signal.pause()
         return child
+
+    async def converse(self) -> list[str]:
+        """Replies of an environment whose processes are started here."""
+        environment = Environment(TurnSection(workers=1), answering)
+        environment.begin()
+        try:
+            return [(await environment.reply([turn], "")).text for turn in ("say hello", "say again")]
+        finally:
+            environment.close()
 
     async def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

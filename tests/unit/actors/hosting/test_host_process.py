@@ -264,6 +264,10 @@ def test_an_actor_with_a_host_process_imports_neither_torch_nor_vllm(actor: str)
     assert to_end([sys.executable, "-c", program], env=environment).stdout.splitlines()[-1] == "[]"
 
 
+def test_environments_reply_below_a_host_process(brief: HostProcess, run: Any) -> None:
+    assert run(brief.call("converse")) == ["hello", "again"]
+
+
 def test_on_cuda_a_body_stays_in_its_actors_process(run: Any) -> None:
     host = start_host("sampler 0", "cuda", Body, "b")
     assert isinstance(host, InProcess)
