@@ -12,7 +12,7 @@ import psutil
 from rlsys.config import JobConfig, dump_config
 from tests.waiting import cpu_of, size_of, until
 
-HOLD_WEIGHTS = {"ray::LearnerActor", "ray::SamplerActor"}
+HOLD_WEIGHTS = {"ray::LearnerActor"}
 LIGHT = {"driver", "ray::RewardActor", "ray::GroupAdvantageActor"}
 
 
