@@ -176,7 +176,7 @@ def prepare(request: PassRequest, *, vocab_size: int, max_length: int, max_datum
         raise bad_request(f"data: found {len(request.data)} datums; wanted 1 to {max_datums} (limits.datums)")
     try:
         loss = losses.resolve(request.loss_fn, request.loss_fn_config)
-        known = loss.required | {TARGETS, "weights"} | _ALIASES
+        known = loss.required | loss.optional | {TARGETS, "weights"} | _ALIASES
         data, lengths, columns = [], [], []
         for d, datum in enumerate(request.data):
             K = _columns_of(datum, loss, f"datum {d}")
