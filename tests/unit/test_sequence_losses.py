@@ -73,7 +73,7 @@ def test_on_policy_gspo_is_importance_sampling():
 
 
 def test_clip_fraction_of_gspo_is_that_of_whole_sequences():
-    p, found = columns(4)
+    p, found = columns(4, off_policy=0.8)
     loss = resolve("gspo", WIDE)
     counts, s, A = found["weights"] != 0, np.ones(len(p)), found["advantages"]
     for sequence in range(len(LENGTHS)):
