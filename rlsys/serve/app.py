@@ -16,14 +16,14 @@ from rlsys.serve import sessions
 from rlsys.serve.errors import Refusal, failure_of
 from rlsys.serve.gate import Gate
 from rlsys.serve.keys import Keys
-from rlsys.serve.routes import futures, models, rest, sampling, start, training
+from rlsys.serve.routes import downloads, futures, models, rest, sampling, start, training
 from rlsys.serve.routes.common import answer, state_of
 from rlsys.serve.state import State, now
 
 SWEEP_S = 1.0
 TTL_SWEEP_S = 30.0
 DRAIN_S = 30.0  # how long pending work may take at the end
-ROUTERS = (start.router, models.router, training.router, sampling.router, futures.router, rest.router)
+ROUTERS = (start.router, models.router, training.router, sampling.router, futures.router, rest.router, downloads.router)
 log = logging.getLogger("rlsys.serve")
 
 
@@ -52,7 +52,7 @@ def build_app(state: State, keys: Keys) -> ASGIApp:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RlsysError, _failed)
     app.add_exception_handler(Exception, _broken)
-    return Gate(app, keys, state.limits)
+    return Gate(app, keys, state.signer, state.limits)
 
 
 def remove_expired(state: State) -> None:

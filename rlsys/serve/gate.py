@@ -12,6 +12,7 @@ from typing import Any
 from rlsys.serve.config import Limits
 from rlsys.serve.errors import Refusal
 from rlsys.serve.keys import Keys
+from rlsys.serve.signing import Signer
 from rlsys.serve.wire.results import JSON, json_bytes
 
 Message = MutableMapping[str, Any]  # Any: ASGI's messages
@@ -22,6 +23,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/api/v1/healthz"})
 SIGNED_PREFIX = "/api/v1/files/"  # downloads: the address itself is signed
+NO_KEY = "X-API-Key: found no key that this server knows; wanted one of its keys file"
 SLOW_S = 5.0  # requests that take longer are logged, except polls
 log = logging.getLogger("rlsys.serve.access")
 
@@ -29,8 +31,8 @@ log = logging.getLogger("rlsys.serve.access")
 class Gate:
     """Answers 401, 408 and 413 itself. The application finds the tenant in ``scope["state"]``, and the body read."""
 
-    def __init__(self, app: App, keys: Keys, limits: Limits) -> None:
-        self._app, self._keys, self._limits = app, keys, limits
+    def __init__(self, app: App, keys: Keys, signer: Signer, limits: Limits) -> None:
+        self._app, self._keys, self._signer, self._limits = app, keys, signer, limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,8 +48,7 @@ class Gate:
 
         reference = ""
         try:
-            tenant = self._tenant(scope)
-            scope.setdefault("state", {})["tenant"] = tenant
+            self._admit(scope)
             body = await self._body(scope, receive)
             if body is None:  # the client left
                 return
@@ -66,15 +67,18 @@ class Gate:
                 "%s %s %s %s %.1f s %s", tenant_name, scope["method"], scope["path"][:200], status, seconds, reference
             )
 
-    def _tenant(self, scope: Scope) -> str | None:
-        path = scope["path"]
+    def _admit(self, scope: Scope) -> None:
+        """Note the tenant of the request's key, and whether it is a key of the file or a token that stands for one."""
+        path, state = scope["path"], scope.setdefault("state", {})
         if path in OPEN_PATHS or path.startswith(SIGNED_PREFIX):
-            return None
+            return
         given = [value for name, value in scope["headers"] if name == b"x-api-key"]
-        tenant = self._keys.tenant(given[0].decode("latin-1")) if len(given) == 1 else None
+        key = given[0].decode("latin-1") if len(given) == 1 else ""
+        owner = self._keys.tenant(key)
+        tenant = owner or self._signer.tenant_of(key)
         if tenant is None:
-            raise Refusal(401, "X-API-Key: found no key that this server knows; wanted one of its keys file")
-        return tenant
+            raise Refusal(401, NO_KEY)
+        state["tenant"], state["has_key"] = tenant, owner is not None
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
         limit = self._limits.body_bytes

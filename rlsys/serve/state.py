@@ -21,6 +21,7 @@ from rlsys.serve.config import Limits
 from rlsys.serve.errors import Failure, bad_request, failure_of, not_found
 from rlsys.serve.model_queue import ModelQueue
 from rlsys.serve.promises import MemoryPromises, Promise
+from rlsys.serve.signing import Signer
 from rlsys.serve.wire.results import FailedResult, Result
 
 log = logging.getLogger("rlsys.serve")
@@ -92,6 +93,7 @@ class State:
         self.samplers: dict[str, Sampler] = {}
         self.samples_in_flight: Counter[str] = Counter()  # by tenant
         self.started_at = now()
+        self.signer = Signer()
         self.counts: Counter[str] = Counter()
         self.closing = False
         self._codec = ThreadPoolExecutor(CODEC_THREADS, "codec")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from rlsys.serve import sessions
+from rlsys.serve.errors import Refusal
+from rlsys.serve.gate import NO_KEY
 from rlsys.serve.routes.common import answer, body_as, state_of, tenant_of
 from rlsys.serve.wire.requests import CreateSession, FinishSession, SessionOnly
 
@@ -31,7 +33,17 @@ async def healthz() -> Response:
 
 @router.post("/client/config")
 async def client_config(request: Request) -> Response:
-    return answer(FLAGS)
+    """Keys that begin with `sk-` are exchanged for short-lived ones: MinT's client stops without this."""
+    exchanges = request.headers.get("x-api-key", "").startswith("sk-")
+    return answer({**FLAGS, "pjwt_auth_enabled": True} if exchanges else FLAGS)
+
+
+@router.post("/auth/token")
+async def auth_token(request: Request) -> Response:
+    """A short-lived key, for a key of the file: one token does not give another."""
+    if not request.scope["state"]["has_key"]:
+        raise Refusal(401, NO_KEY)
+    return answer({"jwt": state_of(request).signer.key_for(tenant_of(request))})
 
 
 @router.post("/client/dynamic_config")
