@@ -10,13 +10,15 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
+import uvloop
 from rich.console import Console
 
 from actors.service.http_backend import DeploymentBackend
 from rlsys.errors import ConfigError
-from rlsys.serve.app import build_app
+from rlsys.serve.app import build_app, stop_work
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Bind, ServeConfig
 from rlsys.serve.keys import KeyFile, Keys, NoKeys, create_key_file
@@ -26,6 +28,7 @@ from rlsys.serve.status import StatusLine
 KEEP_ALIVE_S = 80  # clients reuse connections for up to 75 s
 CLOSE_CONNECTIONS_S = 5  # held polls end after this at a stop
 STATUS_S = 10.0
+LAST_POLLS_S = 0.5  # for clients that fetch their last results
 
 
 def serve(config: ServeConfig) -> None:
@@ -37,16 +40,15 @@ def serve(config: ServeConfig) -> None:
         store = CheckpointStore(Path(config.checkpoints).absolute())
         backend = DeploymentBackend(config)
         try:
-            asyncio.run(_run(config, keys, State(backend, config.limits, store), listener, console))
-        except KeyboardInterrupt:
-            pass
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(_run(config, keys, State(backend, config.limits, store), listener, console))
         finally:
             asyncio.run(backend.close())
     console.print("stopped")
 
 
 async def _run(config: ServeConfig, keys: Keys, state: State, listener: socket.socket, console: Console) -> None:
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             build_app(state, keys),
             log_config=None,
@@ -60,9 +62,23 @@ async def _run(config: ServeConfig, keys: Keys, state: State, listener: socket.s
             ssl_keyfile=config.bind.tls_key,
         )
     )
-    # uvicorn raises the signal again after its shutdown, where these handlers take it: the exit code is 0.
+    loop = asyncio.get_running_loop()
+
+    async def stop() -> None:
+        console.print("stopping: running requests are completed, new ones are refused")
+        await stop_work(state)
+        await asyncio.sleep(LAST_POLLS_S)
+        server.should_exit = True
+
+    stopping: list[asyncio.Task[None]] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        """Stays in place until the process ends: a second signal does not cut off the end of the deployments."""
+        if not stopping and not loop.is_closed():
+            loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(stop())) if not stopping else None)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, on_signal)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not (server.started or serving.done()):
         await asyncio.sleep(0.02)
@@ -73,6 +89,14 @@ async def _run(config: ServeConfig, keys: Keys, state: State, listener: socket.s
         await serving
     finally:
         status.cancel()
+
+
+class _Server(uvicorn.Server):
+    """Leaves the signals alone."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def _show_status(state: State, console: Console) -> None:

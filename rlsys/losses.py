@@ -65,7 +65,11 @@ def gspo(p_T: Tensor, mean_x_T: Tensor, adv_T: Tensor, *, low: Bound, high: Boun
 
 def _pessimistic(x_T: Tensor, adv_T: Tensor, low: Bound, high: Bound) -> Tensor:
     """-min(exp(x) A, clip(exp(x), low, high) A)."""
-    return -x_T.clamp(max=_log(high)).where(adv_T > 0, x_T.clamp(min=_log(low))).exp() * adv_T
+    return -_clamp(x_T, None, _log(high)).where(adv_T > 0, _clamp(x_T, _log(low), None)).exp() * adv_T
+
+
+def _clamp(x_T: Tensor, low: Bound | None, high: Bound | None) -> Tensor:
+    return x_T.clamp(low, high)  # type: ignore[arg-type]  # torch takes two numbers or two tensors
 
 
 def sequence_log_ratio(p_T: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
@@ -90,7 +94,7 @@ def cispo(
     sg: stop-gradient. With `sharpness` (MinT's ``beta``) the clip is soft, see `soft_clip`.
     """
     x_T = (p_T - q_T).detach()
-    weight_T = x_T.exp().clamp(low, high) if sharpness is None else soft_clip(x_T, low, high, sharpness)
+    weight_T = _clamp(x_T.exp(), low, high) if sharpness is None else soft_clip(x_T, low, high, sharpness)
     return -weight_T * adv_T * p_T
 
 
@@ -104,7 +108,7 @@ def soft_clip(x_T: Tensor, low: Bound, high: Bound, beta: float) -> Tensor:
     a, b = _log(low), _log(high)
     above_low_T = (-beta * (x_T - a).abs()).exp().log1p()
     above_high_T = (-beta * (x_T - b).abs()).exp().log1p()
-    return (x_T.clamp(a, b) + (above_low_T - above_high_T) / beta).exp()
+    return (_clamp(x_T, a, b) + (above_low_T - above_high_T) / beta).exp()
 
 
 def dro(p_T: Tensor, q_T: Tensor, adv_T: Tensor, *, beta: float) -> Tensor:
@@ -198,8 +202,8 @@ def check_thresholds(columns: Mapping[str, Array]) -> None:
     Raises:
         DatumError: thresholds per token that do not bound a ratio.
     """
-    for key, fits in zip(CLIP_KEYS, (lambda x: (x >= 0) & (x <= 1), lambda x: x >= 1), strict=True):
-        if key in columns and not fits(columns[key]).all():
+    for key, least, most in ((CLIP_KEYS[0], 0.0, 1.0), (CLIP_KEYS[1], 1.0, math.inf)):
+        if key in columns and not ((columns[key] >= least) & (columns[key] <= most)).all():
             raise DatumError(
                 f"loss_fn_inputs[{key!r}]: found values from {columns[key].min():g} to {columns[key].max():g}; wanted "
                 "0 <= low <= 1 <= high: they bound the ratio itself, which is 1 on policy"

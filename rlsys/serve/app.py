@@ -13,11 +13,12 @@ from starlette.types import ASGIApp
 
 from rlsys.errors import RlsysError
 from rlsys.serve import sessions
-from rlsys.serve.errors import Refusal, failure_of
+from rlsys.serve import training as operations
+from rlsys.serve.errors import NumberedRefusal, Refusal, failure_of
 from rlsys.serve.gate import Gate
 from rlsys.serve.keys import Keys
 from rlsys.serve.routes import downloads, futures, models, rest, sampling, start, training
-from rlsys.serve.routes.common import answer, state_of
+from rlsys.serve.routes.common import answer, state_of, tenant_of
 from rlsys.serve.state import State, now
 
 SWEEP_S = 1.0
@@ -41,9 +42,7 @@ def build_app(state: State, keys: Keys) -> ASGIApp:
         finally:
             for task in tasks:
                 task.cancel()
-            for session in list(state.sessions.values()):
-                sessions.finish(state, session, "the server is stopping")
-            await state.drain(DRAIN_S)
+            await stop_work(state)
 
     app = FastAPI(title="rlsys serve", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.server = state
@@ -52,7 +51,18 @@ def build_app(state: State, keys: Keys) -> ASGIApp:
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RlsysError, _failed)
     app.add_exception_handler(Exception, _broken)
-    return Gate(app, keys, state.signer, state.limits)
+    return Gate(app, keys, state)
+
+
+async def stop_work(state: State) -> None:
+    """Refuse new work, let running work finish, then end all sessions. Can be called twice."""
+    state.closing = True
+    deadline = asyncio.get_running_loop().time() + DRAIN_S
+    while state.promises.unsettled and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.05)
+    for session in list(state.sessions.values()):
+        sessions.finish(state, session, "the server is stopping")
+    await state.drain(DRAIN_S)
 
 
 def remove_expired(state: State) -> None:
@@ -63,6 +73,8 @@ def remove_expired(state: State) -> None:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
+    if isinstance(error, NumberedRefusal):
+        operations.use_up(state_of(request), tenant_of(request), error)
     return answer({"detail": error.detail}, error.status, error.headers)
 
 

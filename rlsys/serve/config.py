@@ -10,8 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from rlsys.client.config import ServiceConfig
 from rlsys.config import Section
-from rlsys.config.key_types import Seconds
-from rlsys.utils.shell_paths import PathText
+from rlsys.config.key_types import PathText, Seconds
 
 
 class Limits(Section):

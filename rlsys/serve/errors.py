@@ -31,6 +31,15 @@ class Refusal(Exception):
         self.status, self.detail, self.headers = status, detail, dict(headers or {})
 
 
+class NumberedRefusal(Refusal):
+    """400 for a call of a model whose number could be read: the number is used up, for the client goes on with the
+    next."""
+
+    def __init__(self, detail: str, model_id: str, seq_id: int, is_pass: bool = False) -> None:
+        super().__init__(400, detail)
+        self.model_id, self.seq_id, self.is_pass = model_id, seq_id, is_pass
+
+
 def bad_request(detail: str) -> Refusal:
     return Refusal(400, detail)
 

@@ -9,10 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from rlsys.serve.config import Limits
 from rlsys.serve.errors import Refusal
 from rlsys.serve.keys import Keys
-from rlsys.serve.signing import Signer
+from rlsys.serve.state import State
 from rlsys.serve.wire.results import JSON, json_bytes
 
 Message = MutableMapping[str, Any]  # Any: ASGI's messages
@@ -22,6 +21,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN_PATHS = frozenset({"/api/v1/healthz"})
+SERVED_TO_THE_END = ("/retrieve_future", "/session_heartbeat", "/telemetry", "/finish")
 SIGNED_PREFIX = "/api/v1/files/"  # downloads: the address itself is signed
 NO_KEY = "X-API-Key: found no key that this server knows; wanted one of its keys file"
 SLOW_S = 5.0  # requests that take longer are logged, except polls
@@ -31,8 +31,9 @@ log = logging.getLogger("rlsys.serve.access")
 class Gate:
     """Answers 401, 408 and 413 itself. The application finds the tenant in ``scope["state"]``, and the body read."""
 
-    def __init__(self, app: App, keys: Keys, signer: Signer, limits: Limits) -> None:
-        self._app, self._keys, self._signer, self._limits = app, keys, signer, limits
+    def __init__(self, app: App, keys: Keys, state: State) -> None:
+        self._app, self._keys, self._state = app, keys, state
+        self._signer, self._limits = state.signer, state.limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,6 +50,8 @@ class Gate:
         reference = ""
         try:
             self._admit(scope)
+            if self._state.closing and scope["method"] == "POST" and not scope["path"].endswith(SERVED_TO_THE_END):
+                raise Refusal(503, "the server is stopping", {"Retry-After": "5"})
             body = await self._body(scope, receive)
             if body is None:  # the client left
                 return

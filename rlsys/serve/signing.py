@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 import jwt
+from jwt.types import Options
 
 ALGORITHM = "HS256"
 KEY, FILE = "key", "file"  # what a token is for: one kind is never taken for the other
 KEY_LIFE = timedelta(hours=1)
 FILE_LIFE = timedelta(minutes=15)
+REQUIRED: Options = {"require": ["exp", "sub", "aud"]}
 ARCHIVE = ""  # name of the file that stands for all of them
 
 
@@ -54,7 +56,6 @@ class Signer:
 
     def _verify(self, token: str, audience: str) -> dict[str, object] | None:
         try:
-            required = {"require": ["exp", "sub", "aud"]}
-            return dict(jwt.decode(token, self._secret, [ALGORITHM], audience=audience, options=required))
+            return dict(jwt.decode(token, self._secret, [ALGORITHM], audience=audience, options=REQUIRED))
         except jwt.InvalidTokenError:
             return None

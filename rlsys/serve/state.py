@@ -45,6 +45,7 @@ class Session:
     models: dict[int, Model] = field(default_factory=dict)
     samplers: dict[int, Sampler] = field(default_factory=dict)
     ended: str | None = None  # why
+    finish_reason: str | None = None  # success, errored or interrupted, as its client said
 
 
 @dataclass(slots=True, eq=False)

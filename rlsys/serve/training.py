@@ -13,9 +13,10 @@ from rlsys.client.requests import Forward, ForwardBackward, LoadState, SaveFolde
 from rlsys.client.requests import OptimStep as Step
 from rlsys.config import LoraSection
 from rlsys.errors import CheckpointError, ConfigError, RlsysError
+from rlsys.learner.checkpoint_files import read_info
 from rlsys.serve import sessions
 from rlsys.serve.checkpoints import Record, RunRecord, size_of
-from rlsys.serve.errors import Refusal, bad_request, not_found
+from rlsys.serve.errors import NumberedRefusal, Refusal, bad_request, not_found
 from rlsys.serve.model_queue import FIRST, MAX_AHEAD, Call
 from rlsys.serve.paths import RUN_ID, CheckpointPath, Kind, checked_name, parse_path
 from rlsys.serve.promises import Promise
@@ -53,9 +54,9 @@ def create_model(state: State, tenant: str, body: CreateModel) -> Promise:
 
 def load_weights(state: State, tenant: str, body: LoadWeights) -> Promise:
     """Load a checkpoint into a model, or create a model from it."""
-    path = parse_path(body.path)
     if body.model_id is not None:
-        return _load_into(state, tenant, body, path)
+        return _load_into(state, tenant, body)
+    path = parse_path(body.path)
     if body.session_id is None or body.model_seq_id is None:
         raise bad_request("load_weights: wanted model_id and seq_id, or session_id and model_seq_id")
     session = state.session(body.session_id, tenant)
@@ -177,6 +178,13 @@ def refused(model: Model, seq: int, why: str, is_pass: bool = False) -> Refusal:
     return bad_request(why)
 
 
+def use_up(state: State, tenant: str, refusal: NumberedRefusal) -> None:
+    """Note the number of a call whose body was refused."""
+    model = state.models.get(refusal.model_id)
+    if model is not None and model.session.tenant == tenant:
+        model.queue.refuse(refusal.seq_id, refusal.detail, refusal.is_pass)
+
+
 def submit(
     state: State, model: Model, seq: int, begin: Callable[[], Awaitable[Result]], is_pass: bool = False
 ) -> Promise:
@@ -208,8 +216,6 @@ def base_of(state: State, tenant: str, path: CheckpointPath, folder: Path) -> st
     run = state.store.run(tenant, path.run_id)
     if run is not None:
         return run.base_model
-    from rlsys.learner.adapter_checkpoint import read_info  # imports torch
-
     return read_info(folder).base_name
 
 
@@ -315,13 +321,17 @@ def _lora(asked: LoraConfig, max_rank: int, alpha: float, serves_unembed: bool) 
     )
 
 
-def _load_into(state: State, tenant: str, body: LoadWeights, path: CheckpointPath) -> Promise:
+def _load_into(state: State, tenant: str, body: LoadWeights) -> Promise:
     assert body.model_id is not None
     if body.seq_id is None:
         raise bad_request("seq_id: is missing")
     model, known = entering(state, tenant, body.model_id, body.seq_id)
     if known is not None:
         return known
+    try:
+        path = parse_path(body.path)
+    except Refusal as refusal:
+        raise refused(model, body.seq_id, refusal.detail) from None
 
     def begin() -> Awaitable[Result]:
         found = state.store.find(tenant, path)

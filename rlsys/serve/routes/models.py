@@ -7,6 +7,7 @@ import asyncio
 from fastapi import APIRouter, Request, Response
 
 from rlsys.errors import CheckpointError
+from rlsys.learner.checkpoint_files import read_info
 from rlsys.serve import training
 from rlsys.serve.errors import Refusal
 from rlsys.serve.paths import parse_path
@@ -66,8 +67,6 @@ async def weights_info(request: Request) -> Response:
 
 
 def _weights_info(state: State, tenant: str, text: str) -> Json:
-    from rlsys.learner.adapter_checkpoint import read_info  # imports torch
-
     path = parse_path(text)
     try:
         found = state.store.find(tenant, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,7 +13,7 @@ from rlsys.serve.errors import bad_request, not_found
 from rlsys.serve.paths import CHECKPOINT_TYPES, RUN_ID, checkpoint_of
 from rlsys.serve.routes.common import answer, body_as, state_of, tenant_of
 from rlsys.serve.state import Session, State, now
-from rlsys.serve.wire.requests import SearchSessions, SetTtl
+from rlsys.serve.wire.requests import SearchSessions, SetTtl, StatusQuery
 
 router = APIRouter(prefix="/api/v1")
 MOST_PER_PAGE = 1000
@@ -106,11 +106,11 @@ async def get_session(session_id: str, request: Request) -> Response:
 async def search_sessions(request: Request) -> Response:
     body, state = await body_as(SearchSessions, request), state_of(request)
     found = [each for each in _sessions(request) if _matches(each, body)]
-    start = int(body.cursor) if body.cursor is not None and body.cursor.isdigit() and len(body.cursor) < 10 else 0
-    page = found[start : start + body.limit]
+    page = found[: body.limit]
     value: dict[str, Any] = {"sessions": [_session(state, each) for each in page]}
-    if start + body.limit < len(found):
-        value["next_cursor"] = str(start + body.limit)
+    if len(found) > len(page):
+        last = page[-1]
+        value["next_cursor"] = {"last_created_at": last.created_at.isoformat(), "last_session_id": last.id}
     return answer(value)
 
 
@@ -184,7 +184,7 @@ def _update(request: Request, found: Checkpoint, update: dict[str, Any]) -> None
 def _sessions(request: Request) -> list[Session]:
     tenant = tenant_of(request)
     mine = [each for each in state_of(request).sessions.values() if each.tenant == tenant]
-    return sorted(mine, key=lambda each: each.created_at, reverse=True)
+    return sorted(mine, key=lambda each: _place(each.created_at, each.id), reverse=True)
 
 
 def _session(state: State, session: Session) -> dict[str, Any]:
@@ -193,8 +193,8 @@ def _session(state: State, session: Session) -> dict[str, Any]:
         "session_id": session.id,
         "created_at": session.created_at.isoformat(),
         "owner": session.tenant,
-        "project_id": None,
-        "status": "active" if session.ended is None else "finished",
+        "project_id": "",
+        "status": _status(session),
         "display_name": session.display_name,
         "user_metadata": session.user_metadata,
         "tags": session.tags,
@@ -203,12 +203,36 @@ def _session(state: State, session: Session) -> dict[str, Any]:
     }
 
 
+def _status(session: Session) -> dict[str, Any] | None:
+    if session.finish_reason is not None:
+        return {"type": "client_finished", "reason": {"type": session.finish_reason}}
+    return {"type": "active"} if session.ended is None else None
+
+
 def _matches(session: Session, body: SearchSessions) -> bool:
-    if body.display_name is not None and body.display_name not in (session.display_name or ""):
+    """With a session id and a name, one of them suffices. All words of a name must be in it, in any case."""
+    if body.cursor is not None and _place(session.created_at, session.id) >= _place(
+        body.cursor.last_created_at, body.cursor.last_session_id
+    ):
         return False
-    if body.statuses and ("active" if session.ended is None else "finished") not in body.statuses:
+    words = (body.display_name or "").lower().split()
+    named = bool(words) and all(word in (session.display_name or "").lower() for word in words)
+    if (body.session_id is not None or words) and not (named or session.id == body.session_id):
+        return False
+    if body.statuses is not None and not any(_has_status(session, each) for each in body.statuses):
         return False
     return all(session.user_metadata.get(key) == value for key, value in body.user_metadata.items())
+
+
+def _place(created_at: datetime, session_id: str) -> tuple[float, str]:
+    return created_at.timestamp(), session_id
+
+
+def _has_status(session: Session, query: StatusQuery) -> bool:
+    status = _status(session)
+    if status is None or status["type"] != query.type:
+        return False
+    return query.reasons is None or session.finish_reason in query.reasons
 
 
 def _run_id(text: str) -> str:

@@ -92,5 +92,6 @@ async def finish_session(session_id: str, request: Request) -> Response:
     body = await body_as(FinishSession, request)
     state = state_of(request)
     session = state.session(session_id, tenant_of(request))
+    session.finish_reason = body.reason.type
     sessions.finish(state, session, f"its client finished it ({body.reason.type})")
     return answer({})

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from rlsys.serve.errors import bad_request
+from rlsys.serve.errors import NumberedRefusal, bad_request
 
 Model = TypeVar("Model", bound="WireModel")
 MAX_SHOWN = 5  # problems of a body that one answer names
@@ -35,10 +35,18 @@ def parse(kind: type[Model], body: bytes) -> Model:
     return as_model(kind, load(body))
 
 
-def as_model(kind: type[Model], value: object) -> Model:
+def as_model(kind: type[Model], value: object, is_pass: bool = False) -> Model:
+    """As `parse`, of a value that was read. `is_pass`: the body of a forward_backward.
+
+    Raises:
+        NumberedRefusal: as `parse`, and the value names a call of a model.
+    """
     try:
         return kind.model_validate(value)
     except ValidationError as error:
+        model_id, seq_id = (value.get("model_id"), value.get("seq_id")) if isinstance(value, dict) else (None, None)
+        if isinstance(model_id, str) and isinstance(seq_id, int) and not isinstance(seq_id, bool):
+            raise NumberedRefusal(_problems(error), model_id, seq_id, is_pass) from None
         raise bad_request(_problems(error)) from None
 
 

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from pydantic import Field
 
 from rlsys.errors import DatumError, LossError
-from rlsys.serve.errors import Refusal, bad_request
+from rlsys.serve.errors import NumberedRefusal, Refusal, bad_request
 from rlsys.serve.wire import messages
 from rlsys.serve.wire.json_body import WireModel, as_model, load
 from rlsys.serve.wire.requests import Number, Text
@@ -142,23 +142,24 @@ def read_protobuf(body: bytes) -> PassRequest:
         kind = value.WhichOneof("value")
         if kind is not None:
             config[key] = getattr(value, kind)
-    data = [_datum_of(datum, f"datum {d}") for d, datum in enumerate(message.data)]
+    try:
+        data = [_datum_of(datum, f"datum {d}") for d, datum in enumerate(message.data)]
+    except Refusal as refusal:
+        is_pass = not message.forward_only
+        raise NumberedRefusal(refusal.detail, message.model_id, message.seq_id, is_pass) from None
     return PassRequest(message.model_id, message.seq_id, data, message.loss_fn, config, message.forward_only)
 
 
 def read_json(body: bytes, forward_only: bool) -> PassRequest:
-    parsed = as_model(_PassBody, load(body))
-    data = parsed.forward_input if forward_only else parsed.forward_backward_input
-    if data is None:
-        raise bad_request(f"{'forward_input' if forward_only else 'forward_backward_input'}: is missing")
-    return PassRequest(
-        parsed.model_id,
-        parsed.seq_id,
-        [_datum_from_json(datum, f"datum {d}") for d, datum in enumerate(data.data)],
-        data.loss_fn,
-        data.loss_fn_config,
-        forward_only,
-    )
+    parsed = as_model(_PassBody, load(body), not forward_only)
+    inner = parsed.forward_input if forward_only else parsed.forward_backward_input
+    try:
+        if inner is None:
+            raise bad_request(f"{'forward_input' if forward_only else 'forward_backward_input'}: is missing")
+        data = [_datum_from_json(datum, f"datum {d}") for d, datum in enumerate(inner.data)]
+    except Refusal as refusal:
+        raise NumberedRefusal(refusal.detail, parsed.model_id, parsed.seq_id, not forward_only) from None
+    return PassRequest(parsed.model_id, parsed.seq_id, data, inner.loss_fn, inner.loss_fn_config, forward_only)
 
 
 def prepare(request: PassRequest, *, vocab_size: int, max_length: int, max_datums: int) -> PreparedPass:
@@ -183,7 +184,8 @@ def prepare(request: PassRequest, *, vocab_size: int, max_length: int, max_datum
             lengths.append(len(datum.tokens))
             columns.append(K)
             for part in _parts(datum, K, known):
-                part.setdefault("weights", np.ones(len(datum.tokens), np.float32))
+                if "weights" in loss.required:
+                    part.setdefault("weights", np.ones(len(datum.tokens), np.float32))
                 data.append(_checked(f"datum {d}", datum.tokens, part))
         batch = collate(data, loss, vocab_size=vocab_size, max_length=max_length)
     except (DatumError, LossError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
@@ -164,16 +165,29 @@ class SetTtl(WireModel):
     ttl_seconds: Ttl | None = None
 
 
-class FinishSession(WireModel):
-    class Reason(WireModel):
-        type: Literal["success", "errored", "interrupted"] = "success"
+class FinishReason(WireModel):
+    type: Literal["success", "errored", "interrupted"] = "success"
 
-    reason: Reason = Reason()
+
+class FinishSession(WireModel):
+    reason: FinishReason = FinishReason()
+    detail: Text | None = None
+
+
+class StatusQuery(WireModel):
+    type: Text
+    reasons: list[Text] | None = None
+
+
+class SearchCursor(WireModel):
+    last_created_at: datetime = Field(strict=False)
+    last_session_id: Text
 
 
 class SearchSessions(WireModel):
-    limit: Annotated[int, Field(ge=1, le=1000)] = 20
-    cursor: Text | None = None
+    session_id: Text | None = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = 50
+    cursor: SearchCursor | None = None
     display_name: Text | None = None
     user_metadata: Metadata = Field(default_factory=dict)
-    statuses: list[Text] = Field(default_factory=list)
+    statuses: list[StatusQuery] | None = None

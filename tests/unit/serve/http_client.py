@@ -72,7 +72,13 @@ class Http:
         return detail
 
     async def result(self, promise: Mapping[str, Any], **more: Any) -> Any:
-        return await self.post("retrieve_future", {"request_id": promise["request_id"]}, **more)
+        """The promise's result, asked for again as long as it is not ready."""
+        for _ in range(50):
+            response = await self.send("POST", "retrieve_future", {"request_id": promise["request_id"]}, **more)
+            if response.status_code != 408:
+                assert response.status_code == 200, response.text
+                return response.json()
+        raise AssertionError("no result")
 
     async def session(self, **more: Any) -> str:
         found: str = (await self.post("create_session", {"tags": [], "sdk_version": "0.38.0"}, **more))["session_id"]

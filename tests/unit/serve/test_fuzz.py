@@ -80,7 +80,7 @@ RAW = [
 ]
 HEADERS: list[dict[str, str]] = [
     {}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-protobuf"}, {"Content-Encoding": "gzip"},
-    {"Content-Encoding": "zstd"}, {"Content-Type": "application/json; charset=utf-16"}, {"Content-Encoding": "zstd, zstd"},
+    {"Content-Encoding": "zstd"}, {"Content-Type": "application/json; charset=utf-16"}, {"Content-Encoding": "zstd,x"},
     {"Content-Type": "multipart/form-data; boundary=x"}, {"Content-Type": ""}, {"Content-Type": "\x01"},
 ]  # fmt: skip
 

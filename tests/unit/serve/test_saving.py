@@ -263,22 +263,38 @@ def test_an_adapter_is_downloaded_through_signed_addresses(backend: LearnerBacke
     asyncio.run(main())
 
 
-def test_what_cannot_be_saved_is_refused_by_name(backend: LearnerBackend, store: CheckpointStore) -> None:
+def test_a_refused_call_of_any_kind_names_its_fault_and_uses_up_its_number(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
     async def main() -> None:
         async with Http(backend, store) as http:
             _, model, seq = await trained(http, 1)
-            body = {"model_id": model, "path": "x"}
-            for i, (call, more, message) in enumerate(
+            body: dict[str, Any] = {"model_id": model, "path": "x"}
+            wrong: tuple[tuple[str, dict[str, Any], str], ...] = (
+                ("save_weights", {"path": "../x"}, "path: found the name '../x'"),
+                ("save_weights", {"path": None}, "path: is missing"),
+                ("save_weights_for_sampler", {"kind": "inflight"}, "kind: found 'inflight'; wanted 'snapshot'"),
+                ("save_weights_for_sampler", {"path": None}, "path: is missing"),
+                ("save_weights_external", {"age_encryption_recipients": ["age1"]}, "does not encrypt downloads"),
+                ("save_weights", {"user_metadata": {"a": "x" * 70_000}}, "limits.metadata_bytes = 65536"),
+                ("save_weights", {"ttl_seconds": -1}, "ttl_seconds"),
+                ("save_weights", {"path": 3}, "path: "),
+                ("load_weights", {"path": "/etc/passwd"}, "path: found '/etc/passwd'"),
+                ("load_weights", {"path": 1.5}, "path: "),
+                ("optim_step", {"adam_params": {"beta1": 1.0}}, "AdamParams.beta1"),
+                ("optim_step", {"adam_params": {"eps": "x"}}, "adam_params.eps"),
+                ("optim_step", {"optimizer_params": {"type": "dimuon"}}, "found 'dimuon'"),
                 (
-                    ("save_weights", {"path": "../x"}, "path: found the name '../x'"),
-                    ("save_weights", {"path": None}, "path: is missing"),
-                    ("save_weights_for_sampler", {"kind": "inflight"}, "kind: found 'inflight'; wanted 'snapshot'"),
-                    ("save_weights_for_sampler", {"path": None}, "path: is missing"),
-                    ("save_weights_external", {"age_encryption_recipients": ["age1"]}, "does not encrypt downloads"),
-                    ("save_weights", {"user_metadata": {"a": "x" * 70_000}}, "limits.metadata_bytes = 65536"),
-                )
-            ):
+                    "forward_backward",
+                    {"forward_backward_input": {"data": [{}], "loss_fn": "ppo"}},
+                    "data.0.model_input",
+                ),
+                ("forward_backward", {}, "forward_backward_input: is missing"),
+            )
+            for i, (call, more, message) in enumerate(wrong):
                 assert message in await http.refused(call, {**body, "seq_id": seq + i, **more})
-            assert (await http.result(await http.post("forward_backward", pass_body(model, seq + 6))))["metrics"]
+            assert (await http.result(await http.post("forward_backward", pass_body(model, seq + len(wrong)))))[
+                "metrics"
+            ]
 
     asyncio.run(main())

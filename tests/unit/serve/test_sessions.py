@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlsys.serve import sessions
+from rlsys.serve.app import stop_work
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
 from tests.unit.serve.http_client import Http, pass_body
@@ -58,6 +59,58 @@ def test_a_finished_session_is_over(backend: LearnerBackend, store: CheckpointSt
             assert (await http.send("POST", "session_heartbeat", {"session_id": session})).status_code == 410
             assert "its client finished it" in await http.refused("asample", sample_body(sampler))
             assert (await http.send("GET", f"sessions/{session}")).json()["sampler_ids"] == [sampler]
+
+    asyncio.run(main())
+
+
+def test_sessions_are_searched_by_name_status_and_metadata_page_by_page(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            made = []
+            for name, number in (("Red Fox", "1"), ("red panda", "2"), ("blue fox", "2")):
+                body = {"display_name": name, "user_metadata": {"n": number}}
+                made.append((await http.post("create_session", body))["session_id"])
+            await http.post(f"sessions/{made[0]}/finish", {"reason": {"type": "errored"}})
+
+            async def found(**body: Any) -> list[int]:
+                answer = await http.post("sessions/search", body)
+                return [made.index(each["session_id"]) for each in answer["sessions"]]
+
+            assert await found() == [2, 1, 0]
+            assert await found(display_name="RED") == [1, 0]
+            assert await found(display_name="fox red") == [0]
+            assert await found(display_name="panda", session_id=made[2]) == [2, 1]
+            assert await found(user_metadata={"n": "2"}) == [2, 1]
+            assert await found(statuses=[{"type": "active"}]) == [2, 1]
+            assert await found(statuses=[{"type": "client_finished", "reasons": ["errored"]}]) == [0]
+            assert await found(statuses=[{"type": "client_finished", "reasons": ["success"]}]) == []
+            page = await http.post("sessions/search", {"limit": 2})
+            assert len(page["sessions"]) == 2 and page["sessions"][0]["status"] == {"type": "active"}
+            rest = await http.post("sessions/search", {"limit": 2, "cursor": page["next_cursor"]})
+            assert [made.index(each["session_id"]) for each in rest["sessions"]] == [0] and "next_cursor" not in rest
+
+    asyncio.run(main())
+
+
+def test_a_stopping_server_finishes_what_runs_and_refuses_what_is_new(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            model = await http.model(await http.session())
+            backend.open.clear()
+            promise = await http.forward_backward(model, 1)
+            poll = asyncio.create_task(http.result(promise))
+            stopping = asyncio.create_task(stop_work(http.state))
+            await asyncio.sleep(0.1)
+            response = await http.send("POST", "optim_step", {"model_id": model, "seq_id": 2})
+            assert response.status_code == 503 and response.headers["retry-after"] == "5"
+            backend.open.set()
+            assert (await poll)["metrics"]["loss:sum"] > 0
+            await stopping
+            assert backend.dropped == [model]
 
     asyncio.run(main())
 

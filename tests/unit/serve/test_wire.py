@@ -15,8 +15,9 @@ from rlsys import losses
 from rlsys.rollouts import LENGTH, STOP
 from rlsys.serve.errors import Refusal
 from rlsys.serve.wire import messages, passes
+from rlsys.serve.wire.passes import OutputLayout
 from rlsys.serve.wire.proto_file import read_proto
-from rlsys.serve.wire.results import OutputLayout, PassResult, SampleResult, laid_out
+from rlsys.serve.wire.results import PassResult, SampleResult, laid_out
 
 VARINT, FIXED64, BYTES = 0, 1, 2
 
@@ -157,7 +158,7 @@ def test_a_tensor_that_does_not_fit_is_refused_before_anything_is_allocated(enco
 
 def test_a_truncated_request_is_never_read_as_the_complete_one() -> None:
     last = len(field(99, b"later"))  # a later field, without which the request is the same
-    read = []
+    read: list[passes.PassRequest | None] = []
     for end in range(1, len(REQUEST) - last):
         try:
             read.append(passes.read_protobuf(REQUEST[:end]))
