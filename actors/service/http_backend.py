@@ -16,6 +16,7 @@ from rlsys.config import LoraSection
 from rlsys.errors import ConfigError
 from rlsys.serve.backend import Base, SampleRequest
 from rlsys.serve.config import ServeConfig
+from rlsys.utils.shell_paths import as_written
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class DeploymentBackend:
         self._bases: dict[str, Base] = {}
         try:
             for name, model in config.models.items():
-                deployment = self._ray.deployment(name)
+                deployment = self._ray.deployment(as_written(model.path))
                 about = deployment.about
                 self._deployments[name] = deployment
                 self._bases[name] = Base(

@@ -24,7 +24,8 @@ from rlsys.serve.state import State, now
 SWEEP_S = 1.0
 TTL_SWEEP_S = 30.0
 DRAIN_S = 30.0  # how long pending work may take at the end
-ROUTERS = (start.router, models.router, training.router, sampling.router, futures.router, rest.router, downloads.router)
+# Routes are matched in this order: the ones that are asked most come first.
+ROUTERS = (futures.router, sampling.router, training.router, start.router, models.router, rest.router, downloads.router)
 log = logging.getLogger("rlsys.serve")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -109,6 +109,4 @@ class ServeConfig(Section):
 
     def service_config(self) -> ServiceConfig:
         """Configuration of the deployments."""
-        models = {name: model.path for name, model in self.models.items()}
-        update: dict[str, Any] = {"models": models, "checkpoints": str(Path(self.checkpoints).absolute())}
-        return self.deployment.model_copy(update=update)
+        return self.deployment.model_copy(update={"checkpoints": str(Path(self.checkpoints).absolute())})
