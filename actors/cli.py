@@ -299,7 +299,11 @@ def serve(
 
     from actors.serve import serve as run_server  # Ray and torch are imported only for a valid configuration
 
-    run_server(settings)
+    try:
+        run_server(settings)
+    except KeyboardInterrupt:
+        print("Interrupted before the server was up", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 RUN = typer.Argument(help="Run name or run directory.", callback=_expanded_text)

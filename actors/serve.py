@@ -16,6 +16,7 @@ import uvicorn
 import uvloop
 from rich.console import Console
 
+from actors.service.deployment import RayBackend
 from actors.service.http_backend import DeploymentBackend
 from rlsys.errors import ConfigError
 from rlsys.serve.app import build_app, stop_work
@@ -32,18 +33,24 @@ LAST_POLLS_S = 0.5  # for clients that fetch their last results
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until a signal. Returns after running requests are done and the deployments started here have ended."""
+    """Serve until a signal. Returns after running requests are done and the deployments started here have ended.
+
+    Raises:
+        KeyboardInterrupt: the signal came before the server was up. What had started has ended.
+    """
     console = Console(highlight=False, soft_wrap=True)
     keys = _keys(config)
     with _listening(config.bind) as listener:
         console.print(f"starting {', '.join(config.models)} ...")
         store = CheckpointStore(Path(config.checkpoints).absolute())
-        backend = DeploymentBackend(config)
+        cluster = RayBackend(config.service_config())
+        signal.signal(signal.SIGTERM, _interrupt)  # in place of Ray's handler, which ends the process at once
         try:
+            backend = DeploymentBackend(cluster, config)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_run(config, keys, State(backend, config.limits, store), listener, console))
         finally:
-            asyncio.run(backend.close())
+            cluster.close()
     console.print("stopped")
 
 
@@ -89,6 +96,10 @@ async def _run(config: ServeConfig, keys: Keys, state: State, listener: socket.s
         await serving
     finally:
         status.cancel()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):

@@ -24,31 +24,26 @@ T = TypeVar("T")
 class DeploymentBackend:
     """`rlsys.serve.backend.ServeBackend`. The constructor joins or starts the deployments: minutes."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        self._ray = RayBackend(config.service_config())
+    def __init__(self, cluster: RayBackend, config: ServeConfig) -> None:
         self._deployments: dict[str, RayDeployment] = {}
         self._models: dict[str, tuple[RayDeployment, Iterator[int]]] = {}
         self._bases: dict[str, Base] = {}
-        try:
-            for name, model in config.models.items():
-                deployment = self._ray.deployment(as_written(model.path))
-                about = deployment.about
-                self._deployments[name] = deployment
-                self._bases[name] = Base(
-                    name=name,
-                    aliases=tuple(model.aliases),
-                    tokenizer=model.tokenizer,
-                    folder=about.folder,
-                    arch=about.arch,
-                    vocab_size=about.vocab_size,
-                    max_length=about.max_length,
-                    max_lora_rank=about.max_lora_rank,
-                    lora_alpha=about.lora_alpha,
-                    serves_unembed=about.serves_unembed,
-                )
-        except BaseException:
-            self._ray.close()
-            raise
+        for name, model in config.models.items():
+            deployment = cluster.deployment(as_written(model.path))
+            about = deployment.about
+            self._deployments[name] = deployment
+            self._bases[name] = Base(
+                name=name,
+                aliases=tuple(model.aliases),
+                tokenizer=model.tokenizer,
+                folder=about.folder,
+                arch=about.arch,
+                vocab_size=about.vocab_size,
+                max_length=about.max_length,
+                max_lora_rank=about.max_lora_rank,
+                lora_alpha=about.lora_alpha,
+                serves_unembed=about.serves_unembed,
+            )
 
     @property
     def bases(self) -> Mapping[str, Base]:
@@ -91,9 +86,6 @@ class DeploymentBackend:
                 snapshot, request.prompt, request.n, request.params, request.prompt_logprobs, request.topk
             )
         )
-
-    async def close(self) -> None:
-        await asyncio.to_thread(self._ray.close)
 
 
 async def _result(future: Future[T]) -> T:

@@ -68,5 +68,3 @@ class ServeBackend(Protocol):
 
     async def sample(self, base: Base, snapshot: SnapshotHandle | None, request: SampleRequest) -> SampleAnswer:
         """Sample from a snapshot; None: from the base. A cancelled call is aborted in the engine."""
-
-    async def close(self) -> None: ...

@@ -63,7 +63,9 @@ def sample(state: State, tenant: str, body: Asample) -> Promise:
     sampler = state.sampler(body.sampling_session_id, tenant)
     known = sampler.requests.get(body.seq_id)
     if known is not None:
-        return known
+        promise = state.promises.known(known[0], tenant, sampler.session.id, None)
+        promise.sample_sequence_ids = _sequence_ids(*known)
+        return promise
     if sampler.released is not None:
         raise bad_request(f"sampling_session_id: this sampler was released: {sampler.released}")
     request = _checked(state, sampler, body)
@@ -76,8 +78,8 @@ def sample(state: State, tenant: str, body: Asample) -> Promise:
             {"Retry-After": "1"},
         )
     promise = sessions.promise_of(state, sampler.session)
-    promise.sample_sequence_ids = tuple(f"{promise.id}-{i}" for i in range(request.n))
-    sampler.requests[body.seq_id] = promise
+    promise.sample_sequence_ids = _sequence_ids(promise.id, request.n)
+    sampler.requests[body.seq_id] = promise.id, request.n
     state.samples_in_flight[tenant] += request.n
     sampler.running += 1
     state.counts["sample_requests"] += 1
@@ -103,6 +105,10 @@ def cancel(state: State, tenant: str, request_id: str) -> None:
     promise = state.promises.get(request_id, tenant)
     if promise.sample_sequence_ids is not None:
         promise.cancel()
+
+
+def _sequence_ids(request_id: str, n: int) -> tuple[str, ...]:
+    return tuple(f"{request_id}-{i}" for i in range(n))
 
 
 def _checked(state: State, sampler: Sampler, body: Asample) -> SampleRequest:

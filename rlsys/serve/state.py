@@ -75,7 +75,8 @@ class Sampler:
     snapshot: SnapshotHandle | None
     path: str | None
     is_ephemeral: bool
-    requests: dict[int, Promise] = field(default_factory=dict)
+    # number -> request id and samples, of the first request; its result is kept by promises alone
+    requests: dict[int, tuple[str, int]] = field(default_factory=dict)
     running: int = 0
     used: float = field(default_factory=time.monotonic)
     released: str | None = None  # why

@@ -90,9 +90,6 @@ class LearnerBackend:
             raise SamplingError("temperature: this backend samples greedily; wanted 0")
         return await self._run(self._sample, None if snapshot is None else f"copy.{snapshot.key}", request)
 
-    async def close(self) -> None:
-        self._thread.shutdown()
-
     def _do(self, model_id: str, request: Request[Answer]) -> Answer:
         answer: Any = self.host.do(model_id, request)
         self.done.append((model_id, request.op))
