@@ -265,6 +265,47 @@ def export(
             print(warning, file=sys.stderr)
 
 
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of the server; default: --model and defaults.", callback=_expanded)
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides of the YAML: section.key=value.", metavar="[KEY=VALUE]...")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or hub name to serve, under this name.", metavar="FOLDER_OR_NAME")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default: 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; default: 8000; 0: any free one.", min=0, max=65535)] = None,
+) -> None:
+    """Serve unmodified programs of the Tinker API: its SDK, MinT's SDK, and tinker-cookbook.
+
+    Joins the Ray cluster at deployment.cluster.address or RAY_ADDRESS; without an address, starts Ray on this machine.
+    Prints the address and the two `export` lines for clients. The first start writes a key, readable by its owner only.
+    Stops on Ctrl-C or SIGTERM, after running requests are done."""
+    from rlsys.serve.load import load_serve_config
+
+    given = list(overrides or ())
+    if config is not None and "=" in str(config) and not config.exists():  # `rlsys serve --model X key=value`
+        given, config = [str(config), *given], None
+    base: dict[str, dict[str, object]] = {}
+    if model is not None:
+        base["models"] = {model: model}
+    bind: dict[str, object] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    if bind:
+        base["bind"] = bind
+    settings = load_serve_config(config, given, base)
+
+    from actors.serve import serve as run_server  # Ray and torch are imported only for a valid configuration
+
+    try:
+        run_server(settings)
+    except KeyboardInterrupt:
+        print("Interrupted before the server was up", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
 RUN = typer.Argument(help="Run name or run directory.", callback=_expanded_text)
 ADDRESS = typer.Option(
     help="Address of the Ray cluster; default: the address recorded in the run directory.", envvar="RAY_ADDRESS"

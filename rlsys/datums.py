@@ -69,13 +69,23 @@ def collate(data: Sequence[Datum], loss: Loss, *, vocab_size: int, max_length: i
     for key, ids in (("model_input", tokens), ("loss_fn_inputs['target_tokens']", targets)):
         wanted = f"ids from 0 to {vocab_size - 1}, the model's vocabulary"
         _refuse_where((ids < 0) | (ids >= vocab_size), ids, offsets, key, wanted)
+    given = {key for arrays in inputs for key in arrays} & loss.optional
+    for d, arrays in enumerate(inputs):
+        for key in sorted(given - arrays.keys()):
+            raise MissingInputError(
+                f"datum {d}: loss_fn_inputs[{key!r}] is missing; other datums have it; wanted it in all or in none"
+            )
     with np.errstate(over="ignore"):  # values beyond float32 become inf and are refused below
         columns = {
             key: np.concatenate([arrays[key] for arrays in inputs]).astype(np.float32)
-            for key in sorted(loss.required | {"weights"})
+            for key in sorted(loss.required | {"weights"} | given)
         }
     for key, column in columns.items():
         _refuse_where(~np.isfinite(column), column, offsets, f"loss_fn_inputs[{key!r}]", "values finite in float32")
+    if given:
+        from rlsys.losses import check_thresholds  # imports torch, as the loss that takes them did
+
+        check_thresholds(columns)
     return DatumBatch(tokens.astype(np.int32), targets.astype(np.int32), offsets, columns)
 
 
@@ -113,7 +123,7 @@ def _named(where: str, inputs: Mapping[str, object], loss: Loss) -> dict[str, ob
             f"{where}: loss_fn_inputs[{key!r}] is missing; found {sorted(map(str, inputs))}; "
             f"wanted {sorted(required)} for {loss.name!r}"
         )
-    allowed = required | {"weights", "mask"}
+    allowed = required | loss.optional | {"weights", "mask"}
     for key in sorted(values.keys() - allowed, key=str):
         raise DatumError(
             f"{where}: loss_fn_inputs[{key!r}] is not an input of {loss.name!r}; "

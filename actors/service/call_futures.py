@@ -17,19 +17,27 @@ Part = TypeVar("Part")
 
 
 def future_of(ref: ray.ObjectRef, what: str) -> Future[Any]:
-    """A future of the referenced value. `what` names the actor and its work, for error messages.
+    """A future of the referenced value. `what` names the actor and its work, for error messages. Cancelling the future
+    cancels the call: an async actor's coroutine is cancelled.
 
     Any: handles of actors know no types, so a reference has none; callers declare it.
     """
     answer: Future[Any] = Future()
 
     def settle(done: Future[object]) -> None:
+        if not answer.set_running_or_notify_cancel():  # cancelled meanwhile
+            return
         error = done.exception()
         if error is None:
             answer.set_result(done.result())
         else:
             answer.set_exception(as_raised(error, what) if isinstance(error, RayError) else error)
 
+    def cancel(done: Future[object]) -> None:
+        if done.cancelled():
+            ray.cancel(ref)
+
+    answer.add_done_callback(cancel)
     ref.future().add_done_callback(settle)
     return answer
 

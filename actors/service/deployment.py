@@ -188,16 +188,16 @@ class RayDeployment:
         self._next = itertools.count()
         self._unneeded: deque[Callable[[], object]] = deque()
 
-    def create_model(self, lora: LoraSection, seed: int) -> Future[ModelHandle]:
-        model_id = self._model_id()
+    def create_model(self, lora: LoraSection, seed: int, model_id: str | None = None) -> Future[ModelHandle]:
+        model_id = model_id or self._model_id()
         return future_of(self._learner.create_model.remote(model_id, lora, seed), f"learner: creating {model_id}")
 
-    def restore_model(self, path: str, optimizer: bool) -> Future[ModelHandle]:
-        call = self._learner.restore_model.remote(self._model_id(), path, optimizer)
+    def restore_model(self, path: str, optimizer: bool, model_id: str | None = None) -> Future[ModelHandle]:
+        call = self._learner.restore_model.remote(model_id or self._model_id(), path, optimizer)
         return future_of(call, f"learner: restoring {path}")
 
     def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
-        self._let_go()
+        self.let_go()
         what = f"training client {model_id}: {request.op}"
         call = self._learner.submit.remote(model_id, seq, request)
         if isinstance(request, TakeSnapshot):  # so the Answer is a SnapshotHandle, which mypy does not follow
@@ -219,14 +219,14 @@ class RayDeployment:
         prompt_logprobs: bool,
         topk: int,
     ) -> Future[SampleAnswer]:
-        self._let_go()
+        self.let_go()
         sampler, what = self._sampler()
         key = None if snapshot is None else snapshot.key
         call = sampler.sample.remote(key, prompt, n, params, prompt_logprobs, topk)
         return future_of(call, f"{what}: sampling")
 
     def logprobs(self, snapshot: SnapshotHandle | None, tokens: Array) -> Future[Array]:
-        self._let_go()
+        self.let_go()
         sampler, what = self._sampler()
         return future_of(
             sampler.logprobs.remote(None if snapshot is None else snapshot.key, tokens), f"{what}: scoring"
@@ -264,7 +264,8 @@ class RayDeployment:
         i = next(self._next) % len(self._samplers)
         return self._samplers[i], f"sampler {i}"
 
-    def _let_go(self) -> None:
+    def let_go(self) -> None:
+        """Send the releases that are queued."""
         with suppress(IndexError):  # empty, perhaps emptied by another thread
             while True:
                 self._unneeded.popleft()()

@@ -65,11 +65,14 @@ class ServiceLearner:
     async def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Answer:
         if model_id not in self.turns:
             raise ConfigError(f"training client {model_id}: its run is not on this learner; it was dropped")
-        async with self.turns[model_id].turn(seq, f"training client {model_id}: {request.op}"):
-            answer: Answer = await self._run(self.host.do, model_id, request)
+
+        async def work() -> Answer:
+            return _in_object_store(await self._run(self.host.do, model_id, request))
+
+        answer: Answer = await self.turns[model_id].run(seq, f"training client {model_id}: {request.op}", work)
         if isinstance(request, Drop):
-            del self.turns[model_id]
-        return _in_object_store(answer)
+            self.turns.pop(model_id, None)
+        return answer
 
     async def stop(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)

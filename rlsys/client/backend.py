@@ -69,8 +69,10 @@ class Deployment(Protocol):
 
     about: About
 
-    def create_model(self, lora: LoraSection, seed: int) -> Future[ModelHandle]: ...
-    def restore_model(self, path: str, optimizer: bool) -> Future[ModelHandle]: ...
+    def create_model(self, lora: LoraSection, seed: int, model_id: str | None = None) -> Future[ModelHandle]:
+        """Create a run. `model_id` None: the deployment chooses it."""
+
+    def restore_model(self, path: str, optimizer: bool, model_id: str | None = None) -> Future[ModelHandle]: ...
 
     def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
         """Send a request, which the learner executes after all smaller `seq` of this model."""

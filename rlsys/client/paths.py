@@ -10,7 +10,8 @@ from rlsys.errors import CheckpointError
 from rlsys.utils.shell_paths import expand
 
 Kind = Literal["weights", "sampler_weights"]
-_PATH = re.compile(r"(?:rlsys|tinker|mint)://([A-Za-z0-9][A-Za-z0-9._:-]*)/(weights|sampler_weights)/([^/]+)")
+# An id has no ".", which stands for ":" in the name of its folder: two ids never share one.
+_PATH = re.compile(r"(?:rlsys|tinker|mint)://([A-Za-z0-9][A-Za-z0-9_:-]*)/(weights|sampler_weights)/([^/]+)")
 
 
 def path_of(model_id: str, kind: Kind, name: str) -> str:

@@ -70,6 +70,16 @@ class SaveWeightsForSampler(Request[str]):
 
 
 @dataclass(frozen=True, slots=True)
+class SaveFolder(Request[str]):
+    """As SaveState or SaveWeightsForSampler, in a folder that the caller chose."""
+
+    op = "save"
+    folder: str
+    optimizer: bool
+    overwrite: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LoadState(Request[str]):
     op = "load_state"
     path: str

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rlsys.types import SampledSequence, SampleResponse
 
-LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "custom")
+LOSSES = ("cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "gspo", "custom")
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class SamplingSection(Section):
 
 
 class LossSection(Section):
-    name: Literal["importance_sampling", "ppo", "cispo", "dro"] = "importance_sampling"
+    name: Literal["importance_sampling", "ppo", "cispo", "dro", "gspo"] = "importance_sampling"
     params: dict[str, float] = Field(default_factory=dict)
     # truncated importance sampling (fengyao.notion.site/off-policy-rl, "TIS"): the ratio is taken to the learner before
     # the step, and a token's weight is min(that learner's p / q, cap). None: the ratio is p / q

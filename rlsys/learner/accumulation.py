@@ -79,15 +79,16 @@ class GradientAccumulation:
         values_T = np.zeros(len(batch.tokens), np.float64)
         entropy_T = np.zeros(len(batch.tokens) if wants_entropy else 0, np.float64)
         overflows = np.zeros(1)
+        inputs = dict(batch.columns)
+        if loss.is_per_sequence:
+            inputs[losses.SEQUENCE] = np.repeat(np.arange(batch.num_datums), batch.lengths)
         with self._ranks.joint(logp_T, values_T, entropy_T, overflows):
             for micro in self._forward.micro_batches(batch, wanted_T):
                 logp, entropy = self._forward.logprobs_and_entropy(micro, temperature)
                 if len(micro.index) == 0:
                     values = 0.0 * logp
                 else:
-                    columns = {
-                        key: torch.from_numpy(column[micro.index]).to(device) for key, column in batch.columns.items()
-                    }
+                    columns = {key: torch.from_numpy(column[micro.index]).to(device) for key, column in inputs.items()}
                     values = loss(logp, columns)
                 if run is not None and self._scales:
                     (slope,) = torch.autograd.grad(values.sum(), logp)
@@ -98,7 +99,7 @@ class GradientAccumulation:
                 micro.scatter(values_T, values.double())
                 if wants_entropy:
                     micro.scatter(entropy_T, entropy.double())
-        metrics = {"loss:sum": float(values_T.sum()), **losses.metrics(loss, logp_T, batch.columns)}
+        metrics = {"loss:sum": float(values_T.sum()), **losses.metrics(loss, logp_T, inputs)}
         if wants_entropy:
             counts_T = batch.columns["weights"] != 0
             metrics["entropy:mean"] = float(entropy_T[counts_T].sum() / max(1, np.count_nonzero(counts_T)))

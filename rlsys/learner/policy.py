@@ -107,7 +107,7 @@ class Policy:
         metrics = {**found, **metrics, "loss/sum": result.loss_sum, **gap_by_position(sampled, result.logprobs)}
         if cap is None:
             self._refuse_mismatch(metrics, step, must_agree)
-        if must_agree or self.loss.name != "ppo":  # whose clip may zero the gradient of every token
+        if must_agree or self.loss.name not in ("ppo", "gspo"):  # whose clip may zero the gradient of every token
             self._must_move |= bool(np.any(batch.columns["advantages"] * batch.columns["weights"]))
         return result.logprobs, metrics
 

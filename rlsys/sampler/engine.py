@@ -25,6 +25,7 @@ from rlsys.sampler.growing_completion import Completion, join_completions, to_ro
 from rlsys.sampler.request_runner import RequestRunner, together
 from rlsys.sampler.requests import (
     BaseModel,
+    PromptScores,
     check_sequences,
     child_seeds,
     columns,
@@ -32,7 +33,9 @@ from rlsys.sampler.requests import (
     finished,
     group_seeds,
     later_seed,
+    prompt_scores,
     rows_of,
+    score_params,
     so_far,
 )
 from rlsys.sampler.scoring import Scorer
@@ -161,6 +164,31 @@ class Sampler:
         self._tokens_generated += len(rollouts.tokens)
         return rollouts
 
+    async def sample_scored(
+        self, prompt: Array, n: int, params: SamplingParams, topk: int, run_id: str | None, version: int
+    ) -> tuple[Rollouts, PromptScores]:
+        """As `sample` for one prompt, with the same completions for a seed, and the prompt's own scores.
+
+        One completion and the scores are one request. Several completions share their prompt's cached prefix, which a
+        request that scores cannot use, so the scores are a request beside them.
+        """
+        offsets, problem = np.array([0, len(prompt)], np.int64), np.zeros(1, np.int64)
+        max_length, vocab_size = self._model.max_length, self._about.vocab_size
+        check_sequences("prompt", [0], prompt, offsets, params.max_tokens, max_length, vocab_size)
+        (seed,) = group_seeds(params.seed if params.seed is not None else self.own_seed(), problem)
+        children = n if params.temperature > 0 else 1
+        requests = [engine_params(params, children, seed, self._about, prompt_topk=topk if children == 1 else None)]
+        if children > 1:
+            requests.append(score_params(topk))
+        with self._runner.using(run_id, version, len(requests)) as adapter:
+            row = prompt.tolist()
+            outputs = await self._runner.run(
+                [self._runner.generate(row, request, adapter) for request in requests], adapter
+            )
+        rollouts = columns(problem, prompt, offsets, n, outputs[:1], version)
+        self._tokens_generated += len(rollouts.tokens)
+        return rollouts, prompt_scores(outputs[-1], topk)
+
     def hold(
         self, run_id: str | None, version: int, requests: int, moves: bool = False
     ) -> AbstractContextManager[AdapterLease]:
@@ -221,10 +249,6 @@ class Sampler:
     async def logprobs(self, tokens: Array, offsets: Array, run_id: str | None, version: int) -> Array:
         """See ``Scorer.logprobs``."""
         return await self.scorer.logprobs(tokens, offsets, run_id, version)
-
-    async def likeliest(self, tokens: Array, k: int, run_id: str | None, version: int) -> tuple[Array, Array]:
-        """See ``Scorer.likeliest``."""
-        return await self.scorer.likeliest(tokens, k, run_id, version)
 
     async def load(self, update: WeightUpdate, bound: float | None = None) -> Attestation:
         """See ``AdapterLoader.load``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,9 +96,17 @@ def stop_rules(
 
 
 def engine_params(
-    params: SamplingParams, n: int, seed: int, model: BaseModel, also_stop: Sequence[str] = ()
+    params: SamplingParams,
+    n: int,
+    seed: int,
+    model: BaseModel,
+    also_stop: Sequence[str] = (),
+    prompt_topk: int | None = None,
 ) -> vllm.SamplingParams:
-    """vLLM's parameters of one group; completion i is sampled with seed + i. `also_stop` adds to `params.stop`."""
+    """vLLM's parameters of one group; completion i is sampled with seed + i. `also_stop` adds to `params.stop`.
+
+    `prompt_topk`: also score the prompt, with so many of the likeliest tokens; None: do not.
+    """
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
@@ -118,13 +127,14 @@ def engine_params(
         ignore_eos=True,  # `ids` holds them where they count
         detokenize=bool(strings),
         logprobs=0,  # of the sampled token alone
+        prompt_logprobs=prompt_topk,
         flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
-def score_params() -> vllm.SamplingParams:
-    """vLLM's parameters of a request that only scores its prompt."""
+def score_params(topk: int = 0) -> vllm.SamplingParams:
+    """vLLM's parameters of a request that only scores its prompt. `topk`: also with so many of the likeliest tokens."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
@@ -133,7 +143,7 @@ def score_params() -> vllm.SamplingParams:
         temperature=0.0,
         ignore_eos=True,
         detokenize=False,
-        prompt_logprobs=0,  # of the given tokens alone; given here and not set later, as this switches the cache off
+        prompt_logprobs=topk,  # 0: of the given tokens alone; given here, as this switches the prefix cache off
         flat_logprobs=True,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
@@ -161,31 +171,24 @@ def position_logprob(output: RequestOutput, token: int) -> float:
     return float(completion.logprobs[0][token].logprob)
 
 
-def topk_params(k: int) -> vllm.SamplingParams:
-    """vLLM's parameters of a request that finds the k likeliest tokens at each position of its prompt."""
-    import vllm
-    from vllm.sampling_params import RequestOutputKind
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """What a model says of a prompt of N tokens, in nats at temperature 1."""
 
-    return vllm.SamplingParams(
-        max_tokens=1,  # vLLM generates at least one token
-        temperature=0.0,
-        ignore_eos=True,
-        detokenize=False,
-        prompt_logprobs=k,
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+    logprobs: Array  # (N,) float32, of each token given those before it; 0 for the first
+    topk_tokens: Array  # (N - 1, k) int32, of the k likeliest tokens in place of tokens 1..N-1, best first
+    topk_logprobs: Array  # (N - 1, k) float32
 
 
-def likeliest_at(output: RequestOutput, position: int, k: int) -> tuple[list[int], list[float]]:
-    """(ids, nats) of the k likeliest tokens at a position, in the output of a request of `topk_params`.
+def prompt_scores(output: RequestOutput, k: int) -> PromptScores:
+    """The scores in the output of a request that asked for its prompt's log-probabilities with the `k` likeliest.
 
     vLLM lists the prompt's token first, then the k likeliest, which may include that token again.
     """
     found = output.prompt_logprobs
-    start, end = found.start_indices[position], found.end_indices[position]
-    ids, values = found.token_ids[start:end], found.logprobs[start:end]
-    return ids[1 : k + 1], values[1 : k + 1]
+    ids = np.asarray(found.token_ids, np.int32).reshape(-1, k + 1)
+    values = np.asarray(found.logprobs, np.float32).reshape(-1, k + 1)
+    return PromptScores(np.concatenate([np.zeros(1, np.float32), values[:, 0]]), ids[:, 1:], values[:, 1:])
 
 
 def group_seeds(seed: int, problems: Array, occurrence: Array | None = None) -> list[int]:

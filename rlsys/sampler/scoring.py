@@ -9,12 +9,10 @@ from rlsys.sampler.request_runner import RequestRunner, together
 from rlsys.sampler.requests import (
     BaseModel,
     check_sequences,
-    likeliest_at,
     position_logprob,
     position_params,
     rows_of,
     score_params,
-    topk_params,
 )
 from rlsys.sampler.vllm_engine import VllmEngine
 from rlsys.types import Array
@@ -48,20 +46,6 @@ class Scorer:
         later[offsets[:-1]] = False
         scores[later] = np.concatenate(scored) if scored else []
         return scores
-
-    async def likeliest(self, tokens: Array, k: int, run_id: str | None, version: int) -> tuple[Array, Array]:
-        """(N - 1, k) ids and nats of the k likeliest tokens in place of tokens 1..N-1 of one sequence, best first.
-
-        Raises:
-            SamplingError: nothing was started.
-        """
-        offsets = np.array([0, len(tokens)], np.int64)
-        check_sequences("prompt", [0], tokens, offsets, 0, self._max_length, self._about.vocab_size)
-        with self._runner.using(run_id, version, 1) as adapter:
-            output = await self._engine.guarded(self._runner.generate(tokens.tolist(), topk_params(k), adapter))
-        rows = [likeliest_at(output, position, k) for position in range(1, len(tokens))]
-        ids = np.array([row[0] for row in rows], np.int32).reshape(-1, k)
-        return ids, np.array([row[1] for row in rows], np.float32).reshape(-1, k)
 
     async def score(self, tokens: Array, adapter: Adapter | None) -> Array:
         """(T - 1,) log-probabilities of tokens 1..T-1, without a lease of the adapter."""

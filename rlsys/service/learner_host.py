@@ -58,6 +58,9 @@ class TrainingHost:
                 return self._save(model_id, "weights", name, True, overwrite)
             case requests.SaveWeightsForSampler(name, overwrite):
                 return self._save(model_id, "sampler_weights", name, False, overwrite)
+            case requests.SaveFolder(folder, optimizer, overwrite):
+                save_run(self.learner, model_id, Path(folder), optimizer, overwrite)
+                return folder
             case requests.LoadState(path, optimizer):
                 load_run(self.learner, model_id, self._folder(path), optimizer)
                 return path

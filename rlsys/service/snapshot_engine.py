@@ -35,11 +35,20 @@ class SnapshotEngine:
         self, key: str | None, prompt: Array, n: int, params: SamplingParams, prompt_logprobs: bool, topk: int
     ) -> SampleAnswer:
         """n completions of one prompt (N,), and the log-probabilities of the prompt itself at temperature 1."""
-        rollouts = await self._sampler.sample(ONE, prompt, _offsets(prompt), n, seeded(params), key, _version(key))
-        scores = await self.score(key, prompt) if prompt_logprobs else None
-        ids, values = await self._sampler.likeliest(prompt, topk, key, _version(key)) if topk else (None, None)
+        params, version = seeded(params), _version(key)
+        if not (prompt_logprobs or topk):
+            rollouts = await self._sampler.sample(ONE, prompt, _offsets(prompt), n, params, key, version)
+            scores = None
+        else:
+            rollouts, scores = await self._sampler.sample_scored(prompt, n, params, topk, key, version)
         return SampleAnswer(
-            rollouts.tokens, rollouts.logprobs, rollouts.offsets, rollouts.stop_reasons, scores, ids, values
+            rollouts.tokens,
+            rollouts.logprobs,
+            rollouts.offsets,
+            rollouts.stop_reasons,
+            scores.logprobs if scores is not None and prompt_logprobs else None,
+            scores.topk_tokens if scores is not None and topk else None,
+            scores.topk_logprobs if scores is not None and topk else None,
         )
 
     async def score(self, key: str | None, tokens: Array) -> Array:

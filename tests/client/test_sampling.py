@@ -125,6 +125,18 @@ def test_prompt_log_probabilities_come_with_the_likeliest(service: rlsys.Service
         assert values == sorted(values, reverse=True) and values[0] >= own
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_scoring_the_prompt_changes_neither_completions_nor_scores(n: int, service: rlsys.ServiceClient) -> None:
+    client = service.create_sampling_client(base_model="tiny")
+    params = types.SamplingParams(max_tokens=4, seed=11, stop=[])
+    plain = client.sample(PROMPT, n, params).result(FAR_S)
+    scored = client.sample(PROMPT, n, params, include_prompt_logprobs=True, topk_prompt_logprobs=2).result(FAR_S)
+    assert [each.tokens for each in scored.sequences] == [each.tokens for each in plain.sequences]
+    assert scored.prompt_logprobs is not None
+    wanted = client.compute_logprobs(PROMPT).result(FAR_S)
+    assert scored.prompt_logprobs[1:] == pytest.approx(wanted[1:], abs=1e-5)
+
+
 def test_a_saved_adapter_samples_as_it_did_in_memory(
     service: rlsys.ServiceClient, trainer: rlsys.TrainingClient, datum: types.Datum
 ) -> None:

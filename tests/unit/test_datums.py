@@ -130,7 +130,7 @@ def shortened_after_construction():
 
 
 WRONG = {
-    "key of nobody": (rl_datum(temperature=[1, 1, 1]), r"wanted only \['advantages', 'logprobs', 'mask', 'target"),
+    "key of nobody": (rl_datum(temperature=[1, 1, 1]), r"wanted only \['advantages', 'clip_high_threshold', 'clip_low"),
     "key misspelt": (rl_datum(logprob=[0, 0, 0]), r"datum 1: .*'logprob'.* is not an input of 'ppo'.* 'logprobs'\?"),
     "weight": (rl_datum(weight=[0, 0, 0]), r"did you mean 'weights'\?"),
     "id too high": (

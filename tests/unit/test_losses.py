@@ -279,8 +279,12 @@ def test_clip_ratio_is_the_same_as_both_thresholds():
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("pppo", {}, r"found 'pppo'; wanted one of cross_entropy, importance_sampling, ppo, cispo, dro; .*'ppo'\?"),
-        ("gspo", {}, "wanted one of cross_entropy"),
+        (
+            "pppo",
+            {},
+            r"found 'pppo'; wanted one of cross_entropy, importance_sampling, ppo, cispo, dro, gspo; .*'ppo'\?",
+        ),
+        ("grpo", {}, "wanted one of cross_entropy"),
         (["ppo"], {}, r"found \['ppo'\]; wanted one of cross_entropy"),
         ("ppo", {"clip_hgh_threshold": 1.2}, r"'clip_hgh_threshold'.* of 'ppo' .*did you mean 'clip_high_threshold'\?"),
         ("ppo", {"beta": 1.0}, "it takes clip_low_threshold, clip_high_threshold, clip_ratio"),

@@ -39,6 +39,7 @@ def test_a_path_and_its_folder_belong_together(tmp_path: Path) -> None:
     [
         "rlsys://abc/weights/..",
         "rlsys://../weights/a",
+        "rlsys://abc.train.0/weights/a",  # the folder of abc:train:0
         "rlsys://abc/weights/a/b",
         "rlsys://abc/other/a",
         "rlsys://abc/weights/",

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from actors.cli import app
 from rlsys.config import JobConfig, keys, load_config, parse_config
+from rlsys.serve.load import load_serve_config
 from tests.unit.docs import pages
 from tests.unit.docs.pages import PAGES, ROOT
 
@@ -54,7 +55,9 @@ def test_every_command_of_rlsys_is_one_with_keys_that_a_job_has(page: Path) -> N
             words += ["x" for param in command.params if param.param_type_name == "argument" and param.required]
         read = command.make_context(verb, [NUMBERS.get(word, word) for word in words]).params
         config, overrides = read.get("config"), read.get("overrides") or []
-        if config is not None and str(config).startswith("configs/"):
+        if verb == "serve":
+            load_serve_config(None, overrides, {"models": {"x": "x"}})
+        elif config is not None and str(config).startswith("configs/"):
             load_config(ROOT / config, overrides)
         else:
             parse_config("{run: {name: a}, model: {path: x}}", overrides)

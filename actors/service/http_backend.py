@@ -1,0 +1,92 @@
+"""The backend of `rlsys serve` on Ray deployments: one deployment per served base."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from actors.service.deployment import RayBackend, RayDeployment
+from rlsys.client.backend import Answer, SampleAnswer, SnapshotHandle
+from rlsys.client.requests import Request
+from rlsys.config import LoraSection
+from rlsys.errors import ConfigError
+from rlsys.serve.backend import Base, SampleRequest
+from rlsys.serve.config import ServeConfig
+from rlsys.utils.shell_paths import as_written
+
+T = TypeVar("T")
+
+
+class DeploymentBackend:
+    """`rlsys.serve.backend.ServeBackend`. The constructor joins or starts the deployments: minutes."""
+
+    def __init__(self, cluster: RayBackend, config: ServeConfig) -> None:
+        self._deployments: dict[str, RayDeployment] = {}
+        self._models: dict[str, tuple[RayDeployment, Iterator[int]]] = {}
+        self._bases: dict[str, Base] = {}
+        for name, model in config.models.items():
+            deployment = cluster.deployment(as_written(model.path))
+            about = deployment.about
+            self._deployments[name] = deployment
+            self._bases[name] = Base(
+                name=name,
+                aliases=tuple(model.aliases),
+                tokenizer=model.tokenizer,
+                folder=about.folder,
+                arch=about.arch,
+                vocab_size=about.vocab_size,
+                max_length=about.max_length,
+                max_lora_rank=about.max_lora_rank,
+                lora_alpha=about.lora_alpha,
+                serves_unembed=about.serves_unembed,
+            )
+
+    @property
+    def bases(self) -> Mapping[str, Base]:
+        return self._bases
+
+    async def create_model(self, base: Base, model_id: str, lora: LoraSection, seed: int) -> None:
+        deployment = self._deployments[base.name]
+        await _result(deployment.create_model(lora, seed, model_id))
+        self._models[model_id] = deployment, itertools.count(1)
+
+    async def restore_model(self, base: Base, model_id: str, folder: Path, optimizer: bool) -> LoraSection:
+        deployment = self._deployments[base.name]
+        handle = await _result(deployment.restore_model(str(folder), optimizer, model_id))
+        self._models[model_id] = deployment, itertools.count(1)
+        return handle.lora
+
+    def call(self, model_id: str, request: Request[Answer]) -> asyncio.Future[Answer]:
+        if model_id not in self._models:
+            raise ConfigError(f"model {model_id}: is not on the learner")
+        deployment, numbers = self._models[model_id]
+        return asyncio.wrap_future(deployment.submit(model_id, next(numbers), request))
+
+    def drop_model(self, model_id: str) -> None:
+        deployment, numbers = self._models.pop(model_id, (None, None))
+        if deployment is not None and numbers is not None:
+            deployment.drop_model(model_id, next(numbers))
+            deployment.let_go()
+
+    async def open_snapshot(self, base: Base, folder: Path) -> SnapshotHandle:
+        return await _result(self._deployments[base.name].open(str(folder)))
+
+    def release(self, base: Base, snapshot: SnapshotHandle) -> None:
+        deployment = self._deployments[base.name]
+        deployment.release(snapshot)
+        deployment.let_go()
+
+    async def sample(self, base: Base, snapshot: SnapshotHandle | None, request: SampleRequest) -> SampleAnswer:
+        return await _result(
+            self._deployments[base.name].sample(
+                snapshot, request.prompt, request.n, request.params, request.prompt_logprobs, request.topk
+            )
+        )
+
+
+async def _result(future: Future[T]) -> T:
+    return await asyncio.wrap_future(future)

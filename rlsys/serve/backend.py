@@ -1,0 +1,70 @@
+"""What the HTTP layer needs of learner and samplers. Frozen dataclasses and arrays cross this border.
+
+``actors.service.http_backend`` implements it on Ray deployments.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from rlsys.client.backend import Answer, SampleAnswer, SnapshotHandle
+from rlsys.client.requests import Request
+from rlsys.config import LoraSection
+from rlsys.types import Array, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """One base model that runs with a learner and samplers."""
+
+    name: str
+    aliases: tuple[str, ...]
+    tokenizer: str | None  # hub name that clients load instead of the model's name
+    folder: str  # of the learner's node; never shown to clients
+    arch: str
+    vocab_size: int
+    max_length: int  # tokens of prompt + completion
+    max_lora_rank: int
+    lora_alpha: float
+    serves_unembed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """n completions of one prompt, and what was asked about the prompt itself."""
+
+    prompt: Array  # (N,) int32
+    n: int
+    params: SamplingParams
+    prompt_logprobs: bool
+    topk: int
+
+
+class ServeBackend(Protocol):
+    """Learners and samplers of the served bases. Every operation that fails raises an RlsysError."""
+
+    @property
+    def bases(self) -> Mapping[str, Base]:
+        """By name, without aliases."""
+
+    async def create_model(self, base: Base, model_id: str, lora: LoraSection, seed: int) -> None: ...
+
+    async def restore_model(self, base: Base, model_id: str, folder: Path, optimizer: bool) -> LoraSection: ...
+
+    def call(self, model_id: str, request: Request[Answer]) -> asyncio.Future[Answer]:
+        """Submit a request. The learner executes a model's requests in the order in which this method was called."""
+
+    def drop_model(self, model_id: str) -> None:
+        """Release a model after its pending requests. Never raises."""
+
+    async def open_snapshot(self, base: Base, folder: Path) -> SnapshotHandle: ...
+
+    def release(self, base: Base, snapshot: SnapshotHandle) -> None:
+        """Release a snapshot that will not be requested again. Never raises."""
+
+    async def sample(self, base: Base, snapshot: SnapshotHandle | None, request: SampleRequest) -> SampleAnswer:
+        """Sample from a snapshot; None: from the base. A cancelled call is aborted in the engine."""

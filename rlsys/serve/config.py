@@ -1,0 +1,112 @@
+"""Configuration of `rlsys serve`: one YAML, or a model and defaults."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from rlsys.client.config import ServiceConfig
+from rlsys.config import Section
+from rlsys.config.key_types import PathText, Seconds
+
+
+class Limits(Section):
+    """Limits of one server. Each is named in the answer that refuses a request."""
+
+    body_bytes: int = Field(64 * 2**20, ge=1024)
+    decompressed_bytes: int = Field(64 * 2**20, ge=1024)
+    datums: int = Field(4096, ge=1)  # per request
+    num_samples: int = Field(1024, ge=1)  # per request
+    stop_strings: int = Field(64, ge=0)
+    stop_string_chars: int = Field(256, ge=1)
+    topk_prompt_logprobs: int = Field(20, ge=0, le=20)  # 20 is vLLM's
+    metadata_bytes: int = Field(64 * 1024, ge=0)  # user_metadata of one object, as JSON
+    samples_in_flight: int = Field(4000, ge=1)  # completions per tenant; beyond: 429, and the client slows down
+    models: int = Field(64, ge=1)  # per tenant
+    samplers: int = Field(512, ge=1)  # per tenant; the oldest idle unnamed one is released first
+    sessions: int = Field(1024, ge=1)  # per tenant
+    result_bytes: int = Field(2**30, ge=2**20)  # kept results, in all
+    result_s: Seconds = 300.0  # a result is kept for this long after its last poll
+    undelivered_s: Seconds = 3600.0  # ... and this long if nobody has asked for it
+    session_s: Seconds = 600.0  # a session without any request for this long is finished
+    poll_s: float = Field(35.0, gt=0, le=40.0)  # how long retrieve_future waits; clients wait 45 s
+    gap_s: Seconds = 330.0  # clients repeat a lost call for 300 s
+    slow_body_s: Seconds = 60.0
+
+
+class ServedModel(Section):
+    """A base model. Clients load its tokenizer by the name under which they asked for the model."""
+
+    path: PathText  # folder, or hub name
+    aliases: list[str] = Field(default_factory=list)
+    tokenizer: str | None = None  # hub name that clients load instead
+
+
+class Bind(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)  # 0: any free one
+    tls_certificate: PathText | None = None
+    tls_key: PathText | None = None
+    behind_tls_proxy: bool = False  # a proxy on the way encrypts: allows another address than loopback without TLS
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @model_validator(mode="after")
+    def _both_files(self) -> Bind:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key: found one of them; wanted both or neither")
+        if not (self.is_loopback or self.tls_certificate or self.behind_tls_proxy):
+            raise ValueError(
+                f"host: found {self.host}, which others can reach, without TLS: keys would travel readable. Set "
+                "tls_certificate and tls_key, or behind_tls_proxy=true if a proxy encrypts"
+            )
+        return self
+
+
+def _as_models(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: {"path": each} if isinstance(each, str) else each for name, each in value.items()}
+    return value
+
+
+class ServeConfig(Section):
+    """Configuration of one HTTP server and the deployments behind it."""
+
+    models: Annotated[dict[str, ServedModel], BeforeValidator(_as_models)] = Field(min_length=1)  # name -> model
+    bind: Bind = Bind()
+    keys: PathText | None = (
+        "~/.config/rlsys/serve-keys"  # file with `key tenant` lines; None: no keys, on loopback only
+    )
+    checkpoints: PathText = "checkpoints"  # folder that this server and the learner's node share
+    limits: Limits = Limits()
+    deployment: ServiceConfig = ServiceConfig()  # learner, samplers, dtype, cluster; its models are those above
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServeConfig:
+        if self.keys is None and not self.bind.is_loopback:
+            raise ValueError(
+                f"keys: found none, and bind.host {self.bind.host} can be reached from elsewhere; name a file of keys"
+            )
+        if self.deployment.models:
+            raise ValueError("deployment.models: belongs to `models` of the server")
+        seen: set[str] = set()
+        for name, model in self.models.items():
+            for each in (name, *model.aliases):
+                if each in seen:
+                    raise ValueError(f"models: found the name or alias {each!r} twice")
+                seen.add(each)
+        return self
+
+    def service_config(self) -> ServiceConfig:
+        """Configuration of the deployments."""
+        return self.deployment.model_copy(update={"checkpoints": str(Path(self.checkpoints).absolute())})

@@ -1,0 +1,69 @@
+"""Refusals of the HTTP layer, and how errors of the system read on the wire."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from rlsys.errors import (
+    CheckpointError,
+    ConfigError,
+    DatumError,
+    DivergedError,
+    GradientError,
+    LossError,
+    RlsysError,
+    SamplingError,
+)
+
+Category = Literal["user", "server", "unknown"]
+_USERS = (DatumError, LossError, SamplingError, ConfigError, GradientError, DivergedError, CheckpointError)
+_FOLDER = re.compile(r"(?<![\w:/.])/(?:[\w.@+-]+/)+[\w.@+-]+")
+
+
+class Refusal(Exception):
+    """An answer other than 200. Clients repeat 408, 409, 429 and 5xx, and take 400, 403, 404, 410 and 422 as final."""
+
+    def __init__(self, status: int, detail: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, dict(headers or {})
+
+
+class NumberedRefusal(Refusal):
+    """400 for a call of a model whose number could be read: the number is used up, for the client goes on with the
+    next."""
+
+    def __init__(self, detail: str, model_id: str, seq_id: int, is_pass: bool = False) -> None:
+        super().__init__(400, detail)
+        self.model_id, self.seq_id, self.is_pass = model_id, seq_id, is_pass
+
+
+def bad_request(detail: str) -> Refusal:
+    return Refusal(400, detail)
+
+
+def not_found(what: str, name: str) -> Refusal:
+    """The same for what does not exist and for what belongs to another tenant."""
+    return Refusal(404, f"{what} {name!r}: not found")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Result of a promise whose operation failed."""
+
+    error: str
+    category: Category
+
+
+def failure_of(error: RlsysError, names: Mapping[str, str]) -> Failure:
+    return Failure(public_text(str(error), names), "user" if isinstance(error, _USERS) else "server")
+
+
+def public_text(text: str, names: Mapping[str, str]) -> str:
+    """Replace the server's folders: by their public names, where `names` (folder -> name) has one."""
+    for folder in sorted(names, key=len, reverse=True):
+        text = text.replace(folder, names[folder])
+    known = set(names.values())
+    return _FOLDER.sub(lambda match: match[0] if match[0] in known else "(a folder of the server)", text)

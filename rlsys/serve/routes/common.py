@@ -1,0 +1,47 @@
+"""What all routes share: state and tenant of a request, bodies, answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+
+from rlsys.serve.promises import Promise
+from rlsys.serve.state import State
+from rlsys.serve.wire.json_body import WireModel, parse
+from rlsys.serve.wire.results import JSON, PROTOBUF, json_bytes
+
+Model = TypeVar("Model", bound=WireModel)
+Json = Mapping[str, Any]  # Any: JSON
+
+
+def state_of(request: Request) -> State:
+    state: State = request.app.state.server
+    return state
+
+
+def tenant_of(request: Request) -> str:
+    tenant: str = request.scope["state"]["tenant"]
+    return tenant
+
+
+async def body_as(kind: type[Model], request: Request) -> Model:
+    return parse(kind, await request.body())
+
+
+def answer(value: Json, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json_bytes(value), status, headers=dict(headers or {}), media_type=JSON)
+
+
+def promised(promise: Promise) -> Response:
+    value: dict[str, Any] = {"request_id": promise.id}
+    if promise.model_id is not None:
+        value["model_id"] = promise.model_id
+    if promise.sample_sequence_ids is not None:
+        value["sample_sequence_ids"] = list(promise.sample_sequence_ids)
+    return answer(value)
+
+
+def wants_protobuf(request: Request) -> bool:
+    return PROTOBUF in request.headers.get("accept", "")

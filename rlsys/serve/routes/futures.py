@@ -1,0 +1,31 @@
+"""Long polls for results."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from rlsys.serve.routes.common import answer, body_as, state_of, tenant_of, wants_protobuf
+from rlsys.serve.wire.requests import RetrieveFuture
+
+router = APIRouter(prefix="/api/v1")
+LARGE = 256 * 1024  # bytes of a result that is encoded beside the event loop
+
+
+@router.post("/retrieve_future")
+async def retrieve_future(request: Request) -> Response:
+    """Hold the request until there is a result. 408 is the answer after which clients ask again at once, silently."""
+    body, state = await body_as(RetrieveFuture, request), state_of(request)
+    promise = state.promises.get(body.request_id, tenant_of(request))
+    reason = promise.queue_reason()
+    result = await state.promises.wait(promise, state.limits.poll_s)
+    if result is None:
+        value = {"detail": "not ready; ask again", "queue_state": "active"}
+        if reason is not None:
+            value["queue_state_reason"] = reason
+        return answer(value, 408)
+    protobuf = wants_protobuf(request)
+    if result.nbytes > LARGE:
+        encoded = await state.in_thread(result.encode, protobuf)
+    else:
+        encoded = result.encode(protobuf)
+    return Response(encoded.body, media_type=encoded.media_type)

@@ -1,0 +1,136 @@
+"""Sessions: created by a client, kept alive by its requests, and ended with all that they hold."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any
+
+from rlsys.serve.checkpoints import metadata_size
+from rlsys.serve.errors import Refusal, bad_request
+from rlsys.serve.model_queue import ModelQueue
+from rlsys.serve.promises import Promise
+from rlsys.serve.state import Model, Sampler, Session, State, now
+from rlsys.serve.wire.requests import CreateSession
+
+ENDED_KEPT_S = 3600.0  # an ended session is listed, and its late requests are told why, for this long
+
+
+def create_session(state: State, tenant: str, body: CreateSession) -> Session:
+    refuse_large("user_metadata", body.user_metadata, state.limits.metadata_bytes)
+    alive = sum(each.tenant == tenant and each.ended is None for each in state.sessions.values())
+    if alive >= state.limits.sessions:
+        raise bad_request(
+            f"sessions: found {alive} that are open; wanted at most limits.sessions = {state.limits.sessions}"
+        )
+    session = Session(
+        id=uuid.uuid4().hex,
+        tenant=tenant,
+        tags=body.tags,
+        user_metadata=body.user_metadata,
+        display_name=body.display_name,
+        sdk_version=body.sdk_version,
+        created_at=now(),
+        seen=time.monotonic(),
+    )
+    state.sessions[session.id] = session
+    return session
+
+
+def heartbeat(state: State, tenant: str, session_id: str) -> None:
+    """
+    Raises:
+        Refusal: 410: it has ended, or belongs to an earlier server or another tenant; the client stops beating.
+    """
+    session = state.sessions.get(session_id)
+    if session is None or session.tenant != tenant:
+        raise Refusal(410, "session: has ended, or belongs to a server that has ended; create a new one")
+    if session.ended is not None:
+        raise Refusal(410, f"session: has ended: {session.ended}")
+    session.seen = time.monotonic()
+
+
+def finish(state: State, session: Session, why: str) -> None:
+    """End a session: its models and samplers are released, and its pending requests fail."""
+    if session.ended is not None:
+        return
+    session.ended = why
+    for promise in state.promises.of_session(session.id):
+        if promise.result is None:
+            promise.cancel()
+    for model in session.models.values():
+        release_model(state, model, f"the session of this model has ended: {why}")
+    for sampler in session.samplers.values():
+        release_sampler(state, sampler, f"the session of this sampler has ended: {why}")
+
+
+def release_model(state: State, model: Model, why: str) -> None:
+    if state.models.pop(model.id, None) is not None:
+        model.queue.abandon(why)
+        state.backend.drop_model(model.id)
+
+
+def release_sampler(state: State, sampler: Sampler, why: str) -> None:
+    if sampler.released is None:
+        sampler.released = why
+        if sampler.snapshot is not None:
+            state.backend.release(sampler.base, sampler.snapshot)
+            sampler.snapshot = None
+
+
+def add_sampler(state: State, sampler: Sampler) -> None:
+    """Register a sampling session. Above the limit, the tenant's oldest idle unnamed one is released."""
+    make_room(state, sampler.session.tenant)
+    state.samplers[sampler.id] = sampler
+
+
+def make_room(state: State, tenant: str) -> None:
+    """
+    Raises:
+        Refusal: 400: the tenant's samplers are all named or busy.
+    """
+    mine = [each for each in state.samplers.values() if each.session.tenant == tenant and each.released is None]
+    if len(mine) < state.limits.samplers:
+        return
+    idle = [each for each in mine if each.is_ephemeral and not each.running]
+    if not idle:
+        raise bad_request(
+            f"samplers: found {len(mine)} that are open; wanted at most limits.samplers = {state.limits.samplers}: end "
+            "a session that is not needed"
+        )
+    oldest = min(idle, key=lambda each: each.used)
+    release_sampler(state, oldest, f"it was the oldest idle of limits.samplers = {state.limits.samplers} samplers")
+
+
+def new_queue(state: State) -> ModelQueue:
+    return ModelQueue(state.limits.gap_s)
+
+
+def sweep(state: State) -> None:
+    """Once a second: end silent sessions, close gaps, forget old results."""
+    at = time.monotonic()
+    for session in list(state.sessions.values()):
+        silent = at - session.seen
+        if session.ended is None and silent > state.limits.session_s:
+            finish(state, session, f"no request for {state.limits.session_s:g} s (limits.session_s)")
+        elif session.ended is not None and silent > max(ENDED_KEPT_S, state.limits.session_s):
+            _forget(state, session)
+    for model in list(state.models.values()):
+        model.queue.close_overdue()
+    state.promises.expire()
+
+
+def _forget(state: State, session: Session) -> None:
+    for sampler in session.samplers.values():
+        state.samplers.pop(sampler.id, None)
+    del state.sessions[session.id]
+
+
+def refuse_large(what: str, value: dict[str, Any], limit: int) -> None:
+    found = metadata_size(value)
+    if found > limit:
+        raise bad_request(f"{what}: found {found} bytes of JSON; wanted at most limits.metadata_bytes = {limit}")
+
+
+def promise_of(state: State, session: Session, model_id: str | None = None) -> Promise:
+    return state.promises.new(session.tenant, session.id, model_id)
