@@ -16,7 +16,8 @@ from tests import waiting
 
 ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / ".clients"
-SDKS = tuple(f"tinker-{each}" for each in "0.6.0 0.15.0 0.22.0 0.24.1 0.25.0 0.28.1 0.33.0 0.36.0 0.38.0".split())
+VERSIONS = ("0.6.0", "0.15.0", "0.22.0", "0.24.1", "0.25.0", "0.28.1", "0.33.0", "0.36.0", "0.38.0")
+SDKS = tuple(f"tinker-{each}" for each in VERSIONS)
 MINT, COOKBOOK = "mint-0.2.0", "cookbook-0.6.1"
 NOWHERE = "http://127.0.0.1:9"  # a proxy that is not there: nothing of a client reaches another host
 
@@ -43,7 +44,9 @@ def python(client: str) -> str:
 
 def environment(server: Server, **more: str) -> dict[str, str]:
     # Ray's and pytest's variables are no user's
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST", "TINKER_", "MINT_"))}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "PYTEST", "TINKER_", "MINT_"))
+    }
     return {
         **kept,
         "PYTHONPATH": str(ROOT),
@@ -69,9 +72,7 @@ def run(
     return waiting.run(command, cwd=folder, env=environment(server, **more), signs=signs)
 
 
-def seen(
-    server: Server, client: str, program: str, folder: Path, *arguments: str, **more: str
-) -> list[dict[str, Any]]:
+def seen(server: Server, client: str, program: str, folder: Path, *arguments: str, **more: str) -> list[dict[str, Any]]:
     """Lines of a program of tests/serve/programs; fails with all that it found wrong."""
     done = run(server, client, ["-m", f"tests.serve.programs.{program}", *arguments], folder, **more)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

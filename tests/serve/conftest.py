@@ -32,15 +32,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="package")
 def server(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if url := os.environ.get("RLSYS_SERVE_URL"):  # one that runs already: RLSYS_SERVE_MODEL, _PID and _LOG say which
-        model, pid, log = (os.environ[f"RLSYS_SERVE_{each}"] for each in ("MODEL", "PID", "LOG"))
-        yield Server(url, KEY, SK_KEY, model, ALIAS, int(pid), Path(log))
+        model, pid, file = (os.environ[f"RLSYS_SERVE_{each}"] for each in ("MODEL", "PID", "LOG"))
+        yield Server(url, KEY, SK_KEY, model, ALIAS, int(pid), Path(file))
         return
     folder = tmp_path_factory.mktemp("server")
     log = folder / "log"
     process = start(configure(folder, base), log)
     try:
-        url = waiting.until(lambda: address(log), f"the server's address in {log}", process=process, state=log.read_text)
-        yield Server(url, KEY, SK_KEY, base, ALIAS, process.pid, log)
+        found = waiting.until(
+            lambda: address(log), f"the server's address in {log}", process=process, state=log.read_text
+        )
+        yield Server(found, KEY, SK_KEY, base, ALIAS, process.pid, log)
         process.send_signal(signal.SIGTERM)
         assert waiting.exit_code(process, "the server") == 0, log.read_text()[-3000:]
     finally:

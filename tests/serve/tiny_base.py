@@ -1,7 +1,8 @@
 """A small Qwen3 for clients of the server: it answers in the forms that tinker-cookbook's recipes reward, at random.
 
-Behind `Assistant:` it writes `\\boxed{digit}` or a number, and about every second time the end that the recipes wait for. So a
-recipe finds some samples better than others, and its reward can rise. Its vocabulary holds the token ids of MinT's pages.
+Behind `Assistant:` it writes `\\boxed{digit}` or a number, and about every second time the end that the recipes wait
+for. So a recipe finds some samples better than others, and its reward can rise. Its vocabulary holds the token ids of
+MinT's pages.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ VOCAB, CONTEXT = 40_960, 512
 STEPS, BATCH, LEARNING_RATE = 150, 16, 5e-3
 STRAWBERRY = "How many r's are in strawberry? Provide a numerical answer without units, written inside \\boxed{}."
 SPELLED = (
-    "Let's spell the word out and number all the letters: 1) s 2) t 3) r 4) a 5) w 6) b 7) e 8) r 9) r 10) y. We have r's at "
-    "positions 3, 8, and 9. \\boxed{3}"
+    "Let's spell the word out and number all the letters: 1) s 2) t 3) r 4) a 5) w 6) b 7) e 8) r 9) r 10) y. "
+    "We have r's at positions 3, 8, and 9. \\boxed{3}"
 )
 SUFFIX = " Provide a numerical answer without units, written inside \\boxed{}."
 CAPITALS = ["The capital of France is", " Paris.", " Rome.", "The capital of Italy is"]

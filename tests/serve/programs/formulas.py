@@ -1,4 +1,4 @@
-"""The losses of Tinker's documentation in NumPy: p of the learner, q of the sampler, advantages A, sums over positions."""
+"""The losses of Tinker's documentation in NumPy: p of the learner, q of the sampler, advantages A; sums."""
 
 from __future__ import annotations
 

@@ -50,7 +50,11 @@ def lists(client: Any, _: Any) -> None:
             wait(rest.set_checkpoint_ttl_from_tinker_path(sampler, 7200))
             wait(rest.set_checkpoint_ttl_from_tinker_path(state, None))
             expiry = {each.tinker_path: each.expires_at for each in wait(rest.list_checkpoints(run)).checkpoints}
-            check("a time to live can be set and taken away", (expiry[state] is None, expiry[sampler] is not None), (True, True))
+            check(
+                "a time to live can be set and taken away",
+                (expiry[state] is None, expiry[sampler] is not None),
+                (True, True),
+            )
     with step("publish"):
         wait(rest.publish_checkpoint_from_tinker_path(state))
         check("published", public(rest, run, state), True)
@@ -72,7 +76,9 @@ def lists(client: Any, _: Any) -> None:
         left = [each.tinker_path for each in wait(rest.list_checkpoints(run)).checkpoints]
         check("deleted", (sampler in left, state in left), (False, True))
         wait(rest.delete_checkpoint(run, "weights/listed"))
-        check("deleted by id", state in [each.tinker_path for each in wait(rest.list_checkpoints(run)).checkpoints], False)
+        check(
+            "deleted by id", state in [each.tinker_path for each in wait(rest.list_checkpoints(run)).checkpoints], False
+        )
         refused("what is deleted cannot be loaded", [], lambda: wait(trainer.load_state(state)))
     unload(client, run)
 
@@ -85,13 +91,11 @@ def weights_out(rest: Any, trainer: Any, state: str, sampler: str) -> None:
     if hasattr(rest, "get_checkpoint_archive_url_from_tinker_path"):  # up to 0.33
         with step("archive"):
             answer = wait(rest.get_checkpoint_archive_url_from_tinker_path(sampler))
-            with urllib.request.urlopen(answer.url, timeout=60) as response:  # without the key, as a browser
-                names = tarfile.open(fileobj=io.BytesIO(response.read())).getnames()
+            names = members(answer.url)
             say(saw="archive", names=names)
             check("the archive is a PEFT folder", {each.rsplit("/", 1)[-1] for each in names} >= PEFT_FILES, True)
             answer = wait(rest.get_checkpoint_archive_url_from_tinker_path(state))
-            with urllib.request.urlopen(answer.url, timeout=60) as response:
-                check("a training checkpoint's too", len(tarfile.open(fileobj=io.BytesIO(response.read())).getnames()) > 0, True)
+            check("a training checkpoint's too", len(members(answer.url)) > 0, True)
     if hasattr(trainer, "save_weights_external"):  # 0.28 on
         with step("external weights"):
             path = wait(trainer.save_weights_external("out", ttl_seconds=3600)).path
@@ -102,6 +106,15 @@ def weights_out(rest: Any, trainer: Any, state: str, sampler: str) -> None:
                 with urllib.request.urlopen(urls[name], timeout=60) as response:
                     check(f"{name} can be fetched without the key", len(response.read()) > 0, True)
             wait(rest.delete_checkpoint_from_tinker_path(path))
+
+
+def members(url: str) -> list[str]:
+    """Of an archive, fetched without the key as a browser does."""
+    with (
+        urllib.request.urlopen(url, timeout=60) as response,
+        tarfile.open(fileobj=io.BytesIO(response.read())) as archive,
+    ):
+        return archive.getnames()
 
 
 def unload(client: Any, run: str) -> None:

@@ -1,7 +1,7 @@
 """MinT's documents with mindlab-toolkit: the pattern of "Loss Functions", its pairwise custom loss, and SFT then RL.
 
-MINT_BASE_URL and MINT_API_KEY, with a key that starts with tml- or with sk-. The pages print `result.loss`, which the SDK that
-the toolkit pins does not have; here the metric "loss:sum" stands for it.
+MINT_BASE_URL and MINT_API_KEY, with a key that starts with tml- or with sk-. The pages print `result.loss`, which the
+SDK that the toolkit pins does not have; here the metric "loss:sum" stands for it.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def pairs(service_client: Any) -> None:
 
 
 def quickstart(service_client: Any) -> None:
-    """SFT on answers, then RL on samples at temperature 0.7 with a reward that is the answer's first digit being even."""
+    """SFT on answers, then RL on samples at temperature 0.7; the reward is 1 where the answer's first digit is even."""
     training_client = service_client.create_lora_training_client(base_model=MODEL, rank=8)
     tokenizer = training_client.get_tokenizer()
     data = [completion(tokenizer, f"What is {k} + {k}?\n\nAssistant:", f" {2 * k}\n\nUser:") for k in range(1, 5)]

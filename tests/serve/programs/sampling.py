@@ -1,4 +1,4 @@
-"""Sampling clients: of the base, of unnamed and of named weights; samples, log-probabilities of prompts, old weights."""
+"""Sampling clients of the base, of unnamed and of named weights: samples, log-probabilities of prompts, old weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,11 @@ def samples(client: Any, _: Any) -> None:
         check("old and new differ", bool(np.abs(new - p).max() > 0.01), True)
     with step("save_weights_for_sampler"):
         path = wait(trainer.save_weights_for_sampler("named")).path
-        check("a sampler checkpoint's path", path.startswith("tinker://") and path.endswith("/sampler_weights/named"), True)
+        check(
+            "a sampler checkpoint's path",
+            path.startswith("tinker://") and path.endswith("/sampler_weights/named"),
+            True,
+        )
         named = wait(client.create_sampling_client(model_path=path))
         check("it has the weights that were saved", prompt_logprobs(named, IDS)[1:], new, AGREE)
         other = wait(trainer.create_sampling_client(path))
@@ -67,7 +71,9 @@ def draws(sampler: Any) -> None:
     with step("samples"):
         found = draw(sampler, 6, seed=3)
         check("as many as asked", len(found), 6)
-        check("a log-probability per token", [len(each.logprobs) for each in found], [len(each.tokens) for each in found])
+        check(
+            "a log-probability per token", [len(each.logprobs) for each in found], [len(each.tokens) for each in found]
+        )
         check("they are log-probabilities", bool(all(each <= 0.0 for one in found for each in one.logprobs)), True)
         check("samples of one request differ", len({tuple(each.tokens) for each in found}) > 1, True)
         check("stop_reason is stop or length", {each.stop_reason for each in found} <= {"stop", "length"}, True)
@@ -94,7 +100,11 @@ def draws(sampler: Any) -> None:
         greedy = draw(sampler, 3, temperature=0.0, stop=[], max_tokens=4)
         check("temperature 0 is greedy", len({tuple(each.tokens) for each in greedy}), 1)
         best = top(sampler, [*IDS, greedy[0].tokens[0]])[-1]
-        check("greedy takes the most likely token or one as likely", best[0][1] - dict(best)[greedy[0].tokens[0]] < AGREE, True)
+        check(
+            "greedy takes the most likely token or one as likely",
+            best[0][1] - dict(best)[greedy[0].tokens[0]] < AGREE,
+            True,
+        )
         low = draw(sampler, 3, temperature=0.001, stop=[], max_tokens=4, seed=1)
         check("a low temperature is served", tokens(low)[0], list(greedy[0].tokens))
         only = draw(sampler, 2, top_k=1, stop=[], max_tokens=4, seed=1)
@@ -120,7 +130,11 @@ def draws(sampler: Any) -> None:
         futures = [sampler.sample(PROMPT, 2, types.SamplingParams(max_tokens=4, seed=index)) for index in range(40)]
         found = [list(wait(each).sequences) for each in futures]
         check("each is answered", [len(each) for each in found], [2] * 40)
-        check("among others too, the same seed gives the same samples", tokens(found[7]), tokens(draw(sampler, 2, max_tokens=4, seed=7)))
+        check(
+            "among others too, the same seed gives the same samples",
+            tokens(found[7]),
+            tokens(draw(sampler, 2, max_tokens=4, seed=7)),
+        )
 
 
 def prompts(sampler: Any) -> None:
@@ -128,7 +142,11 @@ def prompts(sampler: Any) -> None:
         params = types.SamplingParams(max_tokens=1, temperature=1.0, seed=1)
         plain = wait(sampler.sample(PROMPT, 1, params, include_prompt_logprobs=True))
         q = prompt_logprobs(sampler, IDS)
-        check("one per token of the prompt, none for the first", [each is None for each in plain.prompt_logprobs], [True] + [False] * (len(IDS) - 1))
+        check(
+            "one per token of the prompt, none for the first",
+            [each is None for each in plain.prompt_logprobs],
+            [True] + [False] * (len(IDS) - 1),
+        )
         check("sample and compute_logprobs agree", plain.prompt_logprobs[1:], q[1:], EXACT)
         found = wait(sampler.sample(PROMPT, 1, params, include_prompt_logprobs=True, topk_prompt_logprobs=TOP))
         rows = found.topk_prompt_logprobs
@@ -136,9 +154,15 @@ def prompts(sampler: Any) -> None:
         check("k entries per row", [len(each) for each in rows[1:]], [TOP] * (len(IDS) - 1))
         check("in descending order", all(row[j][1] >= row[j + 1][1] for row in rows[1:] for j in range(TOP - 1)), True)
         check("log-probabilities", all(np.exp([each for _, each in row]).sum() <= 1 + 1e-4 for row in rows[1:]), True)
-        inside = [(dict(row)[token], at) for row, token, at in zip(rows[1:], IDS[1:], q[1:], strict=True) if token in dict(row)]
+        inside = [
+            (dict(row)[token], at)
+            for row, token, at in zip(rows[1:], IDS[1:], q[1:], strict=True)
+            if token in dict(row)
+        ]
         check("top-k agrees with the prompt's own", [each for each, _ in inside], [each for _, each in inside], CLOSE)
-        outside = [row[-1][1] - at for row, token, at in zip(rows[1:], IDS[1:], q[1:], strict=True) if token not in dict(row)]
+        outside = [
+            row[-1][1] - at for row, token, at in zip(rows[1:], IDS[1:], q[1:], strict=True) if token not in dict(row)
+        ]
         check("what is not in it is less likely", all(each >= -CLOSE for each in outside), True)
         alone = wait(sampler.sample(PROMPT, 1, params, topk_prompt_logprobs=TOP))
         check("top-k without the prompt's own", alone.topk_prompt_logprobs is not None, True)
@@ -161,7 +185,11 @@ def sampler_tokenizer(sampler: Any) -> Any:
 
 def prompt_logprobs(sampler: Any, ids: list[int]) -> Any:
     found = wait(sampler.compute_logprobs(types.ModelInput.from_ints(ids)))
-    check("compute_logprobs: one per token, none for the first", [each is None for each in found], [True] + [False] * (len(ids) - 1))
+    check(
+        "compute_logprobs: one per token, none for the first",
+        [each is None for each in found],
+        [True] + [False] * (len(ids) - 1),
+    )
     return np.array([np.nan if each is None else each for each in found])
 
 

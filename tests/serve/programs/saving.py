@@ -1,4 +1,4 @@
-"""Checkpoints: save, load with and without the optimizer, create from them; and what a server refuses with a sentence."""
+"""Checkpoints: save, load with and without the optimizer, create from them; and what a server refuses."""
 
 from __future__ import annotations
 
@@ -69,7 +69,12 @@ def states(client: Any, _: Any) -> None:
             again = wait(trainer.save_state("three", overwrite=True)).path
             check("overwrite replaces it", again, saved)
             now = policy(trainer)
-            check("the path holds the new weights", policy(wait(client.create_training_client_from_state(saved))), now, EXACT)
+            check(
+                "the path holds the new weights",
+                policy(wait(client.create_training_client_from_state(saved))),
+                now,
+                EXACT,
+            )
 
 
 def rank(trainer: Any) -> Any:
@@ -84,13 +89,33 @@ def refusals(client: Any, trainer: Any) -> None:
     short = datum(ids, [6, 7])
     beyond = datum([5, 10**6], [6, 7])
     rl = datum(ids, [6, 7, 8], logprobs=[0.0, -1.0, -1.0])
-    refused("an unknown model", ["no-such-model"], lambda: wait(client.create_lora_training_client(base_model="no-such-model", rank=8)))
-    refused("a rank beyond what is served", ["rank"], lambda: wait(client.create_lora_training_client(base_model=MODEL, rank=100_000)))
+    refused(
+        "an unknown model",
+        ["no-such-model"],
+        lambda: wait(client.create_lora_training_client(base_model="no-such-model", rank=8)),
+    )
+    refused(
+        "a rank beyond what is served",
+        ["rank"],
+        lambda: wait(client.create_lora_training_client(base_model=MODEL, rank=100_000)),
+    )
     refused("an unknown loss", ["no_such_loss"], lambda: wait(trainer.forward_backward(BATCH, "no_such_loss")))
-    refused("targets of another length", ["target_tokens"], lambda: wait(trainer.forward_backward([*BATCH, short], "cross_entropy")))
-    refused("a token outside of the vocabulary", ["1000000"], lambda: wait(trainer.forward_backward([beyond], "cross_entropy")))
+    refused(
+        "targets of another length",
+        ["target_tokens"],
+        lambda: wait(trainer.forward_backward([*BATCH, short], "cross_entropy")),
+    )
+    refused(
+        "a token outside of the vocabulary",
+        ["1000000"],
+        lambda: wait(trainer.forward_backward([beyond], "cross_entropy")),
+    )
     refused("a loss without its inputs", ["advantages"], lambda: wait(trainer.forward_backward([rl], "ppo")))
-    refused("a checkpoint that is not there", ["no-such"], lambda: wait(trainer.load_state("tinker://no-such:train:0/weights/x")))
+    refused(
+        "a checkpoint that is not there",
+        ["no-such"],
+        lambda: wait(trainer.load_state("tinker://no-such:train:0/weights/x")),
+    )
     refused("a folder of the server", [], lambda: wait(trainer.load_state("/etc/passwd")))
     refused("a name with a slash", [], lambda: wait(trainer.save_state("../x")))
     with step("after refusals"):

@@ -1,4 +1,4 @@
-"""What a program saw, as JSON lines on stdout: {"step"}, {"check"} or {"saw"} first. A failed check or step does not end it."""
+"""What a program saw, as JSON lines on stdout: "step", "check" or "saw" first. What fails does not end the program."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def check(name: str, found: Any, wanted: Any, tolerance: float = 0.0) -> None:
         left, right = np.asarray(found, dtype=np.float64), np.asarray(wanted, dtype=np.float64)
         apart = float(np.max(np.abs(left - right), initial=0.0)) if left.shape == right.shape else float("inf")
         holds = apart <= tolerance * max(1.0, float(np.max(np.abs(right), initial=0.0)))
-        say(check=name, holds=holds, apart=apart, **({} if holds else {"found": _short(found), "wanted": _short(wanted)}))
+        say(
+            check=name,
+            holds=holds,
+            apart=apart,
+            **({} if holds else {"found": _short(found), "wanted": _short(wanted)}),
+        )
     else:
         holds = bool(found == wanted)
         say(check=name, holds=holds, found=_short(found), wanted=_short(wanted))

@@ -1,6 +1,7 @@
 """The code blocks of Tinker's tutorial 202, "Loss Functions", in their order; the model's name alone is another.
 
-One line cannot run with any SDK from 0.6 to 0.38: `ce_logprobs[-3:]`, since a TensorData takes no index. Here its tensor is asked.
+One line cannot run with any SDK from 0.6 to 0.38: `ce_logprobs[-3:]`, since a TensorData takes no index. Here its
+tensor is asked.
 """
 
 from __future__ import annotations
