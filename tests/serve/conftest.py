@@ -30,18 +30,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="package")
-def server(base: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     if url := os.environ.get("RLSYS_SERVE_URL"):  # one that runs already: RLSYS_SERVE_MODEL, _PID and _LOG say which
         model, pid, file = (os.environ[f"RLSYS_SERVE_{each}"] for each in ("MODEL", "PID", "LOG"))
         yield Server(url, KEY, SK_KEY, model, ALIAS, int(pid), Path(file))
         return
+    base: str = request.getfixturevalue("base")
     folder = tmp_path_factory.mktemp("server")
     log = folder / "log"
     process = start(configure(folder, base), log)
     try:
-        found = waiting.until(
+        found: str | None = waiting.until(
             lambda: address(log), f"the server's address in {log}", process=process, state=log.read_text
         )
+        assert found is not None
         yield Server(found, KEY, SK_KEY, base, ALIAS, process.pid, log)
         process.send_signal(signal.SIGTERM)
         assert waiting.exit_code(process, "the server") == 0, log.read_text()[-3000:]
