@@ -20,7 +20,7 @@ _spec.loader.exec_module(clients)
 
 def pins(file: Path) -> dict[str, str]:
     lines = [line for line in file.read_text().splitlines() if line and not line.startswith(("#", "--"))]
-    found = {canonicalize_name(each.name): str(each.specifier) for each in map(Requirement, lines)}
+    found: dict[str, str] = {canonicalize_name(each.name): str(each.specifier) for each in map(Requirement, lines)}
     assert len(found) == len(lines), f"{file.name} names a package twice"
     return found
 
