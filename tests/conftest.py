@@ -30,6 +30,7 @@ ENGINES_ON_CPU = (
     "nodes",
     "ray",
     "real/test_model.py",
+    "serve",
     "soak",
 )
 NO_ENGINES = ("nodes/test_machines.py", "ray/test_columns.py")
