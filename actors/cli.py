@@ -159,6 +159,7 @@ def plan(
     """
     from rich.console import Console
 
+    from actors.cluster.threads import threads_on
     from rlsys.architectures.model_shape import model_shape
     from rlsys.architectures.support import refuse_structure
     from rlsys.planning.plan import described_machine
@@ -179,10 +180,12 @@ def plan(
                 f"--gpus {gpus} was given without --gpu-memory-gb; give both, or neither for a machine without GPUs"
             )
         nodes = [described_machine(cpus or job.cluster.num_cpus, memory_gb, gpus or 1, gpu_memory_gb)]
+        threads = threads_on(job, False, int(nodes[0].resources["CPU"]))
     else:
         nodes = _nodes_of(job.cluster, address)
+        threads = threads_on(job, bool(job.cluster.address or address), None)
     comparison = make_plan(job, dims, nodes)
-    show(job, dims, nodes, comparison, Console(highlight=False))
+    show(job, dims, nodes, comparison, threads, Console(highlight=False))
     for note in notes:
         print(note)
     if comparison.shortfalls:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import ray
 from actors.cluster.column_refs import BaseRef
 from actors.cluster.processors import refuse_absent_cores
 from actors.cluster.ray_cluster import cluster, refuse_other_builds
+from actors.cluster.threads import with_chosen_threads
 from actors.control import Control
 from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
@@ -75,7 +77,7 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
     refuse_absent_cores(config.cluster.address, config.learner, config.sampler)
     for note in check_job(config):
         progress.note(f"rlsys: {note}")
-    with RunStore.open(config, fresh, progress.note) as store:
+    with RunStore.open(config, fresh, progress.note, partial(with_chosen_threads, note=progress.note)) as store:
         config = resolve_paths(store.config)  # which has the run's own date
         if store.finished:
             return _outcome_of_finished(store, progress)

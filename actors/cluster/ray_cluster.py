@@ -149,6 +149,6 @@ def _start(section: ClusterSection, scratch: str) -> str:
     return "a Ray cluster on this machine"
 
 
-def threads_env(threads: int) -> dict[str, dict[str, str]]:
-    """Ray runtime_env that sets the thread count of numerical libraries before they are imported."""
-    return {"env_vars": {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}}
+def threads_env(threads: int | None) -> dict[str, dict[str, str]]:
+    """Ray runtime_env that sets the thread count of numerical libraries before they are imported. None: 1."""
+    return {"env_vars": {"OMP_NUM_THREADS": str(threads or 1), "MKL_NUM_THREADS": str(threads or 1)}}

@@ -180,6 +180,12 @@ class JobConfig(Section):
             return self
         return self.model_copy(update={"prompt": self.prompt.model_copy(update={"date": day})})
 
+    def with_threads(self, learner: int | None, sampler: int | None) -> JobConfig:
+        """The job with these thread counts where it sets none."""
+        of_learner = self.learner.model_copy(update={"threads": self.learner.threads or learner})
+        of_sampler = self.sampler.model_copy(update={"threads": self.sampler.threads or sampler})
+        return self.model_copy(update={"learner": of_learner, "sampler": of_sampler})
+
     @property
     def sampler_device(self) -> Literal["cpu", "cuda"]:
         return self.sampler.device

@@ -18,7 +18,7 @@ class LearnerSection(Section):
     resources: Resources = Field(default_factory=dict)  # custom resources of each, such as {learner_node: 0.01}
     nodes: list[str] = Field(default_factory=list)  # node addresses, used round-robin; empty: any node with room
     placement: Strategy = "PACK"
-    threads: Processes = 1  # torch intra-op threads
+    threads: Processes | None = None  # torch intra-op threads; None: chosen when a run starts
     cores: list[Core] = Field(default_factory=list)  # processors to pin it to; empty: any. Needs one worker on CPU
     token_budget: int = Field(4096, ge=1)  # of one packed micro-batch; a longer sequence is a micro-batch by itself
     share_prompts: bool = True  # compute a prefix that sequences share only once

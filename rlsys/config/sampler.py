@@ -20,7 +20,7 @@ class SamplerSection(Section):
     resources: Resources = Field(default_factory=dict)
     nodes: list[str] = Field(default_factory=list)
     placement: Strategy = "PACK"
-    threads: Processes = 1
+    threads: Processes | None = None  # of each engine; None: chosen when a run starts
     cores: list[Core] = Field(default_factory=list)  # processors to pin it to; empty: any. Needs one worker on CPU
     max_num_seqs: int = Field(256, ge=1)
     max_num_batched_tokens: int = Field(4096, ge=1)

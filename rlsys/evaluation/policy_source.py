@@ -18,6 +18,7 @@ from rlsys.run_state.jsonl import CONFIG, read_problems
 from rlsys.run_state.resume import CHECKPOINTS, newest
 from rlsys.run_state.run_dir import BASE
 from rlsys.run_state.run_info import day_of
+from rlsys.run_state.saved_config import with_threads_of
 from rlsys.utils.packed_folder import pack_folder
 from rlsys.utils.shell_paths import as_written
 
@@ -53,7 +54,7 @@ def find_policy(config: JobConfig, checkpoint: Path | None) -> PolicySource:
     """
     config = resolve_paths(config)
     if checkpoint is None:
-        config = _dated(config, config.run_dir)
+        config = _as_run(config, config.run_dir)
         base = _base(config, None)
         return PolicySource("base", "base", str(base), None, base, {}, (), config)
     path = checkpoint.absolute()
@@ -66,7 +67,7 @@ def find_policy(config: JobConfig, checkpoint: Path | None) -> PolicySource:
         return _adapter(config, path, path, _run_of(path))
     if (path / MODEL_CONFIG).is_file():
         model = ModelSection(path=as_written(path), dtype=config.model.dtype, max_length=config.model.max_length)
-        config = _dated(config.model_copy(update={"model": model}), config.run_dir)
+        config = _as_run(config.model_copy(update={"model": model}), config.run_dir)
         return PolicySource("merged", _by_name("merged", path.name), str(path), None, str(path), {}, (), config)
     if (path / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"{checkpoint}: is an adapter without {MANIFEST}, so its base model is unknown; {WANTED}")
@@ -94,7 +95,7 @@ def _adapter(config: JobConfig, path: Path, folder: Path, run: Path | None) -> P
         files = pack_folder(Path(scratch))
     name = path.name if path.parent.name == CHECKPOINTS else _by_name("adapter", path.name)
     trained = tuple(problem.prompt for problem in read_problems(run).values()) if run else ()
-    config = _dated(config, run or config.run_dir)
+    config = _as_run(config, run or config.run_dir)
     return PolicySource("adapter", name, str(path), info.version, _base(config, run), files, trained, config)
 
 
@@ -109,9 +110,10 @@ def _refuse_other_lora(path: Path, adapter: LoraSection, job: LoraSection) -> No
         )
 
 
-def _dated(config: JobConfig, run: Path) -> JobConfig:
-    """Set the date in prompts to that of the policy's run, or to today without a run."""
-    return config.dated(day_of(run) or date.today().isoformat())
+def _as_run(config: JobConfig, run: Path) -> JobConfig:
+    """Set the date in prompts to that of the policy's run, or to today without a run; and unset thread counts to those
+    of the run. Without a run they stay unset: 1, so that evaluations are equal however busy the machine is."""
+    return with_threads_of(run, config.dated(day_of(run) or date.today().isoformat()))
 
 
 def _run_of(path: Path) -> Path | None:

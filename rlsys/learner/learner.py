@@ -66,7 +66,7 @@ class Learner:
         base_name: str | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        torch.set_num_threads(section.threads)
+        torch.set_num_threads(section.threads or 1)
         shard = section.shard_base and trainable == "lora"  # all weights are trained by one learner, without ranks
         self._ranks = ranks
         self._progress = Progress()

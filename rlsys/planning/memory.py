@@ -292,7 +292,7 @@ def _head_bytes(config: JobConfig, dims: ModelShape, tokens: int) -> int:
     size, chunk = _computed_bytes(config), config.learner.logprob_chunk_tokens
     rows = max(1, min(chunk, tokens, LOGIT_BYTES // (dims.vocab_size * size)))
     copies = 5 if config.lora.train_unembed else 1
-    return copies * size * rows * dims.vocab_size + 2 * FP32 * LOGIT_BLOCK * config.learner.threads
+    return copies * size * rows * dims.vocab_size + 2 * FP32 * LOGIT_BLOCK * (config.learner.threads or 1)
 
 
 def _weights(config: JobConfig, dims: ModelShape) -> dict[str, int]:

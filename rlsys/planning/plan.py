@@ -249,7 +249,7 @@ def _resource_warnings(config: JobConfig, dims: ModelShape) -> Iterator[str]:
     alternating = config.overlap.max_policy_lag is None and learner.num_workers == sampler.num_workers == 1
     shared_cpus = {"learner": sampler.num_cpus, "sampler": learner.num_cpus} if alternating else {}
     for who, section in (("learner", learner), ("sampler", sampler)):
-        if section.threads > max(1.0, section.num_cpus + shared_cpus.get(who, 0.0)):
+        if section.threads is not None and section.threads > max(1.0, section.num_cpus + shared_cpus.get(who, 0.0)):
             yield (
                 f"{who}.threads {section.threads} is more than {who}.num_cpus {section.num_cpus:g}, so its threads "
                 f"compete with other actors for cores; set {who}.num_cpus={section.threads}"

@@ -13,13 +13,16 @@ from rlsys.config import JobConfig
 from rlsys.planning.fit import Node, amounts
 from rlsys.planning.memory import MIB, gib
 from rlsys.planning.plan import Plan, Row
+from rlsys.planning.threads import Threads
 
 STYLE = {"ok": "green", "warn": "yellow", "fail": "red"}
 SMALLEST_SHOWN = 0.01  # share of a role's total from which a part is listed
 
 
-def show(config: JobConfig, dims: ModelShape, nodes: Sequence[Node], plan: Plan, console: Console) -> None:
-    """Print the job, the nodes, the predicted memory, warnings, shortfalls and the verdict."""
+def show(
+    config: JobConfig, dims: ModelShape, nodes: Sequence[Node], plan: Plan, threads: Threads, console: Console
+) -> None:
+    """Print the job, the nodes, the predicted memory, thread counts, warnings, shortfalls and the verdict."""
     line = console.print
     line(f"[bold]{escape(config.run.name)}[/]: {dims.parameters / 1e6:,.1f} M parameters, {config.model.dtype}")
     line(f"{escape(dims.family.name)}{escape(_shape(dims))}; dimensions from {escape(dims.source)}", soft_wrap=True)
@@ -29,6 +32,7 @@ def show(config: JobConfig, dims: ModelShape, nodes: Sequence[Node], plan: Plan,
     line(_table(plan))
     for row in plan.rows:
         line(_parts(row), soft_wrap=True)
+    line(f"threads: {escape(str(threads))}", soft_wrap=True)
     budget = config.learner.token_budget
     if plan.token_budget is None:
         line(

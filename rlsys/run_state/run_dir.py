@@ -2,7 +2,8 @@
 
     config.yaml      the settings of the run; config.001.yaml, ... are those before each allowed change.
                      prompt.date is the day on which the run began: a chat template that writes the date keeps
-                     writing that day, so prompts do not change at midnight
+                     writing that day, so prompts do not change at midnight. learner.threads and sampler.threads are
+                     those that were chosen when the run began
     run.json         what outlives a driver (run_info.py)
     lock             held by the running driver (lock.py)
     checkpoints/     one folder per kept step (resume.py)
@@ -19,7 +20,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +35,7 @@ from rlsys.run_state.ledger import Ledger
 from rlsys.run_state.own_files import refuse_foreign, refuse_link, remove_run, repair
 from rlsys.run_state.resume import Resume, newest_of_own_run, refuse_lost_checkpoints, write_checkpoint
 from rlsys.run_state.run_info import RunInfo, day_of, read_info, write_info
+from rlsys.run_state.saved_config import with_threads_of
 from rlsys.utils.atomic_files import remove_folder, replace_file, replace_folder
 from rlsys.utils.packed_folder import MANIFEST, pack_folder
 
@@ -56,8 +58,15 @@ class RunStore:
         self._note = note
 
     @classmethod
-    def open(cls, config: JobConfig, fresh: bool = False, note: Note = print) -> RunStore:
-        """Start a run, or resume the run in the directory; `fresh` first removes what rlsys wrote there.
+    def open(
+        cls,
+        config: JobConfig,
+        fresh: bool = False,
+        note: Note = print,
+        complete: Callable[[JobConfig], JobConfig] = lambda config: config,
+    ) -> RunStore:
+        """Start a run, or resume the run in the directory; `fresh` first removes what rlsys wrote there. `complete`
+        chooses what the job and the run so far leave open, before the configuration is written.
 
         Raises:
             RunExistsError: another driver is running it; the directory holds files but no run, or a run with other
@@ -76,7 +85,7 @@ class RunStore:
                 refuse_foreign(run_dir)  # again: from here on no other driver writes
                 if fresh:
                     remove_run(run_dir, note)
-                return _opened(config, handle, note)
+                return _opened(config, handle, note, complete)
             except BaseException:
                 os.close(handle)
                 raise
@@ -142,11 +151,12 @@ class RunStore:
         self.close()
 
 
-def _opened(config: JobConfig, handle: int, note: Note) -> RunStore:
+def _opened(config: JobConfig, handle: int, note: Note, complete: Callable[[JobConfig], JobConfig]) -> RunStore:
     """The store of a locked directory that holds a run or nothing."""
     run_dir = config.run_dir
     config = config.dated(day_of(run_dir) or date.today().isoformat())
     if not (run_dir / CONFIG).is_file():
+        config = complete(config)
         info: RunInfo = {"wandb_id": secrets.token_hex(5), "started": time.time(), "folder": str(Path.cwd())}
         write_info(run_dir, info)
         replace_file(run_dir / CONFIG, dump_config(config).encode())  # last: it makes the directory a run
@@ -163,6 +173,7 @@ def _opened(config: JobConfig, handle: int, note: Note) -> RunStore:
             f"{resume.step - config.rl.steps} steps cannot be undone. Set rl.steps={resume.step} or more, give this "
             "run another name (run.name=...), or start over with --fresh"
         )
+    config = complete(with_threads_of(run_dir, config))
     _remove_damaged_base(run_dir / BASE, note)
     _keep_config(run_dir, dump_config(config).encode(), note)
     if info.get("folder") != str(Path.cwd()):

@@ -38,6 +38,18 @@ def read_saved_config(run_dir: Path) -> JobConfig:
     return validated(_only_keys_of_today(tree, path), str(path))
 
 
+def with_threads_of(run_dir: Path, config: JobConfig) -> JobConfig:
+    """The job with the thread counts of the run in the directory where it sets none; unchanged where there is no
+    readable run. Sums may depend on the number of threads, so a run keeps the one that it began with."""
+    if config.learner.threads is not None and config.sampler.threads is not None:
+        return config
+    try:
+        saved = read_saved_config(run_dir)
+    except ConfigError:
+        return config  # other functions report a missing or damaged run
+    return config.with_threads(saved.learner.threads, saved.sampler.threads)
+
+
 def _only_keys_of_today(tree: Mapping[str, object], path: Path, prefix: str = "") -> dict[str, object]:
     """The part of a configuration whose keys this rlsys has."""
     kept: dict[str, object] = {}

@@ -30,7 +30,7 @@ PRELOAD = (
 
 def prepare_environment(section: SamplerSection, device: Device = "cpu") -> None:
     """Set what vLLM and torch read once. Call before either is imported; child processes inherit it."""
-    os.environ["OMP_NUM_THREADS"] = str(section.threads)
+    os.environ["OMP_NUM_THREADS"] = str(section.threads or 1)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = (
         "1"  # see rlsys.sampler.engine_args: one position is allotted and never computed

@@ -266,6 +266,7 @@ def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library()
     done = run_plan("configs/quickstart.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20
+    assert "threads: learner 1, sampler 1 (a model of hidden size 96 gains" in done.stdout.replace("\n", " ")
     assert "the job fits" in done.stdout and "KV cache 1,024" in done.stdout and "token budget" in done.stdout
     script = (
         "import sys; from actors.cli import app; app(['plan', 'configs/quickstart.yaml'], standalone_mode=False); "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import date, datetime
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import pytest
 import yaml
 
 from rlsys.client.config import ServiceConfig
-from rlsys.config import RunSection, TrackingSection, dump_config
+from rlsys.config import JobConfig, RunSection, TrackingSection, dump_config
 from rlsys.errors import ConfigError, RunExistsError
 from rlsys.report.page import report_of
 from rlsys.run_state.jsonl import read_metrics
 from rlsys.run_state.run_dir import RunStore
 from rlsys.run_state.run_info import day_of
+from rlsys.run_state.saved_config import read_saved_config
 from rlsys.tracking.tracker import Tracker
 from tests.unit.run_state.run_stores import config, folders, saved
 
@@ -183,3 +185,19 @@ def test_the_path_of_a_run_is_no_pattern(tmp_path: Path, name: str) -> None:
     with RunStore.open(job, fresh=True, note=lambda text: None) as store:
         assert store.resume is None
     assert folders(other) == ["step-000001"]
+
+
+def test_thread_counts_chosen_at_the_start_are_kept_when_the_run_is_resumed(tmp_path: Path) -> None:
+    def choose(count: int) -> Callable[[JobConfig], JobConfig]:
+        return lambda job: job.with_threads(count, count)
+
+    job = config(tmp_path, "sampler.threads=3")
+    with RunStore.open(job, complete=choose(2)) as store:
+        assert (store.config.learner.threads, store.config.sampler.threads) == (2, 3)
+    with RunStore.open(config(tmp_path), complete=choose(7)) as store:
+        assert (store.config.learner.threads, store.config.sampler.threads) == (2, 3)
+        assert read_saved_config(job.run_dir) == store.config  # as `rlsys replay` reads it
+    with RunStore.open(config(tmp_path, "learner.threads=1"), note=lambda text: None) as store:
+        assert (store.config.learner.threads, store.config.sampler.threads) == (1, 3)
+    with RunStore.open(config(tmp_path), fresh=True, note=lambda text: None, complete=choose(7)) as store:
+        assert (store.config.learner.threads, store.config.sampler.threads) == (7, 7)

@@ -50,7 +50,7 @@ def test_the_earlier_configuration_has_the_removed_keys_with_the_constants_of_to
 
 
 def test_a_run_of_an_earlier_rlsys_is_the_same_job_today(tmp_path: Path) -> None:
-    today = load_config(QUICKSTART).dated("2026-11-29")
+    today = load_config(QUICKSTART).dated("2026-11-29").with_threads(1, 1)
     assert read_saved_config(saved(tmp_path / "run")) == today
 
 
