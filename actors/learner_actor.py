@@ -15,6 +15,7 @@ from actors.cluster.processors import pin
 from rlsys.config import JobConfig
 from rlsys.types import Array
 from rlsys.utils import gpu_memory
+from rlsys.utils.importing import without_collections
 
 if TYPE_CHECKING:  # the driver loads this module without torch
     from actors.cluster.base_folder import Base
@@ -34,7 +35,10 @@ class LearnerActor:
     """Methods that change weights run in one thread, in the order of the calls. Every rank gets the same calls."""
 
     def __init__(self, config: JobConfig, rank: int) -> None:
-        from transformers.utils import logging
+        with without_collections():  # at once: the graders start and the samplers import vLLM meanwhile
+            from transformers.utils import logging
+
+            import rlsys.learner.policy  # noqa: F401
 
         logging.disable_progress_bar()  # the job shows its own progress
         self.config, self.rank = config, rank

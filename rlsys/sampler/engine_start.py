@@ -19,6 +19,7 @@ from rlsys.sampler.vllm.text_only import register
 from rlsys.sampler.vllm_build import Device as Device
 from rlsys.sampler.vllm_build import refuse_other_vllm
 from rlsys.utils.env_variables import set_default
+from rlsys.utils.importing import without_collections
 
 PRELOAD = (
     "vllm.v1.engine.async_llm",
@@ -74,13 +75,10 @@ def preload_to_fork(device: Device) -> None:
         return
     _starts.method = "fork"
     refuse_other_vllm(device)
-    gc.disable()  # collections take a quarter of the time of vLLM's import, and find little
-    try:
+    with without_collections():
         for module in PRELOAD:
             importlib.import_module(module)
         preload(device)
-    finally:
-        gc.enable()
     gc.freeze()  # collections in the engine neither visit what is imported nor copy its pages
     atexit.register(gc.unfreeze)  # else nanobind reports frozen objects as leaks
 
