@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import threading
 import time
@@ -230,8 +229,8 @@ class AskedSampler(SamplerActor):
         super().__init__(config, index)
         self.constructed_in = threading.get_native_id()
 
-    async def main_thread_constructed_it(self) -> bool:
-        return self.constructed_in == os.getpid()
+    async def thread_of_its_event_loop_constructed_it(self) -> bool:
+        return self.constructed_in == threading.get_native_id()
 
     async def complete(self, max_tokens: int) -> int:
         return await self.host.call("complete", max_tokens)
@@ -287,8 +286,8 @@ def test_a_stopped_engine_is_a_stall_that_names_its_sampler(sampler: Any) -> Non
 
 
 def test_ray_constructs_an_async_actor_in_the_thread_that_lives_as_long_as_it(sampler: Any) -> None:
-    """With this thread the kernel ends the host process."""
-    assert wait(sampler.main_thread_constructed_it.remote(), FAR_S, "sampler 0")
+    """With this thread the kernel ends the host process. It is the one in which the actor's event loop runs."""
+    assert wait(sampler.thread_of_its_event_loop_constructed_it.remote(), FAR_S, "sampler 0")
 
 
 def test_a_stopped_host_process_is_a_stall_that_names_its_sampler(sampler: Any) -> None:
