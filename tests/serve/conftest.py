@@ -23,6 +23,8 @@ KEY, SK_KEY = "tml-alice-0123456789", "sk-bob-0123456789"
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    if found := os.environ.get("RLSYS_SERVE_MODEL"):  # of a server that runs already
+        return found
     # A name with exactly two slashes loses its last part in the SDK.
     folder = tmp_path_factory.mktemp("tiny") / "models" / "base"
     tiny_base.make(folder)
@@ -84,8 +86,9 @@ def configure(folder: Path, base: str) -> Path:
 
 
 def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
-    """The server's command."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_AUTH_MODE": "disabled"}
+    """The server's command. It starts Ray for itself, whatever cluster the other tests share."""
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_AUTH_MODE": "disabled"}
     with log.open("wb") as file:
         command = [sys.executable, "-m", "rlsys", "serve", str(config)]
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=config.parent)
