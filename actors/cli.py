@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import sys
 from collections.abc import Sequence
@@ -447,3 +448,5 @@ def main() -> None:
     except RlsysError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        gc.freeze()  # at its exit the interpreter would search the objects of all imported modules for cycles

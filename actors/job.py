@@ -20,7 +20,7 @@ from actors.cluster.threads import with_chosen_threads
 from actors.control import Control
 from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
-from actors.job_actors import job_actors
+from actors.job_actors import PolicyActors, job_actors
 from actors.job_observer import JobObserver
 from actors.stages.learner_group import LearnerGroup
 from actors.stages.restarting_actors import GraderActors
@@ -95,8 +95,6 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
         ):
             _announce(config.run.name, store, where, progress)
             steps, accuracies = _run(config, store, failures, tracker, interrupts, progress)
-            save_adapter(store)
-            tracker.adapter(store.run_dir / "adapter")
         return Outcome(
             run_dir=store.run_dir,
             steps=steps,
@@ -111,7 +109,8 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
 
 @contextmanager
 def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -> Iterator[None]:
-    """Write adapter and report, however the block ends. After an error of the block, an error here is only noted.
+    """Write adapter and report after an error of the block, which writes them itself at its end; an error here is only
+    noted.
 
     Raises:
         StorageError: the disk is full or refuses writes.
@@ -119,8 +118,6 @@ def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -
     """
     try:
         yield
-        save_adapter(store)
-        write_report(store.run_dir)
     except BaseException as error:
         reported = error
         if isinstance(error, OSError) and (refused := refusal(error, store.run_dir)) is not None:
@@ -191,7 +188,18 @@ def _run(
 
             steps = run(config, stages, ledger, held_out, observer, should_stop)
         actors.checkpointer.flush()
+        _close(store, tracker, policy)
         return steps, observer.accuracies
+
+
+def _close(store: RunStore, tracker: Tracker, policy: PolicyActors) -> None:
+    """Write the results of a run. Engines, graders and wandb end meanwhile, each in its process or thread; the adapter
+    is on disk before."""
+    save_adapter(store)
+    policy.ask_to_stop()
+    tracker.adapter(store.run_dir / "adapter")
+    tracker.finish()
+    write_report(store.run_dir)
 
 
 def _base(

@@ -46,6 +46,11 @@ class PolicyActors:
         )
         self.samplers.membership.start(SamplerInit(base, train, held_out, retry(self.learner.probe)))
 
+    def ask_to_stop(self) -> None:
+        """Begin the end of the job, without waiting: engines and graders stop at the same time."""
+        self.samplers.membership.ask_to_stop()
+        self.graders.ask_to_stop()
+
 
 @dataclass(frozen=True, slots=True)
 class JobActors:
@@ -93,7 +98,9 @@ def policy_actors(
         samplers = SamplerPool(config, placement, failures, note, renew, between, resampled)
         stack.callback(samplers.close)
         samplers.membership.launch(sampler_slots)
-        yield PolicyActors(learner, samplers, graders)
+        actors = PolicyActors(learner, samplers, graders)
+        stack.callback(actors.ask_to_stop)
+        yield actors
 
 
 @contextmanager

@@ -35,7 +35,7 @@ QUICKSTART = {
     "vocab_size": MakeSection().vocab_size,
 }  # fmt: skip
 SHAPES = {"quickstart": QUICKSTART, "tiny": TINY, "s54": S54, "smollm2": None}
-DATUMS = {"quickstart": 64, "tiny": 16, "s54": 8, "smollm2": 8}
+DATUMS = {"quickstart": 8, "tiny": 8, "s54": 8, "smollm2": 8}
 
 
 def update(learner: Learner, datums: int, vocabulary: int, threads: int, cpu: list[float]) -> Callable[[], float]:

@@ -128,6 +128,8 @@ class RestartingActor:
 class GraderActors(RestartingActor):
     """The loop's ``Graders``."""
 
+    _stopping: ObjectRef | None = None  # the call that ends the grader processes
+
     def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
         remote = ray.remote(concurrency_groups={"watch": 1})(RewardActor).options(**by_reference(driver_node_options()))
         make = partial(remote.remote, config)
@@ -213,9 +215,16 @@ class GraderActors(RestartingActor):
                 self._restart(error, actor)
             return None
 
-    def close(self) -> None:
+    def ask_to_stop(self) -> None:
+        """Begin the end of the job, without waiting: the grader processes end by themselves."""
         self.ended = True
-        ray.wait([self.actor.stop.remote()], timeout=STOP_TIMEOUT_S)
+        if self._stopping is None:
+            self._stopping = self.actor.stop.remote()
+
+    def close(self) -> None:
+        self.ask_to_stop()
+        ray.wait([self._stopping], timeout=STOP_TIMEOUT_S)
+        self._stopping = None
         super().close()
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from rlsys.config import JobConfig, LearnerSection, SamplerSection
 from rlsys.utils.free_cores import Cores
 
-COLUMNS_PER_THREAD = 256  # of the hidden state; python -m benchmarks.threads
+COLUMNS_PER_THREAD = 128  # of the hidden state; more than two threads were never measured
 
 Section = LearnerSection | SamplerSection
 Role = Literal["learner", "sampler"]

@@ -168,6 +168,11 @@ class Tracker:
         """Address of an online run; None offline. Final after close()."""
         return self._wandb.url if self._wandb else None
 
+    def finish(self) -> None:
+        """Begin to finish the wandb run of a job that succeeded, without waiting. Nothing is recorded after this."""
+        if self._wandb:
+            self._wandb.finish(0, self._row, self._rows)
+
     def close(self, exit_code: int = 0) -> None:
         """Finish the wandb run, within a bounded time, and close the files. A second call does nothing."""
         if self._files[METRICS].closed:

@@ -65,6 +65,7 @@ class WandbRun:
         self._known: set[str] = set()
         self._calls: queue.SimpleQueue[WandbCall | None] = queue.SimpleQueue()
         self._exit_code = 0
+        self._finishing = False
         self._thread = threading.Thread(target=self._serve, name="wandb", daemon=True)
         self._thread.start()
 
@@ -116,7 +117,11 @@ class WandbRun:
 
         self._calls.put(call)
 
-    def close(self, exit_code: int, row: int, rows: Sequence[RolloutRow]) -> None:
+    def finish(self, exit_code: int, row: int, rows: Sequence[RolloutRow]) -> None:
+        """Have the thread send what is left and finish, without waiting. A second call does nothing."""
+        if self._finishing:
+            return
+        self._finishing = True
         if rows:  # after the run the table shows all its rollouts, not those of the last step
             if len(rows) > MAX_TABLE_ROWS:
                 self._note(f"wandb: the table shows the last {MAX_TABLE_ROWS} of {len(rows)} rollouts")
@@ -124,6 +129,10 @@ class WandbRun:
             self._calls.put(lambda run: self._put(run, max(row, self._have), {"rollouts": _table(shown)}))
         self._exit_code = exit_code
         self._calls.put(None)
+
+    def close(self, exit_code: int, row: int, rows: Sequence[RolloutRow]) -> None:
+        """As `finish`; returns when the thread has ended, or after CLOSE_TIMEOUT_S."""
+        self.finish(exit_code, row, rows)
         self._thread.join(CLOSE_TIMEOUT_S)
         if self._thread.is_alive():
             self._note(f"wandb: did not finish within {CLOSE_TIMEOUT_S:g} s and was abandoned; {METRICS} is complete")

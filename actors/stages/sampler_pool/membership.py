@@ -92,6 +92,7 @@ class Membership:
         self.init: SamplerInit | None = None
         self.current: PublishedAdapter | None = None
         self.deaths = 0  # since the last version that was loaded
+        self._stopping: list[ObjectRef] = []
         self._starts = Watchdog("start", config.watchdog.limit_of("start"), failures)
 
     # start and end of the job
@@ -115,13 +116,19 @@ class Membership:
         while any(member.joining for member in self.members):
             self.wait_for_joining()
 
+    def ask_to_stop(self) -> None:
+        """Begin the end of the job, without waiting: every engine stops."""
+        if not self._stopping:
+            self._stopping = [member.actor.stop.remote() for member in self.members]
+
     def close(self) -> None:
         """Stop every engine, then kill every actor."""
-        stopping = [member.actor.stop.remote() for member in self.members]
-        ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S) if stopping else None
+        self.ask_to_stop()
+        if self._stopping:
+            ray.wait(self._stopping, num_returns=len(self._stopping), timeout=STOP_TIMEOUT_S)
         for member in self.members:
             ray.kill(member.actor)
-        self.members = []
+        self.members, self._stopping = [], []
 
     # joining
 

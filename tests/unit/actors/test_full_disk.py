@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from actors.faults.actor_logs import Failures
-from actors.job import _results
+from actors.job import _results, save_adapter
 from rlsys.config import TrackingSection
 from rlsys.errors import CheckpointError, StorageError
 from rlsys.run_state.jsonl import METRICS
@@ -65,9 +65,10 @@ def test_results_that_cannot_be_written_are_told_beside_the_cause(
 
 
 def test_results_that_cannot_be_written_are_the_cause_where_nothing_else_failed(tmp_path: Path) -> None:
-    results = _results(failing_store(tmp_path), Failures(), lambda text: None)
+    store = failing_store(tmp_path)
+    results = _results(store, Failures(), lambda text: None)
     with pytest.raises(StorageError, match="No space left"), results:
-        pass
+        save_adapter(store)
 
 
 def test_an_error_log_that_cannot_be_written_does_not_hide_the_error() -> None:

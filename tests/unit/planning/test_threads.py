@@ -71,7 +71,7 @@ def test_the_time_limit_of_a_container_bounds_the_threads(quota: float, wanted: 
     assert chosen(cores=idle(8, quota)) == (wanted, wanted)
 
 
-@pytest.mark.parametrize(("hidden", "wanted"), [(96, 1), (511, 1), (576, 2), (1024, 4)])
+@pytest.mark.parametrize(("hidden", "wanted"), [(96, 1), (255, 1), (256, 2), (576, 4), (2048, 8)])
 def test_a_small_model_gets_no_thread_that_it_gains_nothing_from(hidden: int, wanted: int) -> None:
     assert chosen(cores=idle(8), hidden=hidden) == (wanted, wanted)
 

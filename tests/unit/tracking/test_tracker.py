@@ -180,6 +180,7 @@ def test_an_offline_run_read_back_holds_config_metrics_table_and_artifact(tmp_pa
             tracker.log(step, {"time/step_s": 1.5})
         tracker.rollouts(2, [after])
         tracker.adapter(adapter)
+        tracker.finish()  # as a job does before it stops its actors; closing afterwards adds nothing
     assert tracker.wandb_dir is not None
     assert tracker.wandb_dir.is_relative_to(tmp_path)
     assert tracker.wandb_url is None
