@@ -8,6 +8,7 @@ an end. A claim about speed compares with `slowdown()`, or with work that cannot
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import subprocess
 import tempfile
@@ -190,6 +191,12 @@ def run(
                     member.kill()
                 process.wait()
         return subprocess.CompletedProcess(command, code, out.read_text(), err.read_text())
+
+
+@functools.cache
+def times() -> int:
+    """`slowdown()` when it was first asked for in this process, for limits that a loaded machine must not exceed."""
+    return round(slowdown())
 
 
 def slowdown(cpu_s: float = 0.2) -> float:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     """tied -> folder of a Qwen3 with vocabulary 64, hidden size 32, 2 layers and weights large enough to matter."""
+    import torch  # here: with -n 2 the process that hands out the tests reads this file too
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     folders: dict[bool, Path] = {}
 
     def folder(tied: bool = True) -> Path:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import signal
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -32,12 +33,13 @@ from benchmarks.gpu_parts import (
 )
 from rlsys.config import LearnerSection, LoraSection, ModelSection, Section
 from rlsys.modeling.prefix_layout import ALONE
-from tests.waiting import run
+from tests.forked import forked
+from tests.waiting import cpu_of, run, until
 
 ROOT = Path(__file__).parents[3]
 UNUSED = {"typer", "pydantic"}  # of transformers' own command line, which is not run; a GPU machine may be without
 ABSENT = {"ray", "vllm", "pytest", "hypothesis", "wandb", "datasets", "math_verify", "blake3", *UNUSED}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+Called = Callable[..., int | str | None]
 PLACEMENT = {"num_workers", "num_cpus", "num_gpus", "resources", "nodes", "placement", "cores"}
 
 
@@ -101,32 +103,45 @@ def test_it_passes_on_a_cpu_with_torch_transformers_and_peft_alone(packages: Pat
 
 
 def test_a_run_that_is_killed_leaves_every_fact_that_was_known(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--skip-rows", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        seen: list[str] = []
-        for line in iter(process.stdout.readline, ""):
-            seen += [line] if line.startswith("PASS") else []
-            if len(seen) == 5:
-                break
-    finally:
-        process.kill()
-        process.communicate()
+    def seen() -> list[str]:
+        said = (tmp_path / "stdout").read_text() if (tmp_path / "stdout").exists() else ""
+        return [line for line in said.splitlines() if line.startswith("PASS")]
+
+    program = "import sys; from benchmarks.gpu_check import main; sys.exit(main())"
+    with forked(program, "--device", "cpu", "--skip-rows", "--out", str(tmp_path), folder=tmp_path) as process:
+        assert process.pid is not None
+        until(lambda: len(seen()) >= 5 or not process.is_alive(), "five checks", cpu_of(process.pid))
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "stderr").read_text()
     checks = [fact for fact in read_facts(tmp_path) if "passed" in fact]
     assert len(checks) >= 5 and not (tmp_path / "gpu_check.json").exists()
-    assert all(check["fact"] in line for check, line in zip(checks, seen, strict=False))
+    assert all(check["fact"] in line for check, line in zip(checks, seen(), strict=False))
 
 
-def test_parts_for_which_there_is_no_time_are_left_out_by_name(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--minutes", "0.01"]
-    ran = run([*command, "--out", str(tmp_path)], env=ENVIRONMENT, cwd=tmp_path)
-    assert ran.returncode == gpu_check.MISSING, ran.stdout + ran.stderr
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> Called:
+    """Calls the command in this process, which has torch imported, and returns its exit code."""
+
+    def call(*arguments: str) -> int | str | None:
+        monkeypatch.setattr(sys, "argv", ["gpu_check", *arguments])
+        try:
+            return gpu_check.main()
+        except SystemExit as end:
+            return end.code
+
+    return call
+
+
+def test_parts_for_which_there_is_no_time_are_left_out_by_name(
+    called: Called, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = called("--device", "cpu", "--minutes", "0.01", "--out", str(tmp_path))
+    said = capsys.readouterr().out
+    assert code == gpu_check.MISSING, said
     facts = read_facts(tmp_path)
     left_out = [fact["part"] for fact in facts if fact["value"] == "left out"]
     assert left_out[0] == "positions" and "row 8b 16384" in left_out and "greedy" in left_out
     assert json.loads((tmp_path / "gpu_check.json").read_text())["parts"]["left out"] == left_out
-    assert all(f"LEFT OUT  {name}" in ran.stdout.splitlines() for name in left_out)
+    assert all(f"LEFT OUT  {name}" in said.splitlines() for name in left_out)
 
 
 def test_a_random_base_as_deep_as_the_real_ones_can_be_trained_packed(tmp_path: Path) -> None:
@@ -136,10 +151,11 @@ def test_a_random_base_as_deep_as_the_real_ones_can_be_trained_packed(tmp_path: 
     assert np.isfinite(learner.logprobs(RUN, np.arange(1, 30), np.array([0, 29]))).all()
 
 
-def test_a_part_that_does_not_exist_is_refused_with_those_that_do(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--check", "shering"]
-    ran = run(command, env=ENVIRONMENT, cwd=tmp_path)
-    assert ran.returncode == 2 and "'shering': no such part; there is positions, packing, sharing" in ran.stderr
+def test_a_part_that_does_not_exist_is_refused_with_those_that_do(
+    called: Called, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("--device", "cpu", "--check", "shering", "--out", str(tmp_path)) == 2
+    assert "'shering': no such part; there is positions, packing, sharing" in capsys.readouterr().err
 
 
 def test_what_a_token_sees_through_a_window_counts_the_prompt_that_it_reads() -> None:
@@ -162,10 +178,9 @@ def test_its_sections_have_the_keys_and_defaults_of_a_job(
     assert {name: getattr(made, name) for name in names} == wanted
 
 
-def test_without_a_gpu_it_says_what_it_wants(tmp_path: Path) -> None:
-    ran = run(
-        [sys.executable, "-m", "benchmarks.gpu_check"],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-    )
-    assert ran.returncode == 2 and "wanted one, or --device cpu" in ran.stderr
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_what_it_wants(
+    called: Called, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("--out", str(tmp_path)) == 2
+    assert "wanted one, or --device cpu" in capsys.readouterr().err

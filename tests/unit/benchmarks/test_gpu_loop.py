@@ -21,7 +21,7 @@ from rlsys.architectures.model_shape import model_shape
 from rlsys.config import load_config
 from rlsys.planning.fit import Node
 from rlsys.planning.plan import plan
-from tests.waiting import run, until, until_gone
+from tests.waiting import run, times, until, until_gone
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -66,7 +66,7 @@ def test_a_part_that_hangs_is_cut_off_with_all_that_it_started(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_processes, "GRACE_S", 1.0)
-    assert behaving(journal, "hangs", limit_s=15.0) == CUT_OFF
+    assert behaving(journal, "hangs", limit_s=5.0 * times()) == CUT_OFF
     found = facts(journal)
     assert found["last error in its log"] == "ValueError: waits for a GPU"
     until_gone([int(str(found["child"]))], "the child of the part")

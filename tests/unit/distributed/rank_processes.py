@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from rlsys.distributed.ranks import Ranks
 from rlsys.learner.custom_loss import PASSES
 from rlsys.learner.learner import Learner
 from rlsys.types import AdamParams, Array
+from tests.forked import fork_server
 from tests.unit.tiny_learner import (
     datums_of,
     draw,
@@ -31,11 +31,11 @@ from tests.unit.tiny_learner import (
     weights,
     with_run,
 )
-from tests.waiting import cpu_of, slowdown, until
+from tests.waiting import cpu_of, until
 
 PROCESSES = 4
 PATIENCE_S = 600.0
-SHORT_S = 2.0 * round(slowdown())  # of ranks that wait in vain
+SHORT_S = 2.0  # of ranks that wait in vain, on a machine that does nothing else
 BUDGET = 30  # tokens of a micro-batch
 Task = Callable[..., Any]
 
@@ -100,8 +100,7 @@ def as_rank(address: str, rank: int, size: int, patience_s: float, task: Task, a
 @contextmanager
 def rank_processes() -> Iterator[Pool]:
     """Processes that join a new group for every task of several ranks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rlsys.learner.learner"])  # imported once, not once for each process
+    context = fork_server()
     pairs = [context.Pipe() for _ in range(PROCESSES)]
     processes = [context.Process(target=serve, args=(theirs,), daemon=True) for _, theirs in pairs]
     for process in processes:

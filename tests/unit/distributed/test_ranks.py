@@ -38,7 +38,7 @@ from tests.unit.tiny_learner import (
     draw,
     with_run,
 )
-from tests.waiting import until
+from tests.waiting import times, until
 
 LONER = 3  # a process that is in no group: one that failed to join cannot join again
 
@@ -202,25 +202,25 @@ def test_what_fails_on_one_rank_fails_on_all_and_leaves_their_gradients(pool: Po
     assert_same([owned0, owned1])
 
 
-def joined_alone(address: str) -> Any:
+def joined_alone(address: str, patience_s: float) -> Any:
     began = time.monotonic()
     try:
-        Ranks.join(address, 0, 2, "cpu", SHORT_S)
+        Ranks.join(address, 0, 2, "cpu", patience_s)
     except StalledError as error:
         return str(error), time.monotonic() - began
     raise AssertionError("it met nobody")
 
 
 def test_a_rank_that_never_comes_is_named_within_the_timeout(pool: Pool) -> None:
-    pool.send(LONER, joined_alone, free_address("127.0.0.1"))
+    pool.send(LONER, joined_alone, free_address("127.0.0.1"), SHORT_S * times())
     text, seconds = pool.receive(LONER)
     assert "learner rank 0 of 2: not all ranks met at tcp://127.0.0.1" in text
-    assert 0.9 * SHORT_S < seconds < 10 * SHORT_S
+    assert 0.9 * SHORT_S * times() < seconds < 10 * SHORT_S * times()
 
 
 def joined_at_a_taken_port(address: str) -> str:
     with pytest.raises(ClusterError, match="is taken; wanted a free port") as caught:
-        Ranks.join(address, 0, 2, "cpu", SHORT_S)
+        Ranks.join(address, 0, 2, "cpu", 60.0)
     return str(caught.value)
 
 
@@ -251,9 +251,9 @@ def stays_away(ranks: Ranks, path: Path, over: Path) -> Any:
 def test_a_rank_that_does_not_call_is_a_stall_within_the_timeout(
     pool: Pool, tiny_model: Models, tmp_path: Path
 ) -> None:
-    (text, seconds), _ = pool.outcomes(2, stays_away, tiny_model(True), tmp_path / "over", patience_s=SHORT_S)
-    assert "learner rank 0 of 2: a sum over ranks: after" in text and f"limit {SHORT_S:g} s" in text
-    assert 0.9 * SHORT_S < seconds < 10 * SHORT_S
+    (text, seconds), _ = pool.outcomes(2, stays_away, tiny_model(True), tmp_path / "over", patience_s=SHORT_S * times())
+    assert "learner rank 0 of 2: a sum over ranks: after" in text and f"limit {SHORT_S * times():g} s" in text
+    assert 0.9 * SHORT_S * times() < seconds < 10 * SHORT_S * times()
 
 
 def dies_in_a_sum(ranks: Ranks) -> Any:
@@ -272,10 +272,10 @@ def test_a_rank_that_dies_is_an_error_on_the_others_at_once(pool: Pool) -> None:
     """The last test of the module: afterwards one process is gone."""
     address = free_address("127.0.0.1")
     for rank in range(3):
-        pool.send(rank, as_rank, address, rank, 3, 5 * SHORT_S, dies_in_a_sum, ())
+        pool.send(rank, as_rank, address, rank, 3, 5 * SHORT_S * times(), dies_in_a_sum, ())
     answers = [pool.receive(rank) for rank in range(2)]
     assert any(isinstance(error, ActorDiedError) for error, _ in answers), answers
-    assert all("learner rank" in str(error) and seconds < 10 * SHORT_S for error, seconds in answers)
+    assert all("learner rank" in str(error) and seconds < 10 * SHORT_S * times() for error, seconds in answers)
 
 
 DUPLICATE = (

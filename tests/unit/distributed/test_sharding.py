@@ -35,12 +35,15 @@ from tests.unit.tiny_learner import (
     draw,
     with_run,
 )
+from tests.waiting import times
 
 
 def test_what_fails_on_one_rank_of_a_shared_base_is_an_error_on_the_others_within_the_timeout(
     pool: Pool, tiny_model: Models
 ) -> None:
-    other, failed = pool.outcomes(2, bad_share, tiny_model(True), draw(), one_bad(), True, patience_s=2 * SHORT_S)
+    other, failed = pool.outcomes(
+        2, bad_share, tiny_model(True), draw(), one_bad(), True, patience_s=2 * SHORT_S * times()
+    )
     assert isinstance(failed[0], IndexError)
     assert isinstance(other[0], StalledError | ActorDiedError), other
     assert "learner rank 0 of 2: the forward pass" in str(other[0])

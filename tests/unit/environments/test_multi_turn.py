@@ -20,7 +20,7 @@ from rlsys.sampler.adapter_slots import AdapterLease
 from rlsys.sampler.growing_completion import Completion, completion_of
 from rlsys.types import SamplingParams
 from tests.unit.environments.sample_environments import answering
-from tests.waiting import slowdown, until_async
+from tests.waiting import times, until_async
 
 END, OFFSET = 1, 1000  # a character is its code point + OFFSET
 PARAMS = SamplingParams(max_tokens=60, seed=7)
@@ -69,7 +69,7 @@ class Script:
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[Environment]:
-    made = Environment(TurnSection(reply_timeout_s=2.0 * round(slowdown()), workers=2), answering)
+    made = Environment(TurnSection(reply_timeout_s=2.0 * times(), workers=2), answering)
     yield made
     made.close()
 

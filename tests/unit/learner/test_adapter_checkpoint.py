@@ -51,11 +51,25 @@ def train(learner: Learner, steps: range, run: str = "run") -> Learner:
     return learner
 
 
+@pytest.fixture(scope="module")
+def original(tiny_model: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after two steps, with its optimizer. Copies of it are damaged, overwritten and loaded."""
+    folder = tmp_path_factory.mktemp("original") / "saved"
+    save_run(train(with_run(make(tiny_model(True))), range(2)), "run", folder, with_optimizer=True)
+    return folder
+
+
 @pytest.fixture
-def saved(tiny_model: Models, tmp_path: Path) -> Path:
-    """A checkpoint after two steps, with its optimizer."""
-    save_run(train(with_run(make(tiny_model(True))), range(2)), "run", tmp_path / "saved", with_optimizer=True)
-    return tmp_path / "saved"
+def saved(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original, tmp_path / "saved")
+
+
+@pytest.fixture(scope="module")
+def loader(tiny_model: Models) -> Learner:
+    """A learner after a step, with a gradient, which loads what is refused."""
+    learner = train(with_run(make(tiny_model(True))), range(1))
+    learner.forward_backward("run", draw(seed=3), LOSS)
+    return learner
 
 
 def test_three_steps_saved_and_three_more_are_six_to_the_bit(tiny_model: Models, tmp_path: Path) -> None:
@@ -306,20 +320,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
 def test_what_is_damaged_or_foreign_is_refused_and_the_run_is_as_before(
-    tiny_model: Models, saved: Path, damage: Callable[[Path], object], message: str
+    loader: Learner, saved: Path, damage: Callable[[Path], object], message: str
 ) -> None:
-    learner = train(with_run(make(tiny_model(True))), range(1))
-    learner.forward_backward("run", draw(seed=3), LOSS)
-    before = state(learner, "run")
+    before = state(loader, "run")
     damage(saved)
     with pytest.raises(CheckpointError, match=message) as raised:
-        load_run(learner, "run", saved, with_optimizer=True)
+        load_run(loader, "run", saved, with_optimizer=True)
     assert str(saved) in str(raised.value)
-    assert_same_bits(state(learner, "run"), before)
-    assert (learner.runs.version("run"), learner.runs.has_gradient("run")) == (1, True)
+    assert_same_bits(state(loader, "run"), before)
+    assert (loader.runs.version("run"), loader.runs.has_gradient("run")) == (1, True)
     with pytest.raises(CheckpointError):
-        restore_run(learner, "new", saved, with_optimizer=True)
-    assert learner.runs.ids == ["run"]
+        restore_run(loader, "new", saved, with_optimizer=True)
+    assert loader.runs.ids == ["run"]
 
 
 def test_a_checkpoint_of_another_base_or_another_section_is_refused(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 from rlsys.distributed.ranks import ALONE, Ranks, is_out_of_memory
 from rlsys.errors import ActorFailedError
 from rlsys.learner.token_budget import LEAST, TokenBudget
+from tests.forked import run_forked
 from tests.unit.tiny_learner import Models
-from tests.waiting import run
 
 TOO_MUCH = 2**52  # bytes; more than any address space
 
@@ -117,8 +116,7 @@ print(json.dumps({"loss": result.loss_sum, "norm": norm, "tokens": learner.token
 
 def ran(path: Path, limit_mib: int, budget: int, *, custom: bool = False) -> dict[str, float]:
     """In a process of its own that may grow by so much, 0 for as it likes."""
-    command = [sys.executable, "-c", IN_LITTLE_MEMORY, *map(str, (path, limit_mib, budget, int(custom)))]
-    done = run(command, cwd=Path(__file__).parents[3])
+    done = run_forked(IN_LITTLE_MEMORY, *map(str, (path, limit_mib, budget, int(custom))))
     assert done.returncode == 0, done.stderr[-2000:]
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

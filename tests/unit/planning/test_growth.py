@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
 from rlsys.planning.memory import KERNEL_CACHES, LEARNER_KERNELS, MIB
-from tests.waiting import run
+from tests.forked import run_forked
 
-ROOT = Path(__file__).parents[3]
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -40,13 +37,9 @@ print(resident() - before)
 
 
 def growth(hidden_size: int, **environment: str) -> int:
-    """Bytes, in a fresh process: the caches read their sizes once."""
+    """Bytes, in a process that has not computed yet: the caches read their sizes at their first use."""
     free = {name: value for name, value in os.environ.items() if name not in KERNEL_CACHES}
-    done = run(
-        [sys.executable, "-c", SCRIPT, str(hidden_size)],
-        cwd=ROOT,
-        env={**free, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-    )
+    done = run_forked(SCRIPT, str(hidden_size), environment={**free, **environment})
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

@@ -21,15 +21,18 @@ from rlsys.math_grading import answers
 from rlsys.math_grading.extraction import extract, plain_number
 from rlsys.rewards.grader_pool import ERROR, RIGHT, TIMEOUT, WRONG, GraderPool, Grades, resolve
 from tests.unit.rewards import sample_graders
-from tests.waiting import FAR_S, slowdown, until, until_gone
+from tests.waiting import FAR_S, times, until, until_gone
 
-TIMEOUT_S = 3.0 * round(slowdown())  # a machine under load has to make a grade within it
+
+def timeout_s() -> float:
+    """A machine under load has to make a grade within it."""
+    return 3.0 * times()
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[GraderPool]:
     """One process that does what completions say; never stops a batch."""
-    pool = GraderPool(RewardSection(timeout_s=TIMEOUT_S, max_failed_share=1.0), sample_graders.obedient)
+    pool = GraderPool(RewardSection(timeout_s=timeout_s(), max_failed_share=1.0), sample_graders.obedient)
     yield pool
     pool.close()
 
@@ -60,7 +63,7 @@ def test_a_grader_without_end_is_killed_and_the_others_are_graded(pool: GraderPo
     assert grades.outcome.tolist() == [RIGHT, TIMEOUT, *[RIGHT] * 50, TIMEOUT, WRONG]
     assert grades.rewards[1] == 0
     assert grades.counts() == {"reward/wrong": 1, "reward/timeouts": 2, "reward/errors": 0}
-    assert f"timeout_s = {TIMEOUT_S:g} s" in grades.first_error
+    assert f"timeout_s = {timeout_s():g} s" in grades.first_error
 
 
 @pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_a_grader_that_fails_is_an_error_and_the_others_are_graded(pool: GraderP
 
 
 def test_what_is_right_and_what_a_failure_counts_as_are_the_jobs_to_say() -> None:
-    section = RewardSection(timeout_s=TIMEOUT_S, max_failed_share=1.0, solved_at=-1.5, failed_grade=-7)
+    section = RewardSection(timeout_s=timeout_s(), max_failed_share=1.0, solved_at=-1.5, failed_grade=-7)
     pool = GraderPool(section, sample_graders.numbers)
     try:
         grades = grade(pool, "-2", "-1.5", "3e9", "0.25", "nan", "1e39")
@@ -100,7 +103,7 @@ def test_what_is_right_and_what_a_failure_counts_as_are_the_jobs_to_say() -> Non
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e39"])
 def test_a_reward_that_is_no_finite_number_names_its_grader_and_its_problem(value: str) -> None:
     section = RewardSection(
-        timeout_s=TIMEOUT_S, max_failed_share=0.0, function="tests.unit.rewards.sample_graders:numbers"
+        timeout_s=timeout_s(), max_failed_share=0.0, function="tests.unit.rewards.sample_graders:numbers"
     )
     pool = GraderPool(section, sample_graders.obedient)
     try:
@@ -120,7 +123,7 @@ def test_a_reward_that_is_no_finite_number_names_its_grader_and_its_problem(valu
 
 
 def test_a_batch_in_which_most_graders_failed_stops_the_run() -> None:
-    pool = GraderPool(RewardSection(timeout_s=TIMEOUT_S, max_failed_share=0.5), sample_graders.obedient)
+    pool = GraderPool(RewardSection(timeout_s=timeout_s(), max_failed_share=0.5), sample_graders.obedient)
     try:
         assert grade(pool, "7", "raise").counts()["reward/errors"] == 1  # a half is not above a half
         with pytest.raises(GradingError) as caught:
@@ -134,18 +137,18 @@ def test_a_batch_in_which_most_graders_failed_stops_the_run() -> None:
 
 
 def test_a_lost_batch_is_not_waited_for() -> None:
-    pool = GraderPool(RewardSection(timeout_s=TIMEOUT_S, max_failed_share=0.01), sample_graders.obedient)
+    pool = GraderPool(RewardSection(timeout_s=timeout_s(), max_failed_share=0.01), sample_graders.obedient)
     try:
         before = time.monotonic()
         with pytest.raises(GradingError, match="2 of 100 grades failed"):
             grade(pool, *["sleep"] * 100)
-        assert time.monotonic() - before < 100 * TIMEOUT_S / 2
+        assert time.monotonic() - before < 100 * timeout_s() / 2
     finally:
         pool.close()
 
 
 def test_no_failure_is_allowed_at_share_zero() -> None:
-    pool = GraderPool(RewardSection(timeout_s=TIMEOUT_S, max_failed_share=0.0), sample_graders.obedient)
+    pool = GraderPool(RewardSection(timeout_s=timeout_s(), max_failed_share=0.0), sample_graders.obedient)
     try:
         with pytest.raises(GradingError, match="1 of 3 grades failed"):
             grade(pool, "7", "raise", "7")

@@ -13,9 +13,9 @@ import pytest
 
 from rlsys.errors import ConfigError
 from rlsys.sandbox.process_pool import Ending, Outcome, ProcessPool, Worker, pickled
-from tests.waiting import FAR_S, slowdown
+from tests.waiting import FAR_S, times
 
-TIMEOUT_S = 2.0 * round(slowdown())
+TIMEOUT_S = 2.0  # on a machine that does nothing else
 
 
 def obey(order: str) -> object:
@@ -46,7 +46,7 @@ def ended(pool: ProcessPool[int], order: str) -> Outcome[int]:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPool[int]]:
-    made = ProcessPool(Worker("counter", pickle.loads, pickle.dumps(obey), whole), 1, TIMEOUT_S, [__name__])
+    made = ProcessPool(Worker("counter", pickle.loads, pickle.dumps(obey), whole), 1, TIMEOUT_S * times(), [__name__])
     yield made
     made.close()
 
@@ -81,7 +81,7 @@ def test_a_restart_ends_the_processes_and_starts_others(pool: ProcessPool[int]) 
 
 
 def test_a_function_that_cannot_be_loaded_is_the_fault_of_every_call() -> None:
-    made = ProcessPool(Worker("counter", refuse, "dice", whole), 1, TIMEOUT_S, [__name__])
+    made = ProcessPool(Worker("counter", refuse, "dice", whole), 1, TIMEOUT_S * times(), [__name__])
     try:
         for _ in range(2):
             outcome = ended(made, "1")

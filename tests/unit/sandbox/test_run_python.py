@@ -18,7 +18,7 @@ from rlsys.errors import ConfigError
 from rlsys.sandbox import launcher
 from rlsys.sandbox.run_python import Sandbox
 from rlsys.tasks.python_tool import PythonTool
-from tests.waiting import slowdown, until
+from tests.waiting import times, until
 
 SANDBOX = Sandbox(seconds=10.0, cpu_s=2)
 
@@ -146,7 +146,7 @@ def test_the_wall_clock_ends_it_with_all_that_it_started() -> None:
         "print('here', flush=True)\n"
         "time.sleep(1e5)\n"
     )
-    before, seconds = sandboxed_processes(), 2.0 * round(slowdown())
+    before, seconds = sandboxed_processes(), 2.0 * times()
     written = Sandbox(seconds=seconds).run(code)
     assert written.startswith("here") and written.endswith(f"[stopped after {seconds:g} s]")
     assert set(sandboxed_processes()) <= set(before)

@@ -40,14 +40,14 @@ from rlsys.run_state.jsonl import (
 )
 from rlsys.tracking.tracker import Tracker
 from tests.unit.rollout_rows import in_tokens, rollout
-from tests.waiting import FAR_S, slowdown
+from tests.waiting import FAR_S, times
 
 DISABLED = TrackingSection(wandb="disabled")
 OFFLINE = TrackingSection(wandb="offline", tags=["tested"], log_adapter=True)
 CONFIG = {"run": {"name": "tracked"}, "rl": {"steps": 2}}
 ROW = rollout(0, "before", "1 + 1 =", " 3 <|end|> \ud83d é", "2", 0.0, None, 4, "length")
 FAKE_KEY = "0123456789" * 4
-CONNECT_TIMEOUT_S = 5.0 * round(slowdown())
+CONNECT_TIMEOUT_S = 5.0  # on a machine that does nothing else
 HELD_UP = 0.5  # of the connect timeout: a call as slow as this waited for wandb, not for a busy machine
 
 
@@ -473,19 +473,20 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tro
         netrc.write_text(f"machine 127.0.0.1:{refusing}\n  login user\n  password {FAKE_KEY}\n")
         netrc.chmod(0o600)
         key = {"WANDB_API_KEY": FAKE_KEY}
+        limit_s = CONNECT_TIMEOUT_S * times()
         children = {
-            "nobody listens": tracked(folder / "0", refusing, {"NETRC": str(netrc)}),
-            "never answers": tracked(folder / "1", mute, key),
+            "nobody listens": tracked(folder / "0", refusing, limit_s, {"NETRC": str(netrc)}),
+            "never answers": tracked(folder / "1", mute, limit_s, key),
             # without unshare the address is one that leads nowhere, which is nearly as good
-            "no network": tracked(folder / "2", 9, key, isolate if can_isolate else []),
+            "no network": tracked(folder / "2", 9, limit_s, key, isolate if can_isolate else []),
         }
         outputs = {name: child.communicate()[0] for name, child in children.items()}
     assert all(child.returncode == 0 for child in children.values()), outputs
-    found = {name: Troubled(folder / str(i), text, CONNECT_TIMEOUT_S) for i, (name, text) in enumerate(outputs.items())}
-    for limit_s in (CONNECT_TIMEOUT_S, 4 * CONNECT_TIMEOUT_S, 16 * CONNECT_TIMEOUT_S):  # it has to get online first
-        run_dir = folder / f"fading-{limit_s:.0f}"
-        child = tracked(run_dir, fading.server_port, key, limit_s=limit_s)
-        found["stops answering"] = Troubled(run_dir, child.communicate()[0], limit_s)
+    found = {name: Troubled(folder / str(i), text, limit_s) for i, (name, text) in enumerate(outputs.items())}
+    for longer_s in (limit_s, 4 * limit_s, 16 * limit_s):  # it has to get online first
+        run_dir = folder / f"fading-{longer_s:.0f}"
+        child = tracked(run_dir, fading.server_port, longer_s, key)
+        found["stops answering"] = Troubled(run_dir, child.communicate()[0], longer_s)
         assert child.returncode == 0, found["stops answering"]
         if "wandb: online" in found["stops answering"].output:
             break
@@ -494,7 +495,7 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tro
 
 
 def tracked(
-    run_dir: Path, port: int, extra: dict[str, str], isolate: Sequence[str] = (), limit_s: float = CONNECT_TIMEOUT_S
+    run_dir: Path, port: int, limit_s: float, extra: dict[str, str], isolate: Sequence[str] = ()
 ) -> subprocess.Popen[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     env |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "NETRC": str(run_dir / "none"), **extra}
