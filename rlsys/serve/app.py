@@ -58,6 +58,8 @@ def build_app(state: State, keys: Keys) -> ASGIApp:
 async def stop_work(state: State) -> None:
     """Refuse new work, let running work finish, then end all sessions. Can be called twice."""
     state.closing = True
+    for model in list(state.models.values()):
+        model.queue.abandon("the server is stopping")  # what they wait for is refused from now on
     deadline = asyncio.get_running_loop().time() + DRAIN_S
     while state.promises.unsettled and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(0.05)
