@@ -24,6 +24,7 @@ from actors.cluster.ray_cluster import cluster, refuse_other_builds, threads_env
 from actors.service.call_futures import future_of, together
 from actors.service.function_shipping import ship
 from actors.service.learner_service import ServiceLearner
+from actors.service.lease_renewal import LeaseRenewal
 from actors.service.placement import dtype_of, refuse_shortfall, sections
 from actors.service.sampler_service import ServiceSampler
 from rlsys.architectures.model_shape import max_positions, read_config
@@ -81,6 +82,8 @@ class RayBackend:
         return [*running, *idle]
 
     def close(self) -> None:
+        for deployment in self._joined.values():
+            deployment.close()
         for actors in self._started:
             _end(actors)
         self._started, self._joined = [], {}
@@ -185,15 +188,19 @@ class RayDeployment:
     ) -> None:
         self.about = about
         self._learner, self._samplers, self._model_id = learner, samplers, model_id
+        self._holder = uuid.uuid4().hex
+        self._lease = LeaseRenewal([learner, *samplers], self._holder)
         self._next = itertools.count()
         self._unneeded: deque[Callable[[], object]] = deque()
 
     def create_model(self, lora: LoraSection, seed: int, model_id: str | None = None) -> Future[ModelHandle]:
         model_id = model_id or self._model_id()
-        return future_of(self._learner.create_model.remote(model_id, lora, seed), f"learner: creating {model_id}")
+        return future_of(
+            self._learner.create_model.remote(model_id, lora, seed, self._holder), f"learner: creating {model_id}"
+        )
 
     def restore_model(self, path: str, optimizer: bool, model_id: str | None = None) -> Future[ModelHandle]:
-        call = self._learner.restore_model.remote(model_id or self._model_id(), path, optimizer)
+        call = self._learner.restore_model.remote(model_id or self._model_id(), path, optimizer, self._holder)
         return future_of(call, f"learner: restoring {path}")
 
     def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
@@ -235,7 +242,9 @@ class RayDeployment:
     def release(self, snapshot: SnapshotHandle) -> None:
         """Queue the release, and send it with the next call: the garbage collector calls this in any thread, at any
         time."""
-        self._unneeded.append(lambda: [sampler.release.remote(snapshot.key) for sampler in self._samplers])
+        self._unneeded.append(
+            lambda: [sampler.release.remote(snapshot.key, self._holder) for sampler in self._samplers]
+        )
 
     def drop_model(self, model_id: str, seq: int) -> None:
         """Queue the removal of a run, as `release` does; `seq` orders it among the run's calls."""
@@ -250,7 +259,10 @@ class RayDeployment:
             try:
                 handle = done.result()
                 calls = [
-                    future_of(sampler.register.remote(handle.key, handle.ref), f"sampler {i}: registering {handle.key}")
+                    future_of(
+                        sampler.register.remote(handle.key, handle.ref, self._holder),
+                        f"sampler {i}: registering {handle.key}",
+                    )
                     for i, sampler in enumerate(self._samplers)
                 ]
                 together(calls, registered, handle)
@@ -263,6 +275,10 @@ class RayDeployment:
     def _sampler(self) -> tuple[ActorHandle, str]:
         i = next(self._next) % len(self._samplers)
         return self._samplers[i], f"sampler {i}"
+
+    def close(self) -> None:
+        """Stop renewing: what this client holds is released after a while, unless its actors end now."""
+        self._lease.stop()
 
     def let_go(self) -> None:
         """Send the releases that are queued."""

@@ -16,6 +16,7 @@ from rlsys.client.requests import Drop, Request
 from rlsys.config import LoraSection
 from rlsys.errors import ConfigError
 from rlsys.service.call_order import CallOrder
+from rlsys.service.leases import HeldKeys, Leases
 from rlsys.utils import gpu_memory
 
 if TYPE_CHECKING:  # loaded with torch, in the actor
@@ -35,6 +36,7 @@ class ServiceLearner:
         self.turns: dict[str, CallOrder] = {}
         self.open_for_clients = asyncio.Event()
         self.started: TrainingHost | None = None
+        self.leases, self.held = Leases(), HeldKeys()
 
     @property
     def host(self) -> TrainingHost:
@@ -56,11 +58,19 @@ class ServiceLearner:
     async def probe(self) -> StartupProbe:
         return await self._run(self.host.probe)
 
-    async def create_model(self, model_id: str, lora: LoraSection, seed: int) -> ModelHandle:
-        return await self._made(model_id, self.host.create, lora, seed)
+    async def create_model(self, model_id: str, lora: LoraSection, seed: int, holder: str) -> ModelHandle:
+        return await self._made(model_id, holder, self.host.create, lora, seed)
 
-    async def restore_model(self, model_id: str, path: str, optimizer: bool) -> ModelHandle:
-        return await self._made(model_id, self.host.restore, path, optimizer)
+    async def restore_model(self, model_id: str, path: str, optimizer: bool, holder: str) -> ModelHandle:
+        return await self._made(model_id, holder, self.host.restore, path, optimizer)
+
+    async def renew(self, holder: str) -> None:
+        """`holder` is alive. Drop the runs of those that are not."""
+        self.leases.renew(holder)
+        for gone in self.leases.expired():
+            for model_id in self.held.release_all(gone):
+                if self.turns.pop(model_id, None) is not None:
+                    await self._run(self.host.drop, model_id)
 
     async def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Answer:
         if model_id not in self.turns:
@@ -72,6 +82,7 @@ class ServiceLearner:
         answer: Answer = await self.turns[model_id].run(seq, f"training client {model_id}: {request.op}", work)
         if isinstance(request, Drop):
             self.turns.pop(model_id, None)
+            self.held.forget(model_id)
         return answer
 
     async def stop(self) -> None:
@@ -80,8 +91,12 @@ class ServiceLearner:
     async def open(self, path: str) -> SnapshotHandle:
         return _in_object_store(await self._run(self.host.open, path))
 
-    async def _made(self, model_id: str, make: Callable[[str, *Args], ModelHandle], *args: *Args) -> ModelHandle:
+    async def _made(
+        self, model_id: str, holder: str, make: Callable[[str, *Args], ModelHandle], *args: *Args
+    ) -> ModelHandle:
         handle = await self._run(make, model_id, *args)
+        self.leases.renew(holder)
+        self.held.hold(model_id, holder)
         self.turns[model_id] = CallOrder(self.gap_timeout_s)
         return handle
 

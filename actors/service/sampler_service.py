@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from rlsys.client.backend import SampleAnswer
 from rlsys.client.config import SamplerSpec
 from rlsys.errors import SamplingError
 from rlsys.sampler.engine_start import prepare_environment
+from rlsys.service.leases import HeldKeys, Leases
 from rlsys.service.snapshot_cache import SnapshotCache
 from rlsys.types import Array, SamplingParams
 
@@ -28,7 +28,7 @@ class ServiceSampler:
     def __init__(self, spec: SamplerSpec, index: int) -> None:
         prepare_environment(spec.section, spec.device)
         self.host = start_host(f"sampler {index}", spec.device, SnapshotBody, spec, index)
-        self.clients_by_snapshot: Counter[str] = Counter()
+        self.leases, self.held = Leases(), HeldKeys()
         self.refs: dict[str, ray.ObjectRef[WeightUpdate]] = {}
         self.snapshot_cache = SnapshotCache(
             spec.section.max_live_adapters, self._load, self._unload, spec.room_timeout_s
@@ -43,17 +43,23 @@ class ServiceSampler:
     async def prove(self, probe: StartupProbe) -> None:
         await self.host.call("prove", probe)
 
-    async def register(self, key: str, ref: list[ray.ObjectRef[WeightUpdate]]) -> None:
-        """Count one more client that holds this snapshot. `ref` is wrapped in a list, so that Ray does not fetch the
-        snapshot yet."""
-        self.clients_by_snapshot[key] += 1
+    async def register(self, key: str, ref: list[ray.ObjectRef[WeightUpdate]], holder: str) -> None:
+        """Note one more client of `holder` that holds this snapshot. `ref` is wrapped in a list, so that Ray does not
+        fetch the snapshot yet."""
+        self.leases.renew(holder)
+        self.held.hold(key, holder)
         self.refs[key] = ref[0]
 
-    async def release(self, key: str) -> None:
-        self.clients_by_snapshot[key] -= 1
-        if self.clients_by_snapshot[key] <= 0:
-            del self.clients_by_snapshot[key], self.refs[key]
-            await self.snapshot_cache.unload_when_idle(key)
+    async def release(self, key: str, holder: str) -> None:
+        if self.held.release(key, holder):
+            await self._forget(key)
+
+    async def renew(self, holder: str) -> None:
+        """`holder` is alive. Release what those held that are not."""
+        self.leases.renew(holder)
+        for gone in self.leases.expired():
+            for key in self.held.release_all(gone):
+                await self._forget(key)
 
     async def sample(
         self, key: str | None, prompt: Array, n: int, params: SamplingParams, prompt_logprobs: bool, topk: int
@@ -74,6 +80,10 @@ class ServiceSampler:
 
     def _using(self, key: str | None) -> AbstractAsyncContextManager[object]:
         return AsyncExitStack() if key is None else self.snapshot_cache.using(key)
+
+    async def _forget(self, key: str) -> None:
+        del self.refs[key]
+        await self.snapshot_cache.unload_when_idle(key)
 
     async def _load(self, key: str) -> None:
         if key not in self.refs:
