@@ -73,7 +73,7 @@ class Http:
 
     async def result(self, promise: Mapping[str, Any], **more: Any) -> Any:
         """The promise's result, asked for again as long as it is not ready."""
-        for _ in range(50):
+        for _ in range(3):
             response = await self.send("POST", "retrieve_future", {"request_id": promise["request_id"]}, **more)
             if response.status_code != 408:
                 assert response.status_code == 200, response.text

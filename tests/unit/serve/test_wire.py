@@ -13,8 +13,9 @@ import pytest
 
 from rlsys import losses
 from rlsys.rollouts import LENGTH, STOP
-from rlsys.serve.errors import Refusal
+from rlsys.serve.errors import Refusal, public_text
 from rlsys.serve.wire import messages, passes
+from rlsys.serve.wire.json_body import load
 from rlsys.serve.wire.passes import OutputLayout
 from rlsys.serve.wire.proto_file import read_proto
 from rlsys.serve.wire.results import PassResult, SampleResult, laid_out
@@ -317,6 +318,39 @@ def test_a_sample_is_the_same_in_both_forms() -> None:
     }
     assert value["prompt_logprobs"] == [None, -0.5]
     assert value["topk_prompt_logprobs"][0] is None and [pair[0] for pair in value["topk_prompt_logprobs"][1]] == [7, 8]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"model_id": "a", "model_id": "b"}', "found the key 'model_id' twice in one object"),
+        (b'{"a": {"b": 1, "b": 1}}', "found the key 'b' twice"),
+        (b'{"a": NaN}', "found NaN, which is not JSON"),
+        (b'{"a": -Infinity}', "found -Infinity"),
+        (b"\xff{}", "no UTF-8 at 0"),
+        (b"", "found none"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"{", "no valid JSON"),
+    ],
+)
+def test_json_that_two_readers_could_take_differently_is_refused(body: bytes, message: str) -> None:
+    with pytest.raises(Refusal, match=message) as refused:
+        load(body)
+    assert refused.value.status == 400
+
+
+def test_a_server_folder_in_an_error_becomes_its_public_name_or_none() -> None:
+    names = {
+        "/data/models/m": "m",
+        "/data/ckpt/one/run/weights/a": "tinker://run/weights/a",
+        "/served/by/path": "/served/by/path",
+    }
+    text = (
+        "/data/ckpt/one/run/weights/a: of '/data/models/m' and /home/u/.cache/x.bin (see http://a/b/c), /served/by/path"
+    )
+    assert public_text(text, names) == (
+        "tinker://run/weights/a: of 'm' and (a folder of the server) (see http://a/b/c), /served/by/path"
+    )
 
 
 @pytest.mark.parametrize(
