@@ -84,8 +84,9 @@ def configure(folder: Path, base: str) -> Path:
 
 
 def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
-    """The server's command."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_AUTH_MODE": "disabled"}
+    """The server's command. It starts Ray for itself, whatever cluster the other tests share."""
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_AUTH_MODE": "disabled"}
     with log.open("wb") as file:
         command = [sys.executable, "-m", "rlsys", "serve", str(config)]
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=config.parent)
