@@ -33,18 +33,19 @@ LAST_POLLS_S = 0.5  # for clients that fetch their last results
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until a signal. Returns after running requests are done and the deployments started here have ended.
+    """Serve until a signal. Returns after running requests are done and the deployments started here have ended; after
+    SIGTERM before the server is up, once what had started has ended.
 
     Raises:
-        KeyboardInterrupt: the signal came before the server was up. What had started has ended.
+        KeyboardInterrupt: Ctrl-C before the server is up. What had started has ended.
     """
     console = Console(highlight=False, soft_wrap=True)
     keys = _keys(config)
-    with _listening(config.bind) as listener:
+    signal.signal(signal.SIGTERM, _terminate)
+    with contextlib.suppress(_TerminatedError), _listening(config.bind) as listener:
         console.print(f"starting {', '.join(config.models)} ...")
         store = CheckpointStore(Path(config.checkpoints).absolute())
-        cluster = RayBackend(config.service_config())
-        signal.signal(signal.SIGTERM, _interrupt)  # in place of Ray's handler, which ends the process at once
+        cluster = _connected(config)
         try:
             backend = DeploymentBackend(cluster, config)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -52,6 +53,25 @@ def serve(config: ServeConfig) -> None:
         finally:
             cluster.close()
     console.print("stopped")
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM before the server is up. Not an Exception: no handler of failures on the way takes it for one."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, lambda *_: None)  # a second one does not cut off the end of what had started
+    raise _TerminatedError
+
+
+def _connected(config: ServeConfig) -> RayBackend:
+    """Ray replaces the handler of SIGTERM: until ray.init returns, by one that ends Ray's processes and exits."""
+    try:
+        return RayBackend(config.service_config())
+    except SystemExit:
+        raise _TerminatedError from None
+    finally:
+        signal.signal(signal.SIGTERM, _terminate)
 
 
 async def _run(config: ServeConfig, keys: Keys, state: State, listener: socket.socket, console: Console) -> None:
@@ -96,10 +116,6 @@ async def _run(config: ServeConfig, keys: Keys, state: State, listener: socket.s
         await serving
     finally:
         status.cancel()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):
