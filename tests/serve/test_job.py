@@ -47,7 +47,7 @@ def test_steps_of_a_job_are_the_same_steps_through_the_server(server: Server, tm
     steps = [{"data": sent(batch(run, config, i)), "adam": adam(config, i)} for i in range(1, STEPS + 1)]
     told = {"seed": config.run.seed, "rank": config.lora.rank, "loss": config.rl.loss.name, "steps": steps}
     (tmp_path / "steps.json").write_text(json.dumps(told))
-    *rows, _ = said = seen(server, SDKS[-1], "job_steps", tmp_path, str(tmp_path / "steps.json"))
+    said = seen(server, SDKS[-1], "job_steps", tmp_path, str(tmp_path / "steps.json"))
     found = [line for line in said if line.get("saw") == "a step"]
     wanted = [row for row in read_metrics(run) if "loss/sum" in row]
     assert len(found) == len(wanted) == STEPS

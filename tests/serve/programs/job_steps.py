@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from tinker import types
 
@@ -18,7 +19,7 @@ from tests.serve.programs.sdk import datum, service, wait
 from tests.serve.programs.seen import MODEL, end, say, step
 
 
-def main(given: dict) -> None:
+def main(given: dict[str, Any]) -> None:
     trainer = wait(
         service().create_lora_training_client(
             base_model=MODEL, rank=given["rank"], seed=given["seed"], train_unembed=False
