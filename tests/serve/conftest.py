@@ -49,6 +49,7 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield Server(found, KEY, SK_KEY, base, ALIAS, process.pid, log)
         process.send_signal(signal.SIGTERM)
         assert waiting.exit_code(process, "the server") == 0, log.read_text()[-3000:]
+        assert "Traceback" not in log.read_text() and log.read_text().rstrip().endswith("stopped"), log.read_text()
     finally:
         members = waiting.family(process.pid) if process.poll() is None else []
         for each in members:
