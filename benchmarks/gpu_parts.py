@@ -73,7 +73,7 @@ class LearnerValues:
 
     device: str = "cpu"
     shard_base: bool = False
-    threads: int = 1
+    threads: int | None = None
     token_budget: int = 4096
     share_prompts: bool = True
     logprob_chunk_tokens: int = 1024
