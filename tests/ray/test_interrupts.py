@@ -34,7 +34,7 @@ def short_tmp() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     job: Callable[..., JobConfig], tmp_path: Path, short_tmp: Path, number: signal.Signals
 ) -> None:
@@ -70,15 +70,16 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     assert not list(short_tmp.iterdir()), "temporary files stay behind"
 
 
-def test_the_first_signal_asks_between_steps_and_the_second_raises() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_between_steps_and_the_second_raises(number: signal.Signals) -> None:
     notes: list[str] = []
     interrupts = Interrupts(notes.append)
     with interrupts.watched(), interrupts.between_steps() as should_stop:
         assert not should_stop()
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
         assert should_stop() and len(notes) == 1
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
 
 def test_where_there_is_no_step_to_finish_a_signal_raises_at_once() -> None:

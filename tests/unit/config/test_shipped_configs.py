@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from actors.cli import app
 from rlsys.architectures.model_shape import model_shape
 from rlsys.config import load_config
 from rlsys.planning.fit import Node
 from rlsys.planning.plan import plan
-from tests.waiting import run
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -106,13 +104,17 @@ def test_a_gpu_config_fits_with_room_to_spare_and_not_on_half_the_gpu(
 
 
 @pytest.mark.parametrize("path", ON_GPU, ids=lambda path: path.stem)
-def test_the_command_of_a_gpu_configs_header_finds_that_it_fits(path: Path) -> None:
+def test_the_command_of_a_gpu_configs_header_finds_that_it_fits(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (line,) = re.findall(r"rlsys (plan \S+(?: --[a-z-]+ \d+)+)", header(path))
     (node,) = nodes(header(path))
     assert f"configs/{path.name} --gpu-memory-gb {node.gpu_memory // GB} " in line  # type: ignore[operator]
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = run([sys.executable, "-m", "rlsys", *line.split()], cwd=ROOT, env={**kept, "HF_HUB_OFFLINE": "1"})
-    assert done.returncode == 0 and "the job fits" in done.stdout, done.stdout + done.stderr
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, said = app(line.split(), standalone_mode=False), capsys.readouterr().out
+    assert not code and "the job fits" in said, said
 
 
 def test_every_config_that_docs_name_is_there() -> None:
