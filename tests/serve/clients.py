@@ -18,6 +18,9 @@ ROOT = Path(__file__).parents[2]
 CLIENTS = ROOT / ".clients"
 VERSIONS = ("0.6.0", "0.15.0", "0.22.0", "0.24.1", "0.25.0", "0.28.1", "0.33.0", "0.36.0", "0.38.0")
 SDKS = tuple(f"tinker-{each}" for each in VERSIONS)
+# The first and the last, and the two after which the protocol changed most; `make soak` runs all.
+USUAL = ("tinker-0.6.0", "tinker-0.22.0", "tinker-0.24.1", "tinker-0.38.0")
+EACH_SDK = [pytest.param(each, marks=[] if each in USUAL else pytest.mark.soak) for each in SDKS]
 MINT, COOKBOOK = "mint-0.2.0", "cookbook-0.6.1"
 NOWHERE = "http://127.0.0.1:9"  # a proxy that is not there: nothing of a client reaches another host
 

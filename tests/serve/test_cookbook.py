@@ -18,6 +18,11 @@ SMALL = {"lora_rank": 8, "max_tokens": 10, "group_size": 8}
 ARITHMETIC: dict[str, Any] = {**SMALL, "groups_per_batch": 4, "renderer_name": "role_colon", "learning_rate": 1e-2}
 
 
+def soak(*losses: str) -> list[Any]:
+    """Losses whose values test_sdk.py compares with their formulas in each run of the tests."""
+    return [pytest.param(each, marks=pytest.mark.soak) for each in losses]
+
+
 @pytest.fixture
 def folder(server: Server, tmp_path: Path) -> Path:
     prepare(tmp_path, server.model, server.alias)
@@ -53,7 +58,7 @@ def agrees(found: list[dict[str, Any]], steps: int) -> None:
     assert max(map(abs, gaps)) < AGREE, gaps
 
 
-@pytest.mark.parametrize("loss", ["importance_sampling", "cispo", "gspo"])
+@pytest.mark.parametrize("loss", ["importance_sampling", *soak("cispo", "gspo")])
 def test_rl_loop_finds_the_answer_that_is_rewarded(loss: str, server: Server, folder: Path) -> None:
     steps = 10 if loss == "importance_sampling" else 2
     found = recipe(
@@ -91,8 +96,9 @@ def test_sl_loop_resumes_where_it_was_stopped_with_the_state_it_had(server: Serv
     assert again[3] < losses[0]
 
 
-@pytest.mark.parametrize("loss", ["importance_sampling", "ppo", "cispo", "dro"])
+@pytest.mark.parametrize("loss", ["ppo", *soak("importance_sampling", "cispo", "dro")])
 def test_math_rl_in_turns(loss: str, server: Server, folder: Path) -> None:
+    steps = 5 if loss == "ppo" else 2
     found = recipe(
         server,
         folder,
@@ -101,21 +107,18 @@ def test_math_rl_in_turns(loss: str, server: Server, folder: Path) -> None:
         **ARITHMETIC,
         model_name=server.model,
         loss_fn=loss,
-        max_steps=8 if loss == "ppo" else 2,
+        max_steps=steps,
         save_every=2,
-        num_substeps=2,
         compute_post_kl=True,
         behavior_if_log_dir_exists="delete",
     )
+    agrees(found, steps)
     if loss == "ppo":
-        agrees(found, 8)
         formed = values(found, "env/all/format")
-        assert sum(formed[-2:]) > sum(formed[:2]), formed
-    else:
-        agrees(found, 2)
+        assert sum(formed[-2:]) / 2 > formed[0] + 0.2, formed
 
 
-def test_math_rl_off_policy_samples_while_it_trains(server: Server, folder: Path) -> None:
+def test_math_rl_off_policy_samples_while_it_trains_in_substeps(server: Server, folder: Path) -> None:
     found = recipe(
         server,
         folder,
@@ -126,11 +129,13 @@ def test_math_rl_off_policy_samples_while_it_trains(server: Server, folder: Path
         loss_fn="ppo",
         max_steps=4,
         max_steps_off_policy=1,
+        num_substeps=2,
         save_every=2,
         behavior_if_log_dir_exists="delete",
     )
-    assert len(values(found, "optim/kl_sample_train_v1")) == 4
-    assert max(map(abs, values(found, "optim/kl_sample_train_v1"))) < 1.0  # of a policy that is a step older
+    gaps = values(found, "optim/kl_sample_train_v2")
+    assert len(gaps) == 4
+    assert AGREE < max(gaps) < 2.0, gaps  # of policies that are at most three updates older
 
 
 def test_math_rl_trains_on_minibatches_as_they_come(server: Server, folder: Path) -> None:

@@ -99,7 +99,8 @@ def refusals(client: Any, trainer: Any) -> None:
         ["rank"],
         lambda: wait(client.create_lora_training_client(base_model=MODEL, rank=100_000)),
     )
-    refused("an unknown loss", ["no_such_loss"], lambda: wait(trainer.forward_backward(BATCH, "no_such_loss")))
+    if VERSION >= (0, 18):  # older ones refuse it themselves, and leave out the number of the call
+        refused("an unknown loss", ["no_such_loss"], lambda: wait(trainer.forward_backward(BATCH, "no_such_loss")))
     refused(
         "targets of another length",
         ["target_tokens"],
