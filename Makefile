@@ -20,10 +20,10 @@ ON_cuda := model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sample
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 
-# Unit tests share nothing. Four processes on two cores, since tests also wait; worksteal keeps the tests of a module, and
-# what they share, in one process while others have work. The other tests share one cluster and a few engines. With
-# vLLM's CUDA build, tests that start an engine on the CPU are skipped by name; without a GPU, so are the tests marked gpu.
-UNIT = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 4 --dist worksteal --durations 20
+# Unit tests share nothing. Four processes on two cores, since tests also wait; loadfile keeps the tests of a file, and what
+# they share, in one process. The other tests share one cluster and a few engines. With vLLM's CUDA build, tests that start
+# an engine on the CPU are skipped by name; without a GPU, so are the tests marked gpu.
+UNIT = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 4 --dist loadfile --durations 20
 test: $(READY) check
 	$(UNIT)
 	$(BIN)/python -m pytest tests --ignore tests/unit --durations 20
