@@ -377,3 +377,22 @@ def test_train_unembed_is_off_where_samplers_cannot_serve_it_and_the_client_is_t
             backend._bases["tiny"] = base
 
     asyncio.run(main())
+
+
+def test_at_a_limit_a_session_that_is_no_longer_heard_of_makes_room(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store, Limits(models=1, sessions=2)) as http:
+            gone, here = await http.session(), await http.session()
+            model = await http.model(gone)
+            create = {"session_id": here, "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 4}}
+            await http.refused("create_model", create)
+            http.state.sessions[gone].seen = time.monotonic() - 121
+            await http.model(here)
+            assert model not in http.state.models and http.state.sessions[here].ended is None
+            http.state.sessions[here].seen = time.monotonic() - 121
+            assert {await http.session(), await http.session()} <= http.state.sessions.keys()
+            assert http.state.sessions[here].ended is not None
+
+    asyncio.run(main())
