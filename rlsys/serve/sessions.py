@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from typing import Any
@@ -14,6 +15,9 @@ from rlsys.serve.state import Model, Sampler, Session, State, now
 from rlsys.serve.wire.requests import CreateSession
 
 ENDED_KEPT_S = 3600.0  # an ended session is listed, and its late requests are told why, for this long
+# Tinker's SDKs up to 0.15 send a call once the one before is answered or given up, so a gap stays one. They leave a
+# number out when they refuse a call themselves, such as one with an unknown loss.
+LAST_IN_ORDER, IN_ORDER_GAP_S = 15, 5.0
 UNHEARD_S = 120.0  # clients beat every 10 s, and warn after this long without an answer
 
 
@@ -117,8 +121,10 @@ def make_room(state: State, tenant: str) -> None:
     release_sampler(state, oldest, f"it was the oldest idle of limits.samplers = {state.limits.samplers} samplers")
 
 
-def new_queue(state: State) -> ModelQueue:
-    return ModelQueue(state.limits.gap_s)
+def new_queue(state: State, session: Session) -> ModelQueue:
+    version = re.match(r"0\.(\d{1,4})\.", session.sdk_version, re.ASCII)
+    in_order = version is not None and int(version[1]) <= LAST_IN_ORDER
+    return ModelQueue(min(state.limits.gap_s, IN_ORDER_GAP_S) if in_order else state.limits.gap_s)
 
 
 def sweep(state: State) -> None:

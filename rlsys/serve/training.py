@@ -276,7 +276,7 @@ def _new_model(state: State, session: Session, number: int, base_model: str) -> 
         )
     model_id = f"{session.id}:train:{number}"
     created = sessions.promise_of(state, session, model_id)
-    model = Model(model_id, session, state.base(base_model), base_model, created, sessions.new_queue(state))
+    model = Model(model_id, session, state.base(base_model), base_model, created, sessions.new_queue(state, session))
     session.models[number] = model
     state.models[model_id] = model
     return model

@@ -396,3 +396,23 @@ def test_at_a_limit_a_session_that_is_no_longer_heard_of_makes_room(
             assert http.state.sessions[here].ended is not None
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("version", "closed"), [("0.6.0", True), ("0.15.0", True), ("0.22.0", False), ("0", False)])
+def test_a_number_that_a_client_in_order_left_out_closes_within_seconds(
+    version: str, closed: bool, backend: LearnerBackend, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "IN_ORDER_GAP_S", 0.05)
+
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            session = (await http.post("create_session", {"sdk_version": version}))["session_id"]
+            model = await http.model(session)
+            behind = await http.optim_step(model, 2)
+            await asyncio.sleep(0.1)
+            sessions.sweep(http.state)
+            assert http.state.models[model].queue.waiting == (not closed)
+            if closed:
+                assert "call 1 of this model never arrived" in (await http.result(behind))["error"]
+
+    asyncio.run(main())
