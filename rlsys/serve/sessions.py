@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from typing import Any
@@ -14,11 +15,17 @@ from rlsys.serve.state import Model, Sampler, Session, State, now
 from rlsys.serve.wire.requests import CreateSession
 
 ENDED_KEPT_S = 3600.0  # an ended session is listed, and its late requests are told why, for this long
+# Tinker's SDKs up to 0.15 send a call once the one before is answered or given up, so a gap stays one. They leave a
+# number out when they refuse a call themselves, such as one with an unknown loss.
+LAST_IN_ORDER, IN_ORDER_GAP_S = 15, 5.0
+UNHEARD_S = 120.0  # clients beat every 10 s, and warn after this long without an answer
 
 
 def create_session(state: State, tenant: str, body: CreateSession) -> Session:
     refuse_large("user_metadata", body.user_metadata, state.limits.metadata_bytes)
-    alive = sum(each.tenant == tenant and each.ended is None for each in state.sessions.values())
+    if _alive(state, tenant) >= state.limits.sessions:
+        end_unheard(state, tenant)
+    alive = _alive(state, tenant)
     if alive >= state.limits.sessions:
         raise bad_request(
             f"sessions: found {alive} that are open; wanted at most limits.sessions = {state.limits.sessions}"
@@ -35,6 +42,18 @@ def create_session(state: State, tenant: str, body: CreateSession) -> Session:
     )
     state.sessions[session.id] = session
     return session
+
+
+def _alive(state: State, tenant: str) -> int:
+    return sum(each.tenant == tenant and each.ended is None for each in state.sessions.values())
+
+
+def end_unheard(state: State, tenant: str) -> None:
+    """End sessions whose client has stopped without a word, as those before SDK 0.28 do, when a limit is reached."""
+    at = time.monotonic()
+    for session in list(state.sessions.values()):
+        if session.tenant == tenant and session.ended is None and at - session.seen > UNHEARD_S:
+            finish(state, session, f"no request for {UNHEARD_S:g} s, and a limit of its tenant was reached")
 
 
 def heartbeat(state: State, tenant: str, session_id: str) -> None:
@@ -102,8 +121,10 @@ def make_room(state: State, tenant: str) -> None:
     release_sampler(state, oldest, f"it was the oldest idle of limits.samplers = {state.limits.samplers} samplers")
 
 
-def new_queue(state: State) -> ModelQueue:
-    return ModelQueue(state.limits.gap_s)
+def new_queue(state: State, session: Session) -> ModelQueue:
+    version = re.match(r"0\.(\d{1,4})\.", session.sdk_version, re.ASCII)
+    in_order = version is not None and int(version[1]) <= LAST_IN_ORDER
+    return ModelQueue(min(state.limits.gap_s, IN_ORDER_GAP_S) if in_order else state.limits.gap_s)
 
 
 def sweep(state: State) -> None:

@@ -261,8 +261,14 @@ def _waiting_for(state: State, model: Model, seq: int) -> str | None:
     return f"{others} other models share this learner" if others else None
 
 
+def _models_of(state: State, tenant: str) -> int:
+    return sum(each.session.tenant == tenant for each in state.models.values())
+
+
 def _new_model(state: State, session: Session, number: int, base_model: str) -> Model:
-    mine = sum(each.session.tenant == session.tenant for each in state.models.values())
+    if _models_of(state, session.tenant) >= state.limits.models:
+        sessions.end_unheard(state, session.tenant)
+    mine = _models_of(state, session.tenant)
     if mine >= state.limits.models:
         raise bad_request(
             f"models: found {mine} that are open; wanted at most limits.models = {state.limits.models}: end a session "
@@ -270,7 +276,7 @@ def _new_model(state: State, session: Session, number: int, base_model: str) -> 
         )
     model_id = f"{session.id}:train:{number}"
     created = sessions.promise_of(state, session, model_id)
-    model = Model(model_id, session, state.base(base_model), base_model, created, sessions.new_queue(state))
+    model = Model(model_id, session, state.base(base_model), base_model, created, sessions.new_queue(state, session))
     session.models[number] = model
     state.models[model_id] = model
     return model

@@ -75,6 +75,7 @@ def configure(folder: Path, base: str) -> Path:
         "bind": {"port": 0},
         "keys": str(keys),
         "checkpoints": str(folder / "checkpoints"),
+        "limits": {"models": 256},  # clients before 0.28 do not say when they end
         "deployment": {
             "cluster": {"num_cpus": 2, "object_store_gb": 0.3},
             "learner": learner,

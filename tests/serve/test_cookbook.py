@@ -13,7 +13,7 @@ from tests.serve.clients import COOKBOOK, Server
 from tests.serve.offline import prepare
 
 # The learner's log-probabilities against those of the sampler that drew the tokens.
-AGREE = 1e-3
+AGREE = 1e-4
 SMALL = {"lora_rank": 8, "max_tokens": 10, "group_size": 8}
 ARITHMETIC: dict[str, Any] = {**SMALL, "groups_per_batch": 4, "renderer_name": "role_colon", "learning_rate": 1e-2}
 
@@ -60,7 +60,6 @@ def agrees(found: list[dict[str, Any]], steps: int) -> None:
 
 @pytest.mark.parametrize("loss", ["importance_sampling", *soak("cispo", "gspo")])
 def test_rl_loop_finds_the_answer_that_is_rewarded(loss: str, server: Server, folder: Path) -> None:
-    steps = 10 if loss == "importance_sampling" else 2
     found = recipe(
         server,
         folder,
@@ -72,12 +71,11 @@ def test_rl_loop_finds_the_answer_that_is_rewarded(loss: str, server: Server, fo
         learning_rate=1e-2,
         loss_fn=loss,
         save_every=0,
-        max_steps=steps,
+        max_steps=6,
     )
     rewards = values(found, "reward/total")
-    assert len(rewards) == steps
-    if loss == "importance_sampling":
-        assert sum(rewards[-3:]) / 3 > sum(rewards[:2]) / 2 + 0.2, rewards
+    assert len(rewards) == 6
+    assert sum(rewards[-2:]) / 2 > rewards[0] + 0.2, rewards
 
 
 def test_sl_loop_resumes_where_it_was_stopped_with_the_state_it_had(server: Server, folder: Path) -> None:
@@ -124,7 +122,7 @@ def test_math_rl_off_policy_samples_while_it_trains_in_substeps(server: Server, 
         folder,
         "recipes.math_rl.train",
         "async",
-        **ARITHMETIC,
+        **ARITHMETIC | {"learning_rate": 2e-3},
         model_name=server.model,
         loss_fn="ppo",
         max_steps=4,
@@ -135,7 +133,7 @@ def test_math_rl_off_policy_samples_while_it_trains_in_substeps(server: Server, 
     )
     gaps = values(found, "optim/kl_sample_train_v2")
     assert len(gaps) == 4
-    assert AGREE < max(gaps) < 2.0, gaps  # of policies that are at most three updates older
+    assert 1e-6 < max(gaps) < 0.5, gaps  # of policies that are at most three updates older; on policy it is 1e-9
 
 
 def test_math_rl_trains_on_minibatches_as_they_come(server: Server, folder: Path) -> None:
@@ -174,7 +172,8 @@ def test_rl_train_takes_a_penalty_against_a_reference(server: Server, folder: Pa
     found = rows(server, folder, ["-m", "tests.serve.programs.cookbook_rl", json.dumps(settings)], log)
     agrees(found, 3)
     apart = values(found, "kl_policy_base")
-    assert len(apart) == 3 and abs(apart[0]) < AGREE < abs(apart[-1]), apart  # a fresh adapter is the base
+    assert len(apart) == 3 and abs(apart[0]) < AGREE, apart  # a fresh adapter is the base
+    assert max(map(abs, apart[1:])) > 1e-3, apart
 
 
 def test_dpo_prefers_what_was_chosen(server: Server, folder: Path) -> None:

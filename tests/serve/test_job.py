@@ -35,6 +35,7 @@ sampler: {{num_cpus: 0.5, max_num_seqs: 16, max_num_batched_tokens: 512, kv_cach
 rewards: {{function: "tests.ray.graders:variety"}}
 rl:
   {{steps: {STEPS}, problems_per_step: 4, samples_per_problem: 4, sampling: {{max_tokens: 12}}, loss: {{name: ppo}},
+    advantages: {{baseline: none}},
     optim: {{learning_rate: 1.0e-2, warmup_steps: 2, eps: 1.0e-8}}}}
 eval: {{every_steps: 0, max_tokens: 12}}
 tracking: {{rollout_steps: {STEPS}}}
@@ -52,10 +53,10 @@ def test_steps_of_a_job_are_the_same_steps_through_the_server(server: Server, tm
     wanted = [row for row in read_metrics(run) if "loss/sum" in row]
     assert len(found) == len(wanted) == STEPS
     for one, other in zip(found, wanted, strict=True):
-        assert one["loss"] == pytest.approx(other["loss/sum"], rel=1e-5, abs=1e-5)
-        assert one["grad_norm"] == pytest.approx(other["policy/grad_norm"], rel=1e-4)
+        assert one["loss"] == pytest.approx(other["loss/sum"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["policy/grad_norm"], rel=1e-5)
     (path,) = (line["path"] for line in said if line.get("saw") == "the adapter")
-    assert apart(load_file(run / "adapter" / ADAPTER), load_file(folder_of(server, path) / ADAPTER)) < 1e-3
+    assert apart(load_file(run / "adapter" / ADAPTER), load_file(folder_of(server, path) / ADAPTER)) < 1e-4
 
 
 ADAPTER = "adapter_model.safetensors"

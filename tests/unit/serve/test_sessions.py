@@ -377,3 +377,42 @@ def test_train_unembed_is_off_where_samplers_cannot_serve_it_and_the_client_is_t
             backend._bases["tiny"] = base
 
     asyncio.run(main())
+
+
+def test_at_a_limit_a_session_that_is_no_longer_heard_of_makes_room(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store, Limits(models=1, sessions=2)) as http:
+            gone, here = await http.session(), await http.session()
+            model = await http.model(gone)
+            create = {"session_id": here, "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 4}}
+            await http.refused("create_model", create)
+            http.state.sessions[gone].seen = time.monotonic() - 121
+            await http.model(here)
+            assert model not in http.state.models and http.state.sessions[here].ended is None
+            http.state.sessions[here].seen = time.monotonic() - 121
+            assert {await http.session(), await http.session()} <= http.state.sessions.keys()
+            assert http.state.sessions[here].ended is not None
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("version", "closed"), [("0.6.0", True), ("0.15.0", True), ("0.22.0", False), ("0", False)])
+def test_a_number_that_a_client_in_order_left_out_closes_within_seconds(
+    version: str, closed: bool, backend: LearnerBackend, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "IN_ORDER_GAP_S", 0.05)
+
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            session = (await http.post("create_session", {"sdk_version": version}))["session_id"]
+            model = await http.model(session)
+            behind = await http.optim_step(model, 2)
+            await asyncio.sleep(0.1)
+            sessions.sweep(http.state)
+            assert http.state.models[model].queue.waiting == (not closed)
+            if closed:
+                assert "call 1 of this model never arrived" in (await http.result(behind))["error"]
+
+    asyncio.run(main())
