@@ -12,6 +12,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,11 @@ class Client:
             return answer.status, await answer.read()
 
 
+async def all_at_once(clients: Sequence[Client], prompts: Sequence[list[int]]) -> list[tuple[str, float, int]]:
+    """The clients share the prompts."""
+    return await asyncio.gather(*(clients[i % len(clients)].sample(each) for i, each in enumerate(prompts)))
+
+
 async def work(url: str, key: str, model: str, count: int, requests: int) -> None:
     headers = {"X-API-Key": key, "Content-Type": JSON, "Accept": f"{PROTOBUF}, {JSON}"}
     limits = aiohttp.ClientTimeout(total=calls.LIMIT_S)
@@ -91,11 +97,12 @@ async def work(url: str, key: str, model: str, count: int, requests: int) -> Non
     try:
         for client in clients:
             await client.open(model)
+        await all_at_once(clients, prompts[: calls.FIRST_REQUESTS])
         turn.over()
         while True:
             turn.wait()
             began, cpu = time.perf_counter(), time.process_time()
-            answers = await asyncio.gather(*(clients[i % count].sample(each) for i, each in enumerate(prompts)))
+            answers = await all_at_once(clients, prompts)
             seconds = time.perf_counter() - began
             waits = np.array([wait for _, wait, _ in answers])
             turn.over(

@@ -12,6 +12,7 @@ import http.client
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -24,7 +25,7 @@ from benchmarks.sides import Side
 from rlsys import types
 
 HTTP, DIRECT = "HTTP", "deployment"
-REQUESTS, CLIENTS, WARMUPS = 2000, 20, 1
+REQUESTS, CLIENTS = 2000, 20
 HEALTH_EVERY_S, HEALTH_P99_S = 0.05, 2.0
 SWEEP_S = 2.0  # how often the server forgets results, and a margin
 MIB = 2**20
@@ -40,10 +41,13 @@ def load(server: Served, repeats: int) -> list[Row]:
     clients.ready()
     memory, healthz, server_cpu_s = [process.memory_full_info().uss / MIB], list[list[float]](), list[float]()
 
+    def ask(some: Sequence[types.ModelInput]) -> int:
+        answers = [sampler.sample(prompt, 1, params) for prompt in some]
+        return sum(len(answer.result(calls.LIMIT_S).sequences[0].tokens) for answer in answers)
+
     def direct() -> float:
         began = time.perf_counter()
-        answers = [sampler.sample(prompt, 1, params) for prompt in prompts]
-        tokens = sum(len(answer.result(calls.LIMIT_S).sequences[0].tokens) for answer in answers)
+        tokens = ask(prompts)
         taken = time.perf_counter() - began
         refuse_losses(tokens)
         return REQUESTS / taken
@@ -62,10 +66,11 @@ def load(server: Served, repeats: int) -> list[Row]:
         memory.append(process.memory_full_info().uss / MIB)
         return REQUESTS / taken
 
-    found = by_turns({DIRECT: direct, HTTP: through_http}, repeats, WARMUPS)
+    ask(prompts[: calls.FIRST_REQUESTS])  # the clients began with as many
+    found = by_turns({DIRECT: direct, HTTP: through_http}, repeats, warmups=0)
     clients.close()
-    turns = clients.turns[WARMUPS:]
-    p99 = [float(np.quantile(seconds, 0.99)) for seconds in healthz[WARMUPS:]]
+    turns = clients.turns
+    p99 = [float(np.quantile(seconds, 0.99)) for seconds in healthz]
     equal = server.about | {
         "requests": REQUESTS,
         "clients": CLIENTS,
@@ -76,7 +81,7 @@ def load(server: Served, repeats: int) -> list[Row]:
         "wait_p50_s": spread([turn["wait_p50_s"] for turn in turns]),
         "wait_p99_s": spread([turn["wait_p99_s"] for turn in turns]),
         "answered 429 and asked again": turns[-1]["refused"],
-        "server_cpu_s": spread(server_cpu_s[WARMUPS:]),
+        "server_cpu_s": spread(server_cpu_s),
         "clients_cpu_s": spread([turn["client_cpu_s"] for turn in turns]),
         "server's USS in MiB at first and after each round": [round(each, 1) for each in memory],
     }
