@@ -61,8 +61,7 @@ def cost(threshold: int, updates: int, threads: int, dtype: str) -> Cost:
     from rlsys.planning import memory
 
     if threshold:
-        memory.MMAP_THRESHOLD = threshold * MIB
-        memory.bound_growth(memory.SMALL_HIDDEN)
+        memory.bound_growth(memory.SMALL_HIDDEN, threshold * MIB)
 
     import numpy as np
 

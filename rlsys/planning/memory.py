@@ -31,9 +31,11 @@ ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM o
 # Below a threshold glibc allocates blocks from a heap, which fragments; above it with mmap, whose pages are returned
 # when a block is freed. glibc raises the threshold by itself, up to 32 MiB. With that a learner of 54M parameters grew
 # to 2933 MiB; with a threshold of 4 MiB to 1834, and with 1 MiB to 1509, the size of its live tensors. mmap costs page
-# faults: updates of a 0.4M model took 12 to 24 % longer with 4 MiB. So small models keep glibc's threshold; in larger
-# models the time of the matrix products dominates.
-MMAP_THRESHOLD, SMALL_HIDDEN = MIB, 256
+# faults: updates of a 0.4M model took 12 to 24 % longer with 4 MiB, so small models keep glibc's threshold. An update
+# of SmolLM2-135M takes 19.1 s of CPU time with 1 MiB and 15.8 with 8, at a peak of 2652 and 3173 MiB
+# (`python -m benchmarks.heap`, docs/performance.md): learners take 8, and engines, which allocate little in a decoding
+# step, take 1.
+MMAP_THRESHOLD, ENGINE_MMAP_THRESHOLD, SMALL_HIDDEN = 8 * MIB, MIB, 256
 M_MMAP_THRESHOLD = -3  # malloc.h
 # oneDNN caches one kernel per shape of matrix product, up to 1,024 kernels of about 0.5 MiB, and torch caches the
 # objects that call them. Each new number of rows needs new kernels, and the steps of an engine and the micro-batches
@@ -206,12 +208,12 @@ def working(config: JobConfig, dims: ModelShape, tokens: int) -> int:
 
 
 def mmap_threshold(hidden_size: int) -> float:
-    """Block size in bytes from which a process allocates with mmap; infinite for small models, which keep glibc's
+    """Block size in bytes from which a learner allocates with mmap; infinite for small models, which keep glibc's
     threshold."""
     return math.inf if hidden_size < SMALL_HIDDEN else MMAP_THRESHOLD
 
 
-def bound_growth(hidden_size: int) -> None:
+def bound_growth(hidden_size: int, threshold: int = MMAP_THRESHOLD) -> None:
     """Set this process's mmap threshold and kernel caches as the predictions assume, so that it does not grow over a
     run. Call before the first matrix product. Keeps caches that the user has set, and does nothing to C libraries other
     than glibc."""
@@ -219,7 +221,7 @@ def bound_growth(hidden_size: int) -> None:
         for name in KERNEL_CACHES:
             set_default(name, str(KEPT_KERNELS))
         with contextlib.suppress(AttributeError):
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold)
 
 
 def kv_bytes_per_token(config: JobConfig, dims: ModelShape) -> int:

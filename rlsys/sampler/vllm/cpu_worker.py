@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from rlsys.planning.memory import bound_growth
+from rlsys.planning.memory import ENGINE_MMAP_THRESHOLD, bound_growth
 from rlsys.sampler.vllm.batch_invariance import batch_invariant_matmul
 from rlsys.sampler.vllm.cpu_lora import SegmentedPunica
 from rlsys.sampler.vllm.parent_process import die_with_parent
@@ -31,7 +31,7 @@ class CpuWorker(CPUWorker):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        bound_growth(self.model_config.get_hidden_size())  # before the weights come
+        bound_growth(self.model_config.get_hidden_size(), ENGINE_MMAP_THRESHOLD)  # before the weights come
         die_with_parent()
 
     def init_device(self) -> None:
