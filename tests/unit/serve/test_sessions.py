@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -340,7 +341,7 @@ def test_an_unexpected_error_gives_a_reference_and_not_its_text(
 
     text = asyncio.run(main())
     assert "does not exist" in text or "reference" in text
-    assert "Traceback" not in text and "/work" not in text and ".py" not in text
+    assert "Traceback" not in text and str(Path(__file__).parents[3]) not in text and ".py" not in text
 
 
 def test_the_start_of_a_client(backend: LearnerBackend, store: CheckpointStore) -> None:
