@@ -140,7 +140,7 @@ def _show_start(config: ServeConfig, state: State, listener: socket.socket, cons
     console.print(f"rlsys serve: {url}")
     for base in state.backend.bases.values():
         names = ", ".join((base.name, *base.aliases))
-        console.print(f"  {names}: context {base.max_length} tokens, LoRA rank up to {base.max_lora_rank}")
+        console.print(f"  {names}: context {base.about.max_length} tokens, LoRA rank up to {base.about.max_lora_rank}")
     console.print(f"  checkpoints: {state.store.root}")
     console.print("for clients:")
     console.print(f"  export TINKER_BASE_URL={url}")

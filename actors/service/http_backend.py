@@ -30,20 +30,8 @@ class DeploymentBackend:
         self._bases: dict[str, Base] = {}
         for name, model in config.models.items():
             deployment = cluster.deployment(as_written(model.path))
-            about = deployment.about
             self._deployments[name] = deployment
-            self._bases[name] = Base(
-                name=name,
-                aliases=tuple(model.aliases),
-                tokenizer=model.tokenizer,
-                folder=about.folder,
-                arch=about.arch,
-                vocab_size=about.vocab_size,
-                max_length=about.max_length,
-                max_lora_rank=about.max_lora_rank,
-                lora_alpha=about.lora_alpha,
-                serves_unembed=about.serves_unembed,
-            )
+            self._bases[name] = Base(name, tuple(model.aliases), model.tokenizer, deployment.about)
 
     @property
     def bases(self) -> Mapping[str, Base]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rlsys.client.backend import Answer, SampleAnswer, SnapshotHandle
+from rlsys.client.backend import About, Answer, SampleAnswer, SnapshotHandle
 from rlsys.client.requests import Request
 from rlsys.config import LoraSection
 from rlsys.types import Array, SamplingParams
@@ -24,13 +24,7 @@ class Base:
     name: str
     aliases: tuple[str, ...]
     tokenizer: str | None  # hub name that clients load instead of the model's name
-    folder: str  # of the learner's node; never shown to clients
-    arch: str
-    vocab_size: int
-    max_length: int  # tokens of prompt + completion
-    max_lora_rank: int
-    lora_alpha: float
-    serves_unembed: bool
+    about: About  # its folder is never shown to clients
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,9 +37,35 @@ class Promise:
 class Promises(Protocol):
     """Store of promises."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all results that are kept."""
+
+    @property
+    def unsettled(self) -> int:
+        """Number of promises without a result."""
+
     def new(self, tenant: str, session_id: str, model_id: str | None = None) -> Promise: ...
-    def settle(self, promise: Promise, result: Result) -> None: ...
-    def get(self, request_id: str, tenant: str) -> Promise: ...
+
+    def settle(self, promise: Promise, result: Result) -> None:
+        """Set the result. A promise that has one keeps it."""
+
+    def get(self, request_id: str, tenant: str) -> Promise:
+        """
+        Raises:
+            Refusal: 400: no id of a promise; 410: not known (any more), or another tenant's.
+        """
+
+    def known(self, request_id: str, tenant: str, session_id: str, model_id: str | None) -> Promise:
+        """The promise of an earlier request; a stand-in with its id, which gives 410, if its result is not kept."""
+
+    async def wait(self, promise: Promise, limit_s: float) -> Result | None:
+        """The result once there is one; None after `limit_s`."""
+
+    def expire(self) -> int:
+        """Forget results whose time is over. Returns how many."""
+
+    def of_session(self, session_id: str) -> list[Promise]: ...
 
 
 class MemoryPromises:
@@ -49,7 +75,11 @@ class MemoryPromises:
         self._result_s, self._undelivered_s, self._max_bytes, self._clock = result_s, undelivered_s, max_bytes, clock
         self._life = secrets.token_hex(4)
         self._by_id: OrderedDict[str, Promise] = OrderedDict()
-        self.nbytes = 0
+        self._nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -64,22 +94,17 @@ class MemoryPromises:
         return promise
 
     def settle(self, promise: Promise, result: Result) -> None:
-        """Set the result. A promise that has one keeps it."""
         if promise.result is not None:
             return
         promise.result, promise.settled_at = result, self._clock()
         promise.cancel = promise.queue_reason = lambda: None
         if promise.id in self._by_id:
-            self.nbytes += result.nbytes
+            self._nbytes += result.nbytes
         promise.settled.set()
         if self.nbytes > self._max_bytes:
             self._evict()
 
     def get(self, request_id: str, tenant: str) -> Promise:
-        """
-        Raises:
-            Refusal: 400: no id of a promise; 410: not known (any more), or another tenant's.
-        """
         life, _, rest = request_id.partition("-")
         if len(life) != 8 or len(rest) != 32 or not all(char in "0123456789abcdef" for char in life + rest):
             raise bad_request(f"request_id: found {request_id[:80]!r}; wanted one that this server returned")
@@ -93,11 +118,10 @@ class MemoryPromises:
         )
 
     def known(self, request_id: str, tenant: str, session_id: str, model_id: str | None) -> Promise:
-        """The promise of an earlier request; a stand-in with its id, which gives 410, if its result is not kept."""
         return self._by_id.get(request_id) or Promise(request_id, tenant, session_id, model_id)
 
     async def wait(self, promise: Promise, limit_s: float) -> Result | None:
-        """The result once there is one; None after `limit_s`. Costs one coroutine."""
+        # costs one coroutine
         if promise.result is None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(limit_s):
@@ -107,7 +131,6 @@ class MemoryPromises:
         return promise.result
 
     def expire(self) -> int:
-        """Forget results whose time is over. Returns how many."""
         now = self._clock()
         over = [promise for promise in self._by_id.values() if self._is_over(promise, now)]
         for promise in over:
@@ -135,4 +158,4 @@ class MemoryPromises:
 
     def _forget(self, promise: Promise) -> None:
         if self._by_id.pop(promise.id, None) is not None and promise.result is not None:
-            self.nbytes -= promise.result.nbytes
+            self._nbytes -= promise.result.nbytes

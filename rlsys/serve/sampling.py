@@ -112,7 +112,7 @@ def _sequence_ids(request_id: str, n: int) -> tuple[str, ...]:
 
 
 def _checked(state: State, sampler: Sampler, body: Asample) -> SampleRequest:
-    limits, base = state.limits, sampler.base
+    limits, about = state.limits, sampler.base.about
     if body.topk_sample_logprobs or body.prompt_alt_tokens_k or body.target_prompt_logprobs is not None:
         raise bad_request(
             "asample: topk_sample_logprobs, prompt_alt_tokens_k and target_prompt_logprobs are not served; wanted "
@@ -127,13 +127,13 @@ def _checked(state: State, sampler: Sampler, body: Asample) -> SampleRequest:
             f"topk_prompt_logprobs: found {body.topk_prompt_logprobs}; wanted 0 to limits.topk_prompt_logprobs = "
             f"{limits.topk_prompt_logprobs}"
         )
-    prompt = _prompt(body, base.vocab_size)
-    room = base.max_length - len(prompt)
+    prompt = _prompt(body, about.vocab_size)
+    room = about.max_length - len(prompt)
     if room < 1:
         raise bad_request(
-            f"prompt: found {len(prompt)} tokens; wanted at most {base.max_length - 1}, one fewer than the context"
+            f"prompt: found {len(prompt)} tokens; wanted at most {about.max_length - 1}, one fewer than the context"
         )
-    params = _params(body.sampling_params, room, base.vocab_size, limits.stop_strings, limits.stop_string_chars)
+    params = _params(body.sampling_params, room, about.vocab_size, limits.stop_strings, limits.stop_string_chars)
     return SampleRequest(prompt, body.num_samples, params, body.prompt_logprobs, body.topk_prompt_logprobs)
 
 
@@ -203,6 +203,5 @@ def _result(answer: SampleAnswer, request: SampleRequest, last_n: int | None, id
 
 
 def _public(state: State, error: RlsysError, path: str) -> str:
-    names = {str(state.store.root): "(checkpoints)"} | {base.folder: base.name for base in state.backend.bases.values()}
-    text = failure_of(error, names).error
+    text = failure_of(error, {str(state.store.root): "(checkpoints)", **state.names()}).error
     return text if path in text else f"{path}: {text}"

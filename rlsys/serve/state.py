@@ -20,7 +20,7 @@ from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
 from rlsys.serve.errors import Failure, bad_request, failure_of, not_found
 from rlsys.serve.model_queue import ModelQueue
-from rlsys.serve.promises import MemoryPromises, Promise
+from rlsys.serve.promises import MemoryPromises, Promise, Promises
 from rlsys.serve.signing import Signer
 from rlsys.serve.wire.results import FailedResult, Result
 
@@ -87,7 +87,7 @@ class State:
 
     def __init__(self, backend: ServeBackend, limits: Limits, store: CheckpointStore) -> None:
         self.backend, self.limits, self.store = backend, limits, store
-        self.promises = MemoryPromises(
+        self.promises: Promises = MemoryPromises(
             result_s=limits.result_s, undelivered_s=limits.undelivered_s, max_bytes=limits.result_bytes
         )
         self.sessions: dict[str, Session] = {}
@@ -153,7 +153,7 @@ class State:
             result = await work
         except RlsysError as error:
             log.info("%s: %s: %s", promise.id, type(error).__name__, error)
-            result = FailedResult(failure_of(error, {**self._names(), **(names or {})}))
+            result = FailedResult(failure_of(error, {**self.names(), **(names or {})}))
         except asyncio.CancelledError:
             self.fail(promise, "the request was cancelled")
             raise
@@ -171,8 +171,9 @@ class State:
                 task.cancel()
         self._codec.shutdown(wait=False, cancel_futures=True)
 
-    def _names(self) -> dict[str, str]:
-        return {base.folder: base.name for base in self.backend.bases.values()}
+    def names(self) -> dict[str, str]:
+        """Folder of each base -> what clients call it."""
+        return {base.about.folder: base.name for base in self.backend.bases.values()}
 
 
 def now() -> datetime:

@@ -40,7 +40,7 @@ def create_model(state: State, tenant: str, body: CreateModel) -> Promise:
     sessions.refuse_large("user_metadata", body.user_metadata, state.limits.metadata_bytes)
     if body.optimizer_config.type != "adamw":
         raise bad_request(f"optimizer_config.type: found {body.optimizer_config.type[:40]!r}; wanted 'adamw'")
-    lora = _lora(body.lora_config, base.max_lora_rank, base.lora_alpha, base.serves_unembed)
+    lora = _lora(body.lora_config, base.about.max_lora_rank, base.about.lora_alpha, base.about.serves_unembed)
     model = _new_model(state, session, body.model_seq_id, body.base_model)
     seed = body.lora_config.seed or 0
 

@@ -45,7 +45,7 @@ async def get_info(request: Request) -> Response:
     await state.promises.wait(model.created, state.limits.poll_s)
     if model.lora is None:
         raise Refusal(400, f"model {model.id!r}: is not created")
-    data = {"arch": model.base.arch, "model_name": model.base_model}
+    data = {"arch": model.base.about.arch, "model_name": model.base_model}
     if model.base.tokenizer is not None:
         data["tokenizer_id"] = model.base.tokenizer
     return answer(

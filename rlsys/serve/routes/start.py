@@ -60,7 +60,7 @@ async def telemetry() -> Response:
 @router.get("/get_server_capabilities")
 async def capabilities(request: Request) -> Response:
     models = [
-        {"model_name": name, "max_context_length": base.max_length, "trainable": True, "sampleable": True}
+        {"model_name": name, "max_context_length": base.about.max_length, "trainable": True, "sampleable": True}
         for base in state_of(request).backend.bases.values()
         for name in (base.name, *base.aliases)
     ]
@@ -72,7 +72,7 @@ async def create_session(request: Request) -> Response:
     state = state_of(request)
     session = sessions.create_session(state, tenant_of(request), await body_as(CreateSession, request))
     value = {"type": "create_session", "session_id": session.id}
-    names = [base.name for base in state.backend.bases.values() if not base.serves_unembed]
+    names = [base.name for base in state.backend.bases.values() if not base.about.serves_unembed]
     if names:
         value["warning_message"] = (
             f"train_unembed is off for {', '.join(names)}: vLLM on CUDA scores prompts wrongly under an adapter of the "

@@ -74,4 +74,6 @@ def _decode(body: bytes, encoding: str, is_protobuf: bool, forward_only: bool, l
 
 
 def _prepare(decoded: passes.PassRequest, base: Base, limits: Limits) -> passes.PreparedPass:
-    return passes.prepare(decoded, vocab_size=base.vocab_size, max_length=base.max_length, max_datums=limits.datums)
+    return passes.prepare(
+        decoded, vocab_size=base.about.vocab_size, max_length=base.about.max_length, max_datums=limits.datums
+    )

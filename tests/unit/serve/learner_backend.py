@@ -47,19 +47,7 @@ class LearnerBackend:
         self.released: list[str] = []
         self.done: list[tuple[str, str]] = []  # model, operation
         self._thread = ThreadPoolExecutor(1)
-        about = self.host.about
-        base = Base(
-            name="tiny",
-            aliases=("Qwen/Qwen3-8B-Base",),
-            tokenizer=None,
-            folder=str(folder),
-            arch=about.arch,
-            vocab_size=about.vocab_size,
-            max_length=about.max_length,
-            max_lora_rank=about.max_lora_rank,
-            lora_alpha=about.lora_alpha,
-            serves_unembed=about.serves_unembed,
-        )
+        base = Base("tiny", ("Qwen/Qwen3-8B-Base",), None, self.host.about)
         self._bases = {"tiny": base}
 
     @property

@@ -366,7 +366,7 @@ def test_train_unembed_is_off_where_samplers_cannot_serve_it_and_the_client_is_t
 
     async def main() -> None:
         base = backend._bases["tiny"]
-        backend._bases["tiny"] = replace(base, serves_unembed=False)
+        backend._bases["tiny"] = replace(base, about=replace(base.about, serves_unembed=False))
         try:
             async with Http(backend, store) as http:
                 created = await http.post("create_session", {})
