@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib
 import multiprocessing
@@ -80,7 +79,6 @@ def preload_to_fork(device: Device) -> None:
             importlib.import_module(module)
         preload(device)
     gc.freeze()  # collections in the engine neither visit what is imported nor copy its pages
-    atexit.register(gc.unfreeze)  # else nanobind reports frozen objects as leaks
 
 
 @dataclass

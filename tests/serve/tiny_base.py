@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
+from tests.tiny_qwen3 import tiny_qwen3
 
-VOCAB, CONTEXT = 40_960, 512
+CONTEXT = 512
 STEPS, BATCH, LEARNING_RATE = 150, 16, 5e-3
 STRAWBERRY = "How many r's are in strawberry? Provide a numerical answer without units, written inside \\boxed{}."
 SPELLED = (
@@ -51,35 +52,14 @@ def example(tokenizer, rng: random.Random) -> tuple[list[int], int]:
 
 
 def make(folder: Path) -> None:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
     rng = random.Random(7)
     known = [each for _ in range(40) for turns, answer in (boxed(rng), number(rng)) for each in (turns[-1][1], answer)]
     tokenizer = build_tokenizer([*known, *CAPITALS, *[STRAWBERRY, SPELLED, "User:", "Assistant:"] * 20], 320)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=VOCAB,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=32,
-                max_position_embeddings=CONTEXT,
-                tie_word_embeddings=False,
-                initializer_range=0.1,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=None,
-                dtype="float32",
-            )
-        )
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # beside the work of others, a second thread only waits
-        teach(model, tokenizer, rng)
-        torch.set_num_threads(threads)
+    model = tiny_qwen3(tokenizer, hidden_size=64, max_length=CONTEXT, tie_embeddings=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # beside the work of others, a second thread only waits
+    teach(model, tokenizer, rng)
+    torch.set_num_threads(threads)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
