@@ -80,6 +80,10 @@ class HostProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.returncode
+
     async def call(self, method: str, *arguments: object) -> Any:
         """
         Raises:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from rlsys.planning.memory import KERNEL_CACHES, LEARNER_KERNELS, MIB
+from rlsys.planning.memory import ENGINE_MMAP_THRESHOLD, KERNEL_CACHES, LEARNER_KERNELS, MIB
 from tests.forked import run_forked
 
 SCRIPT = """
@@ -48,3 +48,33 @@ def growth(hidden_size: int, **environment: str) -> int:
 def test_new_row_counts_cost_no_more_than_the_kernels_that_are_predicted(environment: dict[str, str]) -> None:
     """Without bounds 80 of them cost several hundred MiB where the CPU multiplies bfloat16."""
     assert growth(576, **environment) < LEARNER_KERNELS + 16 * MIB
+
+
+BLOCKS = """
+import ctypes, sys
+
+from rlsys.planning.memory import MIB, bound_growth
+
+FIELDS = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+
+class Info(ctypes.Structure):  # struct mallinfo2 of malloc.h
+    _fields_ = [(name, ctypes.c_size_t) for name in FIELDS.split()]
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype, libc.malloc.restype, libc.malloc.argtypes = Info, ctypes.c_void_p, [ctypes.c_size_t]
+bound_growth(int(sys.argv[1]), *map(int, sys.argv[2:]))
+for mib in (0.5, 2, 6, 9):
+    before = libc.mallinfo2().hblks
+    libc.malloc(int(mib * MIB))
+    print(libc.mallinfo2().hblks - before, end=" ")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mapped"),
+    [(["576"], "0 0 0 1"), (["576", str(ENGINE_MMAP_THRESHOLD)], "0 1 1 1")],
+    ids=["learner", "engine"],
+)
+def test_blocks_of_the_threshold_and_more_are_returned_when_they_are_freed(arguments: list[str], mapped: str) -> None:
+    done = run_forked(BLOCKS, *arguments)
+    assert done.stdout.split() == mapped.split(), done.stderr

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -91,6 +93,9 @@ class Body:
 
     async def unpicklable(self) -> Any:
         return threading.Lock()
+
+    async def delay_the_interpreters_end(self, seconds: float) -> None:
+        atexit.register(time.sleep, seconds)
 
     async def fork(self) -> int:
         """A child that outlives its parent, as an engine that does not see it end."""

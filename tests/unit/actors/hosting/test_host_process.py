@@ -216,6 +216,14 @@ def test_the_end_of_a_host_process_is_seen_although_its_forked_child_lives(brief
         os.kill(child, signal.SIGKILL)
 
 
+def test_close_does_not_wait_for_the_interpreters_own_end(brief: HostProcess, run: Any) -> None:
+    """An interpreter that has vLLM imported takes seconds. `close` would kill it after a time."""
+    process = psutil.Process(brief.pid)
+    run(brief.call("delay_the_interpreters_end", 1e5))
+    run(brief.close())
+    assert not process.is_running() and brief.exit_code == 0
+
+
 def test_a_stopped_host_process_answers_nothing_and_is_ended_by_close(brief: HostProcess, run: Any) -> None:
     run(brief.call("facts"))
     psutil.Process(brief.pid).suspend()
