@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from rlsys.errors import ConfigError
 from rlsys.serve import sessions
 from rlsys.serve.app import stop_work
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
+from rlsys.serve.wire.results import FailedResult, Result
 from tests.unit.serve.http_client import Http, pass_body
 from tests.unit.serve.learner_backend import LearnerBackend
 
@@ -342,6 +344,20 @@ def test_an_unexpected_error_gives_a_reference_and_not_its_text(
     text = asyncio.run(main())
     assert "does not exist" in text or "reference" in text
     assert "Traceback" not in text and str(Path(__file__).parents[3]) not in text and ".py" not in text
+
+
+def test_an_error_calls_a_base_by_the_name_that_clients_know(backend: LearnerBackend, store: CheckpointStore) -> None:
+    async def main() -> Result | None:
+        async def fail() -> Result:
+            raise ConfigError(f"{backend.bases['tiny'].about.folder}: has no weights")
+
+        async with Http(backend, store) as http:
+            promise = http.state.promises.new("local", "session")
+            await http.state.settle(promise, fail())
+            return promise.result
+
+    failed = asyncio.run(main())
+    assert isinstance(failed, FailedResult) and failed.failure.error == "tiny: has no weights"
 
 
 def test_the_start_of_a_client(backend: LearnerBackend, store: CheckpointStore) -> None:
