@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -40,6 +40,25 @@ def future_of(ref: ray.ObjectRef, what: str) -> Future[Any]:
     answer.add_done_callback(cancel)
     ref.future().add_done_callback(settle)
     return answer
+
+
+def gathered(parts: Sequence[Future[Any]], combine: Callable[..., T]) -> Future[T]:
+    """A future of `combine` of the parts' results, or of the first error among them. Any: parts differ in type."""
+    combined: Future[T] = Future()
+    all_done: Future[None] = Future()
+
+    def settle(done: Future[None]) -> None:
+        if not combined.set_running_or_notify_cancel():
+            return
+        try:
+            done.result()
+            combined.set_result(combine(*(part.result() for part in parts)))
+        except BaseException as error:  # edge of a callback: the error belongs to the holder of the future
+            combined.set_exception(error)
+
+    together(parts, all_done, None)
+    all_done.add_done_callback(settle)
+    return combined
 
 
 def together(parts: Sequence[Future[Part]], combined: Future[T], value: T) -> None:

@@ -10,7 +10,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -21,7 +21,7 @@ from ray.actor import ActorClass, ActorHandle
 
 from actors.cluster.base_folder import local_folder
 from actors.cluster.ray_cluster import cluster, refuse_other_builds, threads_env
-from actors.service.call_futures import future_of, together
+from actors.service.call_futures import future_of, gathered, together
 from actors.service.function_shipping import ship
 from actors.service.learner_service import ServiceLearner
 from actors.service.lease_renewal import LeaseRenewal
@@ -29,7 +29,7 @@ from actors.service.placement import dtype_of, refuse_shortfall, sections
 from actors.service.sampler_service import ServiceSampler
 from rlsys.architectures.model_shape import max_positions, read_config
 from rlsys.architectures.support import refuse_unsupported, serves_unembedding
-from rlsys.client.backend import About, Answer, ModelHandle, SampleAnswer, SnapshotHandle
+from rlsys.client.backend import About, Adopted, Answer, ModelHandle, RunProgress, SampleAnswer, SnapshotHandle
 from rlsys.client.config import HostSpec, SamplerSpec, ServiceConfig
 from rlsys.client.paths import folder_of
 from rlsys.client.requests import Drop, Request, TakeSnapshot
@@ -249,6 +249,22 @@ class RayDeployment:
     def drop_model(self, model_id: str, seq: int) -> None:
         """Queue the removal of a run, as `release` does; `seq` orders it among the run's calls."""
         self._unneeded.append(lambda: self._learner.submit.remote(model_id, seq, Drop()))
+
+    def progress(self) -> Future[Mapping[str, RunProgress]]:
+        return future_of(self._learner.progress.remote(), "learner: telling the progress of its runs")
+
+    def adopt(self, model_ids: Sequence[str], snapshot_keys: Sequence[str] = ()) -> Future[Adopted]:
+        runs = future_of(self._learner.adopt.remote(list(model_ids), self._holder), "learner: adopting runs")
+        snapshots = [
+            future_of(sampler.adopt.remote(list(snapshot_keys), self._holder), f"sampler {i}: adopting snapshots")
+            for i, sampler in enumerate(self._samplers)
+        ]
+        return gathered(
+            [runs, *snapshots],
+            lambda found, *kept: Adopted(
+                found, tuple(key for key in snapshot_keys if all(key in keys for keys in kept))
+            ),
+        )
 
     def _held(self, answer: Future[SnapshotHandle]) -> Future[SnapshotHandle]:
         """Register the snapshot with every sampler before the caller gets it: async actors do not keep the order of

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import ray
 
-from rlsys.client.backend import About, Answer, ModelHandle, SnapshotHandle
+from rlsys.client.backend import About, Answer, ModelHandle, RunProgress, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.requests import Drop, Request
 from rlsys.config import LoraSection
@@ -71,6 +71,19 @@ class ServiceLearner:
             for model_id in self.held.release_all(gone):
                 if self.turns.pop(model_id, None) is not None:
                     await self._run(self.host.drop, model_id)
+
+    async def progress(self) -> dict[str, RunProgress]:
+        return {model_id: RunProgress(turns.next, turns.pending) for model_id, turns in self.turns.items()}
+
+    async def adopt(self, model_ids: Sequence[str], holder: str) -> dict[str, RunProgress]:
+        """Have `holder` hold these runs too, so that they outlive the lease of a dead client. Returns those that are on
+        this learner."""
+        self.leases.renew(holder)
+        runs = await self.progress()
+        adopted = {model_id: runs[model_id] for model_id in model_ids if model_id in runs}
+        for model_id in adopted:
+            self.held.hold(model_id, holder)
+        return adopted
 
     async def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Answer:
         if model_id not in self.turns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,15 @@ class ServiceSampler:
     async def release(self, key: str, holder: str) -> None:
         if self.held.release(key, holder):
             await self._forget(key)
+
+    async def adopt(self, keys: Sequence[str], holder: str) -> list[str]:
+        """Have `holder` hold these snapshots too, so that they outlive the lease of a dead client. Returns those that
+        are here."""
+        self.leases.renew(holder)
+        adopted = [key for key in keys if key in self.refs]
+        for key in adopted:
+            self.held.hold(key, holder)
+        return adopted
 
     async def renew(self, holder: str) -> None:
         """`holder` is alive. Release what those held that are not."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -41,6 +41,20 @@ class ModelHandle:
 
 
 @dataclass(frozen=True, slots=True)
+class RunProgress:
+    """Which numbered calls of a run its learner has executed. A number that is submitted again gets the result of its
+    first call, as long as the learner keeps it (rlsys/service/call_order.py); the call is not repeated."""
+
+    next: int  # smallest number that was not executed
+    pending: tuple[int, ...] = ()  # numbers of calls that arrived and have not finished, ascending
+
+    @property
+    def unused(self) -> int:
+        """Smallest number above all that arrived."""
+        return self.pending[-1] + 1 if self.pending else self.next
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotHandle:
     """One immutable version of a run's adapter, for samplers. Only the backend reads ``ref``."""
 
@@ -62,6 +76,14 @@ class SampleAnswer:
     prompt_logprobs: Array | None  # (N,) float32
     topk_tokens: Array | None  # (N - 1, k) int32, of tokens 1..N-1
     topk_logprobs: Array | None  # (N - 1, k) float32
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """What a client took over from one that died."""
+
+    runs: Mapping[str, RunProgress]  # by model id
+    snapshot_keys: tuple[str, ...]  # of snapshots that every sampler serves
 
 
 class Deployment(Protocol):
@@ -98,6 +120,12 @@ class Deployment(Protocol):
 
     def release(self, snapshot: SnapshotHandle) -> None:
         """Release the snapshot: this client will not request it again. Never raises, never blocks."""
+
+    def progress(self) -> Future[Mapping[str, RunProgress]]:
+        """Progress of all runs on the learner, by model id."""
+
+    def adopt(self, model_ids: Sequence[str], snapshot_keys: Sequence[str] = ()) -> Future[Adopted]:
+        """Hold the runs and snapshots of a client that died. Those that are gone are left out."""
 
     def drop_model(self, model_id: str, seq: int) -> None:
         """Drop the run: this client will not call it after `seq`. Never raises, never blocks."""

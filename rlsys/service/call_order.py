@@ -27,6 +27,16 @@ class CallOrder:
         self._closed: list[tuple[range, str]] = []
         self._results: OrderedDict[int, asyncio.Future[Any]] = OrderedDict()  # Any: each call has its own type
 
+    @property
+    def next(self) -> int:
+        """Smallest number that was not executed."""
+        return self._next
+
+    @property
+    def pending(self) -> tuple[int, ...]:
+        """Numbers of calls that arrived and have not finished, ascending."""
+        return tuple(sorted(seq for seq, result in self._results.items() if not result.done()))
+
     async def run(self, seq: int, what: str, work: Callable[[], Awaitable[Any]]) -> Any:  # Any: as above
         """The result of `work`, which runs after all smaller numbers, while no other call of this client runs.
 

@@ -7,11 +7,15 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
 import rlsys
+from actors.service.deployment import RayBackend
 from rlsys import types
+from rlsys.client.backend import Adopted, RunProgress
+from rlsys.client.requests import Drop, TakeSnapshot
 from rlsys.config import LearnerSection
 from rlsys.errors import ClusterError, ConfigError
 from tests.waiting import FAR_S, cpu_of, run
@@ -45,6 +49,36 @@ with rlsys.ServiceClient(config) as service:
     assert found.returncode == 0, found.stderr
     own = service.create_lora_training_client("tiny", rank=4, seed=3)
     assert f"loss {own.forward([datum], 'cross_entropy').result(FAR_S).loss!r}" in found.stdout
+
+
+def test_runs_and_snapshots_of_a_client_that_was_killed_are_adopted(service: rlsys.ServiceClient, base: str) -> None:
+    code = f"""
+import os, signal
+from actors.service.deployment import RayBackend
+from rlsys.client.requests import Skip, TakeSnapshot
+from rlsys.config import ClusterSection, LoraSection
+from rlsys.client.config import ServiceConfig
+
+address = {ray.get_runtime_context().gcs_address!r}
+deployment = RayBackend(ServiceConfig(cluster=ClusterSection(address=address))).deployment({base!r})
+deployment.create_model(LoraSection(rank=2), 0, "left").result(1e5)
+deployment.submit("left", 1, Skip()).result(1e5)
+print("key", deployment.submit("left", 2, TakeSnapshot()).result(1e5).key, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    found = run([sys.executable, "-c", code], signs=[cpu_of(os.getpid())])
+    key = found.stdout.partition("key ")[2].split()[0]
+    deployment = RayBackend(rlsys.ServiceConfig()).deployment(base)
+    assert deployment.progress().result(FAR_S)["left"] == RunProgress(3)
+    adopted = deployment.adopt(["left", "never was"], [key, "never was"]).result(FAR_S)
+    assert adopted == Adopted({"left": RunProgress(3)}, (key,))
+    again = deployment.submit("left", 2, TakeSnapshot()).result(FAR_S)
+    assert again.key == key, "call 2 ran once, and its answer is kept"
+    tokens = np.array([5, 900, 31_000], np.int32)
+    assert len(deployment.logprobs(again, tokens).result(FAR_S)) == 3
+    deployment.submit("left", adopted.runs["left"].unused, Drop()).result(FAR_S)
+    assert "left" not in deployment.progress().result(FAR_S)
+    deployment.close()
 
 
 def test_clients_of_a_closed_service_say_so(service: rlsys.ServiceClient, base: str, datum: types.Datum) -> None:

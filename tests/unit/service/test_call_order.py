@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from rlsys.client.backend import RunProgress
 from rlsys.errors import GradientError, StalledError
 from rlsys.service.call_order import RESULTS_KEPT, CallOrder
 
@@ -99,6 +100,25 @@ def test_a_done_number_whose_result_is_not_kept_is_refused_and_does_not_run() ->
         return done
 
     assert asyncio.run(main()) == list(range(1, RESULTS_KEPT + 3))
+
+
+def test_the_order_tells_what_ran_what_is_pending_and_the_next_unused_number() -> None:
+    async def main() -> list[RunProgress]:
+        order, seen = CallOrder(5.0), list[RunProgress]()
+        seen.append(RunProgress(order.next, order.pending))
+        await order.run(1, "call", recording([], 1))
+        calls = [asyncio.create_task(order.run(number, "call", recording([], number, 0.05))) for number in (2, 4)]
+        await asyncio.sleep(0.01)
+        seen.append(RunProgress(order.next, order.pending))
+        await calls[0]
+        seen.append(RunProgress(order.next, order.pending))
+        await order.run(3, "call", recording([], 3))
+        await calls[1]
+        return [*seen, RunProgress(order.next, order.pending)]
+
+    seen = asyncio.run(main())
+    assert seen == [RunProgress(1), RunProgress(2, (2, 4)), RunProgress(3, (4,)), RunProgress(5)]
+    assert [progress.unused for progress in seen] == [1, 5, 5, 5]
 
 
 def test_a_gap_closes_once_for_all_calls_behind_it() -> None:
