@@ -1,34 +1,38 @@
-"""The process of `rlsys serve`: starts the deployments, serves HTTP, and stops cleanly on SIGTERM and Ctrl-C."""
+"""The command `rlsys serve`: starts the deployments, the controller and the HTTP process, keeps them running, and stops
+cleanly on SIGTERM and Ctrl-C."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import fcntl
 import logging
+import os
 import shlex
 import signal
 import socket
-from collections.abc import Iterator
+import time
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
-import uvicorn
-import uvloop
+import ray
+from ray.actor import ActorHandle
 from rich.console import Console
 
+from actors.front.controller_actor import call_now, start_controller
+from actors.front.http_supervisor import HttpSupervisor
 from actors.service.deployment import RayBackend
 from actors.service.http_backend import DeploymentBackend
-from rlsys.errors import ConfigError
-from rlsys.serve.app import build_app, stop_work
-from rlsys.serve.checkpoints import CheckpointStore
+from rlsys.errors import ConfigError, RlsysError
+from rlsys.serve.backend import Base
 from rlsys.serve.config import Bind, ServeConfig
-from rlsys.serve.keys import KeyFile, Keys, NoKeys, create_key_file
-from rlsys.serve.state import State
-from rlsys.serve.status import StatusLine
+from rlsys.serve.keys import KeyFile, create_key_file
 
-KEEP_ALIVE_S = 80  # clients reuse connections for up to 75 s
-CLOSE_CONNECTIONS_S = 5  # held polls end after this at a stop
+TEND_S = 0.1
 STATUS_S = 10.0
+START_S = 600.0  # of the controller: it may write many models' checkpoints of an earlier server
+STOP_S = 120.0
 LAST_POLLS_S = 0.5  # for clients that fetch their last results
 
 
@@ -38,18 +42,19 @@ def serve(config: ServeConfig) -> None:
 
     Raises:
         KeyboardInterrupt: Ctrl-C before the server is up. What had started has ended.
+        ActorFailedError: the HTTP process ends again and again.
     """
     console = Console(highlight=False, soft_wrap=True)
-    keys = _keys(config)
+    config = config.model_copy(update={"checkpoints": str(Path(config.checkpoints).absolute())})
+    _check_keys(config)
     signal.signal(signal.SIGTERM, _terminate)
-    with contextlib.suppress(_TerminatedError), _listening(config.bind) as listener:
+    with contextlib.suppress(_TerminatedError), _listening(config.bind) as listener, _alone(Path(config.checkpoints)):
         console.print(f"starting {', '.join(config.models)} ...")
-        store = CheckpointStore(Path(config.checkpoints).absolute())
         cluster = _connected(config)
         try:
-            backend = DeploymentBackend(cluster, config)
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(_run(config, keys, State(backend, config.limits, store), listener, console))
+            DeploymentBackend(cluster, config)  # starts what the controller joins
+            name = f"controller/{uuid.uuid4().hex[:12]}"
+            _run(config, name, start_controller(config, name), listener, console)
         finally:
             cluster.close()
     console.print("stopped")
@@ -74,74 +79,44 @@ def _connected(config: ServeConfig) -> RayBackend:
         signal.signal(signal.SIGTERM, _terminate)
 
 
-async def _run(config: ServeConfig, keys: Keys, state: State, listener: socket.socket, console: Console) -> None:
-    server = _Server(
-        uvicorn.Config(
-            build_app(state, keys),
-            log_config=None,
-            access_log=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=CLOSE_CONNECTIONS_S,
-            server_header=False,
-            date_header=False,
-            ws="none",
-            ssl_certfile=config.bind.tls_certificate,
-            ssl_keyfile=config.bind.tls_key,
-        )
-    )
-    loop = asyncio.get_running_loop()
-
-    async def stop() -> None:
-        console.print("stopping: running requests are completed, new ones are refused")
-        await stop_work(state)
-        await asyncio.sleep(LAST_POLLS_S)
-        server.should_exit = True
-
-    stopping: list[asyncio.Task[None]] = []
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        """Stays in place until the process ends: a second signal does not cut off the end of the deployments."""
-        if not stopping and not loop.is_closed():
-            loop.call_soon_threadsafe(lambda: stopping.append(loop.create_task(stop())) if not stopping else None)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not (server.started or serving.done()):
-        await asyncio.sleep(0.02)
-    if server.started:
-        _show_start(config, state, listener, console)
-    status = asyncio.create_task(_show_status(state, console))
+def _run(config: ServeConfig, name: str, controller: ActorHandle, listener: socket.socket, console: Console) -> None:
+    bases: Sequence[Base] = call_now(controller, "bases", timeout_s=START_S)
+    http = HttpSupervisor(config, ray.get_runtime_context().gcs_address, name, listener)
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one does not cut off the end of the deployments
+        signal.signal(number, lambda number, _: signals.append(number))
     try:
-        await serving
+        _show_start(config, bases, listener, console)
+        shown = time.monotonic()
+        while not signals:
+            time.sleep(TEND_S)
+            http.tend()
+            if time.monotonic() - shown > STATUS_S:
+                shown = time.monotonic()
+                _show_status(controller, console)
+        console.print("stopping: running requests are completed, new ones are refused")
+        http.command("close")
+        call_now(controller, "stop", timeout_s=STOP_S)
+        time.sleep(LAST_POLLS_S)
     finally:
-        status.cancel()
+        http.stop()
+        ray.kill(controller)
 
 
-class _Server(uvicorn.Server):
-    """Leaves the signals alone."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-async def _show_status(state: State, console: Console) -> None:
-    line = StatusLine(state)
-    while True:
-        await asyncio.sleep(STATUS_S)
-        text = line.text()
+def _show_status(controller: ActorHandle, console: Console) -> None:
+    with contextlib.suppress(RlsysError):  # it is starting again
+        text = call_now(controller, "status_line", timeout_s=STATUS_S)
         if text is not None:
             console.print(text)
 
 
-def _show_start(config: ServeConfig, state: State, listener: socket.socket, console: Console) -> None:
+def _show_start(config: ServeConfig, bases: Sequence[Base], listener: socket.socket, console: Console) -> None:
     url = _url(config.bind, listener)
     console.print(f"rlsys serve: {url}")
-    for base in state.backend.bases.values():
+    for base in bases:
         names = ", ".join((base.name, *base.aliases))
         console.print(f"  {names}: context {base.about.max_length} tokens, LoRA rank up to {base.about.max_lora_rank}")
-    console.print(f"  checkpoints: {state.store.root}")
+    console.print(f"  checkpoints: {config.checkpoints}")
     console.print("for clients:")
     console.print(f"  export TINKER_BASE_URL={url}")
     if config.keys is None:
@@ -150,9 +125,10 @@ def _show_start(config: ServeConfig, state: State, listener: socket.socket, cons
         console.print(f"  export TINKER_API_KEY=$(grep -m1 -o '^[^# ]*' {shlex.quote(str(config.keys))})")
 
 
-def _keys(config: ServeConfig) -> Keys:
+def _check_keys(config: ServeConfig) -> None:
+    """Write the file of keys if there is none; else read it once, so that its faults show before a start."""
     if config.keys is None:
-        return NoKeys()
+        return
     path = Path(config.keys)
     if not path.exists():
         try:
@@ -160,7 +136,29 @@ def _keys(config: ServeConfig) -> Keys:
         except OSError as error:
             raise ConfigError(f"keys: {path}: cannot be written: {error.strerror}") from None
         logging.getLogger("rlsys.serve").info("wrote a new key to %s", path)
-    return KeyFile(path)
+    KeyFile(path)
+
+
+@contextlib.contextmanager
+def _alone(checkpoints: Path) -> Iterator[None]:
+    """Hold the folder of checkpoints: its database has one controller."""
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(checkpoints / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"checkpoints: {checkpoints}: cannot be written: {error.strerror}") from None
+    with os.fdopen(descriptor, "r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"checkpoints: {checkpoints}: process {lock.read().strip() or 'unknown'} serves this folder; stop it, "
+                "or choose another folder"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 @contextlib.contextmanager

@@ -193,6 +193,10 @@ class RayDeployment:
         self._next = itertools.count()
         self._unneeded: deque[Callable[[], object]] = deque()
 
+    @property
+    def num_samplers(self) -> int:
+        return len(self._samplers)
+
     def create_model(self, lora: LoraSection, seed: int, model_id: str | None = None) -> Future[ModelHandle]:
         model_id = model_id or self._model_id()
         return future_of(

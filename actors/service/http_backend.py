@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
 from actors.service.deployment import RayBackend, RayDeployment
-from rlsys.client.backend import Answer, SampleAnswer, SnapshotHandle
+from rlsys.client.backend import Adopted, Answer, SampleAnswer, SnapshotHandle
 from rlsys.client.requests import Request
-from rlsys.config import LoraSection
+from rlsys.config import LoraSection, SamplerSection
 from rlsys.errors import ConfigError
 from rlsys.serve.backend import Base, SampleRequest
 from rlsys.serve.config import ServeConfig
@@ -26,39 +25,46 @@ class DeploymentBackend:
 
     def __init__(self, cluster: RayBackend, config: ServeConfig) -> None:
         self._deployments: dict[str, RayDeployment] = {}
-        self._models: dict[str, tuple[RayDeployment, Iterator[int]]] = {}
+        self._models: dict[str, RayDeployment] = {}
         self._bases: dict[str, Base] = {}
         for name, model in config.models.items():
             deployment = cluster.deployment(as_written(model.path))
             self._deployments[name] = deployment
-            self._bases[name] = Base(name, tuple(model.aliases), model.tokenizer, deployment.about)
+            sampler = config.deployment.sampler or SamplerSection()
+            sequences = sampler.max_num_seqs * deployment.num_samplers
+            self._bases[name] = Base(name, tuple(model.aliases), model.tokenizer, deployment.about, sequences)
 
     @property
     def bases(self) -> Mapping[str, Base]:
         return self._bases
 
-    async def create_model(self, base: Base, model_id: str, lora: LoraSection, seed: int) -> None:
+    async def create_model(self, base: Base, model_id: str, tenant: str, lora: LoraSection, seed: int) -> None:
         deployment = self._deployments[base.name]
         await _result(deployment.create_model(lora, seed, model_id))
-        self._models[model_id] = deployment, itertools.count(1)
+        self._models[model_id] = deployment
 
-    async def restore_model(self, base: Base, model_id: str, folder: Path, optimizer: bool) -> LoraSection:
+    async def restore_model(self, base: Base, model_id: str, tenant: str, folder: Path, optimizer: bool) -> LoraSection:
         deployment = self._deployments[base.name]
         handle = await _result(deployment.restore_model(str(folder), optimizer, model_id))
-        self._models[model_id] = deployment, itertools.count(1)
+        self._models[model_id] = deployment
         return handle.lora
 
-    def call(self, model_id: str, request: Request[Answer]) -> asyncio.Future[Answer]:
+    def call(self, model_id: str, number: int, request: Request[Answer]) -> asyncio.Future[Answer]:
         if model_id not in self._models:
             raise ConfigError(f"model {model_id}: is not on the learner")
-        deployment, numbers = self._models[model_id]
-        return asyncio.wrap_future(deployment.submit(model_id, next(numbers), request))
+        return asyncio.wrap_future(self._models[model_id].submit(model_id, number, request))
 
-    def drop_model(self, model_id: str) -> None:
-        deployment, numbers = self._models.pop(model_id, (None, None))
-        if deployment is not None and numbers is not None:
-            deployment.drop_model(model_id, next(numbers))
+    def drop_model(self, model_id: str, number: int) -> None:
+        deployment = self._models.pop(model_id, None)
+        if deployment is not None:
+            deployment.drop_model(model_id, number)
             deployment.let_go()
+
+    async def adopt(self, base: Base, model_ids: Sequence[str], snapshot_keys: Sequence[str]) -> Adopted:
+        deployment = self._deployments[base.name]
+        adopted = await _result(deployment.adopt(model_ids, snapshot_keys))
+        self._models.update(dict.fromkeys(adopted.runs, deployment))
+        return adopted
 
     async def open_snapshot(self, base: Base, folder: Path) -> SnapshotHandle:
         return await _result(self._deployments[base.name].open(str(folder)))

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from rlsys.client.backend import About, Answer, SampleAnswer, SnapshotHandle
+from rlsys.client.backend import About, Adopted, Answer, SampleAnswer, SnapshotHandle
 from rlsys.client.requests import Request
 from rlsys.config import LoraSection
 from rlsys.types import Array, SamplingParams
@@ -25,6 +25,7 @@ class Base:
     aliases: tuple[str, ...]
     tokenizer: str | None  # hub name that clients load instead of the model's name
     about: About  # its folder is never shown to clients
+    max_sequences: int = 256  # completions that its engines compute at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +46,22 @@ class ServeBackend(Protocol):
     def bases(self) -> Mapping[str, Base]:
         """By name, without aliases."""
 
-    async def create_model(self, base: Base, model_id: str, lora: LoraSection, seed: int) -> None: ...
+    async def create_model(self, base: Base, model_id: str, tenant: str, lora: LoraSection, seed: int) -> None: ...
 
-    async def restore_model(self, base: Base, model_id: str, folder: Path, optimizer: bool) -> LoraSection: ...
+    async def restore_model(
+        self, base: Base, model_id: str, tenant: str, folder: Path, optimizer: bool
+    ) -> LoraSection: ...
 
-    def call(self, model_id: str, request: Request[Answer]) -> asyncio.Future[Answer]:
-        """Submit a request. The learner executes a model's requests in the order in which this method was called."""
+    def call(self, model_id: str, number: int, request: Request[Answer]) -> asyncio.Future[Answer]:
+        """Submit a request. The learner executes a model's requests by number, from 1 without gaps. A number that was
+        used before gives the first request's answer, as long as the learner keeps it."""
 
-    def drop_model(self, model_id: str) -> None:
-        """Release a model after its pending requests. Never raises."""
+    def drop_model(self, model_id: str, number: int) -> None:
+        """Release a model after its requests before `number`. Never raises."""
+
+    async def adopt(self, base: Base, model_ids: Sequence[str], snapshot_keys: Sequence[str]) -> Adopted:
+        """Take over models and snapshots of an earlier process. Those that are gone are left out; those that are there
+        and not named are released in time."""
 
     async def open_snapshot(self, base: Base, folder: Path) -> SnapshotHandle: ...
 

@@ -1,11 +1,10 @@
 """Checkpoints and runs on disk, by tenant. They are listed and loaded after any restart.
 
-    <root>/<tenant>/<run>/run.json                     what the run is
-    <root>/<tenant>/<run>/<kind>/<name>/               a checkpoint; see rlsys.learner.adapter_checkpoint
-    <root>/<tenant>/<run>/<kind>/.records/<name>.json  what the server knows of it
+    <root>/serve.sqlite3                  rows of runs and checkpoints: owner, time, expiry, metadata
+    <root>/<tenant>/<run>/<kind>/<name>/  a checkpoint; see rlsys.learner.adapter_checkpoint
 
-A checkpoint exists while its folder does; a folder without a record, from a server that died in between, is listed with
-defaults. Learner and server see the same folder.
+A checkpoint exists while both its row and its folder do: the row is written first. Learner and server see the same
+folder.
 """
 
 from __future__ import annotations
@@ -13,19 +12,20 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from rlsys.errors import CheckpointError, StorageError
+from rlsys.serve.database import NAME, Database, Value
 from rlsys.serve.errors import Refusal
-from rlsys.serve.paths import KINDS, CheckpointPath, Kind, checkpoint_of, folder_name, run_of_folder
-from rlsys.utils.atomic_files import remove_folder, replace_file
-
-RECORDS = ".records"
+from rlsys.serve.paths import KINDS, CheckpointPath, Kind, folder_name, run_of_folder
+from rlsys.serve.paths import NAME as NAME_OF
+from rlsys.utils.atomic_files import remove_folder
 
 
 class Record(BaseModel):
@@ -68,11 +68,20 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """Paths are checked before they come here: see `rlsys.serve.paths`."""
+    """Folders of checkpoints, and their rows in the database. Paths are checked before they come here: see
+    `rlsys.serve.paths`."""
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True)
+        """
+        Raises:
+            StorageError: the folder or its database cannot be used.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"checkpoints: {root}: cannot be created: {error.strerror}") from error
         self._root = Path(os.path.realpath(root))
+        self.database = Database(self._root / NAME)
 
     @property
     def root(self) -> Path:
@@ -95,12 +104,14 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none. The same for one of another tenant.
         """
-        own = self._read(tenant, path)
-        if own is not None:
-            return own
-        for other in self._tenants():
-            found = self._read(other, path)
-            if found is not None and found.record.public:
+        rows = self.database.read(
+            "SELECT tenant, record FROM checkpoints "
+            "WHERE run_id = ? AND kind = ? AND name = ? AND (tenant = ? OR public)",
+            (path.run_id, path.kind, path.name, tenant),
+        )
+        for row in sorted(rows, key=lambda row: row["tenant"] != tenant):
+            found = self._checkpoint(str(row["tenant"]), path, row["record"])
+            if found is not None:
                 return found
         raise CheckpointError(f"{path.text}: no such checkpoint")
 
@@ -118,87 +129,101 @@ class CheckpointStore:
         return self._read(tenant, path) is not None
 
     def put_record(self, tenant: str, path: CheckpointPath, record: Record) -> None:
-        file = self._record_file(tenant, path)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(file, record.model_dump_json(indent=1).encode())
-        except OSError as error:
-            raise StorageError(f"{path.text}: its record cannot be written: {error.strerror}") from error
+        expires = None if record.expires_at is None else _text(record.expires_at)
+        row: dict[str, Value] = {"tenant": tenant, "run_id": path.run_id, "kind": path.kind, "name": path.name}
+        row |= {"time": _text(record.time), "expires_at": expires, "public": int(record.public)}
+        self.database.put("checkpoints", {**row, "record": record.model_dump_json()})
+
+    def forget(self, tenant: str, path: CheckpointPath) -> None:
+        """Remove the row of a checkpoint that has no folder."""
+        self.database.write(
+            "DELETE FROM checkpoints WHERE tenant = ? AND run_id = ? AND kind = ? AND name = ?",
+            (tenant, path.run_id, path.kind, path.name),
+        )
 
     def delete(self, checkpoint: Checkpoint) -> None:
         remove_folder(checkpoint.folder)
-        self._record_file(checkpoint.tenant, checkpoint.path).unlink(missing_ok=True)
+        self.forget(checkpoint.tenant, checkpoint.path)
 
     def checkpoints(self, tenant: str, run_id: str | None = None) -> list[Checkpoint]:
         """The tenant's checkpoints, newest first."""
-        runs = [run_id] if run_id is not None else [run for run, _ in self._run_folders(tenant)]
-        found = [each for run in runs for each in self._of_run(tenant, run)]
-        return sorted(found, key=lambda each: each.record.time, reverse=True)
+        where, values = ("", ()) if run_id is None else (" AND run_id = ?", (run_id,))
+        return self._listed(f"tenant = ?{where} ORDER BY time DESC", (tenant, *values))
 
     def put_run(self, tenant: str, run: RunRecord) -> None:
-        folder = self._root / tenant / folder_name(run.run_id)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            replace_file(folder / "run.json", run.model_dump_json(indent=1).encode())
-        except OSError as error:
-            raise StorageError(f"run {run.run_id}: its record cannot be written: {error.strerror}") from error
+        row = {"id": run.run_id, "tenant": tenant, "created_at": _text(run.created_at)}
+        self.database.put("runs", {**row, "record": run.model_dump_json()})
 
     def run(self, tenant: str, run_id: str) -> RunRecord | None:
-        return _run_record(self._root / tenant / folder_name(run_id) / "run.json")
+        rows = self.database.read("SELECT record FROM runs WHERE id = ? AND tenant = ?", (run_id, tenant))
+        return RunRecord.model_validate_json(str(rows[0]["record"])) if rows else None
 
     def runs(self, tenant: str) -> list[RunRecord]:
         """The tenant's runs, newest first."""
-        found = [_run_record(folder / "run.json") for _, folder in self._run_folders(tenant)]
-        return sorted((run for run in found if run is not None), key=lambda run: run.created_at, reverse=True)
+        rows = self.database.read("SELECT record FROM runs WHERE tenant = ? ORDER BY created_at DESC", (tenant,))
+        return [RunRecord.model_validate_json(str(row["record"])) for row in rows]
 
     def expired(self, now: datetime) -> list[Checkpoint]:
         """Checkpoints of all tenants whose time is over."""
-        return [
-            each
-            for tenant in self._tenants()
-            for each in self.checkpoints(tenant)
-            if each.record.expires_at is not None and each.record.expires_at <= now
-        ]
+        return self._listed("expires_at <= ?", (_text(now),))
+
+    def reconcile(self) -> None:
+        """Make rows and folders agree after a crash or a copy of folders: a folder without a row gets one with
+        defaults, a row without a folder goes."""
+        known = {
+            (str(row["tenant"]), CheckpointPath(str(row["run_id"]), _kind(row["kind"]), str(row["name"])))
+            for row in self.database.read("SELECT tenant, run_id, kind, name FROM checkpoints")
+        }
+        found = {(tenant, path) for tenant in self._tenants() for path in self._folders(tenant)}
+        with self.database.together():
+            for tenant, path in known - found:
+                self.forget(tenant, path)
+            for tenant, path in found - known:
+                folder = self.folder(tenant, path)
+                time = datetime.fromtimestamp(folder.stat().st_mtime, UTC)
+                self.put_record(tenant, path, Record(time=time, size_bytes=size_of(folder)))
 
     def _tenants(self) -> list[str]:
-        return sorted(entry.name for entry in os.scandir(self._root) if entry.is_dir(follow_symlinks=False))
+        return sorted(
+            entry.name
+            for entry in os.scandir(self._root)
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(".")
+        )
 
-    def _run_folders(self, tenant: str) -> Iterator[tuple[str, Path]]:
-        folder = self._root / tenant
-        if not folder.is_dir():
-            return
-        for entry in os.scandir(folder):
-            run_id = run_of_folder(entry.name)
-            if run_id is not None and entry.is_dir(follow_symlinks=False):
-                yield run_id, Path(entry.path)
-
-    def _of_run(self, tenant: str, run_id: str) -> Iterator[Checkpoint]:
-        for kind in KINDS:
-            folder = self._root / tenant / folder_name(run_id) / kind
-            if not folder.is_dir():
+    def _folders(self, tenant: str) -> Iterator[CheckpointPath]:
+        """Paths of the checkpoints that are on disk."""
+        for run in os.scandir(self._root / tenant):
+            run_id = run_of_folder(run.name)
+            if run_id is None or not run.is_dir(follow_symlinks=False):
                 continue
-            for entry in os.scandir(folder):
-                found = self._named(tenant, run_id, kind, entry.name)
-                if found is not None:
-                    yield found
+            for kind in KINDS:
+                folder = Path(run.path, kind)
+                for entry in os.scandir(folder) if folder.is_dir() and not folder.is_symlink() else ():
+                    if entry.is_dir(follow_symlinks=False) and NAME_OF.fullmatch(entry.name):
+                        yield CheckpointPath(run_id, kind, entry.name)
 
-    def _named(self, tenant: str, run_id: str, kind: Kind, name: str) -> Checkpoint | None:
-        try:
-            return self._read(tenant, checkpoint_of(run_id, kind, name))
-        except (Refusal, CheckpointError):  # .records, a folder that is being written, a link
-            return None
+    def _listed(self, where: str, values: tuple[str, ...]) -> list[Checkpoint]:
+        rows = self.database.read(f"SELECT tenant, run_id, kind, name, record FROM checkpoints WHERE {where}", values)
+        found = []
+        for row in rows:
+            path = CheckpointPath(str(row["run_id"]), _kind(row["kind"]), str(row["name"]))
+            with suppress(CheckpointError):  # a link
+                found.append(self._checkpoint(str(row["tenant"]), path, row["record"]))
+        return [each for each in found if each is not None]
 
     def _read(self, tenant: str, path: CheckpointPath) -> Checkpoint | None:
+        rows = self.database.read(
+            "SELECT record FROM checkpoints WHERE tenant = ? AND run_id = ? AND kind = ? AND name = ?",
+            (tenant, path.run_id, path.kind, path.name),
+        )
+        return self._checkpoint(tenant, path, rows[0]["record"]) if rows else None
+
+    def _checkpoint(self, tenant: str, path: CheckpointPath, record: object) -> Checkpoint | None:
+        """None: its folder is not there: it is being saved, or was removed by hand."""
         folder = self.folder(tenant, path)
         if not folder.is_dir():
             return None
-        record = _record(self._record_file(tenant, path))
-        if record is None:
-            record = Record(time=datetime.fromtimestamp(folder.stat().st_mtime, UTC))
-        return Checkpoint(tenant, path, folder, record)
-
-    def _record_file(self, tenant: str, path: CheckpointPath) -> Path:
-        return self._root / tenant / folder_name(path.run_id) / path.kind / RECORDS / f"{path.name}.json"
+        return Checkpoint(tenant, path, folder, Record.model_validate_json(str(record)))
 
 
 def size_of(folder: Path) -> int:
@@ -206,22 +231,13 @@ def size_of(folder: Path) -> int:
     return sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
 
 
-def _record(file: Path) -> Record | None:
-    try:
-        return Record.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"record of {file.stem}: is damaged: {type(error).__name__}") from error
+def _text(time: datetime) -> str:
+    """A form whose order as text is that of time."""
+    return time.astimezone(UTC).isoformat(timespec="microseconds")
 
 
-def _run_record(file: Path) -> RunRecord | None:
-    try:
-        return RunRecord.model_validate_json(file.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError) as error:
-        raise CheckpointError(f"record of {file.parent.name}: is damaged: {type(error).__name__}") from error
+def _kind(value: object) -> Kind:
+    return KINDS[KINDS.index(value)]  # ValueError: no version writes another
 
 
 def metadata_size(value: object) -> int:

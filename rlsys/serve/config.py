@@ -26,6 +26,9 @@ class Limits(Section):
     metadata_bytes: int = Field(64 * 1024, ge=0)  # user_metadata of one object, as JSON
     samples_in_flight: int = Field(4000, ge=1)  # completions per tenant; beyond: 429, and the client slows down
     models: int = Field(64, ge=1)  # per tenant
+    queued_calls: int = Field(4096, ge=1)  # of models, that wait or run, per tenant; beyond: 429
+    resident_models: int = Field(256, ge=1)  # on the learner of one base; beyond, the longest idle is parked on disk
+    idle_model_s: Seconds = 1800.0  # a model without a request for this long is parked on disk until its next call
     samplers: int = Field(512, ge=1)  # per tenant; the oldest idle unnamed one is released first
     sessions: int = Field(1024, ge=1)  # per tenant
     result_bytes: int = Field(2**30, ge=2**20)  # kept results, in all

@@ -30,6 +30,9 @@ class Refusal(Exception):
         super().__init__(detail)
         self.status, self.detail, self.headers = status, detail, dict(headers or {})
 
+    def __reduce__(self) -> tuple[type[Refusal], tuple[int, str, Mapping[str, str]]]:
+        return Refusal, (self.status, self.detail, self.headers)
+
 
 class NumberedRefusal(Refusal):
     """400 for a call of a model whose number could be read: the number is used up, for the client goes on with the
@@ -38,6 +41,9 @@ class NumberedRefusal(Refusal):
     def __init__(self, detail: str, model_id: str, seq_id: int, is_pass: bool = False) -> None:
         super().__init__(400, detail)
         self.model_id, self.seq_id, self.is_pass = model_id, seq_id, is_pass
+
+    def __reduce__(self) -> tuple[type[NumberedRefusal], tuple[str, str, int, bool]]:  # type: ignore[override]
+        return NumberedRefusal, (self.detail, self.model_id, self.seq_id, self.is_pass)
 
 
 def bad_request(detail: str) -> Refusal:

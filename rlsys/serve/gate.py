@@ -10,8 +10,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from rlsys.serve.errors import Refusal
+from rlsys.serve.front import Front
 from rlsys.serve.keys import Keys
-from rlsys.serve.state import State
 from rlsys.serve.wire.results import JSON, json_bytes
 
 Message = MutableMapping[str, Any]  # Any: ASGI's messages
@@ -31,9 +31,9 @@ log = logging.getLogger("rlsys.serve.access")
 class Gate:
     """Answers 401, 408 and 413 itself. The application finds the tenant in ``scope["state"]``, and the body read."""
 
-    def __init__(self, app: App, keys: Keys, state: State) -> None:
-        self._app, self._keys, self._state = app, keys, state
-        self._signer, self._limits = state.signer, state.limits
+    def __init__(self, app: App, keys: Keys, front: Front) -> None:
+        self._app, self._keys, self._front = app, keys, front
+        self._signer, self._limits = front.signer, front.limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,7 +50,7 @@ class Gate:
         reference = ""
         try:
             self._admit(scope)
-            if self._state.closing and scope["method"] == "POST" and not scope["path"].endswith(SERVED_TO_THE_END):
+            if self._front.closing and scope["method"] == "POST" and not scope["path"].endswith(SERVED_TO_THE_END):
                 raise Refusal(503, "the server is stopping", {"Retry-After": "5"})
             body = await self._body(scope, receive)
             if body is None:  # the client left

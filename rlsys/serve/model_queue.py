@@ -29,9 +29,17 @@ class ModelQueue:
     waiting call fails, and the numbers before it are closed: they will never run.
     """
 
-    def __init__(self, gap_s: float, clock: Clock = time.monotonic) -> None:
-        self._gap_s, self._clock = gap_s, clock
-        self._next = FIRST
+    def __init__(
+        self,
+        gap_s: float,
+        clock: Clock = time.monotonic,
+        first: int = FIRST,
+        advanced: Callable[[int], object] = lambda _: None,
+    ) -> None:
+        """`first`: the smallest number that is not used up. `advanced` gets the next such number before a call begins
+        and after numbers are used up."""
+        self._gap_s, self._clock, self._advanced = gap_s, clock, advanced
+        self._next = first
         self._waiting: dict[int, Call] = {}
         self._entered: dict[int, str] = {}  # number -> request id
         self._refused: dict[int, str] = {}  # number -> why
@@ -46,6 +54,16 @@ class ModelQueue:
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    def remember(self, seq: int, request_id: str) -> None:
+        """A call of an earlier process: its number is used up, and a repeated request gets its promise."""
+        self._entered[seq] = request_id
+
+    def use_up_to(self, seq: int) -> None:
+        """Numbers up to `seq` that are not waiting are used up."""
+        if seq >= self._next:
+            self._next = seq + 1
+            self._advanced(self._next)
 
     def request_of(self, seq: int) -> str | None:
         """Request id of the call that has this number."""
@@ -91,6 +109,7 @@ class ModelQueue:
         self._closed.append((missing, why))
         self.lost_passes += len(missing) + call.is_pass
         self._next = lowest + 1
+        self._advanced(self._next)
         self._last_arrival = self._clock()  # the next gap gets its time
         call.fail(why)
         self._start()
@@ -105,9 +124,11 @@ class ModelQueue:
         while True:
             if self._next in self._refused:
                 self._next += 1
+                self._advanced(self._next)
                 continue
             call = self._waiting.pop(self._next, None)
             if call is None:
                 return
             self._next += 1
+            self._advanced(self._next)
             call.start()

@@ -27,6 +27,7 @@ class Promise:
     model_id: str | None = None
     sample_sequence_ids: tuple[str, ...] | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)
+    when_settled: Callable[[], object] = lambda: None
     result: Result | None = None
     settled_at: float = 0.0
     polled_at: float | None = None  # when it was last given to a client
@@ -46,6 +47,9 @@ class Promises(Protocol):
         """Number of promises without a result."""
 
     def new(self, tenant: str, session_id: str, model_id: str | None = None) -> Promise: ...
+
+    def restored(self, request_id: str, tenant: str, session_id: str, model_id: str) -> Promise:
+        """The promise of an operation that an earlier process began."""
 
     def settle(self, promise: Promise, result: Result) -> None:
         """Set the result. A promise that has one keeps it."""
@@ -93,6 +97,10 @@ class MemoryPromises:
         self._by_id[promise.id] = promise
         return promise
 
+    def restored(self, request_id: str, tenant: str, session_id: str, model_id: str) -> Promise:
+        promise = self._by_id[request_id] = Promise(request_id, tenant, session_id, model_id)
+        return promise
+
     def settle(self, promise: Promise, result: Result) -> None:
         if promise.result is not None:
             return
@@ -101,6 +109,7 @@ class MemoryPromises:
         if promise.id in self._by_id:
             self._nbytes += result.nbytes
         promise.settled.set()
+        promise.when_settled()
         if self.nbytes > self._max_bytes:
             self._evict()
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 
 from rlsys.client.backend import SampleAnswer
 from rlsys.errors import CheckpointError, ConfigError, RlsysError, SamplingError
-from rlsys.serve import sessions
+from rlsys.serve import rows, sessions
 from rlsys.serve.backend import SampleRequest
+from rlsys.serve.creation import base_of
 from rlsys.serve.errors import Refusal, bad_request, failure_of
 from rlsys.serve.paths import parse_path
 from rlsys.serve.promises import Promise
 from rlsys.serve.state import Sampler, State
-from rlsys.serve.training import base_of
 from rlsys.serve.wire.requests import Asample, CreateSamplingSession, SamplingBody
 from rlsys.serve.wire.results import UNDEFINED_LOGPROB, Result, SampleResult
 from rlsys.types import Array, SamplingParams
@@ -27,15 +29,16 @@ async def create_sampling_session(state: State, tenant: str, body: CreateSamplin
         Refusal: 400: no such base or checkpoint, or it cannot be served.
     """
     session = state.session(body.session_id, tenant)
-    known = session.samplers.get(body.sampling_session_seq_id)
+    number = body.sampling_session_seq_id
+    known = session.samplers.get(number)
     if known is not None:
         return known
-    sampler_id = f"{session.id}:sample:{body.sampling_session_seq_id}"
+    sampler_id = f"{session.id}:sample:{number}"
     if body.model_path is None:
         if body.base_model is None:
             raise bad_request("create_sampling_session: found neither base_model nor model_path; wanted one of them")
         base = state.base(body.base_model)
-        sampler = Sampler(sampler_id, session, base, body.base_model, None, None, is_ephemeral=False)
+        sampler = Sampler(sampler_id, session, base, body.base_model, number, None, None, is_ephemeral=False)
     else:
         sessions.make_room(state, tenant)
         path = parse_path(body.model_path)
@@ -46,15 +49,16 @@ async def create_sampling_session(state: State, tenant: str, body: CreateSamplin
             snapshot = await state.backend.open_snapshot(base, found.folder)
         except (CheckpointError, ConfigError) as error:
             raise bad_request(_public(state, error, path.text)) from None
-        known = session.samplers.get(body.sampling_session_seq_id)
+        known = session.samplers.get(number)
         if known is not None or session.ended is not None:  # another request was faster, or the client left
             state.backend.release(base, snapshot)
             if known is not None:
                 return known
             raise bad_request(f"session: has ended: {session.ended}")
-        sampler = Sampler(sampler_id, session, base, base_model, snapshot, path.text, is_ephemeral=False)
+        sampler = Sampler(sampler_id, session, base, base_model, number, snapshot, path.text, is_ephemeral=False)
     sessions.add_sampler(state, sampler)
-    session.samplers[body.sampling_session_seq_id] = sampler
+    session.samplers[number] = sampler
+    rows.put_sampler(state.database, sampler)
     return sampler
 
 
@@ -85,7 +89,9 @@ def sample(state: State, tenant: str, body: Asample) -> Promise:
     state.counts["sample_requests"] += 1
 
     async def answer() -> Result:
-        found = await state.backend.sample(sampler.base, sampler.snapshot, request)
+        async with state.turns[sampler.base.name].turn(tenant, request.n):
+            await _open(state, sampler)
+            found = await state.backend.sample(sampler.base, sampler.snapshot, request)
         state.counts["sampled_tokens"] += len(found.tokens)
         return _result(found, request, body.prompt_logprobs_last_n, promise.sample_sequence_ids or ())
 
@@ -98,6 +104,30 @@ def sample(state: State, tenant: str, body: Asample) -> Promise:
 
     task.add_done_callback(done)
     return promise
+
+
+async def _open(state: State, sampler: Sampler) -> None:
+    """Open the checkpoint of a sampler whose snapshot was lost with an earlier server."""
+    if sampler.snapshot is not None or sampler.path is None or sampler.released is not None:
+        return
+    if sampler.opening is not None:
+        await asyncio.shield(sampler.opening)
+        return
+    sampler.opening = asyncio.ensure_future(_opened(state, sampler, sampler.path))
+    try:
+        await asyncio.shield(sampler.opening)
+    finally:
+        sampler.opening = None
+
+
+async def _opened(state: State, sampler: Sampler, path: str) -> None:
+    found = state.store.find(sampler.session.tenant, parse_path(path))
+    snapshot = await state.backend.open_snapshot(sampler.base, found.folder)
+    if sampler.released is not None:
+        state.backend.release(sampler.base, snapshot)
+        return
+    sampler.snapshot = snapshot
+    rows.put_sampler(state.database, sampler)
 
 
 def cancel(state: State, tenant: str, request_id: str) -> None:

@@ -7,12 +7,14 @@ import time
 import uuid
 from typing import Any
 
+from rlsys.serve import rows
 from rlsys.serve.checkpoints import metadata_size
 from rlsys.serve.errors import Refusal, bad_request
-from rlsys.serve.model_queue import ModelQueue
+from rlsys.serve.model_queue import FIRST, ModelQueue
 from rlsys.serve.promises import Promise
 from rlsys.serve.state import Model, Sampler, Session, State, now
 from rlsys.serve.wire.requests import CreateSession
+from rlsys.utils.atomic_files import remove_folder
 
 ENDED_KEPT_S = 3600.0  # an ended session is listed, and its late requests are told why, for this long
 # Tinker's SDKs up to 0.15 send a call once the one before is answered or given up, so a gap stays one. They leave a
@@ -40,6 +42,7 @@ def create_session(state: State, tenant: str, body: CreateSession) -> Session:
         created_at=now(),
         seen=time.monotonic(),
     )
+    rows.put_session(state.database, session)
     state.sessions[session.id] = session
     return session
 
@@ -74,6 +77,7 @@ def finish(state: State, session: Session, why: str) -> None:
     if session.ended is not None:
         return
     session.ended = why
+    rows.put_session(state.database, session)
     for promise in state.promises.of_session(session.id):
         if promise.result is None:
             promise.cancel()
@@ -84,17 +88,35 @@ def finish(state: State, session: Session, why: str) -> None:
 
 
 def release_model(state: State, model: Model, why: str) -> None:
+    if state.models.pop(model.id, None) is None:
+        return
+    model.queue.abandon(why)
+    rows.forget_model(state.database, model.id)
+    if model.moving:  # rlsys.serve.parking ends it
+        return
+    if model.parked is None:
+        state.backend.drop_model(model.id, model.calls + 1)
+    else:
+        remove_folder(model.parked)
+
+
+def lose_model(state: State, model: Model, why: str) -> None:
+    """Forget a model whose learner has died."""
     if state.models.pop(model.id, None) is not None:
+        state.lost_models[model.id] = why
+        model.session.models.pop(model.number, None)
         model.queue.abandon(why)
-        state.backend.drop_model(model.id)
+        rows.forget_model(state.database, model.id)
 
 
 def release_sampler(state: State, sampler: Sampler, why: str) -> None:
-    if sampler.released is None:
-        sampler.released = why
-        if sampler.snapshot is not None:
-            state.backend.release(sampler.base, sampler.snapshot)
-            sampler.snapshot = None
+    if sampler.released is not None:
+        return
+    sampler.released = why
+    if sampler.snapshot is not None:
+        state.backend.release(sampler.base, sampler.snapshot)
+        sampler.snapshot = None
+    rows.put_sampler(state.database, sampler)
 
 
 def add_sampler(state: State, sampler: Sampler) -> None:
@@ -121,10 +143,11 @@ def make_room(state: State, tenant: str) -> None:
     release_sampler(state, oldest, f"it was the oldest idle of limits.samplers = {state.limits.samplers} samplers")
 
 
-def new_queue(state: State, session: Session) -> ModelQueue:
+def new_queue(state: State, session: Session, model_id: str, first: int = FIRST) -> ModelQueue:
     version = re.match(r"0\.(\d{1,4})\.", session.sdk_version, re.ASCII)
     in_order = version is not None and int(version[1]) <= LAST_IN_ORDER
-    return ModelQueue(min(state.limits.gap_s, IN_ORDER_GAP_S) if in_order else state.limits.gap_s)
+    gap_s = min(state.limits.gap_s, IN_ORDER_GAP_S) if in_order else state.limits.gap_s
+    return ModelQueue(gap_s, first=first, advanced=lambda number: rows.put_next(state.database, model_id, number))
 
 
 def sweep(state: State) -> None:
@@ -141,10 +164,18 @@ def sweep(state: State) -> None:
     state.promises.expire()
 
 
+def note_seen(state: State) -> None:
+    """Every few seconds: keep when clients were last heard."""
+    rows.put_seen(state.database, [each for each in state.sessions.values() if each.ended is None])
+
+
 def _forget(state: State, session: Session) -> None:
     for sampler in session.samplers.values():
         state.samplers.pop(sampler.id, None)
+    for model in session.models.values():
+        state.lost_models.pop(model.id, None)
     del state.sessions[session.id]
+    rows.forget_session(state.database, session.id)
 
 
 def refuse_large(what: str, value: dict[str, Any], limit: int) -> None:

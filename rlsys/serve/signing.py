@@ -26,11 +26,15 @@ class Download:
     file: str
 
 
-class Signer:
-    """Signs with a secret of this process: nothing that it signed is valid after a restart."""
+def new_secret() -> bytes:
+    return secrets.token_bytes(32)
 
-    def __init__(self) -> None:
-        self._secret = secrets.token_bytes(32)
+
+class Signer:
+    """Signs with a secret that all processes of a server share, and that outlasts them."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
 
     def key_for(self, tenant: str) -> str:
         """A key of the tenant that ends by itself."""

@@ -6,11 +6,11 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar, TypeVarTuple
+from pathlib import Path
+from typing import Any, Protocol
 
 from rlsys.client.backend import SnapshotHandle
 from rlsys.config import LoraSection
@@ -21,13 +21,11 @@ from rlsys.serve.config import Limits
 from rlsys.serve.errors import Failure, bad_request, failure_of, not_found
 from rlsys.serve.model_queue import ModelQueue
 from rlsys.serve.promises import MemoryPromises, Promise, Promises
-from rlsys.serve.signing import Signer
+from rlsys.serve.sample_turns import SampleTurns
 from rlsys.serve.wire.results import FailedResult, Result
 
 log = logging.getLogger("rlsys.serve")
-Args = TypeVarTuple("Args")
-T = TypeVar("T")
-CODEC_THREADS = 2  # bodies are decoded and encoded beside the event loop
+QUEUED = 1.25  # completions that engines are given, of those that they compute at once: none of them runs dry
 
 
 @dataclass(slots=True, eq=False)
@@ -57,11 +55,25 @@ class Model:
     base: Base
     base_model: str  # name under which the client asked
     created: Promise
+    number: int  # in its session
     queue: ModelQueue
     lora: LoraSection | None = None  # known once it is created
     last_request: datetime = field(default_factory=lambda: now())
     failed_passes: int = 0  # since the last step
+    unstepped: int = 0  # passes since the last step: their gradient is on the learner alone
+    running: int = 0  # calls that the learner has
+    calls: int = 0  # number of the last call that the learner got
     last_done: asyncio.Event | None = None  # of the call that was started last
+    parked: Path | None = None  # folder that holds the model instead of the learner; see `rlsys.serve.parking`
+    moving: bool = False  # between learner and disk
+    held_back: list[Held] = field(default_factory=list)  # calls that wait until it is on the learner
+
+
+class Held(Protocol):
+    """A call that waits for its model to be on the learner."""
+
+    def go(self) -> None: ...
+    def fail(self, error: RlsysError) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +84,8 @@ class Sampler:
     session: Session
     base: Base
     base_model: str
-    snapshot: SnapshotHandle | None
+    number: int  # in its session
+    snapshot: SnapshotHandle | None  # None: of the base, or to be opened from `path` at the next request
     path: str | None
     is_ephemeral: bool
     # number -> request id and samples, of the first request; its result is kept by promises alone
@@ -80,6 +93,7 @@ class Sampler:
     running: int = 0
     used: float = field(default_factory=time.monotonic)
     released: str | None = None  # why
+    opening: asyncio.Future[None] | None = None  # of `path`
 
 
 class State:
@@ -94,11 +108,13 @@ class State:
         self.models: dict[str, Model] = {}
         self.samplers: dict[str, Sampler] = {}
         self.samples_in_flight: Counter[str] = Counter()  # by tenant
+        self.calls_queued: Counter[str] = Counter()  # of models, that wait or run, by tenant
+        self.lost_models: dict[str, str] = {}  # id -> why, of models that were lost with a learner or a server
+        self.turns = {name: SampleTurns(round(base.max_sequences * QUEUED)) for name, base in backend.bases.items()}
         self.started_at = now()
-        self.signer = Signer()
+        self.database = store.database
         self.counts: Counter[str] = Counter()
         self.closing = False
-        self._codec = ThreadPoolExecutor(CODEC_THREADS, "codec")
         self._tasks: set[asyncio.Task[Any]] = set()
         self._bases = {name: base for base in backend.bases.values() for name in (base.name, *base.aliases)}
 
@@ -140,10 +156,6 @@ class State:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def in_thread(self, work: Callable[[*Args], T], *args: *Args) -> T:
-        """Encode or decode beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._codec, work, *args)
-
     def fail(self, promise: Promise, text: str, category: str = "user") -> None:
         self.promises.settle(promise, FailedResult(Failure(text, "user" if category == "user" else "server")))
 
@@ -169,7 +181,6 @@ class State:
             _, pending = await asyncio.wait(self._tasks, timeout=limit_s)
             for task in pending:
                 task.cancel()
-        self._codec.shutdown(wait=False, cancel_futures=True)
 
     def names(self) -> dict[str, str]:
         """Folder of each base -> what clients call it."""

@@ -1,4 +1,4 @@
-"""What all routes share: state and tenant of a request, bodies, answers."""
+"""What all routes share: front and tenant of a request, bodies, answers."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
-from rlsys.serve.promises import Promise
-from rlsys.serve.state import State
+from rlsys.serve.controller import Ticket
+from rlsys.serve.front import Front
 from rlsys.serve.wire.json_body import WireModel, parse
 from rlsys.serve.wire.results import JSON, PROTOBUF, json_bytes
 
@@ -16,9 +16,9 @@ Model = TypeVar("Model", bound=WireModel)
 Json = Mapping[str, Any]  # Any: JSON
 
 
-def state_of(request: Request) -> State:
-    state: State = request.app.state.server
-    return state
+def front_of(request: Request) -> Front:
+    front: Front = request.app.state.front
+    return front
 
 
 def tenant_of(request: Request) -> str:
@@ -34,12 +34,12 @@ def answer(value: Json, status: int = 200, headers: Mapping[str, str] | None = N
     return Response(json_bytes(value), status, headers=dict(headers or {}), media_type=JSON)
 
 
-def promised(promise: Promise) -> Response:
-    value: dict[str, Any] = {"request_id": promise.id}
-    if promise.model_id is not None:
-        value["model_id"] = promise.model_id
-    if promise.sample_sequence_ids is not None:
-        value["sample_sequence_ids"] = list(promise.sample_sequence_ids)
+def promised(ticket: Ticket) -> Response:
+    value: dict[str, Any] = {"request_id": ticket.request_id}
+    if ticket.model_id is not None:
+        value["model_id"] = ticket.model_id
+    if ticket.sample_sequence_ids is not None:
+        value["sample_sequence_ids"] = list(ticket.sample_sequence_ids)
     return answer(value)
 
 

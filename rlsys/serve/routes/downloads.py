@@ -13,11 +13,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.background import BackgroundTask
 
-from rlsys.errors import CheckpointError
 from rlsys.serve.checkpoints import Checkpoint
 from rlsys.serve.errors import Refusal, not_found
 from rlsys.serve.paths import checkpoint_of, parse_path
-from rlsys.serve.routes.common import answer, state_of, tenant_of
+from rlsys.serve.routes.common import answer, front_of, tenant_of
 from rlsys.serve.signing import ARCHIVE, Download
 
 router = APIRouter(prefix="/api/v1")
@@ -27,8 +26,8 @@ ADAPTER = ("adapter_config.json", "adapter_model.safetensors")  # what PEFT and 
 @router.get("/training_runs/{run_id}/checkpoints/{kind}/{name}/archive")
 async def archive(run_id: str, kind: str, name: str, request: Request) -> Response:
     """302 to the archive; clients that ask for JSON get its address."""
-    found = _readable(request, run_id, kind, name)
-    token, expires = state_of(request).signer.link(Download(found.tenant, found.path.text, ARCHIVE))
+    found = await _readable(request, run_id, kind, name)
+    token, expires = front_of(request).signer.link(Download(found.tenant, found.path.text, ARCHIVE))
     url = _url(request, token)
     headers = {"Location": url, "Expires": format_datetime(expires, usegmt=True)}
     return answer({"url": url, "expires": expires.isoformat()}, 302, headers)
@@ -36,9 +35,9 @@ async def archive(run_id: str, kind: str, name: str, request: Request) -> Respon
 
 @router.get("/training_runs/{run_id}/checkpoints/external_weights/{name}/external_weights_urls")
 async def external_weights_urls(run_id: str, name: str, request: Request) -> Response:
-    found = _readable(request, run_id, "external_weights", name)
+    found = await _readable(request, run_id, "external_weights", name)
     links = {
-        file: state_of(request).signer.link(Download(found.tenant, found.path.text, file))
+        file: front_of(request).signer.link(Download(found.tenant, found.path.text, file))
         for file in ADAPTER
         if (found.folder / file).is_file()
     }
@@ -51,11 +50,11 @@ async def external_weights_urls(run_id: str, name: str, request: Request) -> Res
 
 @router.get("/files/{token}")
 async def download(token: str, request: Request) -> Response:
-    state = state_of(request)
-    wanted = state.signer.download_of(token)
+    front = front_of(request)
+    wanted = front.signer.download_of(token)
     if wanted is None:
         raise Refusal(403, "the address of this download has ended, or is none; ask for a new one")
-    found = state.store.own(wanted.owner, parse_path(wanted.path))
+    found = await front.controller.own_checkpoint(wanted.owner, parse_path(wanted.path))
     if wanted.file == ARCHIVE:
         packed = await asyncio.to_thread(_pack, found.folder)
         headers = {"Content-Disposition": f'attachment; filename="{found.path.name}.tar"'}
@@ -68,11 +67,8 @@ async def download(token: str, request: Request) -> Response:
     return FileResponse(file, media_type="application/octet-stream")
 
 
-def _readable(request: Request, run_id: str, kind: str, name: str) -> Checkpoint:
-    try:
-        return state_of(request).store.find(tenant_of(request), checkpoint_of(run_id, kind, name))
-    except CheckpointError as error:
-        raise Refusal(404, str(error)) from None
+async def _readable(request: Request, run_id: str, kind: str, name: str) -> Checkpoint:
+    return await front_of(request).controller.readable(tenant_of(request), checkpoint_of(run_id, kind, name))
 
 
 def _pack(folder: Path) -> str:

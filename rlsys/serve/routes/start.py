@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from rlsys.serve import sessions
 from rlsys.serve.errors import Refusal
 from rlsys.serve.gate import NO_KEY
-from rlsys.serve.routes.common import answer, body_as, state_of, tenant_of
+from rlsys.serve.routes.common import answer, body_as, front_of, tenant_of
 from rlsys.serve.wire.requests import CreateSession, FinishSession, SessionOnly
 
 router = APIRouter(prefix="/api/v1")
@@ -43,7 +42,7 @@ async def auth_token(request: Request) -> Response:
     """A short-lived key, for a key of the file: one token does not give another."""
     if not request.scope["state"]["has_key"]:
         raise Refusal(401, NO_KEY)
-    return answer({"jwt": state_of(request).signer.key_for(tenant_of(request))})
+    return answer({"jwt": front_of(request).signer.key_for(tenant_of(request))})
 
 
 @router.post("/client/dynamic_config")
@@ -61,7 +60,7 @@ async def telemetry() -> Response:
 async def capabilities(request: Request) -> Response:
     models = [
         {"model_name": name, "max_context_length": base.about.max_length, "trainable": True, "sampleable": True}
-        for base in state_of(request).backend.bases.values()
+        for base in front_of(request).bases.values()
         for name in (base.name, *base.aliases)
     ]
     return answer({"supported_models": models})
@@ -69,10 +68,10 @@ async def capabilities(request: Request) -> Response:
 
 @router.post("/create_session")
 async def create_session(request: Request) -> Response:
-    state = state_of(request)
-    session = sessions.create_session(state, tenant_of(request), await body_as(CreateSession, request))
-    value = {"type": "create_session", "session_id": session.id}
-    names = [base.name for base in state.backend.bases.values() if not base.about.serves_unembed]
+    front, body = front_of(request), await body_as(CreateSession, request)
+    session_id = await front.controller.create_session(tenant_of(request), body)
+    value = {"type": "create_session", "session_id": session_id}
+    names = [base.name for base in front.bases.values() if not base.about.serves_unembed]
     if names:
         value["warning_message"] = (
             f"train_unembed is off for {', '.join(names)}: vLLM on CUDA scores prompts wrongly under an adapter of the "
@@ -83,15 +82,13 @@ async def create_session(request: Request) -> Response:
 
 @router.post("/session_heartbeat")
 async def session_heartbeat(request: Request) -> Response:
-    sessions.heartbeat(state_of(request), tenant_of(request), (await body_as(SessionOnly, request)).session_id)
+    body = await body_as(SessionOnly, request)
+    await front_of(request).controller.heartbeat(tenant_of(request), body.session_id)
     return answer({"type": "session_heartbeat"})
 
 
 @router.post("/sessions/{session_id}/finish")
 async def finish_session(session_id: str, request: Request) -> Response:
     body = await body_as(FinishSession, request)
-    state = state_of(request)
-    session = state.session(session_id, tenant_of(request))
-    session.finish_reason = body.reason.type
-    sessions.finish(state, session, f"its client finished it ({body.reason.type})")
+    await front_of(request).controller.finish_session(tenant_of(request), session_id, body.reason.type)
     return answer({})

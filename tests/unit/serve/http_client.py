@@ -12,7 +12,10 @@ import numpy as np
 from rlsys.serve.app import build_app
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
+from rlsys.serve.controller import Controller
+from rlsys.serve.front import Front
 from rlsys.serve.keys import Keys, NoKeys
+from rlsys.serve.signing import Signer, new_secret
 from rlsys.serve.state import State
 from rlsys.serve.wire import messages
 from tests.unit.serve.learner_backend import LearnerBackend
@@ -29,7 +32,9 @@ class Http:
     ) -> None:
         self.state = State(backend, limits or Limits(), store)
         self.backend = backend
-        transport = httpx.ASGITransport(build_app(self.state, keys or NoKeys()), raise_app_exceptions=False)
+        self.controller = Controller(self.state)
+        self.front = Front(self.controller, self.state.limits, backend.bases, Signer(new_secret()))
+        transport = httpx.ASGITransport(build_app(self.front, keys or NoKeys()), raise_app_exceptions=False)
         self.client = httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60)
 
     async def __aenter__(self) -> Self:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
 import numpy as np
 
-from rlsys.client.backend import Answer, SampleAnswer, SnapshotHandle
+from rlsys.client.backend import Adopted, Answer, RunProgress, SampleAnswer, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.requests import Drop, Request, TakeSnapshot
 from rlsys.config import LearnerSection, LoraSection, ModelSection
@@ -46,6 +46,7 @@ class LearnerBackend:
         self.dropped: list[str] = []
         self.released: list[str] = []
         self.done: list[tuple[str, str]] = []  # model, operation
+        self.calls: dict[str, list[asyncio.Future[Any]]] = {}  # by model; like a learner it executes each once
         self._thread = ThreadPoolExecutor(1)
         base = Base("tiny", ("Qwen/Qwen3-8B-Base",), None, self.host.about)
         self._bases = {"tiny": base}
@@ -54,18 +55,28 @@ class LearnerBackend:
     def bases(self) -> Mapping[str, Base]:
         return self._bases
 
-    async def create_model(self, base: Base, model_id: str, lora: LoraSection, seed: int) -> None:
+    async def create_model(self, base: Base, model_id: str, tenant: str, lora: LoraSection, seed: int) -> None:
         await self._run(self.host.create, model_id, lora, seed)
 
-    async def restore_model(self, base: Base, model_id: str, folder: Path, optimizer: bool) -> LoraSection:
+    async def restore_model(self, base: Base, model_id: str, tenant: str, folder: Path, optimizer: bool) -> LoraSection:
         return (await self._run(self.host.restore, model_id, str(folder), optimizer)).lora
 
-    def call(self, model_id: str, request: Request[Answer]) -> asyncio.Future[Answer]:
-        return asyncio.ensure_future(self._run(self._do, model_id, request))
+    def call(self, model_id: str, number: int, request: Request[Answer]) -> asyncio.Future[Answer]:
+        calls = self.calls.setdefault(model_id, [])
+        assert number <= len(calls) + 1, f"call {number} after {len(calls)}"
+        if number > len(calls):
+            calls.append(asyncio.get_running_loop().run_in_executor(self._thread, self._waiting, model_id, request))
+        return asyncio.ensure_future(self._answer(calls[number - 1]))
 
-    def drop_model(self, model_id: str) -> None:
+    def drop_model(self, model_id: str, number: int) -> None:
+        assert number == len(self.calls.pop(model_id, [])) + 1
         self.dropped.append(model_id)
         self._thread.submit(self.host.do, model_id, Drop())
+
+    async def adopt(self, base: Base, model_ids: Sequence[str], snapshot_keys: Sequence[str]) -> Adopted:
+        ids = self.host.learner.runs.ids
+        runs = {each: RunProgress(len(self.calls.get(each, [])) + 1) for each in model_ids if each in ids}
+        return Adopted(runs, tuple(key for key in snapshot_keys if f"copy.{key}" in ids))
 
     async def open_snapshot(self, base: Base, folder: Path) -> SnapshotHandle:
         return await self._run(self._open, folder)
@@ -106,6 +117,13 @@ class LearnerBackend:
             None,
             None,
         )
+
+    def _waiting(self, model_id: str, request: Request[Answer]) -> Answer:
+        assert self.open.wait(60), "the test did not open the learner"
+        return self._do(model_id, request)
+
+    async def _answer(self, call: asyncio.Future[Answer]) -> Answer:
+        return await asyncio.shield(call)
 
     async def _run(self, work: Callable[[*Args], T], *args: *Args) -> T:
         def waiting() -> T:

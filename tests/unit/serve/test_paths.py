@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from rlsys.errors import CheckpointError
-from rlsys.serve.checkpoints import CheckpointStore
+from rlsys.serve.checkpoints import CheckpointStore, Record
 from rlsys.serve.errors import Refusal
 from rlsys.serve.paths import checked_name, folder_name, parse_path, run_of_folder
+from rlsys.serve.state import now
 
 RUN = "0123456789abcdef0123456789abcdef:train:0"
 GOOD = f"tinker://{RUN}/weights/a"
@@ -85,6 +86,7 @@ def test_a_link_in_a_tenants_folder_leads_nowhere(tmp_path: Path) -> None:
     at = store.root / "one" / folder_name(RUN) / "weights"
     at.mkdir(parents=True)
     (at / "a").symlink_to(secret)
+    store.put_record("one", path, Record(time=now()))
     with pytest.raises(CheckpointError, match="is a link"):
         store.find("one", path)
     assert store.checkpoints("one") == []

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import re
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +15,6 @@ import httpx
 import pytest
 
 from tests import waiting
-from tests.unit.serve.http_client import pass_body
 from tests.unit.tiny_learner import Models
 
 KEY = {"X-API-Key": "tml-one"}
@@ -42,30 +38,6 @@ def server(tiny_model: Models, tmp_path: Path) -> Iterator[tuple[subprocess.Pope
 
 def post(url: str, path: str, body: Any, **more: Any) -> httpx.Response:
     return httpx.post(f"{url}/api/v1/{path}", json=body, headers=KEY, timeout=60, **more)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server_with_0_while_a_poll_is_held(
-    number: signal.Signals, server: tuple[subprocess.Popen[bytes], str]
-) -> None:
-    process, url = server
-    session = post(url, "create_session", {}).json()["session_id"]
-    body = {"session_id": session, "model_seq_id": 0, "base_model": "tiny", "lora_config": {"rank": 4}}
-    created = post(url, "create_model", body).json()
-    model = post(url, "retrieve_future", {"request_id": created["request_id"]}).json()["model_id"]
-    behind = post(url, "forward_backward", pass_body(model, 2)).json()  # number 1 never arrives
-    answers: list[httpx.Response] = []
-    poll = threading.Thread(
-        target=lambda: answers.append(post(url, "retrieve_future", {"request_id": behind["request_id"]}))
-    )
-    poll.start()
-    time.sleep(0.3)
-    process.send_signal(number)
-    time.sleep(0.2)
-    process.send_signal(number)  # an impatient user, or a shell's second one
-    assert waiting.exit_code(process, "the server") == 0
-    poll.join()
-    assert answers and answers[0].json()["error"].endswith("the server is stopping")
 
 
 def test_slow_clients_hold_up_nobody_and_a_large_body_is_refused_before_it_is_read(

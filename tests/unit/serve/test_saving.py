@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from rlsys.serve.app import remove_expired
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
+from rlsys.serve.controller import remove_expired
 from rlsys.serve.state import State
 from tests.unit.serve.http_client import Http, pass_body
 from tests.unit.serve.learner_backend import LearnerBackend

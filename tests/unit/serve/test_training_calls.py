@@ -15,7 +15,7 @@ from rlsys.config import LoraSection
 from rlsys.datums import collate
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
-from rlsys.serve.training import FAILED_PARTS
+from rlsys.serve.outcomes import FAILED_PARTS
 from rlsys.serve.wire import messages
 from rlsys.types import AdamParams, Datum, ModelInput
 from tests.unit.serve.http_client import PROTOBUF, Http, as_protobuf, datum, pass_body

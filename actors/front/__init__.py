@@ -1,0 +1,1 @@
+"""Processes of `rlsys serve`: the controller's actor, and the HTTP process."""

@@ -1,0 +1,319 @@
+"""Calls of the service, as the HTTP layer makes them. They run in one event loop on one `State`.
+
+A named Ray actor holds it, so an HTTP process can end, and another start, without a loss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from rlsys.errors import CheckpointError
+from rlsys.learner.checkpoint_files import read_info
+from rlsys.serve import creation, listings, parking, recovery, sampling, sessions, training
+from rlsys.serve.backend import Base
+from rlsys.serve.checkpoints import Checkpoint
+from rlsys.serve.errors import NumberedRefusal, Refusal, not_found
+from rlsys.serve.paths import CheckpointPath, Kind, parse_path
+from rlsys.serve.promises import Promise
+from rlsys.serve.state import State, now
+from rlsys.serve.status import StatusLine
+from rlsys.serve.wire.passes import PreparedPass
+from rlsys.serve.wire.requests import (
+    Asample,
+    CreateModel,
+    CreateSamplingSession,
+    CreateSession,
+    LoadWeights,
+    OptimStep,
+    SaveWeights,
+    SearchSessions,
+)
+from rlsys.serve.wire.results import Result
+
+SWEEP_S = 1.0
+SEEN_S = 10.0
+EXPIRY_S = 30.0
+DRAIN_S = 30.0  # how long pending work may take at the end
+Json = dict[str, Any]  # Any: JSON
+log = logging.getLogger("rlsys.serve")
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A promise, as its client gets it."""
+
+    request_id: str
+    model_id: str | None
+    sample_sequence_ids: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Answer to a poll. `result` None: not ready; `reason`: what the operation waits for."""
+
+    result: Result | None
+    reason: str | None = None
+
+
+class Controller:
+    """Methods raise `Refusal` for what is refused, and an RlsysError for what failed."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self._tasks: list[asyncio.Task[None]] = []
+        self._status = StatusLine(state)
+
+    async def start(self) -> None:
+        """Take over what an earlier controller left, then begin the periodic work."""
+        await recovery.recover(self.state)
+        state = self.state
+        self._tasks = [
+            asyncio.create_task(_every(SWEEP_S, lambda: _sweep(state))),
+            asyncio.create_task(_every(SEEN_S, lambda: sessions.note_seen(state))),
+            asyncio.create_task(_every_in_thread(EXPIRY_S, lambda: remove_expired(state))),
+        ]
+
+    async def stop(self) -> None:
+        """Refuse new work, let running work finish, then write models to disk. Can be called twice."""
+        for task in self._tasks:
+            task.cancel()
+        await stop_work(self.state)
+
+    async def status_line(self) -> str | None:
+        return self._status.text()
+
+    async def bases(self) -> Sequence[Base]:
+        return list(self.state.backend.bases.values())
+
+    async def signing_secret(self, new: str) -> str:
+        """The secret of signed addresses and keys; `new` is kept if there was none."""
+        return self.state.database.setting("signing_secret", new)
+
+    # sessions
+
+    async def create_session(self, tenant: str, body: CreateSession) -> str:
+        self._refuse_at_end()
+        return sessions.create_session(self.state, tenant, body).id
+
+    async def heartbeat(self, tenant: str, session_id: str) -> None:
+        sessions.heartbeat(self.state, tenant, session_id)
+
+    async def finish_session(self, tenant: str, session_id: str, reason: str) -> None:
+        session = self.state.session(session_id, tenant)
+        session.finish_reason = reason
+        sessions.finish(self.state, session, f"its client finished it ({reason})")
+
+    async def session_ids(self, tenant: str) -> list[str]:
+        return [each.id for each in listings.sessions_of(self.state, tenant)]
+
+    async def describe_session(self, tenant: str, session_id: str) -> Json:
+        return listings.describe_session(self.state, tenant, session_id)
+
+    async def search_sessions(self, tenant: str, body: SearchSessions) -> Json:
+        return listings.search_sessions(self.state, tenant, body)
+
+    # models
+
+    async def create_model(self, tenant: str, body: CreateModel) -> Ticket:
+        self._refuse_at_end()
+        return _ticket(creation.create_model(self.state, tenant, body))
+
+    async def load_weights(self, tenant: str, body: LoadWeights) -> Ticket:
+        self._refuse_at_end()
+        return _ticket(creation.load_weights(self.state, tenant, body))
+
+    async def unload_model(self, tenant: str, model_id: str) -> Ticket:
+        return _ticket(training.unload_model(self.state, tenant, model_id))
+
+    async def describe_model(self, tenant: str, model_id: str, limit_s: float) -> Json:
+        model = self.state.model(model_id, tenant)
+        await self.state.promises.wait(model.created, limit_s)
+        if model.lora is None:
+            raise Refusal(400, f"model {model.id!r}: is not created")
+        data = {"arch": model.base.about.arch, "model_name": model.base_model}
+        if model.base.tokenizer is not None:
+            data["tokenizer_id"] = model.base.tokenizer
+        return {
+            "type": "get_info",
+            "model_id": model.id,
+            "model_data": data,
+            "model_name": model.base_model,
+            "is_lora": True,
+            "lora_rank": model.lora.rank,
+        }
+
+    async def base_of_model(self, tenant: str, model_id: str, seq: int) -> str | Ticket:
+        """Name of a model's base, or the ticket of its call `seq` if that came before."""
+        model, known = training.entering(self.state, tenant, model_id, seq)
+        return model.base.name if known is None else _ticket(known)
+
+    async def run_pass(
+        self, tenant: str, model_id: str, seq: int, forward_only: bool, prepared: PreparedPass, limit_s: float
+    ) -> Ticket:
+        self._refuse_at_end()
+        model, known = training.entering(self.state, tenant, model_id, seq)
+        if known is not None:
+            return _ticket(known)
+        await self.state.promises.wait(model.created, limit_s)
+        return _ticket(training.run_pass(self.state, model, seq, forward_only, prepared))
+
+    async def use_up(self, tenant: str, refusal: NumberedRefusal) -> None:
+        training.use_up(self.state, tenant, refusal)
+
+    async def optim_step(self, tenant: str, body: OptimStep) -> Ticket:
+        self._refuse_at_end()
+        return _ticket(training.optim_step(self.state, tenant, body))
+
+    async def save(self, tenant: str, body: SaveWeights, kind: Kind) -> Ticket:
+        self._refuse_at_end()
+        return _ticket(training.save(self.state, tenant, body, kind))
+
+    # samplers
+
+    async def create_sampling_session(self, tenant: str, body: CreateSamplingSession) -> str:
+        self._refuse_at_end()
+        return (await sampling.create_sampling_session(self.state, tenant, body)).id
+
+    async def describe_sampler(self, tenant: str, sampler_id: str) -> Json:
+        sampler = self.state.sampler(sampler_id, tenant)
+        value: Json = {"sampler_id": sampler.id, "base_model": sampler.base_model}
+        if sampler.path is not None:
+            value["model_path"] = sampler.path
+        return value
+
+    async def sample(self, tenant: str, body: Asample) -> Ticket:
+        self._refuse_at_end()
+        return _ticket(sampling.sample(self.state, tenant, body))
+
+    async def cancel(self, tenant: str, request_id: str) -> None:
+        sampling.cancel(self.state, tenant, request_id)
+
+    async def poll(self, tenant: str, request_id: str, limit_s: float) -> Settled:
+        promise = self.state.promises.get(request_id, tenant)
+        reason = promise.queue_reason()
+        return Settled(await self.state.promises.wait(promise, limit_s), reason)
+
+    # checkpoints
+
+    async def readable(self, tenant: str, path: CheckpointPath) -> Checkpoint:
+        """An own or a published checkpoint. Raises Refusal 404."""
+        try:
+            return self.state.store.find(tenant, path)
+        except CheckpointError as error:
+            raise Refusal(404, str(error)) from None
+
+    async def own_checkpoint(self, tenant: str, path: CheckpointPath) -> Checkpoint:
+        return self.state.store.own(tenant, path)
+
+    async def describe_weights(self, tenant: str, text: str) -> Json:
+        return await asyncio.to_thread(_describe_weights, self.state, tenant, parse_path(text))
+
+    async def delete_checkpoint(self, tenant: str, path: CheckpointPath) -> None:
+        await asyncio.to_thread(self.state.store.delete, self.state.store.own(tenant, path))
+
+    async def publish(self, tenant: str, path: CheckpointPath, public: bool) -> None:
+        self._update(tenant, path, {"public": public})
+
+    async def set_ttl(self, tenant: str, path: CheckpointPath, ttl_seconds: float | None) -> None:
+        expires: datetime | None = None if ttl_seconds is None else now() + timedelta(seconds=ttl_seconds)
+        self._update(tenant, path, {"expires_at": expires})
+
+    async def runs(self, tenant: str, limit: int, offset: int) -> Json:
+        return await asyncio.to_thread(listings.runs, self.state, tenant, limit, offset)
+
+    async def describe_run(self, tenant: str, run_id: str) -> Json:
+        run = self.state.store.run(tenant, run_id)
+        if run is None:
+            raise not_found("training run", run_id[:100])
+        return await asyncio.to_thread(listings.describe_run, self.state, tenant, run)
+
+    async def checkpoints(self, tenant: str, run_id: str | None, with_external: bool) -> list[Json]:
+        if run_id is not None and self.state.store.run(tenant, run_id) is None:
+            raise not_found("training run", run_id[:100])
+        return await asyncio.to_thread(listings.checkpoints, self.state, tenant, run_id, with_external)
+
+    def _update(self, tenant: str, path: CheckpointPath, update: Json) -> None:
+        found = self.state.store.own(tenant, path)
+        self.state.store.put_record(tenant, path, found.record.model_copy(update=update))
+
+    def _refuse_at_end(self) -> None:
+        if self.state.closing:
+            raise Refusal(503, "the server is stopping", {"Retry-After": "5"})
+
+
+async def stop_work(state: State) -> None:
+    state.closing = True
+    for model in list(state.models.values()):
+        model.queue.abandon("the server is stopping")  # what they wait for is refused from now on
+    deadline = asyncio.get_running_loop().time() + DRAIN_S
+    while state.promises.unsettled and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.05)
+    resting = [each for each in state.models.values() if parking.is_at_rest(each)]
+    for model in resting:
+        model.moving = True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            await asyncio.gather(*(parking.park(state, model) for model in resting))
+    for sampler in state.samplers.values():
+        if sampler.snapshot is not None:
+            state.backend.release(sampler.base, sampler.snapshot)
+    sessions.note_seen(state)
+    await state.drain(DRAIN_S)
+
+
+def remove_expired(state: State) -> None:
+    """Delete checkpoints whose time is over. Samplers that were opened from them keep their weights."""
+    for checkpoint in state.store.expired(now()):
+        state.store.delete(checkpoint)
+
+
+def _sweep(state: State) -> None:
+    sessions.sweep(state)
+    parking.park_idle(state)
+
+
+def _ticket(promise: Promise) -> Ticket:
+    return Ticket(promise.id, promise.model_id, promise.sample_sequence_ids)
+
+
+def _describe_weights(state: State, tenant: str, path: CheckpointPath) -> Json:
+    try:
+        found = state.store.find(tenant, path)
+        info = read_info(found.folder)
+        base_model = creation.base_of(state, found.tenant, path, found.folder)
+    except CheckpointError as error:
+        raise Refusal(404, str(error).replace(str(state.store.root), "(checkpoints)")) from None
+    lora = info.lora
+    return {
+        "base_model": base_model,
+        "is_lora": True,
+        "lora_rank": lora.rank,
+        "train_unembed": lora.train_unembed,
+        "train_mlp": lora.train_mlp,
+        "train_attn": lora.train_attn,
+    }
+
+
+async def _every(seconds: float, work: Callable[[], object]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        _logged(work)
+
+
+async def _every_in_thread(seconds: float, work: Callable[[], object]) -> None:
+    while True:
+        await asyncio.sleep(seconds)
+        await asyncio.to_thread(_logged, work)
+
+
+def _logged(work: Callable[[], object]) -> None:
+    try:
+        work()
+    except Exception:  # the next round must come
+        log.exception("periodic work failed")
