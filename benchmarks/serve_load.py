@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 import numpy as np
-import psutil
 
 from benchmarks import serve_calls as calls
 from benchmarks.rows import Row, Target, by_turns, spread
@@ -28,18 +27,17 @@ HTTP, DIRECT = "HTTP", "deployment"
 REQUESTS, CLIENTS = 2000, 20
 HEALTH_EVERY_S, HEALTH_P99_S = 0.05, 2.0
 SWEEP_S = 2.0  # how often the server forgets results, and a margin
-MIB = 2**20
 
 
 def load(server: Served, repeats: int) -> list[Row]:
     sampler = server.service.create_sampling_client(base_model=MODEL)
     prompts = [types.ModelInput.from_ints(prompt) for prompt in calls.many_prompts(REQUESTS)]
     params = types.SamplingParams(max_tokens=calls.MAX_TOKENS, temperature=1.0)
-    log, process = server.folder / "clients.log", psutil.Process(server.pid)
+    log = server.folder / "clients.log"
     command = ["-m", "benchmarks.serve_clients", server.url, KEY, MODEL, str(CLIENTS), str(REQUESTS)]
     clients = Side("clients", [sys.executable, *command], log, server.environment)
     clients.ready()
-    memory, healthz, server_cpu_s = [process.memory_full_info().uss / MIB], list[list[float]](), list[float]()
+    memory, healthz, server_cpu_s = [server.memory_mib()], list[list[float]](), list[float]()
 
     def ask(some: Sequence[types.ModelInput]) -> int:
         answers = [sampler.sample(prompt, 1, params) for prompt in some]
@@ -53,17 +51,17 @@ def load(server: Served, repeats: int) -> list[Row]:
         return REQUESTS / taken
 
     def through_http() -> float:
-        before = sum(process.cpu_times()[:2])
+        before = cpu_s(server)
         with Health(server) as health:
             taken = server.turn(clients)
-        server_cpu_s.append(sum(process.cpu_times()[:2]) - before)
+        server_cpu_s.append(cpu_s(server) - before)
         healthz.append(health.seconds)
         said = clients.turns[-1]
         refuse_losses(said["tokens"])
         if not said["answered"] == said["different"] == REQUESTS or said["failed"]:
             raise SystemExit(f"found {said}; wanted {REQUESTS} different answers\n{log.read_text()[-2000:]}")
         time.sleep(RESULT_S + SWEEP_S)
-        memory.append(process.memory_full_info().uss / MIB)
+        memory.append(server.memory_mib())
         return REQUESTS / taken
 
     ask(prompts[: calls.FIRST_REQUESTS])  # the clients began with as many
@@ -83,7 +81,9 @@ def load(server: Served, repeats: int) -> list[Row]:
         "answered 429 and asked again": turns[-1]["refused"],
         "server_cpu_s": spread(server_cpu_s),
         "clients_cpu_s": spread([turn["client_cpu_s"] for turn in turns]),
-        "server's USS in MiB at first and after each round": [round(each, 1) for each in memory],
+        "server's USS in MiB at first and after each round": [
+            {name: round(mib, 1) for name, mib in each.items()} for each in memory
+        ],
     }
     title = f"`rlsys serve`: {REQUESTS:,} sample requests at once from {CLIENTS} clients"
     throughput = Row(
@@ -106,6 +106,10 @@ def load(server: Served, repeats: int) -> list[Row]:
         equal=equal,
     )
     return [throughput, health]
+
+
+def cpu_s(server: Served) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in server.processes().values())
 
 
 def refuse_losses(tokens: int) -> None:

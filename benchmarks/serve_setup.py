@@ -13,12 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 import rlsys
@@ -45,6 +46,7 @@ class Served:
     pid: int
     folder: Path
     dtype: str
+    again: list[subprocess.Popen[bytes]] = field(default_factory=list)  # servers that took its place
 
     @property
     def about(self) -> dict[str, Any]:
@@ -87,9 +89,24 @@ class Served:
         side.step()
         return float(side.turns[-1]["value_s"])
 
+    def processes(self) -> dict[str, psutil.Process]:
+        """The server's own: the command, its HTTP process, and the controller's actor."""
+        found = {"command": psutil.Process(self.pid)}
+        for process in psutil.Process().children(recursive=True):
+            title = " ".join(process.cmdline())
+            if "actors.front.http_process" in title:
+                found["HTTP process"] = process
+            elif title.startswith("ray::ControllerActor"):
+                found["controller"] = process
+        return found
+
+    def memory_mib(self) -> dict[str, float]:
+        """Unique set size of each."""
+        return {name: process.memory_full_info().uss / 2**20 for name, process in self.processes().items()}
+
 
 @contextmanager
-def served(dtype: str) -> Iterator[Served]:
+def served(dtype: str, **limits: float) -> Iterator[Served]:
     """Start the deployment and the server. Both end with the block."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
     with tempfile.TemporaryDirectory(prefix="serve-") as scratch, ExitStack() as stack:
@@ -109,39 +126,47 @@ def served(dtype: str) -> Iterator[Served]:
         service = stack.enter_context(rlsys.ServiceClient(config))
         service.create_sampling_client(base_model=MODEL)  # starts the deployment
         address = ray.get_runtime_context().gcs_address
-        yield stack.enter_context(_server(service, folder, address, dtype))
+        yield stack.enter_context(_server(service, folder, address, dtype, limits))
 
 
 @contextmanager
-def _server(service: rlsys.ServiceClient, folder: Path, address: str, dtype: str) -> Iterator[Served]:
+def _server(
+    service: rlsys.ServiceClient, folder: Path, address: str, dtype: str, limits: Mapping[str, float]
+) -> Iterator[Served]:
     config = {
         "models": {MODEL: str(folder / "model")},
         "bind": {"port": 0},
         "keys": None,
         "checkpoints": str(folder / "checkpoints"),
-        "limits": {"result_s": RESULT_S},
+        "limits": {"result_s": RESULT_S, **limits},
         "deployment": {"cluster": {"address": address}, "max_length": MAX_LENGTH},
     }
     file, log = folder / "serve.json", folder / "serve.log"
     file.write_text(json.dumps(config))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "rlsys", "serve", str(file)]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder)
+    process = start_server(file, log)
+    found = Served(service, wait_for_address(process, log), process.pid, folder, dtype)
     try:
-        yield Served(service, _address(process, log), process.pid, folder, dtype)
-        if process.poll() is not None:
+        yield found
+        if process.poll() is not None and not found.again:
             raise SystemExit(f"the server ended with {process.returncode}:\n{log.read_text()[-4000:]}")
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        for each in [process, *found.again]:
+            each.send_signal(signal.SIGTERM)
+            try:
+                each.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                each.kill()
+                each.wait()
 
 
-def _address(process: subprocess.Popen[bytes], log: Path) -> str:
+def start_server(file: Path, log: Path, *overrides: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "rlsys", "serve", str(file), *overrides]
+    with log.open("wb") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=file.parent)
+
+
+def wait_for_address(process: subprocess.Popen[bytes], log: Path) -> str:
     limit = time.monotonic() + START_S
     while time.monotonic() < limit:
         found = re.search(r"TINKER_BASE_URL=(\S+)", log.read_text(errors="replace"))

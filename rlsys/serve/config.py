@@ -35,6 +35,7 @@ class Limits(Section):
     result_s: Seconds = 300.0  # a result is kept for this long after its last poll
     undelivered_s: Seconds = 3600.0  # ... and this long if nobody has asked for it
     session_s: Seconds = 600.0  # a session without any request for this long is finished
+    ended_session_s: Seconds = 3600.0  # an ended session is listed, and its late requests are told why, for this long
     poll_s: float = Field(35.0, gt=0, le=40.0)  # how long retrieve_future waits; clients wait 45 s
     gap_s: Seconds = 330.0  # clients repeat a lost call for 300 s
     slow_body_s: Seconds = 60.0

@@ -16,7 +16,6 @@ from rlsys.serve.state import Model, Sampler, Session, State, now
 from rlsys.serve.wire.requests import CreateSession
 from rlsys.utils.atomic_files import remove_folder
 
-ENDED_KEPT_S = 3600.0  # an ended session is listed, and its late requests are told why, for this long
 # Tinker's SDKs up to 0.15 send a call once the one before is answered or given up, so a gap stays one. They leave a
 # number out when they refuse a call themselves, such as one with an unknown loss.
 LAST_IN_ORDER, IN_ORDER_GAP_S = 15, 5.0
@@ -157,7 +156,7 @@ def sweep(state: State) -> None:
         silent = at - session.seen
         if session.ended is None and silent > state.limits.session_s:
             finish(state, session, f"no request for {state.limits.session_s:g} s (limits.session_s)")
-        elif session.ended is not None and silent > max(ENDED_KEPT_S, state.limits.session_s):
+        elif session.ended is not None and silent > max(state.limits.ended_session_s, state.limits.session_s):
             _forget(state, session)
     for model in list(state.models.values()):
         model.queue.close_overdue()
