@@ -141,9 +141,14 @@ class CheckpointStore:
             (tenant, path.run_id, path.kind, path.name),
         )
 
-    def delete(self, checkpoint: Checkpoint) -> None:
+    def delete(self, checkpoint: Checkpoint, run_has_ended: bool = False) -> None:
+        """`run_has_ended`: nothing is saved in the run's folder any more, so an empty one goes too."""
         remove_folder(checkpoint.folder)
         self.forget(checkpoint.tenant, checkpoint.path)
+        if run_has_ended:
+            with suppress(OSError):  # not empty
+                checkpoint.folder.parent.rmdir()
+                checkpoint.folder.parents[1].rmdir()
 
     def checkpoints(self, tenant: str, run_id: str | None = None) -> list[Checkpoint]:
         """The tenant's checkpoints, newest first."""

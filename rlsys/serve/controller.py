@@ -215,7 +215,7 @@ class Controller:
         return await asyncio.to_thread(_describe_weights, self.state, tenant, parse_path(text))
 
     async def delete_checkpoint(self, tenant: str, path: CheckpointPath) -> None:
-        await asyncio.to_thread(self.state.store.delete, self.state.store.own(tenant, path))
+        await asyncio.to_thread(delete, self.state, self.state.store.own(tenant, path))
 
     async def publish(self, tenant: str, path: CheckpointPath, public: bool) -> None:
         self._update(tenant, path, {"public": public})
@@ -270,7 +270,11 @@ async def stop_work(state: State) -> None:
 def remove_expired(state: State) -> None:
     """Delete checkpoints whose time is over. Samplers that were opened from them keep their weights."""
     for checkpoint in state.store.expired(now()):
-        state.store.delete(checkpoint)
+        delete(state, checkpoint)
+
+
+def delete(state: State, checkpoint: Checkpoint) -> None:
+    state.store.delete(checkpoint, checkpoint.path.run_id not in state.models)
 
 
 def _sweep(state: State) -> None:
