@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 
 from rlsys.client.backend import SampleAnswer
-from rlsys.errors import CheckpointError, ConfigError, RlsysError, SamplingError
+from rlsys.errors import CheckpointError, ConfigError, DataLostError, RlsysError, SamplingError
 from rlsys.serve import rows, sessions
 from rlsys.serve.backend import SampleRequest
 from rlsys.serve.creation import base_of
@@ -90,8 +90,7 @@ def sample(state: State, tenant: str, body: Asample) -> Promise:
 
     async def answer() -> Result:
         async with state.turns[sampler.base.name].turn(tenant, request.n):
-            await _open(state, sampler)
-            found = await state.backend.sample(sampler.base, sampler.snapshot, request)
+            found = await _sampled(state, sampler, request)
         state.counts["sampled_tokens"] += len(found.tokens)
         return _result(found, request, body.prompt_logprobs_last_n, promise.sample_sequence_ids or ())
 
@@ -104,6 +103,20 @@ def sample(state: State, tenant: str, body: Asample) -> Promise:
 
     task.add_done_callback(done)
     return promise
+
+
+async def _sampled(state: State, sampler: Sampler, request: SampleRequest) -> SampleAnswer:
+    await _open(state, sampler)
+    snapshot = sampler.snapshot
+    try:
+        return await state.backend.sample(sampler.base, snapshot, request)
+    except DataLostError:  # lost with the learner, before a new sampler had loaded it
+        if sampler.path is None:
+            raise
+    if sampler.snapshot is snapshot:
+        sampler.snapshot = None
+    await _open(state, sampler)
+    return await state.backend.sample(sampler.base, sampler.snapshot, request)
 
 
 async def _open(state: State, sampler: Sampler) -> None:

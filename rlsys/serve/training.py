@@ -10,7 +10,7 @@ from typing import Any
 
 from rlsys.client.requests import Forward, ForwardBackward, LoadState, Request, SaveFolder, TakeSnapshot
 from rlsys.client.requests import OptimStep as Step
-from rlsys.errors import ConfigError, RlsysError, RunLostError
+from rlsys.errors import ActorDiedError, ConfigError, RlsysError, RunLostError
 from rlsys.serve import parking, rows, sessions
 from rlsys.serve.checkpoints import Record
 from rlsys.serve.errors import NumberedRefusal, Refusal, bad_request, not_found
@@ -208,7 +208,7 @@ def _follow(state: State, model: Model, promise: Promise, work: Awaitable[Any], 
             answer = await work
         except RlsysError as error:
             await _after(before)
-            if isinstance(error, RunLostError):
+            if isinstance(error, ActorDiedError | RunLostError):  # in either the learner died
                 sessions.lose_model(state, model, str(error))
             raise outcome.failed(state, model, error) from error
         await _after(before)

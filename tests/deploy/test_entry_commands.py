@@ -18,6 +18,8 @@ from ray.autoscaler._private.util import prepare_config
 from rlsys.config import JobConfig, dump_config
 from rlsys.run_state.jsonl import read_metrics
 from tests.deploy.sites import DEPLOY, ROOT, Site, entry, load, new_token, readme_line, readme_start
+from tests.serve.conftest import configure
+from tests.serve.tiny_base import make as make_base
 
 ALL = ["ray-aws.yaml", "ray-gcp.yaml", "ray-onprem.yaml", "kuberay-cluster.yaml", "kuberay-job.yaml"]
 CONNECT = "bash -c 'source deploy/env.sh && exec python tests/deploy/connect.py'"
@@ -54,6 +56,23 @@ def test_a_job_submitted_to_the_launchers_nodes_trains_and_strangers_are_refused
     assert done.returncode == 0 and "succeeded" in done.stdout, here.said(done.stdout)
     assert trained_steps(tmp_path) == [1]
     assert here.exit_code(stranger) != 0 and "let in" not in here.said()
+    stop(here)
+
+
+@pytest.mark.soak
+def test_the_service_starts_on_a_running_cluster_answers_and_stops(site: Callable[..., Site], tmp_path: Path) -> None:
+    here = site(RAY_AUTH_TOKEN=new_token())
+    here.start(entry("ray-onprem.yaml").head, "head")
+    here.await_nodes(1)
+    make_base(tmp_path / "models" / "base")
+    config = configure(tmp_path, str(tmp_path / "models" / "base"), {"address": "auto"})
+    start, end = readme_start("on the head").strip("`"), "deploy/serve.sh stop"
+    said = here.do(start.replace("serve.yaml", str(config)), "head")
+    url = re.search(r"TINKER_BASE_URL=(\S+)", said)
+    assert url and urllib.request.urlopen(f"{url[1]}/api/v1/healthz", timeout=300).status == 200
+    assert "serves already" in here.run(start.replace("serve.yaml", str(config)), "head").stdout
+    assert here.do(end, "head").rstrip().endswith("stopped")
+    assert "no server" in here.do(end, "head")
     stop(here)
 
 

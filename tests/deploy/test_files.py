@@ -22,7 +22,7 @@ from tests.waiting import run
 
 LAUNCHER = ["ray-aws.yaml", "ray-gcp.yaml", "ray-onprem.yaml"]
 KUBERNETES = ["kuberay-cluster.yaml", "kuberay-job.yaml"]
-SCRIPTS = ["node.sh", "env.sh", "certificate.sh", "submit.sh", "slurm.sh"]
+SCRIPTS = ["node.sh", "env.sh", "certificate.sh", "submit.sh", "serve.sh", "slurm.sh"]
 DOCKERFILES = ["Dockerfile.cpu", "Dockerfile.gpu"]
 SCALARS: dict[str, Any] = {"string": str, "integer": int, "number": (int, float), "boolean": bool}
 FIELDS = yaml.safe_load((Path(__file__).parent / "kubernetes_fields.yaml").read_text())
@@ -173,7 +173,7 @@ def test_nothing_is_open_to_the_world() -> None:
 def test_readme_starts_and_stops_every_way() -> None:
     rows = [line.split(" | ") for line in (DEPLOY / "README.md").read_text().splitlines() if line.count(" | ") == 2]
     said = {path for row in rows for path in re.findall(r"deploy/([\w.-]+)", row[1])}
-    assert said == {"node.sh", *LAUNCHER, *KUBERNETES, "slurm.sh"}
+    assert said == {"node.sh", *LAUNCHER, *KUBERNETES, "slurm.sh", "serve.sh"}
     assert all("`" in row[1] and "`" in row[2] for row in rows if row[0] not in ("| where",))
     assert "rlsys:cpu" in readme_start("Docker")
 

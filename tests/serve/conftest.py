@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -56,7 +57,8 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
             each.kill()
 
 
-def configure(folder: Path, base: str) -> Path:
+def configure(folder: Path, base: str, cluster: dict[str, Any] | None = None) -> Path:
+    """`cluster` None: the server starts Ray."""
     keys = folder / "keys"
     keys.touch(mode=0o600)
     keys.write_text(f"{KEY} alice\n{SK_KEY} bob\n")
@@ -77,7 +79,7 @@ def configure(folder: Path, base: str) -> Path:
         "checkpoints": str(folder / "checkpoints"),
         "limits": {"models": 256},  # clients before 0.28 do not say when they end
         "deployment": {
-            "cluster": {"num_cpus": 2, "object_store_gb": 0.3},
+            "cluster": cluster or {"num_cpus": 2, "object_store_gb": 0.3},
             "learner": learner,
             "sampler": sampler,
             "room_timeout_s": 600,

@@ -66,11 +66,12 @@ def one_step(trainer: Any, seed: int, done: int) -> dict[str, Any]:
         sampler.sample(types.ModelInput.from_ints(each), num_samples=SAMPLES, sampling_params=params)
         for each in prompts
     ]
-    data = []
+    data, total = [], 0.0
     for prompt, future in zip(prompts, asked, strict=True):
         sequences = wait(future).sequences
         rewards = [sum(token % 2 for token in each.tokens) / TOKENS for each in sequences]
         mean = sum(rewards) / len(rewards)
+        total += mean / PROBLEMS
         for each, reward in zip(sequences, rewards, strict=True):
             tokens, zeros = prompt + list(each.tokens), [0.0] * (len(prompt) - 1)
             n = len(each.tokens)
@@ -80,7 +81,7 @@ def one_step(trainer: Any, seed: int, done: int) -> dict[str, Any]:
     stepped = trainer.optim_step(types.AdamParams(learning_rate=1e-3))
     metrics = wait(stepped).metrics
     assert "failed_forward_backward" not in metrics, "a step without its gradient"
-    return {"loss": wait(passed).metrics["loss:sum"], "grad_norm": metrics["grad_norm"]}
+    return {"reward": total, "loss": wait(passed).metrics["loss:sum"], "grad_norm": metrics["grad_norm"]}
 
 
 if __name__ == "__main__":
