@@ -197,14 +197,18 @@ class RayDeployment:
     def num_samplers(self) -> int:
         return len(self._samplers)
 
-    def create_model(self, lora: LoraSection, seed: int, model_id: str | None = None) -> Future[ModelHandle]:
+    def create_model(
+        self, lora: LoraSection, seed: int, model_id: str | None = None, tenant: str | None = None
+    ) -> Future[ModelHandle]:
         model_id = model_id or self._model_id()
-        return future_of(
-            self._learner.create_model.remote(model_id, lora, seed, self._holder), f"learner: creating {model_id}"
-        )
+        call = self._learner.create_model.remote(model_id, lora, seed, self._holder, tenant)
+        return future_of(call, f"learner: creating {model_id}")
 
-    def restore_model(self, path: str, optimizer: bool, model_id: str | None = None) -> Future[ModelHandle]:
-        call = self._learner.restore_model.remote(model_id or self._model_id(), path, optimizer, self._holder)
+    def restore_model(
+        self, path: str, optimizer: bool, model_id: str | None = None, tenant: str | None = None
+    ) -> Future[ModelHandle]:
+        model_id = model_id or self._model_id()
+        call = self._learner.restore_model.remote(model_id, path, optimizer, self._holder, tenant)
         return future_of(call, f"learner: restoring {path}")
 
     def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
@@ -218,8 +222,9 @@ class RayDeployment:
     def ship(self, fn: Callable[..., object]) -> bytes:
         return ship(fn)
 
-    def open(self, path: str) -> Future[SnapshotHandle]:
-        return self._held(future_of(self._learner.open.remote(path), f"learner: opening {path}"))
+    def open(self, path: str, tenant: str | None = None) -> Future[SnapshotHandle]:
+        call = self._learner.open.remote(path, tenant or self._holder)
+        return self._held(future_of(call, f"learner: opening {path}"))
 
     def sample(
         self,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 
@@ -16,36 +16,48 @@ from rlsys.client.requests import Drop, Request
 from rlsys.config import LoraSection
 from rlsys.errors import ConfigError
 from rlsys.service.call_order import CallOrder
+from rlsys.service.host_requests import CreateRun, MakeProbe, OpenSnapshot, RestoreRun
+from rlsys.service.host_turns import HostTurns, ThreadRank, in_thread
 from rlsys.service.leases import HeldKeys, Leases
+from rlsys.service.turn_loop import TurnLoop
 from rlsys.utils import gpu_memory
 
 if TYPE_CHECKING:  # loaded with torch, in the actor
     from rlsys.service.learner_host import TrainingHost
     from rlsys.weight_sync.canary import StartupProbe
 
-Args = TypeVarTuple("Args")
 Result = TypeVar("Result")
+DEPLOYMENT = ""  # tenant of the deployment's own work
+
+
+LOST_HOLDER = "its client is gone: it did not renew its lease, and its runs were dropped"
 
 
 class ServiceLearner:
-    """Async, so that calls can wait for their turn; the learner runs on one separate thread."""
+    """Async, so that calls can wait for their turns; the learner runs on one separate thread.
+
+    `tenant` of a call: who shares the learner with others, by default the holder, which is one client's process.
+    """
 
     def __init__(self, spec: HostSpec, gap_timeout_s: float) -> None:
         self.spec, self.gap_timeout_s = spec, gap_timeout_s
         self.thread = ThreadPoolExecutor(1, "learner")
         self.turns: dict[str, CallOrder] = {}
+        self.tenants: dict[str, str] = {}  # model id -> tenant
         self.open_for_clients = asyncio.Event()
-        self.started: TrainingHost | None = None
+        self.started: tuple[About, TurnLoop] | None = None
         self.leases, self.held = Leases(), HeldKeys()
 
     @property
-    def host(self) -> TrainingHost:
+    def loop(self) -> TurnLoop:
         assert self.started is not None, "the deployment calls start() first"
-        return self.started
+        return self.started[1]
 
     async def start(self) -> About:
-        self.started = await self._run(_load, self.spec)
-        return self.host.about
+        host = await in_thread(self.thread, _load, self.spec)
+        loop = TurnLoop(ThreadRank(self.thread, HostTurns(host)), self.spec.learner.token_budget)
+        self.started = host.about, loop
+        return host.about
 
     async def announce(self) -> None:
         """Samplers are attested: let other clients join."""
@@ -53,16 +65,21 @@ class ServiceLearner:
 
     async def about(self) -> About:
         await self.open_for_clients.wait()
-        return self.host.about
+        assert self.started is not None
+        return self.started[0]
 
     async def probe(self) -> StartupProbe:
-        return await self._run(self.host.probe)
+        return await self.loop.do(DEPLOYMENT, "", MakeProbe())
 
-    async def create_model(self, model_id: str, lora: LoraSection, seed: int, holder: str) -> ModelHandle:
-        return await self._made(model_id, holder, self.host.create, lora, seed)
+    async def create_model(
+        self, model_id: str, lora: LoraSection, seed: int, holder: str, tenant: str | None = None
+    ) -> ModelHandle:
+        return await self._made(model_id, holder, tenant, CreateRun(lora, seed))
 
-    async def restore_model(self, model_id: str, path: str, optimizer: bool, holder: str) -> ModelHandle:
-        return await self._made(model_id, holder, self.host.restore, path, optimizer)
+    async def restore_model(
+        self, model_id: str, path: str, optimizer: bool, holder: str, tenant: str | None = None
+    ) -> ModelHandle:
+        return await self._made(model_id, holder, tenant, RestoreRun(path, optimizer))
 
     async def renew(self, holder: str) -> None:
         """`holder` is alive. Drop the runs of those that are not."""
@@ -70,7 +87,7 @@ class ServiceLearner:
         for gone in self.leases.expired():
             for model_id in self.held.release_all(gone):
                 if self.turns.pop(model_id, None) is not None:
-                    await self._run(self.host.drop, model_id)
+                    await self.loop.drop(self.tenants.pop(model_id), model_id, LOST_HOLDER)
 
     async def progress(self) -> dict[str, RunProgress]:
         return {model_id: RunProgress(turns.next, turns.pending) for model_id, turns in self.turns.items()}
@@ -88,33 +105,33 @@ class ServiceLearner:
     async def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Answer:
         if model_id not in self.turns:
             raise ConfigError(f"training client {model_id}: its run is not on this learner; it was dropped")
+        tenant = self.tenants[model_id]
 
         async def work() -> Answer:
-            return _in_object_store(await self._run(self.host.do, model_id, request))
+            return _in_object_store(await self.loop.do(tenant, model_id, request))
 
         answer: Answer = await self.turns[model_id].run(seq, f"training client {model_id}: {request.op}", work)
         if isinstance(request, Drop):
             self.turns.pop(model_id, None)
+            self.tenants.pop(model_id, None)
             self.held.forget(model_id)
         return answer
 
     async def stop(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
 
-    async def open(self, path: str) -> SnapshotHandle:
-        return _in_object_store(await self._run(self.host.open, path))
+    async def open(self, path: str, tenant: str = DEPLOYMENT) -> SnapshotHandle:
+        return _in_object_store(await self.loop.do(tenant, "", OpenSnapshot(path)))
 
     async def _made(
-        self, model_id: str, holder: str, make: Callable[[str, *Args], ModelHandle], *args: *Args
+        self, model_id: str, holder: str, tenant: str | None, request: CreateRun | RestoreRun
     ) -> ModelHandle:
-        handle = await self._run(make, model_id, *args)
+        tenant = tenant or holder
+        handle = await self.loop.do(tenant, model_id, request)
         self.leases.renew(holder)
         self.held.hold(model_id, holder)
-        self.turns[model_id] = CallOrder(self.gap_timeout_s)
+        self.turns[model_id], self.tenants[model_id] = CallOrder(self.gap_timeout_s), tenant
         return handle
-
-    async def _run(self, work: Callable[[*Args], Result], *args: *Args) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self.thread, work, *args)
 
 
 def _load(spec: HostSpec) -> TrainingHost:

@@ -91,10 +91,15 @@ class Deployment(Protocol):
 
     about: About
 
-    def create_model(self, lora: LoraSection, seed: int, model_id: str | None = None) -> Future[ModelHandle]:
-        """Create a run. `model_id` None: the deployment chooses it."""
+    def create_model(
+        self, lora: LoraSection, seed: int, model_id: str | None = None, tenant: str | None = None
+    ) -> Future[ModelHandle]:
+        """Create a run. `model_id` None: the deployment chooses it. `tenant`: who shares the learner fairly with other
+        tenants; None: this client."""
 
-    def restore_model(self, path: str, optimizer: bool, model_id: str | None = None) -> Future[ModelHandle]: ...
+    def restore_model(
+        self, path: str, optimizer: bool, model_id: str | None = None, tenant: str | None = None
+    ) -> Future[ModelHandle]: ...
 
     def submit(self, model_id: str, seq: int, request: Request[Answer]) -> Future[Answer]:
         """Send a request, which the learner executes after all smaller `seq` of this model."""
@@ -102,7 +107,7 @@ class Deployment(Protocol):
     def ship(self, fn: Callable[..., object]) -> bytes:
         """Serialize a function for the learner. Raises LossError, naming the object that cannot be pickled."""
 
-    def open(self, path: str) -> Future[SnapshotHandle]:
+    def open(self, path: str, tenant: str | None = None) -> Future[SnapshotHandle]:
         """Open a saved snapshot."""
 
     def sample(

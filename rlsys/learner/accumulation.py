@@ -15,11 +15,12 @@ from rlsys import losses
 from rlsys.datums import DatumBatch
 from rlsys.distributed.ranks import Ranks
 from rlsys.learner import loss_scale
-from rlsys.learner.custom_loss import CustomLoss, compute_custom_loss, result_metrics
+from rlsys.learner.custom_loss import CustomLoss, CustomLossValue, compute_custom_loss, result_metrics
 from rlsys.learner.forward import ForwardPass, Progress
 from rlsys.learner.graph_cache import GraphCache
 from rlsys.learner.packing import MicroBatch
 from rlsys.learner.runs import Run
+from rlsys.learner.turns import DeferredFailure, Turns
 from rlsys.losses import Loss
 from rlsys.types import BatchResult, Datum
 from rlsys.utils.free_memory import free_bytes
@@ -29,7 +30,9 @@ Where = Literal["all", "weighted"]
 
 
 class GradientAccumulation:
-    """Loss and gradient, micro-batch by micro-batch. A failed batch leaves a run's gradient unchanged.
+    """Loss and gradient, micro-batch by micro-batch. A batch that fails or is closed leaves a run's gradient unchanged.
+
+    Each pass pauses after every micro-batch (rlsys/learner/turns.py). Its run must be active in every turn.
 
     `dtype`: of trained weights.
     """
@@ -40,38 +43,33 @@ class GradientAccumulation:
         self._scales = forward.model.dtype == torch.float16
         self._keeps_graphs = forward.section.custom_graph_gb != 0
 
-    def loss(self, batch: DatumBatch, loss: Loss, temperature: float, where: Where) -> BatchResult:
+    def loss(self, batch: DatumBatch, loss: Loss, temperature: float, where: Where) -> Turns[BatchResult]:
         """The loss without gradients."""
+        return self._forward.budget.fitting_turns(lambda: self._pass(batch, loss, temperature, where))
 
-        def work() -> BatchResult:
-            with torch.no_grad():
-                return self._pass(batch, loss, temperature, where)
-
-        return self._forward.budget.fitting(work)
-
-    def add(self, run: Run, batch: DatumBatch, loss: Loss, temperature: float, where: Where) -> BatchResult:
+    def add(self, run: Run, batch: DatumBatch, loss: Loss, temperature: float, where: Where) -> Turns[BatchResult]:
         """The loss; its gradient is added to the run's."""
 
-        def work() -> BatchResult:
+        def work() -> Turns[BatchResult]:
             with _accumulating(run):
-                return self._pass(batch, loss, temperature, where, run)
+                return (yield from self._pass(batch, loss, temperature, where, run))
 
-        return self._forward.budget.fitting(work)
+        return self._forward.budget.fitting_turns(work)
 
     def add_custom(
         self, run: Run, batch: DatumBatch, data: Sequence[Datum], fn: CustomLoss, temperature: float
-    ) -> BatchResult:
+    ) -> Turns[BatchResult]:
         """The same for a custom loss."""
 
-        def work() -> BatchResult:
+        def work() -> Turns[BatchResult]:
             with _accumulating(run):
-                return self._custom_pass(run, batch, data, fn, temperature)
+                return (yield from self._custom_pass(run, batch, data, fn, temperature))
 
-        return self._forward.budget.fitting(work, instead=self._give_up_graphs)
+        return self._forward.budget.fitting_turns(work, instead=self._give_up_graphs)
 
     def _pass(
         self, batch: DatumBatch, loss: Loss, temperature: float, where: Where, run: Run | None = None
-    ) -> BatchResult:
+    ) -> Turns[BatchResult]:
         """The loss; with a run, its gradient too."""
         wanted_T = batch.columns["weights"] != 0 if where == "weighted" else None
         wants_entropy, device = self._forward.section.entropy, self._forward.model.device
@@ -82,23 +80,32 @@ class GradientAccumulation:
         inputs = dict(batch.columns)
         if loss.is_per_sequence:
             inputs[losses.SEQUENCE] = np.repeat(np.arange(batch.num_datums), batch.lengths)
+
+        def add(micro: MicroBatch) -> None:
+            logp, entropy = self._forward.logprobs_and_entropy(micro, temperature)
+            if len(micro.index) == 0:
+                values = 0.0 * logp
+            else:
+                columns = {key: torch.from_numpy(column[micro.index]).to(device) for key, column in inputs.items()}
+                values = loss(logp, columns)
+            if run is not None and self._scales:
+                (slope,) = torch.autograd.grad(values.sum(), logp)
+                overflows[:] += self._backward_scaled(run, micro, temperature, logp, slope)
+            elif run is not None:
+                self._backward(values.sum())
+            micro.scatter(logp_T, logp.double())
+            micro.scatter(values_T, values.double())
+            if wants_entropy:
+                micro.scatter(entropy_T, entropy.double())
+
         with self._ranks.joint(logp_T, values_T, entropy_T, overflows):
-            for micro in self._forward.micro_batches(batch, wanted_T):
-                logp, entropy = self._forward.logprobs_and_entropy(micro, temperature)
-                if len(micro.index) == 0:
-                    values = 0.0 * logp
-                else:
-                    columns = {key: torch.from_numpy(column[micro.index]).to(device) for key, column in inputs.items()}
-                    values = loss(logp, columns)
-                if run is not None and self._scales:
-                    (slope,) = torch.autograd.grad(values.sum(), logp)
-                    overflows += self._backward_scaled(run, micro, temperature, logp, slope)
-                elif run is not None:
-                    self._backward(values.sum())
-                micro.scatter(logp_T, logp.double())
-                micro.scatter(values_T, values.double())
-                if wants_entropy:
-                    micro.scatter(entropy_T, entropy.double())
+            failure = DeferredFailure(self._ranks)
+            for micro in self._forward.micro_batches_by_turn(batch, wanted_T):
+                if micro is not None:
+                    with torch.set_grad_enabled(run is not None):  # not across a pause: other runs' work follows
+                        failure.attempt(partial(add, micro))
+                yield _tokens(micro)
+            failure.raise_deferred()
         metrics = {"loss:sum": float(values_T.sum()), **losses.metrics(loss, logp_T, inputs)}
         if wants_entropy:
             counts_T = batch.columns["weights"] != 0
@@ -109,39 +116,57 @@ class GradientAccumulation:
 
     def _custom_pass(
         self, run: Run, batch: DatumBatch, data: Sequence[Datum], fn: CustomLoss, temperature: float
-    ) -> BatchResult:
-        micros = self._forward.micro_batches(batch)
+    ) -> Turns[BatchResult]:
+        by_turn = self._forward.micro_batches_by_turn(batch)
+        micros = [micro for micro in by_turn if micro is not None]
         p_T = np.zeros(len(batch.tokens), self._logprob_dtype)
         repeated = np.zeros(1, p_T.dtype)  # micro-batches that run forward twice, of all ranks
         logps: list[Tensor] = []
         graphs = GraphCache(self._graph_bytes() if len(micros) > 1 else 0, self._forward.model.parameters())
+
+        def forward(micro: MicroBatch) -> None:
+            if len(logps) < len(micros) - 1:
+                work = partial(self._forward.logprobs, micro, temperature)
+                logp = graphs.forward(work, micro.tokens.shape[1])
+            else:  # the last graph is always kept: its backward pass, which comes first, needs that memory anyway
+                logp = self._forward.logprobs(micro, temperature)
+            micro.scatter(p_T, logp)
+            repeated[:] += not logp.requires_grad
+            logps.append(logp)
+
         with self._ranks.joint(p_T, repeated):
-            for micro in micros:
-                if len(logps) < len(micros) - 1:
-                    work = partial(self._forward.logprobs, micro, temperature)
-                    logp = graphs.forward(work, micro.tokens.shape[1])
-                else:  # the last graph is always kept: its backward pass, which comes first, needs that memory anyway
-                    logp = self._forward.logprobs(micro, temperature)
-                micro.scatter(p_T, logp)
-                repeated += not logp.requires_grad
-                logps.append(logp)
-        value = compute_custom_loss(fn, data, torch.from_numpy(p_T).split(batch.lengths.tolist()))
-        slope_T = torch.cat(value.slopes)
+            failure = DeferredFailure(self._ranks)
+            for micro in by_turn:
+                if micro is not None:
+                    failure.attempt(partial(forward, micro))
+                yield _tokens(micro)
+            failure.raise_deferred()
+        values: list[CustomLossValue] = []
         overflows = np.zeros(1)
+
+        def backward(micro: MicroBatch) -> None:
+            logp, slope_T = logps.pop(), torch.cat(values[0].slopes)
+            if not logp.requires_grad:
+                logp = self._forward.logprobs(micro, temperature)
+            slope = slope_T[torch.from_numpy(micro.index)] if len(micro.index) else torch.zeros(1)
+            if self._scales:
+                overflows[:] += self._backward_scaled(run, micro, temperature, logp, slope.to(logp))
+            else:
+                self._backward(logp, slope.to(logp))
+
         with self._ranks.joint(overflows):
-            for micro in reversed(micros):
-                logp = logps.pop()
-                if not logp.requires_grad:
-                    logp = self._forward.logprobs(micro, temperature)
-                slope = slope_T[torch.from_numpy(micro.index)] if len(micro.index) else torch.zeros(1)
-                if self._scales:
-                    overflows += self._backward_scaled(run, micro, temperature, logp, slope.to(logp))
-                else:
-                    self._backward(logp, slope.to(logp))
-        metrics = result_metrics(value.loss, value.metrics, 2 if repeated[0] else 1)
+            failure = DeferredFailure(self._ranks)
+            split = torch.from_numpy(p_T).split(batch.lengths.tolist())
+            failure.attempt(lambda: values.append(compute_custom_loss(fn, data, split)))
+            for micro in reversed(by_turn):
+                if micro is not None:
+                    failure.attempt(partial(backward, micro))
+                yield _tokens(micro)
+            failure.raise_deferred()
+        metrics = result_metrics(values[0].loss, values[0].metrics, 2 if repeated[0] else 1)
         if self._scales:
             metrics["overflows:sum"] = float(overflows[0])
-        return BatchResult(value.loss, metrics, p_T.astype(np.float32))
+        return BatchResult(values[0].loss, metrics, p_T.astype(np.float32))
 
     def _graph_bytes(self) -> int:
         """Bytes that a custom loss may keep in graphs; 0 if the base is sharded, which allows one forward pass at a
@@ -188,6 +213,10 @@ class GradientAccumulation:
                 weight.grad.div_(scale)
         run.add_gradients(earlier)
         return overflows
+
+
+def _tokens(micro: MicroBatch | None) -> int:
+    return 0 if micro is None else micro.tokens.shape[1]
 
 
 @contextmanager

@@ -68,6 +68,10 @@ class ForwardPass:
 
         If forward passes communicate, fillers give every rank the same number of micro-batches.
         """
+        return [micro for micro in self.micro_batches_by_turn(batch, wanted_T) if micro is not None]
+
+    def micro_batches_by_turn(self, batch: DatumBatch, wanted_T: Array | None = None) -> list[MicroBatch | None]:
+        """As `micro_batches`, of the same length on every rank: None where only other ranks have a micro-batch."""
         device, ranks = self.model.device, self._ranks
         # A prefix group above the even share of tokens would leave other ranks without work.
         limit = min(self.budget.tokens, -(-len(batch.tokens) // ranks.size))
@@ -76,10 +80,8 @@ class ForwardPass:
         shares = [(share, bins(costs[share], self.budget.tokens)) for share in ranks.shares(costs)]
         share, packs = shares[ranks.rank]
         micros = [micro_batch(batch, [groups[share[i]] for i in pack], wanted_T, device) for pack in packs]
-        if ranks.shards:
-            most = max(len(packs) for _, packs in shares)
-            micros += [filler(device)] * (most - len(micros))
-        return micros
+        missing = max(len(packs) for _, packs in shares) - len(micros)
+        return [*micros, *[filler(device) if ranks.shards else None] * missing]
 
     def logprobs(self, micro: MicroBatch, temperature: float) -> Tensor:
         """(T,) nats of the micro-batch's targets."""

@@ -33,6 +33,7 @@ from rlsys.learner.load_model import decoder_layers, load_model, save_model
 from rlsys.learner.optimizer import Kind, Stepper, clip, global_norm
 from rlsys.learner.runs import BASE_RUN, Run, RunRegistry
 from rlsys.learner.token_budget import TokenBudget
+from rlsys.learner.turns import Turns, finish, preceded
 from rlsys.losses import Loss
 from rlsys.modeling.activation_checkpointing import keep_inputs_only
 from rlsys.modeling.load_checks import logit_transform
@@ -139,8 +140,13 @@ class Learner:
         self, run_id: str | None, batch: DatumBatch, loss: Loss, temperature: float = 1.0, *, where: Where = "all"
     ) -> BatchResult:
         """The loss without gradients; None is the base with every adapter off. `where` as in forward_backward."""
-        self.runs.activate(run_id)
-        return self._accumulation.loss(batch, loss, temperature, where)
+        return finish(self.forward_in_turns(run_id, batch, loss, temperature, where=where))
+
+    def forward_in_turns(
+        self, run_id: str | None, batch: DatumBatch, loss: Loss, temperature: float = 1.0, *, where: Where = "all"
+    ) -> Turns[BatchResult]:
+        """As `forward`, with a pause after every micro-batch, in which other runs may be used."""
+        return self._in_turns(run_id, self._accumulation.loss(batch, loss, temperature, where))
 
     def forward_backward(
         self, run_id: str, batch: DatumBatch, loss: Loss, temperature: float = 1.0, *, where: Where = "all"
@@ -152,8 +158,14 @@ class Learner:
 
         If anything fails, the accumulated gradient is unchanged.
         """
-        self.runs.activate(run_id)
-        return self._accumulation.add(self.runs[run_id], batch, loss, temperature, where)
+        return finish(self.forward_backward_in_turns(run_id, batch, loss, temperature, where=where))
+
+    def forward_backward_in_turns(
+        self, run_id: str, batch: DatumBatch, loss: Loss, temperature: float = 1.0, *, where: Where = "all"
+    ) -> Turns[BatchResult]:
+        """As `forward_backward`, with a pause after every micro-batch, in which other runs may be used. Results do not
+        depend on it. A pass that is closed leaves the accumulated gradient unchanged."""
+        return self._in_turns(run_id, self._accumulation.add(self.runs[run_id], batch, loss, temperature, where))
 
     def forward_backward_custom(
         self, run_id: str, batch: DatumBatch, data: Sequence[Datum], fn: CustomLoss, temperature: float = 1.0
@@ -166,9 +178,14 @@ class Learner:
         Raises:
             LossError: `fn` raised, or did not return a loss and metrics.
         """
+        return finish(self.forward_backward_custom_in_turns(run_id, batch, data, fn, temperature))
+
+    def forward_backward_custom_in_turns(
+        self, run_id: str, batch: DatumBatch, data: Sequence[Datum], fn: CustomLoss, temperature: float = 1.0
+    ) -> Turns[BatchResult]:
+        """As `forward_backward_custom`, with the pauses of `forward_backward_in_turns`."""
         assert len(data) == batch.num_datums > 0
-        self.runs.activate(run_id)
-        return self._accumulation.add_custom(self.runs[run_id], batch, data, fn, temperature)
+        return self._in_turns(run_id, self._accumulation.add_custom(self.runs[run_id], batch, data, fn, temperature))
 
     def optim_step(self, run_id: str, adam: AdamParams) -> dict[str, float]:
         """Apply the accumulated gradient and clear it. ``grad_norm`` is the global L2 norm before clipping.
@@ -249,6 +266,10 @@ class Learner:
             return self.snapshot(probe_id, dtype), packed, self.eager_logprobs(probe_id, tokens)
         finally:
             self.runs.drop(probe_id)
+
+    def _in_turns(self, run_id: str | None, turns: Turns[BatchResult]) -> Turns[BatchResult]:
+        """Activate the run before each turn: other runs may have been used in between."""
+        return preceded(lambda: self.runs.activate(run_id), turns)
 
     def save_model(self, out: Path) -> None:
         """Write all weights as a Hugging Face folder in ``model.dtype``; the caller adds the tokenizer."""

@@ -12,6 +12,7 @@ import torch
 
 from rlsys.distributed.ranks import Ranks, is_out_of_memory
 from rlsys.errors import ActorFailedError
+from rlsys.learner.turns import Turns
 from rlsys.utils.text_files import first_line
 
 LEAST = 64  # tokens; below, the chunk of logits takes most memory
@@ -37,17 +38,30 @@ class TokenBudget:
             try:
                 return work()
             except Exception as error:  # CUDA, cuBLAS and Triton report out of memory as several types
-                if not is_out_of_memory(error):
-                    raise
-                if instead():
-                    _logger.warning("out of memory: custom losses keep no more graphs and run forward twice")
-                else:
-                    smaller = self._smaller(error)
-                    _logger.warning("out of memory: token budget reduced from %d to %d", self.tokens, smaller)
-                    self.tokens = smaller
-            gc.collect()  # tensors referenced by the error's frames
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                self._reduce(error, instead)
+            _free_memory()
+
+    def fitting_turns(
+        self, work: Callable[[], Turns[Result]], instead: Callable[[], bool] = lambda: False
+    ) -> Turns[Result]:
+        """As `fitting`, of a pass that pauses at micro-batch borders. A repeated pass begins from its first turn."""
+        while True:
+            try:
+                return (yield from work())
+            except Exception as error:
+                self._reduce(error, instead)
+            _free_memory()
+
+    def _reduce(self, error: Exception, instead: Callable[[], bool]) -> None:
+        """Use less memory from now on, or raise the error again."""
+        if not is_out_of_memory(error):
+            raise error
+        if instead():
+            _logger.warning("out of memory: custom losses keep no more graphs and run forward twice")
+            return
+        smaller = self._smaller(error)
+        _logger.warning("out of memory: token budget reduced from %d to %d", self.tokens, smaller)
+        self.tokens = smaller
 
     def _smaller(self, error: Exception) -> int:
         if self._ranks.shards:
@@ -62,3 +76,9 @@ class TokenBudget:
                 f"memory: {first_line(error)}"
             ) from error
         return max(LEAST, self.tokens // 2)
+
+
+def _free_memory() -> None:
+    gc.collect()  # tensors referenced by the error's frames
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -6,7 +6,9 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +24,10 @@ from rlsys.errors import ConfigError, LossError
 from rlsys.learner.adapter_checkpoint import load_run, restore_run, save_run
 from rlsys.learner.custom_loss import CustomLoss
 from rlsys.learner.learner import Learner
+from rlsys.learner.turns import Turns, finish
+from rlsys.service import host_requests
+from rlsys.service.host_requests import Files
+from rlsys.utils.packed_folder import MANIFEST, unpack_folder
 from rlsys.weight_sync.canary import LONG_TOKENS, Canary, StartupProbe
 from rlsys.weight_sync.publisher import AdapterPublisher
 
@@ -42,16 +48,42 @@ class TrainingHost:
 
     def do(self, model_id: str, request: Request[Answer]) -> Answer:
         """Execute a request of the run `model_id`."""
-        return cast(Answer, self._done(model_id, request))  # mypy does not follow a `match` to each request's answer
+        return finish(self.begin(model_id, request))
+
+    def begin(self, model_id: str, request: Request[Answer]) -> Turns[Answer]:
+        """Execute a request in turns (rlsys/learner/turns.py). Nothing happens before the first turn."""
+        turns = self._turns(model_id, request)
+        return cast("Turns[Answer]", turns)  # mypy does not follow a `match` to each request's answer
+
+    def _turns(self, model_id: str, request: Request[object]) -> Turns[object]:
+        match request:
+            case requests.Forward(batch, loss):
+                return (yield from self.learner.forward_in_turns(model_id, batch, loss))
+            case requests.ForwardBackward(batch, loss):
+                return (yield from self.learner.forward_backward_in_turns(model_id, batch, loss))
+            case requests.ForwardBackwardCustom(batch, data, fn):
+                custom = _unshipped(fn)
+                return (yield from self.learner.forward_backward_custom_in_turns(model_id, batch, data, custom))
+        return self._done(model_id, request)
 
     def _done(self, model_id: str, request: Request[object]) -> object:
         match request:
-            case requests.Forward(batch, loss):
-                return self.learner.forward(model_id, batch, loss)
-            case requests.ForwardBackward(batch, loss):
-                return self.learner.forward_backward(model_id, batch, loss)
-            case requests.ForwardBackwardCustom(batch, data, fn):
-                return self.learner.forward_backward_custom(model_id, batch, data, _unshipped(fn))
+            case host_requests.CreateRun(lora, seed):
+                return self.create(model_id, lora, seed)
+            case host_requests.RestoreRun(path, optimizer, files):
+                with self._checkpoint(path, files) as checkpoint:
+                    return self._restored(model_id, checkpoint, optimizer)
+            case host_requests.OpenSnapshot(path, files):
+                with self._checkpoint(path, files) as checkpoint:
+                    return self._opened(path, checkpoint)
+            case host_requests.LoadFiles(path, optimizer, files):
+                with self._checkpoint(path, files) as checkpoint:
+                    load_run(self.learner, model_id, checkpoint, optimizer)
+                return path
+            case host_requests.PublishSaved(path):
+                return self._handle(model_id, path)
+            case host_requests.MakeProbe():
+                return self.probe()
             case requests.OptimStep(adam):
                 return self.learner.optim_step(model_id, adam)
             case requests.SaveState(name, overwrite):
@@ -79,7 +111,10 @@ class TrainingHost:
         return ModelHandle(model_id, lora)
 
     def restore(self, model_id: str, path: str, optimizer: bool) -> ModelHandle:
-        restore_run(self.learner, model_id, self._folder(path), optimizer)
+        return self._restored(model_id, self._folder(path), optimizer)
+
+    def _restored(self, model_id: str, checkpoint: Path, optimizer: bool) -> ModelHandle:
+        restore_run(self.learner, model_id, checkpoint, optimizer)
         try:
             self._refuse_unservable(self.learner.runs.lora(model_id))
         except ConfigError:
@@ -94,8 +129,11 @@ class TrainingHost:
 
     def open(self, path: str) -> SnapshotHandle:
         """A snapshot of a saved adapter."""
+        return self._opened(path, self._folder(path))
+
+    def _opened(self, path: str, checkpoint: Path) -> SnapshotHandle:
         run_id = f"rlsys.opened{next(self._temporary)}"
-        restore_run(self.learner, run_id, self._folder(path), False)
+        restore_run(self.learner, run_id, checkpoint, False)
         try:
             self._refuse_unservable(self.learner.runs.lora(run_id))
             return self._handle(run_id, path)
@@ -117,8 +155,10 @@ class TrainingHost:
         return path_of(model_id, kind, name)
 
     def _snapshot(self, model_id: str, name: str | None) -> SnapshotHandle:
-        path = None if name is None else self._save(model_id, "sampler_weights", name, False, False)
-        return self._handle(model_id, path)
+        return self._handle(model_id, self._saved(model_id, name))
+
+    def _saved(self, model_id: str, name: str | None) -> str | None:
+        return None if name is None else self._save(model_id, "sampler_weights", name, False, False)
 
     def _handle(self, run_id: str, path: str | None) -> SnapshotHandle:
         last_update = f"is at optimizer step {self.learner.runs.version(run_id)}"
@@ -128,6 +168,18 @@ class TrainingHost:
         # Versions may repeat after load_state, so the digest is part of the key: the same key is the same bits.
         key = f"{name}@{snapshot.version}#{snapshot.digest[:12]}"
         return SnapshotHandle(key, run_id, snapshot.version, update, path)
+
+    @contextmanager
+    def _checkpoint(self, path: str, files: Files | None) -> Iterator[Path]:
+        """The folder of a checkpoint; with `files`, which came from another node, a temporary one."""
+        if files is None:
+            yield self._folder(path)
+            return
+        with tempfile.TemporaryDirectory(prefix="rlsys-checkpoint-") as scratch:
+            folder = Path(scratch) / "checkpoint"
+            unpack_folder(files, folder)
+            (folder / MANIFEST).unlink()
+            yield folder
 
     def _folder(self, path: str) -> Path:
         return folder_of(Path(self.spec.checkpoints), path)

@@ -19,6 +19,7 @@ from rlsys import losses
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch, take
 from rlsys.distributed.ranks import Ranks
+from rlsys.errors import ActorFailedError
 from rlsys.learner.custom_loss import PASSES
 from rlsys.learner.learner import Learner
 from rlsys.types import AdamParams, Array
@@ -171,6 +172,29 @@ def bad_share(ranks: Ranks, path: Path, good: DatumBatch, bad: DatumBatch, shard
     if not shard:
         learner.optim_step("run", AdamParams(1e-2))  # the group goes on
     return failure, kept, arrays(weights(learner))
+
+
+def in_turns(ranks: Ranks, path: Path, batches: list[DatumBatch], bad: DatumBatch | None) -> Any:
+    """(results, gradients) of passes of several runs that take turns, among them a `bad` one of another run. The ranks
+    have other numbers of micro-batches."""
+    learner, loss = learner_on(ranks, path), losses.resolve("importance_sampling")
+    passes = {}
+    for seed, batch in enumerate([*batches, *([bad] if bad else [])]):
+        with_run(learner, LoraSection(rank=3, alpha=6.0), run=f"run {seed}", seed=seed)
+        passes[f"run {seed}"] = learner.forward_backward_in_turns(f"run {seed}", batch, loss)
+    results, failures, turns_taken = {}, [], 0
+    while passes:
+        for run, turns in list(passes.items()):
+            turns_taken += 1
+            try:
+                next(turns)
+                continue
+            except StopIteration as end:
+                results[run] = end.value
+            except (IndexError, ActorFailedError) as error:
+                failures.append((run, type(error).__name__))
+            del passes[run]
+    return results, {run: arrays(gradients(learner, run)) for run in results}, failures, turns_taken
 
 
 def one_bad() -> DatumBatch:

@@ -29,6 +29,7 @@ from tests.unit.distributed.rank_processes import (
     bad_share,
     found_gradients,
     free_address,
+    in_turns,
     learner_on,
     one_bad,
     trained,
@@ -141,6 +142,22 @@ def test_adapters_and_optimizers_are_equal_to_the_bit_on_all_ranks_after_several
     np.testing.assert_allclose(norms[0], wanted_norms, rtol=1e-3)
     assert np.abs(logprobs[0] - wanted_logprobs).mean() < 1e-3
     assert owned[0].keys() == wanted.keys()
+
+
+def test_ranks_take_equally_many_turns_and_a_pass_that_fails_on_one_leaves_the_others(
+    pool: Pool, tiny_model: Models
+) -> None:
+    path, batches = tiny_model(True), [draw(datums=count, seed=count) for count in (9, 1, 14)]
+    for bad in (None, one_bad()):
+        answers = pool.together(2, in_turns, path, batches, bad)
+        found, gradients_of, failures, turns = zip(*answers, strict=True)
+        assert turns[0] == turns[1]
+        assert failures == (([], []) if bad is None else ([("run 3", "ActorFailedError")], [("run 3", "IndexError")]))
+        for seed, batch in enumerate(batches):
+            alone, gradient, _, _ = pool.together(2, in_turns, path, [*batches[:seed], batch], None)[0]
+            assert found[0][f"run {seed}"].loss_sum == found[1][f"run {seed}"].loss_sum
+            assert found[0][f"run {seed}"].metrics == alone[f"run {seed}"].metrics
+            assert_same([gradients_of[0][f"run {seed}"], gradient[f"run {seed}"]])
 
 
 def test_a_batch_without_datums_is_a_step_of_gradient_zero_on_all_ranks(pool: Pool, tiny_model: Models) -> None:
