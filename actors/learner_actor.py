@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from actors.cluster.meeting_point import meeting_point
 from actors.cluster.processors import pin
 from rlsys.config import JobConfig
 from rlsys.types import Array
@@ -75,10 +75,7 @@ class LearnerActor:
 
     def meeting_point(self) -> str:
         """An address on this node where the ranks can meet."""
-        address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return f"tcp://{address}:{probe.getsockname()[1]}"
+        return meeting_point()
 
     def start(self, base: Base, train: ProblemSet, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
         """Load the base, meet the other ranks, and begin the run or resume it from `files`. Returns the dtype in which

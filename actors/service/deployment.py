@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import cast
 
 import ray
-from ray.actor import ActorClass, ActorHandle
+from ray.actor import ActorHandle
 
 from actors.cluster.base_folder import local_folder
-from actors.cluster.ray_cluster import cluster, refuse_other_builds, threads_env
+from actors.cluster.ray_cluster import cluster, refuse_other_builds
 from actors.service.call_futures import future_of, gathered, together
 from actors.service.function_shipping import ship
 from actors.service.learner_service import ServiceLearner
 from actors.service.lease_renewal import LeaseRenewal
-from actors.service.placement import dtype_of, refuse_shortfall, sections
+from actors.service.placement import actor_options, dtype_of, refuse_shortfall, sections
 from actors.service.sampler_service import ServiceSampler
 from rlsys.architectures.model_shape import max_positions, read_config
 from rlsys.architectures.support import refuse_unsupported, serves_unembedding
@@ -33,7 +33,7 @@ from rlsys.client.backend import About, Adopted, Answer, ModelHandle, RunProgres
 from rlsys.client.config import HostSpec, SamplerSpec, ServiceConfig
 from rlsys.client.paths import folder_of
 from rlsys.client.requests import Drop, Request, TakeSnapshot
-from rlsys.config import LearnerSection, LoraSection, ModelSection, SamplerSection
+from rlsys.config import LoraSection, ModelSection
 from rlsys.config.gpu_shares import may_share, start_in_order
 from rlsys.errors import ConfigError
 from rlsys.learner.checkpoint_files import read_info
@@ -128,10 +128,10 @@ class RayBackend:
         actors: list[ActorHandle] = []
         try:
             for i in range(engine.section.num_workers):
-                actor_class = _actor_class(ServiceSampler, engine.section, name=f"sampler/{_key(source)}/{i}", **named)
-                actors.append(actor_class.remote(engine, i))
-            actor_class = _actor_class(ServiceLearner, host.learner, name=f"learner/{_key(source)}", **named)
-            actors.append(actor_class.remote(host, self._config.gap_timeout_s))
+                options = named | {"name": f"sampler/{_key(source)}/{i}"} | actor_options(engine.section, i)
+                actors.append(ray.remote(ServiceSampler).options(**options).remote(engine, i))
+            options = named | {"name": f"learner/{_key(source)}"} | actor_options(host.learner, 0)
+            actors.append(ray.remote(ServiceLearner).options(**options).remote(host, self._config.gap_timeout_s))
             *samplers, learner = actors
             about = _brought_up(
                 learner, samplers, self._config.start_timeout_s, may_share(host.learner, engine.section)
@@ -166,6 +166,7 @@ class RayBackend:
             serves_unembed=serves_unembedding(found, device),
             checkpoints=self._checkpoints,
             detached=config.detached,
+            rank_timeout_s=config.rank_timeout_s,
         )
         engine = SamplerSpec(
             model=model,
@@ -310,16 +311,6 @@ class RayDeployment:
         with suppress(IndexError):  # empty, perhaps emptied by another thread
             while True:
                 self._unneeded.popleft()()
-
-
-def _actor_class(kind: type, section: LearnerSection | SamplerSection, **options: object) -> ActorClass:
-    """The Ray actor class of `kind` with the resources of its section."""
-    return ray.remote(kind).options(
-        num_cpus=section.num_cpus,
-        num_gpus=section.num_gpus,
-        runtime_env=threads_env(section.threads),
-        **options,
-    )
 
 
 def stop(name: str | None = None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,23 +11,26 @@ from typing import TYPE_CHECKING, TypeVar
 
 import ray
 
+from actors.service.learner_ranks import SeveralRanks
 from rlsys.client.backend import About, Answer, ModelHandle, RunProgress, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.requests import Drop, Request
 from rlsys.config import LoraSection
-from rlsys.errors import ConfigError
+from rlsys.errors import ActorDiedError, ConfigError
 from rlsys.service.call_order import CallOrder
 from rlsys.service.host_requests import CreateRun, MakeProbe, OpenSnapshot, RestoreRun
 from rlsys.service.host_turns import HostTurns, ThreadRank, in_thread
 from rlsys.service.leases import HeldKeys, Leases
-from rlsys.service.turn_loop import TurnLoop
+from rlsys.service.turn_loop import TurnLoop, TurnTaker
 from rlsys.utils import gpu_memory
 
 if TYPE_CHECKING:  # loaded with torch, in the actor
+    from rlsys.distributed.ranks import Ranks
     from rlsys.service.learner_host import TrainingHost
     from rlsys.weight_sync.canary import StartupProbe
 
 Result = TypeVar("Result")
+ANSWER_S = 1.0  # for answers to leave a process that ends
 DEPLOYMENT = ""  # tenant of the deployment's own work
 
 
@@ -46,6 +50,8 @@ class ServiceLearner:
         self.tenants: dict[str, str] = {}  # model id -> tenant
         self.open_for_clients = asyncio.Event()
         self.started: tuple[About, TurnLoop] | None = None
+        self.ranks: SeveralRanks | None = None
+        self.is_broken = False
         self.leases, self.held = Leases(), HeldKeys()
 
     @property
@@ -54,10 +60,24 @@ class ServiceLearner:
         return self.started[1]
 
     async def start(self) -> About:
-        host = await in_thread(self.thread, _load, self.spec)
-        loop = TurnLoop(ThreadRank(self.thread, HostTurns(host)), self.spec.learner.token_budget)
-        self.started = host.about, loop
+        taker: TurnTaker
+        if self.spec.learner.num_workers == 1:
+            host = await in_thread(self.thread, _load, self.spec, None)
+            taker = ThreadRank(self.thread, HostTurns(host))
+        else:
+            taker = self.ranks = SeveralRanks(self.spec, self.thread, self._broken)
+            host = await taker.start(_load)
+        self.started = host.about, TurnLoop(taker, self.spec.learner.token_budget)
         return host.about
+
+    def _broken(self, error: Exception) -> None:
+        """Fail all calls, and end this process after they were answered: ranks that do not hold the same runs cannot
+        go on."""
+        if self.started is not None and not self.is_broken:
+            self.is_broken = True
+            told = f"{error}. The learner ends, and its runs are lost; their checkpoints remain"
+            self.loop.fail(ActorDiedError(told))
+            asyncio.get_running_loop().call_later(ANSWER_S, os._exit, 1)
 
     async def announce(self) -> None:
         """Samplers are attested: let other clients join."""
@@ -118,6 +138,8 @@ class ServiceLearner:
         return answer
 
     async def stop(self) -> None:
+        if self.ranks is not None:
+            self.ranks.stop()
         self.thread.shutdown(wait=False, cancel_futures=True)
 
     async def open(self, path: str, tenant: str = DEPLOYMENT) -> SnapshotHandle:
@@ -134,10 +156,11 @@ class ServiceLearner:
         return handle
 
 
-def _load(spec: HostSpec) -> TrainingHost:
+def _load(spec: HostSpec, ranks: Ranks | None) -> TrainingHost:
     from transformers.utils import logging
 
     from actors.cluster.base_folder import local_folder
+    from rlsys.distributed.ranks import ALONE
     from rlsys.service.learner_host import TrainingHost
 
     logging.disable_progress_bar()
@@ -145,7 +168,7 @@ def _load(spec: HostSpec) -> TrainingHost:
     section = spec.learner
     gpu_memory.limit(section.device, section.num_gpus)
     with local_folder(spec.model.path) as folder:
-        host = TrainingHost(folder, spec)
+        host = TrainingHost(folder, spec, ranks or ALONE)
     gpu_memory.give_back(section.device, section.num_gpus)  # an engine that starts on the same GPU needs free memory
     return host
 

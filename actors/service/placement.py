@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import ray
 
+from actors.cluster.ray_cluster import threads_env
 from rlsys.client.config import ServiceConfig
 from rlsys.config import LearnerSection, Precision, SamplerSection, gpu_shares
 from rlsys.errors import ClusterError, ConfigError
-from rlsys.planning.fit import Resources, Shortage, shortages, sum_resources
+from rlsys.planning.fit import Resources, Shortage, needs, shortages, sum_resources
 
 SETTLE_S = 5.0  # Ray counts an ended actor's resources as free only after a moment
 RANK, LIVE = 32, 8  # defaults of samplers: Tinker's default rank, and eight adapter slots
@@ -71,8 +73,9 @@ def refuse_shortfall(learner: LearnerSection, sampler: SamplerSection) -> None:
         time.sleep(0.1)
     name = short.resource
     raise ClusterError(
-        f"a deployment needs {short.needed:g} {name}s (learner {_needs(learner)[name]:g} + {sampler.num_workers} "
-        f"sampler(s) x {_needs(sampler)[name]:g}), the cluster has {short.found:g} free of {total.get(name, 0.0):g}: "
+        f"a deployment needs {short.needed:g} {name}s (learner.num_workers {learner.num_workers} x "
+        f"{needs(learner, 0).get(name, 0):g} + sampler.num_workers {sampler.num_workers} x "
+        f"{needs(sampler, 0).get(name, 0):g}), the cluster has {short.found:g} free of {total.get(name, 0.0):g}: "
         f"{short.missing:g} too few. Stop another deployment (`rlsys stop`, ServiceClient.close()), or request less "
         "with ServiceConfig(learner=..., sampler=...): num_cpus and num_gpus may be fractions"
     )
@@ -80,9 +83,19 @@ def refuse_shortfall(learner: LearnerSection, sampler: SamplerSection) -> None:
 
 def shortfall(learner: LearnerSection, sampler: SamplerSection, has: Resources) -> Shortage | None:
     """The first resource that is too small; None if all suffice."""
-    return next(shortages(sum_resources([_needs(learner), *[_needs(sampler)] * sampler.num_workers]), has), None)
+    ranks = (needs(learner, i) for i in range(learner.num_workers))
+    samplers = (needs(sampler, i) for i in range(sampler.num_workers))
+    return next(shortages(sum_resources([*ranks, *samplers]), has), None)
 
 
-def _needs(section: LearnerSection | SamplerSection) -> dict[str, float]:
-    """Resources of one actor. A deployment asks Ray for no custom resources and no nodes."""
-    return {"CPU": section.num_cpus, "GPU": section.num_gpus}
+def actor_options(section: LearnerSection | SamplerSection, index: int) -> dict[str, Any]:
+    """Ray's options of one actor, learner rank or sampler number `index`. Any: `ray.remote` declares none."""
+    wanted = needs(section, index)
+    others = {name: amount for name, amount in wanted.items() if name not in ("CPU", "GPU")}
+    return {
+        "num_cpus": section.num_cpus,
+        "num_gpus": section.num_gpus,
+        "resources": others,
+        "runtime_env": threads_env(section.threads),
+        "scheduling_strategy": "SPREAD" if section.placement == "SPREAD" else "DEFAULT",
+    }

@@ -43,16 +43,19 @@ class ServiceConfig(Section):
     start_timeout_s: Seconds = 900.0
     room_timeout_s: Seconds = 120.0  # limit for a request that waits for a free adapter slot of the engine
     gap_timeout_s: Seconds = 600.0  # limit for a call that waits for an earlier call that has not arrived
+    rank_timeout_s: Seconds = 300.0  # limit for a learner rank that waits for another; then all ranks end
 
-    @field_validator("learner")
-    @classmethod
-    def _one_rank(cls, section: LearnerSection | None) -> LearnerSection | None:
-        if section is not None and section.num_workers > 1:
-            raise ValueError(
-                f"learner.num_workers: found {section.num_workers}; wanted 1: only `rlsys train` supports several "
-                "learner ranks"
-            )
-        return section
+    @model_validator(mode="after")
+    def _placed_by_ray(self) -> ServiceConfig:
+        for name, section in (("learner", self.learner), ("sampler", self.sampler)):
+            if section is not None and section.placement.startswith("STRICT"):
+                raise ValueError(
+                    f"{name}.placement: found {section.placement}; wanted PACK or SPREAD: a deployment makes no "
+                    "placement groups, which only a job can wait for"
+                )
+        if self.learner is not None and self.learner.shard_base and self.learner.num_workers == 1:
+            raise ValueError("learner.shard_base shards the base over ranks; set learner.num_workers to 2 or more")
+        return self
 
     @field_validator("sampler")
     @classmethod
@@ -104,6 +107,7 @@ class HostSpec(Section):
     serves_unembed: bool
     checkpoints: str
     detached: str | None
+    rank_timeout_s: float = 300.0
 
 
 class SamplerSpec(Section):

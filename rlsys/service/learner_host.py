@@ -20,6 +20,7 @@ from rlsys.client.config import HostSpec
 from rlsys.client.paths import Kind, folder_of, new_folder_of, path_of
 from rlsys.client.requests import Request
 from rlsys.config import LoraSection
+from rlsys.distributed.ranks import ALONE, Ranks
 from rlsys.errors import ConfigError, LossError
 from rlsys.learner.adapter_checkpoint import load_run, restore_run, save_run
 from rlsys.learner.custom_loss import CustomLoss
@@ -27,7 +28,6 @@ from rlsys.learner.learner import Learner
 from rlsys.learner.turns import Turns, finish
 from rlsys.service import host_requests
 from rlsys.service.host_requests import Files
-from rlsys.utils.packed_folder import MANIFEST, unpack_folder
 from rlsys.weight_sync.canary import LONG_TOKENS, Canary, StartupProbe
 from rlsys.weight_sync.publisher import AdapterPublisher
 
@@ -36,11 +36,12 @@ PROBE_RUN = "rlsys.probe"
 
 
 class TrainingHost:
-    """The runs of all training clients on one base."""
+    """The runs of all training clients on one base. With several `ranks`, each has a host, and all do the same work in
+    the same order (rlsys/service/joint_work.py)."""
 
-    def __init__(self, folder: Path, spec: HostSpec) -> None:
+    def __init__(self, folder: Path, spec: HostSpec, ranks: Ranks = ALONE) -> None:
         self.spec = spec
-        self.learner = Learner(folder, spec.model, spec.learner, base_name=spec.model.path)
+        self.learner = Learner(folder, spec.model, spec.learner, base_name=spec.model.path, ranks=ranks)
         self.about = self._about(folder)
         tokens = np.arange(LONG_TOKENS) * 7919 % self.learner.vocab_size
         self._publisher = AdapterPublisher(Canary(self.learner, spec.model.dtype, tokens))
@@ -94,7 +95,7 @@ class TrainingHost:
                 save_run(self.learner, model_id, Path(folder), optimizer, overwrite)
                 return folder
             case requests.LoadState(path, optimizer):
-                load_run(self.learner, model_id, self._folder(path), optimizer)
+                load_run(self.learner, model_id, self.folder(path), optimizer)
                 return path
             case requests.TakeSnapshot(name):
                 return self._snapshot(model_id, name)
@@ -111,7 +112,7 @@ class TrainingHost:
         return ModelHandle(model_id, lora)
 
     def restore(self, model_id: str, path: str, optimizer: bool) -> ModelHandle:
-        return self._restored(model_id, self._folder(path), optimizer)
+        return self._restored(model_id, self.folder(path), optimizer)
 
     def _restored(self, model_id: str, checkpoint: Path, optimizer: bool) -> ModelHandle:
         restore_run(self.learner, model_id, checkpoint, optimizer)
@@ -129,7 +130,7 @@ class TrainingHost:
 
     def open(self, path: str) -> SnapshotHandle:
         """A snapshot of a saved adapter."""
-        return self._opened(path, self._folder(path))
+        return self._opened(path, self.folder(path))
 
     def _opened(self, path: str, checkpoint: Path) -> SnapshotHandle:
         run_id = f"rlsys.opened{next(self._temporary)}"
@@ -155,9 +156,9 @@ class TrainingHost:
         return path_of(model_id, kind, name)
 
     def _snapshot(self, model_id: str, name: str | None) -> SnapshotHandle:
-        return self._handle(model_id, self._saved(model_id, name))
+        return self._handle(model_id, self.save_snapshot(model_id, name))
 
-    def _saved(self, model_id: str, name: str | None) -> str | None:
+    def save_snapshot(self, model_id: str, name: str | None) -> str | None:
         return None if name is None else self._save(model_id, "sampler_weights", name, False, False)
 
     def _handle(self, run_id: str, path: str | None) -> SnapshotHandle:
@@ -173,15 +174,15 @@ class TrainingHost:
     def _checkpoint(self, path: str, files: Files | None) -> Iterator[Path]:
         """The folder of a checkpoint; with `files`, which came from another node, a temporary one."""
         if files is None:
-            yield self._folder(path)
+            yield self.folder(path)
             return
         with tempfile.TemporaryDirectory(prefix="rlsys-checkpoint-") as scratch:
-            folder = Path(scratch) / "checkpoint"
-            unpack_folder(files, folder)
-            (folder / MANIFEST).unlink()
+            folder = Path(scratch)
+            for name, content in files.items():
+                (folder / name).write_bytes(content)
             yield folder
 
-    def _folder(self, path: str) -> Path:
+    def folder(self, path: str) -> Path:
         return folder_of(Path(self.spec.checkpoints), path)
 
     def _refuse_unservable(self, lora: LoraSection) -> None:
