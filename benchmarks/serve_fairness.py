@@ -3,7 +3,7 @@
 - fairness: a client sends forward_backward of 64 x 512 tokens, one after another. Another one, from its own
   ServiceClient, sends forward_backward of one datum of 32 tokens, one after another, and its longest wait counts;
   beside that, the wait without the big client.
-- eight_users: eight clients with one model each train at the same time, three steps of 8 x 512 tokens each, against the
+- eight_users: eight clients with one model each train at the same time, two steps of 4 x 512 tokens each, against the
   same steps one client after the other.
 """
 
@@ -20,7 +20,7 @@ from benchmarks.serve_setup import MODEL, Served
 from rlsys import types
 
 SMALL_TOKENS, SMALL_REQUESTS = 32, 5
-USERS, STEPS, DATUMS = 8, 3, 8
+USERS, STEPS, DATUMS = 8, 2, 4
 BESIDE, ALONE, BIG = "longest wait beside a big request", "longest wait alone", "a big request alone"
 AT_ONCE, IN_SEQUENCE = "at once", "one after the other"
 

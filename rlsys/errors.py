@@ -18,6 +18,7 @@
     ├── ActorFailedError (RuntimeError)    an actor died, or raised an error from outside this tree
     │   ├── ActorDiedError                 the actor or its engine died: another actor can repeat its work
     │   └── DataLostError                  an output was lost with its node: the stage can be repeated
+    ├── RunLostError (RuntimeError)         a client's run ended with its learner; its checkpoints remain
     ├── StorageError (RuntimeError)        a disk cannot be written: full, read-only, over quota
     └── CheckpointError (ValueError)       weight files are damaged, foreign or misplaced
 
@@ -107,6 +108,10 @@ class RunLostError(ActorFailedError):
 
 class DataLostError(ActorFailedError):
     """An output of a stage was lost with the node that held it."""
+
+
+class RunLostError(RlsysError, RuntimeError):
+    """The learner of a client's run died, and the run with it. Its checkpoints remain."""
 
 
 class StorageError(RlsysError, RuntimeError):

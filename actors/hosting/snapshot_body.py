@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rlsys.client.backend import SampleAnswer
 from rlsys.client.config import SamplerSpec
+from rlsys.errors import ActorDiedError
 from rlsys.types import Array, SamplingParams
 
 if TYPE_CHECKING:
@@ -45,6 +46,14 @@ class SnapshotBody:
                 device=spec.device,
             )
             await self._sampler.start()
+
+    async def check(self) -> None:
+        """
+        Raises:
+            ActorDiedError: the engine is dead.
+        """
+        if self._sampler is not None and self._sampler.engine.is_dead:
+            raise ActorDiedError(f"sampler {self.index}: its vLLM engine is dead")
 
     async def prove(self, probe: StartupProbe) -> None:
         await self.sampler.probe(probe, self.spec.max_canary_diff)

@@ -42,6 +42,58 @@ def future_of(ref: ray.ObjectRef, what: str) -> Future[Any]:
     return answer
 
 
+def failed(error: BaseException) -> Future[Any]:
+    answer: Future[Any] = Future()
+    answer.set_exception(error)
+    return answer
+
+
+def follow(
+    first: Future[Part],
+    begin: Callable[[Part], Future[T]],
+    on_error: Callable[[Future[Part]], Future[T]] | None = None,
+) -> Future[T]:
+    """The future that `begin` makes of the result of `first`. `on_error` makes it of a `first` that failed. Cancelling
+    it cancels what is under way."""
+    answer: Future[T] = Future()
+    current: list[Future[Any]] = [first]
+
+    def pass_on(done: Future[T]) -> None:
+        if done.cancelled():
+            answer.cancel()
+            return
+        if not answer.set_running_or_notify_cancel():
+            return
+        error = done.exception()
+        if error is None:
+            answer.set_result(done.result())
+        else:
+            answer.set_exception(error)
+
+    def go_on(done: Future[Part]) -> None:
+        if answer.cancelled():
+            return
+        try:
+            if done.exception() is None:
+                following = begin(done.result())
+            elif on_error is not None:
+                following = on_error(done)
+            else:
+                following = failed(done.exception() or RuntimeError())
+        except BaseException as error:  # edge of a callback: the error belongs to the holder of the future
+            following = failed(error)
+        current[0] = following
+        following.add_done_callback(pass_on)
+
+    def cancel(done: Future[T]) -> None:
+        if done.cancelled():
+            current[0].cancel()
+
+    answer.add_done_callback(cancel)
+    first.add_done_callback(go_on)
+    return answer
+
+
 def gathered(parts: Sequence[Future[Any]], combine: Callable[..., T]) -> Future[T]:
     """A future of `combine` of the parts' results, or of the first error among them. Any: parts differ in type."""
     combined: Future[T] = Future()

@@ -13,7 +13,7 @@ import ray
 
 from actors.service.learner_ranks import SeveralRanks
 from rlsys.client.backend import About, Answer, ModelHandle, RunProgress, SnapshotHandle
-from rlsys.client.config import HostSpec
+from rlsys.client.config import DeploymentSpec, HostSpec
 from rlsys.client.requests import Drop, Request
 from rlsys.config import LoraSection
 from rlsys.errors import ActorDiedError, ConfigError
@@ -43,14 +43,15 @@ class ServiceLearner:
     `tenant` of a call: who shares the learner with others, by default the holder, which is one client's process.
     """
 
-    def __init__(self, spec: HostSpec, gap_timeout_s: float) -> None:
-        self.spec, self.gap_timeout_s = spec, gap_timeout_s
+    def __init__(self, spec: DeploymentSpec) -> None:
+        self.deployment, self.spec = spec, spec.host
         self.thread = ThreadPoolExecutor(1, "learner")
         self.turns: dict[str, CallOrder] = {}
         self.tenants: dict[str, str] = {}  # model id -> tenant
         self.open_for_clients = asyncio.Event()
         self.started: tuple[About, TurnLoop] | None = None
         self.ranks: SeveralRanks | None = None
+        self.bringing_up: asyncio.Task[About] | None = None
         self.is_broken = False
         self.leases, self.held = Leases(), HeldKeys()
 
@@ -75,9 +76,24 @@ class ServiceLearner:
         go on."""
         if self.started is not None and not self.is_broken:
             self.is_broken = True
-            told = f"{error}. The learner ends, and its runs are lost; their checkpoints remain"
-            self.loop.fail(ActorDiedError(told))
+            self.loop.fail(ActorDiedError(str(error)))
             asyncio.get_running_loop().call_later(ANSWER_S, os._exit, 1)
+
+    async def bring_up(self) -> About:
+        """Start in the place of a dead learner, and let clients join. Several clients may ask: it is done once."""
+        if self.bringing_up is None:
+            self.bringing_up = asyncio.create_task(self.start())
+        about = await asyncio.shield(self.bringing_up)
+        await self.announce()
+        return about
+
+    async def check(self) -> None:
+        """
+        Raises:
+            ActorDiedError: the learner ends.
+        """
+        if self.is_broken:
+            raise ActorDiedError("learner: it ends, because its ranks do not work together any more")
 
     async def announce(self) -> None:
         """Samplers are attested: let other clients join."""
@@ -87,6 +103,10 @@ class ServiceLearner:
         await self.open_for_clients.wait()
         assert self.started is not None
         return self.started[0]
+
+    async def described(self) -> tuple[About, DeploymentSpec]:
+        """For clients that join."""
+        return await self.about(), self.deployment
 
     async def probe(self) -> StartupProbe:
         return await self.loop.do(DEPLOYMENT, "", MakeProbe())
@@ -102,7 +122,8 @@ class ServiceLearner:
         return await self._made(model_id, holder, tenant, RestoreRun(path, optimizer))
 
     async def renew(self, holder: str) -> None:
-        """`holder` is alive. Drop the runs of those that are not."""
+        """`holder` is alive. Drop the runs of those that are not. Raises as `check`."""
+        await self.check()
         self.leases.renew(holder)
         for gone in self.leases.expired():
             for model_id in self.held.release_all(gone):
@@ -152,7 +173,7 @@ class ServiceLearner:
         handle = await self.loop.do(tenant, model_id, request)
         self.leases.renew(holder)
         self.held.hold(model_id, holder)
-        self.turns[model_id], self.tenants[model_id] = CallOrder(self.gap_timeout_s), tenant
+        self.turns[model_id], self.tenants[model_id] = CallOrder(self.deployment.gap_timeout_s), tenant
         return handle
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from typing import TYPE_CHECKING
+
+from ray.exceptions import RayError
 
 from actors.hosting.host_process import start_host
 from actors.hosting.snapshot_body import SnapshotBody
@@ -35,6 +38,26 @@ class ServiceSampler:
             spec.section.max_live_adapters, self._load, self._unload, spec.room_timeout_s
         )
 
+        self.bringing_up: asyncio.Task[None] | None = None
+
+    async def bring_up(self, probe: StartupProbe) -> None:
+        """Start in the place of a dead sampler. Several clients may ask: it is done once."""
+        if self.bringing_up is None:
+            self.bringing_up = asyncio.create_task(self._bring_up(probe))
+        await asyncio.shield(self.bringing_up)
+
+    async def _bring_up(self, probe: StartupProbe) -> None:
+        await self.preload()
+        await self.start()
+        await self.prove(probe)
+
+    async def check(self) -> None:
+        """
+        Raises:
+            ActorDiedError: the host process or the engine is dead.
+        """
+        await self.host.call("check")
+
     async def preload(self) -> None:
         await self.host.call("preload")
 
@@ -44,32 +67,34 @@ class ServiceSampler:
     async def prove(self, probe: StartupProbe) -> None:
         await self.host.call("prove", probe)
 
-    async def register(self, key: str, ref: list[ray.ObjectRef[WeightUpdate]], holder: str) -> None:
-        """Note one more client of `holder` that holds this snapshot. `ref` is wrapped in a list, so that Ray does not
-        fetch the snapshot yet."""
+    async def register(self, key: str, ref: list[ray.ObjectRef[WeightUpdate]], holder: str, count: int = 1) -> None:
+        """Note `count` more clients of `holder` that hold this snapshot. `ref` is wrapped in a list, so that Ray does
+        not fetch the snapshot yet."""
         self.leases.renew(holder)
-        self.held.hold(key, holder)
+        for _ in range(count):
+            self.held.hold(key, holder)
         self.refs[key] = ref[0]
 
     async def release(self, key: str, holder: str) -> None:
         if self.held.release(key, holder):
             await self._forget(key)
 
-    async def adopt(self, keys: Sequence[str], holder: str) -> list[str]:
+    async def adopt(self, keys: Sequence[str], holder: str) -> dict[str, list[ray.ObjectRef[WeightUpdate]]]:
         """Have `holder` hold these snapshots too, so that they outlive the lease of a dead client. Returns those that
-        are here."""
+        are here, with their references."""
         self.leases.renew(holder)
-        adopted = [key for key in keys if key in self.refs]
+        adopted = {key: [self.refs[key]] for key in keys if key in self.refs}
         for key in adopted:
             self.held.hold(key, holder)
         return adopted
 
     async def renew(self, holder: str) -> None:
-        """`holder` is alive. Release what those held that are not."""
+        """`holder` is alive. Release what those held that are not. Raises as `check`."""
         self.leases.renew(holder)
         for gone in self.leases.expired():
             for key in self.held.release_all(gone):
                 await self._forget(key)
+        await self.check()
 
     async def sample(
         self, key: str | None, prompt: Array, n: int, params: SamplingParams, prompt_logprobs: bool, topk: int
@@ -98,7 +123,14 @@ class ServiceSampler:
     async def _load(self, key: str) -> None:
         if key not in self.refs:
             raise SamplingError(f"snapshot {key} was released: no client holds it any more")
-        await self.host.call("serve", key, await self.refs[key])
+        try:
+            update = await self.refs[key]
+        except RayError as error:
+            raise SamplingError(
+                f"snapshot {key}: its weights are lost with the learner or the node that held them; take another "
+                "snapshot, or open a saved one"
+            ) from error
+        await self.host.call("serve", key, update)
 
     async def _unload(self, key: str) -> None:
         await self.host.call("withdraw", key)

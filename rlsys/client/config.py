@@ -118,3 +118,14 @@ class SamplerSpec(Section):
     device: Literal["cpu", "cuda"]
     max_canary_diff: float | None  # nats; None: a bound from the numerical noise of learner and engine
     room_timeout_s: float
+
+
+class DeploymentSpec(Section):
+    """What a deployment's actors are started with, also in the place of dead ones."""
+
+    key: str  # of the base, in the names of the actors
+    host: HostSpec
+    engine: SamplerSpec
+    gap_timeout_s: float
+    start_timeout_s: float
+    max_restarts: int  # of one actor within a while

@@ -60,6 +60,11 @@ class VllmEngine:
         assert self._llm is not None, "start comes first"
         return self._llm
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether a process of the engine, which was started, has ended."""
+        return self._llm is not None and bool(self._llm.errored)
+
     def arguments(self) -> dict[str, object]:
         """vLLM's engine arguments; `vllm.LLM` takes the same."""
         return engine_arguments(self._base, self.model, self.section, self._seed, self.device, self._has_tokenizer)

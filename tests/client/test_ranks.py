@@ -25,11 +25,12 @@ from tests.waiting import FAR_S
 PROMPT = types.ModelInput.from_ints([5, 900, 31_000, 7])
 
 
-def config(checkpoints: Path, **more: str) -> ServiceConfig:
+def config(checkpoints: Path, count: int, **more: str) -> ServiceConfig:
+    """So many learner ranks and samplers."""
     return ServiceConfig(
-        learner=LearnerSection(num_workers=2, num_cpus=0.25, token_budget=64),
+        learner=LearnerSection(num_workers=count, num_cpus=0.25, token_budget=64),
         sampler=SamplerSection(
-            num_workers=2,
+            num_workers=count,
             num_cpus=0.25,
             kv_cache_gb=0.1,
             max_num_seqs=64,
@@ -48,7 +49,7 @@ def many(service: rlsys.ServiceClient, base: str, tmp_path_factory: pytest.TempP
     """The deployment of a copy of the base, on two ranks and two samplers."""
     folder = tmp_path_factory.mktemp("ranks")
     copy = shutil.copytree(base, folder / "base")
-    chosen = config(folder / "checkpoints", copy=str(copy))
+    chosen = config(folder / "checkpoints", 2, copy=str(copy))
     with rlsys.ServiceClient(chosen) as client:
         client.create_sampling_client(base_model="copy")
         yield chosen

@@ -25,7 +25,7 @@ FEW = types.SamplingParams(max_tokens=6, stop=[], seed=11)
 def resident(service: rlsys.ServiceClient) -> list[str]:
     backend: Any = service._backend
     deployment = backend.deployment("tiny")
-    found: list[str] = ray.get(deployment._samplers[0].resident.remote())
+    found: list[str] = ray.get(deployment.actors[0].resident.remote())
     return found
 
 
