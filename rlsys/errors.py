@@ -102,10 +102,6 @@ class ActorDiedError(ActorFailedError):
     """An actor or its engine died. Its current call may or may not have taken effect."""
 
 
-class RunLostError(ActorFailedError):
-    """The learner that held a run died. Its saved checkpoints remain."""
-
-
 class DataLostError(ActorFailedError):
     """An output of a stage was lost with the node that held it."""
 

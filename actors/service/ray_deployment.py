@@ -19,7 +19,7 @@ from rlsys.client.backend import About, Adopted, Answer, ModelHandle, RunProgres
 from rlsys.client.config import DeploymentSpec
 from rlsys.client.requests import Drop, Request, TakeSnapshot
 from rlsys.config import LoraSection
-from rlsys.errors import ActorDiedError, RunLostError
+from rlsys.errors import ActorDiedError, DataLostError, RunLostError
 from rlsys.types import Array, SamplingParams
 
 T = TypeVar("T")
@@ -198,21 +198,29 @@ class RayDeployment:
     # calls of samplers
 
     def _on_a_sampler(self, what: str, call: Call) -> Future[Any]:
-        """The answer of the next sampler; of another one if that sampler dies."""
+        """The answer of the next sampler; of another one if that sampler dies, or lacks a snapshot that was lost with
+        the learner before the sampler loaded it."""
         self.let_go()
+        return self._on_next_sampler(what, call, frozenset(), None)
+
+    def _on_next_sampler(
+        self, what: str, call: Call, tried: frozenset[str], failure: BaseException | None
+    ) -> Future[Any]:
         try:
-            member, sampler = self._supervisor.serving_sampler()
+            member, sampler = self._supervisor.serving_sampler(tried)
         except ActorDiedError as error:
-            return failed(error)
+            return failed(failure or error)
         answer = future_of(call(sampler), f"{member.name}: {what}")
 
         def checked(done: Future[Any]) -> Future[Any]:
             error = done.exception()
+            if isinstance(error, DataLostError):
+                return self._on_next_sampler(what, call, tried | {member.name}, error)
             if not isinstance(error, ActorDiedError):
                 return done
             return follow(
                 self._supervisor.suspect(member, sampler),
-                lambda is_dead: self._on_a_sampler(what, call) if is_dead else done,
+                lambda is_dead: self._on_next_sampler(what, call, tried, failure) if is_dead else done,
             )
 
         return follow(answer, lambda _: answer, checked)

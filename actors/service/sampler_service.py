@@ -13,7 +13,7 @@ from actors.hosting.host_process import start_host
 from actors.hosting.snapshot_body import SnapshotBody
 from rlsys.client.backend import SampleAnswer
 from rlsys.client.config import SamplerSpec
-from rlsys.errors import SamplingError
+from rlsys.errors import DataLostError, SamplingError
 from rlsys.sampler.engine_start import prepare_environment
 from rlsys.service.leases import HeldKeys, Leases
 from rlsys.service.snapshot_cache import SnapshotCache
@@ -126,7 +126,7 @@ class ServiceSampler:
         try:
             update = await self.refs[key]
         except RayError as error:
-            raise SamplingError(
+            raise DataLostError(
                 f"snapshot {key}: its weights are lost with the learner or the node that held them; take another "
                 "snapshot, or open a saved one"
             ) from error

@@ -101,8 +101,8 @@ class Supervisor:
                 actor for each in members for actor in (each.handle if each.serves else None, each.starting) if actor
             ]
 
-    def serving_sampler(self) -> tuple[Member, ActorHandle]:
-        """The next sampler in turn.
+    def serving_sampler(self, besides: frozenset[str] = frozenset()) -> tuple[Member, ActorHandle]:
+        """The next sampler in turn, which is not in `besides` (names).
 
         Raises:
             ActorDiedError: none serves.
@@ -110,9 +110,9 @@ class Supervisor:
         with self.lock:
             for _ in self.samplers:
                 member = self.samplers[next(self._turns) % len(self.samplers)]
-                if member.serves and member.handle is not None:
+                if member.serves and member.handle is not None and member.name not in besides:
                     return member, member.handle
-            raise self.samplers[0].down()
+            raise next((each for each in self.samplers if not each.serves), self.samplers[0]).down()
 
     def serving_learner(self) -> ActorHandle:
         with self.lock:

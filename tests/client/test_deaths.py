@@ -150,3 +150,20 @@ def test_a_killed_learner_loses_its_runs_and_no_checkpoint(client: rlsys.Service
     taken = again.save_weights_and_get_sampling_client()
     assert taken.compute_logprobs(PROMPT).result(FAR_S) == pytest.approx(wanted, abs=1e-4)
     assert ray.is_initialized()
+
+
+def test_a_sampler_that_dies_too_often_is_not_started_again(client: rlsys.ServiceClient, count: int) -> None:
+    """The last test of the module: a sampler is missing afterwards."""
+    if count > 1:
+        pytest.skip("another sampler serves")
+    sampler = client.create_sampling_client(base_model="mortal")
+    member = deployment_of(client)._supervisor.samplers[0]
+    while len(member.deaths) < 4:
+        until(serves(client, count + 1), "the sampler's return", cpu_of(os.getpid()))
+        actors(client)[0].send_signal(signal.SIGKILL)
+        with pytest.raises(ActorDiedError):
+            sampler.compute_logprobs(PROMPT).result(FAR_S)
+    with pytest.raises(
+        ActorDiedError, match=r"4 deaths within 600 s, and cluster.max_restarts is 3\); it is not started again"
+    ):
+        sampler.compute_logprobs(PROMPT).result(FAR_S)
