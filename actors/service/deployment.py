@@ -23,6 +23,7 @@ from actors.service.launch import (
     key_of,
     launch_learner,
     launch_sampler,
+    note_stop,
     resolved,
     running_learners,
     running_samplers,
@@ -130,6 +131,7 @@ class RayBackend:
             if joined is None:
                 raise ClusterError(f"deployment of {source}: another client started it and has ended it") from None
             return joined
+        note_stop(spec.key, stopped=False)
         samplers: list[ActorHandle] = []
         try:
             samplers += [launch_sampler(spec, i) for i in range(spec.engine.section.num_workers)]
@@ -193,6 +195,7 @@ def stop(name: str | None = None) -> list[str]:
     for key, learner in running_learners().items():
         about = future_of(learner.about.remote(), "learner: describing its base").result(ASK_TIMEOUT_S)
         if name in (None, about.detached, about.base_model, about.folder):
+            note_stop(key, stopped=True)
             end([*running_samplers(key), learner])
             ended.append(about.base_model)
     return ended

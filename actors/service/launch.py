@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from actors.service.call_futures import future_of
 from actors.service.learner_service import ServiceLearner
@@ -111,6 +112,22 @@ def end(actors: Sequence[ActorHandle]) -> None:
     ray.wait(stopping, num_returns=len(stopping), timeout=STOP_TIMEOUT_S) if stopping else None
     for actor in actors:
         ray.kill(actor)
+
+
+def note_stop(key: str, *, stopped: bool) -> None:
+    """Note in the cluster whether the deployment was stopped on purpose: then no client replaces its actors."""
+    if stopped:
+        _internal_kv_put(_stop_note(key), b"1", namespace=NAMESPACE)
+    else:
+        _internal_kv_del(_stop_note(key), namespace=NAMESPACE)
+
+
+def was_stopped(key: str) -> bool:
+    return _internal_kv_get(_stop_note(key), namespace=NAMESPACE) is not None
+
+
+def _stop_note(key: str) -> str:
+    return f"stopped/{key}"
 
 
 def find(name: str) -> ActorHandle | None:

@@ -25,7 +25,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.service.call_futures import future_of
-from actors.service.launch import another, find, launch_learner, launch_sampler, learner_name, sampler_name
+from actors.service.launch import another, find, launch_learner, launch_sampler, learner_name, sampler_name, was_stopped
 from rlsys.client.config import DeploymentSpec
 from rlsys.errors import ActorDiedError, ClusterError
 from rlsys.utils.text_files import first_line
@@ -173,6 +173,9 @@ class Supervisor:
         while member.deaths and time.monotonic() - member.deaths[0] > WINDOW_S:
             member.deaths.popleft()
         limit = self._spec.max_restarts
+        if was_stopped(self._spec.key):
+            member.why = "the deployment was stopped"
+            return
         if self._stopped.is_set() or len(member.deaths) > limit:
             if "cluster.max_restarts" not in member.why:
                 member.why += (
@@ -193,8 +196,11 @@ class Supervisor:
             found = another(member.name, dead, member.launch, limit_s)
             with self.lock:
                 member.starting = found
-                if self._stopped.is_set():
-                    raise ClusterError("the client is closed")
+                ended = was_stopped(self._spec.key)
+                if ended or self._stopped.is_set():
+                    if self._may_start and (ended or self._spec.host.detached is None):
+                        ray.kill(found)
+                    raise ClusterError("the deployment was stopped, or this client closed")
             if member is self.learner:
                 future_of(found.bring_up.remote(), f"{member.name}: starting again").result(limit_s)
             else:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 LEASE_S = 900.0  # a suspended process loses what it holds after this
-RENEW_S = 60.0  # several attempts within one lease
 
 
 class Leases:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
+
+from actors.service.supervisor import CHECK_S
 from tests.waiting import cpu_of, run
 
 PROGRAM = """
@@ -23,7 +27,13 @@ if __name__ == "__main__":
         cluster=ClusterSection(address=address),
         sampler=SamplerSection(num_cpus=0.5, kv_cache_gb=0.1, max_num_batched_tokens=512, max_num_seqs=16),
     )
-    print(rlsys.ServiceClient(config).create_lora_training_client("micro", rank=2).get_info().model_data.model_name)
+    client = rlsys.ServiceClient(config)
+    print(client.create_lora_training_client("micro", rank=2).get_info().model_data.model_name, flush=True)
+    sys.stdin.read()
+    try:
+        client.create_sampling_client(base_model="micro").sample(rlsys.ModelInput.from_ints([1]), 1).result(60)
+    except rlsys.errors.RlsysError as error:
+        print(error)
 """
 
 
@@ -39,6 +49,21 @@ def test_a_detached_deployment_lives_until_rlsys_stop_and_then_gives_its_resourc
     assert stopped.returncode == 0 and stopped.stdout.strip() == "stopped: micro", stopped.stdout + stopped.stderr
     again = _run(sys.executable, "-m", "rlsys", "stop")
     assert again.stdout.strip() == "no deployment was running"
+
+
+@pytest.mark.soak
+def test_a_client_that_uses_a_deployment_does_not_start_it_again_after_rlsys_stop(
+    ray_cluster: str, micro_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), ray_cluster, str(micro_base)]
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert client.stdout is not None and "micro" in client.stdout.readline()
+    assert _run(sys.executable, "-m", "rlsys", "stop", "mine").stdout.strip() == "stopped: micro"
+    time.sleep(3 * CHECK_S)
+    assert _run(sys.executable, "-m", "rlsys", "stop").stdout.strip() == "no deployment was running"
+    said, _ = client.communicate("", 300)
+    assert client.returncode == 0 and "the deployment was stopped" in said, said
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
