@@ -17,8 +17,8 @@ from actors.faults.actor_logs import process_of
 from actors.service.ray_deployment import RayDeployment
 from rlsys import types
 from rlsys.errors import ActorDiedError, RunLostError
-from tests.client.test_ranks import config, data
-from tests.waiting import FAR_S, cpu_of, until
+from tests.client.test_ranks import RANK_TIMEOUT_S, config, data
+from tests.waiting import FAR_S, cpu_of, family, until
 
 pytestmark = pytest.mark.soak
 PROMPT = types.ModelInput.from_ints([5, 900, 31_000, 7])
@@ -55,6 +55,17 @@ def actors(client: rlsys.ServiceClient) -> list[psutil.Process]:
     """Samplers first, then rank 0 of the learner."""
     found = [process_of(actor) for actor in deployment_of(client).actors]
     return [psutil.Process(each.pid) for each in found if each is not None]
+
+
+def other_ranks() -> list[psutil.Process]:
+    """Of the learner of this test process's cluster."""
+    found = []
+    for each in family(os.getpid()):
+        try:
+            found += [each] if "LearnerRank" in " ".join(each.cmdline()) else []
+        except psutil.Error:
+            continue
+    return found
 
 
 def part_of(sampler: psutil.Process, name: str) -> psutil.Process:
@@ -125,9 +136,7 @@ def test_a_killed_learner_loses_its_runs_and_no_checkpoint(client: rlsys.Service
     wanted = sampler.compute_logprobs(PROMPT).result(FAR_S)
     pending = [each.forward_backward(data(2000), "cross_entropy") for each in (trainer, other)]
     time.sleep(0.5)
-    ranks = [actors(client)[-1]] + [
-        each for each in psutil.process_iter(["cmdline"]) if "LearnerRank" in " ".join(each.info["cmdline"] or [])
-    ]
+    ranks = [actors(client)[-1], *other_ranks()]
     ranks[rank].send_signal(signal.SIGKILL)
     began = time.monotonic()
     for call in pending:
@@ -150,6 +159,20 @@ def test_a_killed_learner_loses_its_runs_and_no_checkpoint(client: rlsys.Service
     taken = again.save_weights_and_get_sampling_client()
     assert taken.compute_logprobs(PROMPT).result(FAR_S) == pytest.approx(wanted, abs=1e-4)
     assert ray.is_initialized()
+
+
+def test_a_rank_that_stands_still_ends_the_learner_within_the_limit(client: rlsys.ServiceClient, count: int) -> None:
+    if count == 1:
+        pytest.skip("it has one rank")
+    trainer = client.create_lora_training_client("mortal", rank=4, seed=1)
+    trainer.forward(data(), "cross_entropy").result(FAR_S)
+    (rank,) = other_ranks()
+    rank.send_signal(signal.SIGSTOP)
+    with pytest.raises(ActorDiedError, match=rf"another rank had not arrived \(limit {RANK_TIMEOUT_S:g} s\)"):
+        trainer.forward_backward(data(), "cross_entropy").result(FAR_S)
+    fresh = client.create_lora_training_client("mortal", rank=4, seed=1)
+    assert fresh.forward(data(), "cross_entropy").result(FAR_S).loss > 0
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_sampler_that_dies_too_often_is_not_started_again(client: rlsys.ServiceClient, count: int) -> None:

@@ -22,6 +22,7 @@ from rlsys.serve.config import ServeConfig
 from tests.unit.serve.http_client import Http
 from tests.waiting import FAR_S
 
+RANK_TIMEOUT_S = 60.0
 PROMPT = types.ModelInput.from_ints([5, 900, 31_000, 7])
 
 
@@ -40,6 +41,7 @@ def config(checkpoints: Path, count: int, **more: str) -> ServiceConfig:
         ),
         checkpoints=str(checkpoints),
         room_timeout_s=600,
+        rank_timeout_s=RANK_TIMEOUT_S,
         models=more,
     )
 

@@ -17,9 +17,10 @@ PROGRAM = """
 import sys
 import rlsys
 from rlsys.config import ClusterSection, SamplerSection
+from rlsys.errors import RlsysError
 
 if __name__ == "__main__":
-    address, base = sys.argv[1:]
+    address, base, *stays = sys.argv[1:]
     config = rlsys.ServiceConfig(
         detached="mine",
         models={"micro": base},
@@ -29,11 +30,13 @@ if __name__ == "__main__":
     )
     client = rlsys.ServiceClient(config)
     print(client.create_lora_training_client("micro", rank=2).get_info().model_data.model_name, flush=True)
-    sys.stdin.read()
-    try:
-        client.create_sampling_client(base_model="micro").sample(rlsys.ModelInput.from_ints([1]), 1).result(60)
-    except rlsys.errors.RlsysError as error:
-        print(error)
+    if stays:
+        sys.stdin.read()
+        sampler = client.create_sampling_client(base_model="micro")
+        try:
+            sampler.compute_logprobs(rlsys.ModelInput.from_ints([1])).result(60)
+        except RlsysError as error:
+            print(error)
 """
 
 
@@ -56,7 +59,7 @@ def test_a_client_that_uses_a_deployment_does_not_start_it_again_after_rlsys_sto
     ray_cluster: str, micro_base: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    command = [sys.executable, str(tmp_path / "program.py"), ray_cluster, str(micro_base)]
+    command = [sys.executable, str(tmp_path / "program.py"), ray_cluster, str(micro_base), "stays"]
     client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert client.stdout is not None and "micro" in client.stdout.readline()
     assert _run(sys.executable, "-m", "rlsys", "stop", "mine").stdout.strip() == "stopped: micro"
