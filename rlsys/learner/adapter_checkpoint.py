@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlsys.config import LoraSection
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, StorageError
 from rlsys.learner.base_fingerprint import BaseFingerprint
 from rlsys.learner.checkpoint_files import (
     CONFIG,
@@ -50,7 +50,8 @@ def save_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool, ov
     """Write the run to the new folder `path`; with `overwrite` it takes the place of what is there.
 
     Raises:
-        CheckpointError: there is something at `path`, or it cannot be written.
+        CheckpointError: there is something at `path`.
+        StorageError: it cannot be written.
     """
     path = Path(path)
     if path.exists() and not overwrite:
@@ -77,8 +78,11 @@ def save_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool, ov
             }
             (folder / MANIFEST).write_bytes(sealed(body))
             (folder / MANIFEST).chmod(0o644)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error}") from error
+    except FileExistsError as error:
+        raise CheckpointError(f"{path}: is already there; wanted another name, or overwrite") from error
+    except (OSError, SafetensorError) as error:  # safetensors reports a disk's refusal by an error of its own
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise StorageError(f"{path}: cannot be written: {reason}") from error
 
 
 def load_run(learner: Learner, run_id: str, path: Path, with_optimizer: bool) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from rlsys import losses
 from rlsys.config import LoraSection
 from rlsys.datums import take
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, StorageError
 from rlsys.learner.adapter_checkpoint import load_run, read_adapter, restore_run, save_run
 from rlsys.learner.checkpoint_files import checkpoint_path, read_info
 from rlsys.learner.export import export_adapter, export_merged
@@ -195,7 +195,7 @@ def test_a_save_that_fails_leaves_what_was_there(
         return real(*args)
 
     monkeypatch.setattr(os, call, failing)
-    with pytest.raises(CheckpointError, match="cannot be written: no space left"):
+    with pytest.raises(StorageError, match="cannot be written: no space left"):
         save_run(learner, "run", saved, with_optimizer=True, overwrite=True)
     monkeypatch.undo()
     assert [entry.name for entry in saved.parent.iterdir()] == ["saved"]
