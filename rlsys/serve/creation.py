@@ -105,9 +105,8 @@ def _new_model(state: State, session: Session, number: int, base_model: str) -> 
 async def _made(state: State, model: Model, work: Awaitable[Result], names: dict[str, str] | None = None) -> None:
     """Settle the creation. A model that could not be created is gone."""
     await state.settle(model.created, work, names)
-    if model.lora is None:
-        state.models.pop(model.id, None)
-        model.queue.abandon("the model could not be created")
+    if model.lora is None:  # the learner may have it all the same: its record could not be written
+        sessions.release_model(state, model, "the model could not be created")
         rows.forget_model(state.database, model.id)
     elif model.session.ended is not None:
         sessions.release_model(state, model, "the session of this model has ended")
@@ -116,7 +115,6 @@ async def _made(state: State, model: Model, work: Awaitable[Result], names: dict
 def _created(
     state: State, model: Model, lora: LoraSection, user_metadata: dict[str, Any], kind: str, **more: str
 ) -> Result:
-    model.lora = lora
     record = RunRecord(
         run_id=model.id,
         session_id=model.session.id,
@@ -130,6 +128,7 @@ def _created(
         user_metadata=user_metadata,
     )
     state.store.put_run(model.session.tenant, record)
+    model.lora = lora
     if model.session.ended is None:
         rows.put_model(state.database, model)
     return JsonResult({"type": kind, "model_id": model.id, **more})
