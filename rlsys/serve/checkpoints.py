@@ -22,10 +22,12 @@ from pydantic import BaseModel, ConfigDict
 
 from rlsys.errors import CheckpointError, StorageError
 from rlsys.serve.database import NAME, Database, Value
-from rlsys.serve.errors import Refusal
+from rlsys.serve.errors import Refusal, bad_request
 from rlsys.serve.paths import KINDS, CheckpointPath, Kind, folder_name, run_of_folder
 from rlsys.serve.paths import NAME as NAME_OF
 from rlsys.utils.atomic_files import remove_folder
+
+METADATA_DEPTH = 64
 
 
 class Record(BaseModel):
@@ -142,9 +144,20 @@ class CheckpointStore:
         )
 
     def delete(self, checkpoint: Checkpoint, run_has_ended: bool = False) -> None:
-        """`run_has_ended`: nothing is saved in the run's folder any more, so an empty one goes too."""
-        remove_folder(checkpoint.folder)
-        self.forget(checkpoint.tenant, checkpoint.path)
+        """`run_has_ended`: nothing is saved in the run's folder any more, so an empty one goes too.
+
+        Raises:
+            Refusal: 404: another request was faster.
+            StorageError: the disk refuses.
+        """
+        path = checkpoint.path
+        try:
+            remove_folder(checkpoint.folder)
+        except FileNotFoundError:
+            raise Refusal(404, f"{path.text}: no such checkpoint") from None
+        except OSError as error:
+            raise StorageError(f"{path.text}: cannot be deleted: {error.strerror}") from error
+        self.forget(checkpoint.tenant, path)
         if run_has_ended:
             with suppress(OSError):  # not empty
                 checkpoint.folder.parent.rmdir()
@@ -246,4 +259,23 @@ def _kind(value: object) -> Kind:
 
 
 def metadata_size(value: object) -> int:
-    return len(json.dumps(value, separators=(",", ":")))
+    """Bytes of the user's JSON.
+
+    Raises:
+        Refusal: 400: it cannot be stored: it is nested too deeply, or has a number beyond 1e308 or half a character.
+    """
+    try:
+        _refuse_depth(value, 0)
+        return len(json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode())
+    except UnicodeEncodeError:
+        raise bad_request("user_metadata: found a lone surrogate; wanted text that UTF-8 can hold") from None
+    except ValueError:
+        raise bad_request("user_metadata: found a number beyond 1e308; wanted finite numbers") from None
+
+
+def _refuse_depth(value: object, depth: int) -> None:
+    if depth > METADATA_DEPTH:
+        raise bad_request(f"user_metadata: found more than {METADATA_DEPTH} levels of nesting")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for each in inner:
+        _refuse_depth(each, depth + 1)

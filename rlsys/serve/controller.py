@@ -18,7 +18,7 @@ from rlsys.learner.checkpoint_files import read_info
 from rlsys.serve import creation, listings, parking, recovery, sampling, sessions, training
 from rlsys.serve.backend import Base
 from rlsys.serve.checkpoints import Checkpoint
-from rlsys.serve.errors import NumberedRefusal, Refusal, not_found
+from rlsys.serve.errors import NumberedRefusal, Refusal, failure_of, not_found
 from rlsys.serve.paths import CheckpointPath, Kind, parse_path
 from rlsys.serve.promises import Promise
 from rlsys.serve.state import State, now
@@ -292,7 +292,7 @@ def _describe_weights(state: State, tenant: str, path: CheckpointPath) -> Json:
         info = read_info(found.folder)
         base_model = creation.base_of(state, found.tenant, path, found.folder)
     except CheckpointError as error:
-        raise Refusal(404, str(error).replace(str(state.store.root), "(checkpoints)")) from None
+        raise Refusal(404, failure_of(error, state.names()).error) from None
     lora = info.lora
     return {
         "base_model": base_model,

@@ -20,7 +20,13 @@ from rlsys.errors import (
 
 Category = Literal["user", "server", "unknown"]
 _USERS = (DatumError, LossError, SamplingError, ConfigError, GradientError, DivergedError, CheckpointError)
-_FOLDER = re.compile(r"(?<![\w:/.])/(?:[\w.@+-]+/)+[\w.@+-]+")
+_FOLDER = re.compile(r"(?<![\w:/.)<])/(?:[\w.@+-]+/)*[\w.@+-]+")
+# A checkpoint's folder, below the tenant's: see rlsys.serve.checkpoints.
+_CHECKPOINT = re.compile(
+    r"(?<![\w:/.])/(?:[^\s'\":]+/)?([a-z0-9]{8,64})\.train\.([0-9]{1,10})"
+    r"/(weights|sampler_weights|external_weights)/([\w-][\w.-]*)",
+    re.ASCII,
+)
 
 
 class Refusal(Exception):
@@ -68,8 +74,10 @@ def failure_of(error: RlsysError, names: Mapping[str, str]) -> Failure:
 
 
 def public_text(text: str, names: Mapping[str, str]) -> str:
-    """Replace the server's folders: by their public names, where `names` (folder -> name) has one."""
+    """Replace the server's folders: by their public names, where `names` (folder -> name) has one; a checkpoint's by
+    its path, which names no tenant."""
     for folder in sorted(names, key=len, reverse=True):
         text = text.replace(folder, names[folder])
+    text = _CHECKPOINT.sub(r"tinker://\1:train:\2/\3/\4", text)
     known = set(names.values())
     return _FOLDER.sub(lambda match: match[0] if match[0] in known else "(a folder of the server)", text)

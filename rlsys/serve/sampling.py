@@ -246,5 +246,5 @@ def _result(answer: SampleAnswer, request: SampleRequest, last_n: int | None, id
 
 
 def _public(state: State, error: RlsysError, path: str) -> str:
-    text = failure_of(error, {str(state.store.root): "(checkpoints)", **state.names()}).error
+    text = failure_of(error, state.names()).error
     return text if path in text else f"{path}: {text}"

@@ -87,8 +87,10 @@ def remove_folder(path: Path) -> None:
         path.unlink()
         return
     gone = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    try:
+        os.rename(path, gone)
+    finally:  # also without the folder, if `path` vanished meanwhile
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def is_plain(name: str) -> bool:

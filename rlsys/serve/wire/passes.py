@@ -5,17 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 from google.protobuf.message import DecodeError
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rlsys.errors import DatumError, LossError
 from rlsys.serve.errors import NumberedRefusal, Refusal, bad_request
 from rlsys.serve.wire import messages
-from rlsys.serve.wire.json_body import WireModel, as_model, load
+from rlsys.serve.wire.json_body import OF_PASS, Items, WireModel, as_model, at_most, load
 from rlsys.serve.wire.requests import Number, Text
 from rlsys.serve.wire.tensors import dense_of, flat_numbers, from_json, from_message, tokens_of
 from rlsys.types import Array, Datum, ModelInput
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rlsys.losses import Loss
 
 TARGETS = "target_tokens"
+MAX_KEYS = 64  # of a datum's inputs and of a loss's configuration
 _ALIASES = {"behavior_logprobs"}  # see rlsys.datums
 _ONLY_TEXT = "wanted chunks of token ids: this server has no image or audio input"
 _UNPUBLISHED = (
@@ -73,7 +74,7 @@ class PreparedPass:
 class _TensorBody(WireModel):
     data: list[Any]  # Any: numbers, checked by numpy
     dtype: Text
-    shape: list[int] | None = None
+    shape: Items[int] | None = None
     sparse_crow_indices: list[Any] | None = None
     sparse_col_indices: list[Any] | None = None
 
@@ -84,18 +85,18 @@ class _ChunkBody(WireModel):
 
 
 class _InputBody(WireModel):
-    chunks: list[_ChunkBody]
+    chunks: Items[_ChunkBody]
 
 
 class _DatumBody(WireModel):
     model_input: _InputBody
-    loss_fn_inputs: dict[str, _TensorBody]
+    loss_fn_inputs: Annotated[dict[str, _TensorBody], BeforeValidator(at_most(MAX_KEYS))]
 
 
 class _DataBody(WireModel):
-    data: list[_DatumBody]
+    data: Items[_DatumBody]
     loss_fn: Text
-    loss_fn_config: dict[str, float | str] = Field(default_factory=dict)
+    loss_fn_config: Annotated[dict[str, float | str], BeforeValidator(at_most(MAX_KEYS))] = Field(default_factory=dict)
 
 
 class _PassBody(WireModel):
@@ -151,7 +152,7 @@ def read_protobuf(body: bytes) -> PassRequest:
 
 
 def read_json(body: bytes, forward_only: bool) -> PassRequest:
-    parsed = as_model(_PassBody, load(body), not forward_only)
+    parsed = as_model(_PassBody, load(body, OF_PASS), not forward_only)
     inner = parsed.forward_input if forward_only else parsed.forward_backward_input
     try:
         if inner is None:

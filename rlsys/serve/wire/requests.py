@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
-from rlsys.serve.wire.json_body import WireModel
+from rlsys.serve.wire.json_body import Items, WireModel
 
 
 def _finite(value: float) -> float:
@@ -25,7 +25,7 @@ Ttl = Annotated[int, Field(gt=0, le=10 * 365 * 24 * 3600)]
 
 
 class CreateSession(WireModel):
-    tags: list[Text] = Field(default_factory=list, max_length=256)
+    tags: Items[Text] = Field(default_factory=list, max_length=256)
     user_metadata: Metadata = Field(default_factory=dict)
     sdk_version: Text = ""
     project_id: Text | None = None
@@ -99,7 +99,7 @@ class SaveWeights(WireModel):
     user_metadata: Metadata = Field(default_factory=dict)
     kind: Text = "snapshot"
     sampling_session_seq_id: Number | None = None
-    age_encryption_recipients: list[Text] = Field(default_factory=list)
+    age_encryption_recipients: Items[Text] = Field(default_factory=list)
 
 
 class CreateSamplingSession(WireModel):
@@ -110,18 +110,18 @@ class CreateSamplingSession(WireModel):
 
 
 class TextChunk(WireModel):
-    tokens: list[int] | None = None
+    tokens: Items[int] | None = None
     type: Text = "encoded_text"
 
 
 class Prompt(WireModel):
-    chunks: list[TextChunk]
+    chunks: Items[TextChunk]
 
 
 class SamplingBody(WireModel):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     seed: int | None = None
-    stop: str | list[str] | list[int] | None = None
+    stop: str | Items[str] | Items[int] | None = None
     temperature: Annotated[Finite, Field(ge=0)] = 1.0
     top_k: int = -1
     top_p: Annotated[Finite, Field(gt=0, le=1)] = 1.0
@@ -176,7 +176,7 @@ class FinishSession(WireModel):
 
 class StatusQuery(WireModel):
     type: Text
-    reasons: list[Text] | None = None
+    reasons: Items[Text] | None = None
 
 
 class SearchCursor(WireModel):
@@ -190,4 +190,4 @@ class SearchSessions(WireModel):
     cursor: SearchCursor | None = None
     display_name: Text | None = None
     user_metadata: Metadata = Field(default_factory=dict)
-    statuses: list[StatusQuery] | None = None
+    statuses: Items[StatusQuery] | None = None
