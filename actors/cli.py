@@ -282,6 +282,10 @@ def serve(
     ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; default: 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; default: 8000; 0: any free one.", min=0, max=65535)] = None,
+    tls_certificate: Annotated[
+        str | None, typer.Option(help="PEM file: the server's certificate, then its issuers.", metavar="FILE")
+    ] = None,
+    tls_key: Annotated[str | None, typer.Option(help="PEM file of the certificate's key.", metavar="FILE")] = None,
 ) -> None:
     """Serve unmodified programs of the Tinker API: its SDK, MinT's SDK, and tinker-cookbook.
 
@@ -296,7 +300,8 @@ def serve(
     base: dict[str, dict[str, object]] = {}
     if model is not None:
         base["models"] = {model: model}
-    bind: dict[str, object] = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    flags = {"host": host, "port": port, "tls_certificate": tls_certificate, "tls_key": tls_key}
+    bind: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
     if bind:
         base["bind"] = bind
     settings = load_serve_config(config, given, base)
@@ -308,6 +313,26 @@ def serve(
     except KeyboardInterrupt:
         print("Interrupted before the server was up", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command("serve-key")
+def serve_key(
+    tenant: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, '_' and '-'.")],
+    stdin: Annotated[
+        bool, typer.Option("--stdin", help="Read a key from the standard input, for its line alone.")
+    ] = False,
+) -> None:
+    """Make a key for `rlsys serve`: its line for the keys file, with a hash in place of the key, on the standard
+    output; the key itself, which is shown once, on the standard error.
+
+    rlsys serve-key alice >> ~/.config/rlsys/serve-keys"""
+    from rlsys.serve.keys import hashed_line, new_key
+
+    key = sys.stdin.readline().strip() if stdin else new_key()
+    line = hashed_line(key, tenant)
+    if not stdin:
+        print(f"key of {tenant}: {key}", file=sys.stderr)
+    print(line)
 
 
 RUN = typer.Argument(help="Run name or run directory.", callback=_expanded_text)

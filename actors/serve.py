@@ -27,7 +27,8 @@ from actors.service.http_backend import DeploymentBackend
 from rlsys.errors import ConfigError, RlsysError
 from rlsys.serve.backend import Base
 from rlsys.serve.config import Bind, ServeConfig
-from rlsys.serve.keys import KeyFile, create_key_file
+from rlsys.serve.keys import VARIABLE, create_key_file, read_keys
+from rlsys.serve.tls import certificate_of
 
 TEND_S = 0.1
 STATUS_S = 10.0
@@ -46,7 +47,8 @@ def serve(config: ServeConfig) -> None:
     """
     console = Console(highlight=False, soft_wrap=True)
     config = config.model_copy(update={"checkpoints": str(Path(config.checkpoints).absolute())})
-    _check_keys(config)
+    variables = _key_variables(config)
+    certificate_of(config.bind)
     signal.signal(signal.SIGTERM, _terminate)
     with contextlib.suppress(_TerminatedError), _listening(config.bind) as listener, _alone(Path(config.checkpoints)):
         console.print(f"starting {', '.join(config.models)} ...")
@@ -54,7 +56,7 @@ def serve(config: ServeConfig) -> None:
         try:
             DeploymentBackend(cluster, config)  # starts what the controller joins
             name = f"controller/{uuid.uuid4().hex[:12]}"
-            _run(config, name, start_controller(config, name), listener, console)
+            _run(config, name, start_controller(config, name), listener, console, variables)
         finally:
             cluster.close()
     console.print("stopped")
@@ -79,9 +81,16 @@ def _connected(config: ServeConfig) -> RayBackend:
         signal.signal(signal.SIGTERM, _terminate)
 
 
-def _run(config: ServeConfig, name: str, controller: ActorHandle, listener: socket.socket, console: Console) -> None:
+def _run(
+    config: ServeConfig,
+    name: str,
+    controller: ActorHandle,
+    listener: socket.socket,
+    console: Console,
+    variables: dict[str, str],
+) -> None:
     bases: Sequence[Base] = call_now(controller, "bases", timeout_s=START_S)
-    http = HttpSupervisor(config, ray.get_runtime_context().gcs_address, name, listener)
+    http = HttpSupervisor(config, ray.get_runtime_context().gcs_address, name, listener, variables)
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):  # a second one does not cut off the end of the deployments
         signal.signal(number, lambda number, _: signals.append(number))
@@ -121,22 +130,31 @@ def _show_start(config: ServeConfig, bases: Sequence[Base], listener: socket.soc
     console.print(f"  export TINKER_BASE_URL={url}")
     if config.keys is None:
         console.print("  export TINKER_API_KEY=tml-any")
+    elif config.keys.startswith(VARIABLE):
+        console.print(f"  export TINKER_API_KEY=...  # a key of ${config.keys.removeprefix(VARIABLE)}")
     else:
-        console.print(f"  export TINKER_API_KEY=$(grep -m1 -o '^[^# ]*' {shlex.quote(str(config.keys))})")
+        console.print(f"  export TINKER_API_KEY=$(grep -m1 -oE '^(tml|sk)-[^ ]*' {shlex.quote(str(config.keys))})")
 
 
-def _check_keys(config: ServeConfig) -> None:
-    """Write the file of keys if there is none; else read it once, so that its faults show before a start."""
-    if config.keys is None:
-        return
-    path = Path(config.keys)
-    if not path.exists():
+def _key_variables(config: ServeConfig) -> dict[str, str]:
+    """Write the file of keys if there is none, and read the keys once, so that their faults show before a start.
+
+    Returns the environment variable that holds them, which is removed before Ray's processes could inherit it.
+    """
+    source = config.keys
+    if source is not None and source.startswith(VARIABLE):
+        name = source.removeprefix(VARIABLE)
+        held = {name: os.environ[name]} if name in os.environ else {}
+        read_keys(source, os.environ)
+        return held
+    if source is not None and not Path(source).exists():
         try:
-            create_key_file(path)
+            create_key_file(Path(source))
         except OSError as error:
-            raise ConfigError(f"keys: {path}: cannot be written: {error.strerror}") from None
-        logging.getLogger("rlsys.serve").info("wrote a new key to %s", path)
-    KeyFile(path)
+            raise ConfigError(f"keys: {source}: cannot be written: {error.strerror}") from None
+        logging.getLogger("rlsys.serve").info("wrote a new key to %s", source)
+    read_keys(source, {})
+    return {}
 
 
 @contextlib.contextmanager

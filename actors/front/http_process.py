@@ -15,20 +15,19 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import ray
-import uvicorn
 import uvloop
 from pydantic import BaseModel
 
 from actors.front.controller_actor import find_controller, remote_controller
 from rlsys.serve.app import build_app
 from rlsys.serve.config import ServeConfig
+from rlsys.serve.connections import Server, ServerConfig, allow_connections
 from rlsys.serve.front import Front, connect
-from rlsys.serve.keys import KeyFile, Keys, NoKeys
+from rlsys.serve.keys import Keys, read_keys
+from rlsys.serve.tls import certificate_of
 
-KEEP_ALIVE_S = 80  # clients reuse connections for up to 75 s
 CLOSE_CONNECTIONS_S = 5  # held polls end after this at a stop
 SERVES = "serves"
 
@@ -40,6 +39,7 @@ class Start(BaseModel):
     cluster: str  # address of Ray's head
     controller: str  # name of its actor
     listener: int
+    variables: dict[str, str]  # that of the keys, which no other process has
 
 
 def main() -> None:
@@ -50,7 +50,8 @@ def main() -> None:
     ray.init(address=start.cluster, log_to_driver=False, logging_level="warning")
     for number in (signal.SIGINT, signal.SIGTERM):  # ray.init sets its own
         signal.signal(number, signal.SIG_IGN)
-    keys = NoKeys() if start.config.keys is None else KeyFile(Path(start.config.keys))
+    keys = read_keys(start.config.keys, start.variables)
+    allow_connections(start.config.limits.connections)
     with socket.socket(fileno=start.listener) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_run(start, keys, listener))
 
@@ -69,25 +70,20 @@ async def _run(start: Start, keys: Keys, listener: socket.socket) -> None:
     front.close()
 
 
-def http_server(front: Front, keys: Keys, config: ServeConfig) -> uvicorn.Server:
+def http_server(front: Front, keys: Keys, config: ServeConfig) -> Server:
     return _Server(
-        uvicorn.Config(
+        ServerConfig(
             build_app(front, keys),
-            log_config=None,
-            access_log=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            config.bind,
+            config.limits,
+            certificate_of(config.bind),
             timeout_graceful_shutdown=CLOSE_CONNECTIONS_S,
-            server_header=False,
-            date_header=False,
-            ws="none",
             lifespan="off",
-            ssl_certfile=config.bind.tls_certificate,
-            ssl_keyfile=config.bind.tls_key,
         )
     )
 
 
-class _Server(uvicorn.Server):
+class _Server(Server):
     """Leaves the signals alone."""
 
     @contextlib.contextmanager
@@ -95,7 +91,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _follow(front: Front, server: uvicorn.Server) -> None:
+async def _follow(front: Front, server: Server) -> None:
     """Execute the parent's commands."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

@@ -26,14 +26,18 @@ log = logging.getLogger("rlsys.serve")
 
 
 class HttpSupervisor:
-    """`tend` is called a few times a second."""
+    """`tend` is called a few times a second. `variables`: given to the process through its input, so that no list of
+    processes and no child has them."""
 
-    def __init__(self, config: ServeConfig, cluster: str, controller: str, listener: socket.socket) -> None:
+    def __init__(
+        self, config: ServeConfig, cluster: str, controller: str, listener: socket.socket, variables: dict[str, str]
+    ) -> None:
         self._start = {
             "config": config.model_dump(mode="json"),
             "cluster": cluster,
             "controller": controller,
             "listener": listener.fileno(),
+            "variables": variables,
         }
         self._listener = listener
         self._deaths: deque[float] = deque(maxlen=MOST)

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp
 from rlsys.errors import RlsysError
 from rlsys.serve.errors import NumberedRefusal, Refusal, failure_of
 from rlsys.serve.front import Front
-from rlsys.serve.gate import Gate
+from rlsys.serve.gate import Gate, shown_path
 from rlsys.serve.keys import Keys
 from rlsys.serve.routes import downloads, futures, models, rest, sampling, start, training
 from rlsys.serve.routes.common import answer, front_of, tenant_of
@@ -23,7 +23,8 @@ log = logging.getLogger("rlsys.serve")
 
 def build_app(front: Front, keys: Keys) -> ASGIApp:
     """The application of one HTTP process."""
-    app = FastAPI(title="rlsys serve", docs_url=None, redoc_url=None, openapi_url=None)
+    # A redirect from a path with a slash too many would name the scheme that this process sees: behind a proxy, http.
+    app = FastAPI(title="rlsys serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.front = front
     for router in ROUTERS:
         app.include_router(router)
@@ -48,5 +49,5 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     reference = secrets.token_hex(6)
-    log.error("%s %s: reference %s", request.method, request.url.path[:200], reference)
+    log.error("%s %s: reference %s", request.method, shown_path(request.scope), reference)
     return answer({"detail": f"internal error of the server; reference {reference}"}, 500)

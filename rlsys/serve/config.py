@@ -6,7 +6,7 @@ import ipaddress
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from rlsys.client.config import ServiceConfig
 from rlsys.config import Section
@@ -16,7 +16,10 @@ from rlsys.config.key_types import PathText, Seconds
 class Limits(Section):
     """Limits of one server. Each is named in the answer that refuses a request."""
 
-    body_bytes: int = Field(64 * 2**20, ge=1024)
+    body_bytes: int = Field(64 * 2**20, ge=1024)  # of forward and forward_backward
+    call_bytes: int = Field(8 * 2**20, ge=1024)  # of every other body
+    held_bytes: int = Field(512 * 2**20, ge=1024)  # bodies in memory per tenant; beyond: 429
+    header_bytes: int = Field(32 * 2**10, ge=1024)  # all headers of one request
     decompressed_bytes: int = Field(64 * 2**20, ge=1024)
     datums: int = Field(4096, ge=1)  # per request
     num_samples: int = Field(1024, ge=1)  # per request
@@ -38,7 +41,13 @@ class Limits(Section):
     ended_session_s: Seconds = 3600.0  # an ended session is listed, and its late requests are told why, for this long
     poll_s: float = Field(35.0, gt=0, le=40.0)  # how long retrieve_future waits; clients wait 45 s
     gap_s: Seconds = 330.0  # clients repeat a lost call for 300 s
+    slow_header_s: Seconds = 30.0  # from the connection, or a request's first byte, to the end of its headers
     slow_body_s: Seconds = 60.0
+    slow_read_s: Seconds = 60.0  # how long a client may read nothing of an answer
+    connections: int = Field(8192, ge=1)
+    connections_per_address: int = Field(4096, ge=1)  # a client with 2,000 requests in flight has as many
+    failed_keys: int = Field(30, ge=1)  # wrong keys per minute and client address; beyond: 429 for wrong keys
+    failed_keys_in_all: int = Field(1000, ge=1)  # ... of all addresses
 
 
 class ServedModel(Section):
@@ -55,6 +64,8 @@ class Bind(Section):
     tls_certificate: PathText | None = None
     tls_key: PathText | None = None
     behind_tls_proxy: bool = False  # a proxy on the way encrypts: allows another address than loopback without TLS
+    # addresses or networks of that proxy, whose X-Forwarded-For and -Proto are believed
+    proxies: list[str] = Field(default_factory=lambda: ["127.0.0.1", "::1"])
 
     @property
     def is_loopback(self) -> bool:
@@ -65,6 +76,16 @@ class Bind(Section):
         except ValueError:
             return False
 
+    @field_validator("proxies")
+    @classmethod
+    def _are_addresses(cls, value: list[str]) -> list[str]:
+        for each in value:
+            try:
+                ipaddress.ip_network(each)
+            except ValueError:
+                raise ValueError(f"found {each!r}; wanted an address or a network, such as 10.0.0.0/8") from None
+        return value
+
     @model_validator(mode="after")
     def _both_files(self) -> Bind:
         if (self.tls_certificate is None) != (self.tls_key is None):
@@ -72,7 +93,8 @@ class Bind(Section):
         if not (self.is_loopback or self.tls_certificate or self.behind_tls_proxy):
             raise ValueError(
                 f"host: found {self.host}, which others can reach, without TLS: keys would travel readable. Set "
-                "tls_certificate and tls_key, or behind_tls_proxy=true if a proxy encrypts"
+                "tls_certificate and tls_key (--tls-certificate and --tls-key), or behind_tls_proxy=true if a proxy "
+                "encrypts"
             )
         return self
 
@@ -89,7 +111,7 @@ class ServeConfig(Section):
     models: Annotated[dict[str, ServedModel], BeforeValidator(_as_models)] = Field(min_length=1)  # name -> model
     bind: Bind = Bind()
     keys: PathText | None = (
-        "~/.config/rlsys/serve-keys"  # file with `key tenant` lines; None: no keys, on loopback only
+        "~/.config/rlsys/serve-keys"  # file with `key tenant` lines, or env:NAME; None: no keys, on loopback only
     )
     checkpoints: PathText = "checkpoints"  # folder that this server and the learner's node share
     limits: Limits = Limits()
@@ -101,6 +123,8 @@ class ServeConfig(Section):
             raise ValueError(
                 f"keys: found none, and bind.host {self.bind.host} can be reached from elsewhere; name a file of keys"
             )
+        if self.keys is None and self.bind.behind_tls_proxy:
+            raise ValueError("keys: found none, and a proxy (bind.behind_tls_proxy) serves others; name a file of keys")
         if self.deployment.models:
             raise ValueError("deployment.models: belongs to `models` of the server")
         seen: set[str] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from rlsys.serve.errors import Refusal
-from rlsys.serve.gate import NO_KEY
+from rlsys.serve.failed_keys import NO_KEY
 from rlsys.serve.routes.common import answer, body_as, front_of, tenant_of
 from rlsys.serve.wire.requests import CreateSession, FinishSession, SessionOnly
 
@@ -40,9 +40,10 @@ async def client_config(request: Request) -> Response:
 @router.post("/auth/token")
 async def auth_token(request: Request) -> Response:
     """A short-lived key, for a key of the file: one token does not give another."""
-    if not request.scope["state"]["has_key"]:
+    digest = request.scope["state"]["key_digest"]
+    if digest is None:
         raise Refusal(401, NO_KEY)
-    return answer({"jwt": front_of(request).signer.key_for(tenant_of(request))})
+    return answer({"jwt": front_of(request).signer.key_for(tenant_of(request), digest)})
 
 
 @router.post("/client/dynamic_config")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import unquote
 
 import httpx
 import numpy as np
@@ -34,8 +35,9 @@ class Http:
         self.backend = backend
         self.controller = Controller(self.state)
         self.front = Front(self.controller, self.state.limits, backend.bases, Signer(new_secret()))
-        transport = httpx.ASGITransport(build_app(self.front, keys or NoKeys()), raise_app_exceptions=False)
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60)
+        self.app = build_app(self.front, keys or NoKeys())
+        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60)
 
     async def __aenter__(self) -> Self:
         return self
@@ -62,6 +64,38 @@ class Http:
         if json is not None:
             return await self.client.request(method, f"/api/v1/{path}", json=json, headers=names)
         return await self.client.request(method, f"/api/v1/{path}", content=content, headers=names)
+
+    async def raw(
+        self, method: str, target: str, body: bytes = b"", headers: Mapping[str, str] | None = None, key: str = KEY
+    ) -> tuple[int, str]:
+        """(status, text) of a request whose target goes to the application as a socket would bring it: an HTTP client
+        rewrites dots and escapes."""
+        path, _, query = target.partition("?")
+        names = {"host": "localhost", "x-api-key": key, **(headers or {})}
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": method,
+            "scheme": "http",
+            "path": unquote(path),
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "root_path": "",
+            "headers": [(name.encode(), value.encode("latin-1")) for name, value in names.items()],
+            "client": ("127.0.0.1", 1),
+            "server": ("localhost", 80),
+        }
+        messages: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        async def send(message: Any) -> None:
+            messages.append(message)
+
+        await self.app(scope, receive, send)
+        text = b"".join(each.get("body", b"") for each in messages[1:]).decode("utf-8", "replace")
+        return int(messages[0]["status"]), text
 
     async def post(self, path: str, json: Any = None, **more: Any) -> Any:
         """The JSON of an answer that must be 200."""

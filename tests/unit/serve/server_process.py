@@ -1,4 +1,7 @@
-"""The HTTP process without Ray: `python -m tests.unit.serve.server_process MODEL_FOLDER SCRATCH_FOLDER`."""
+"""The HTTP process without Ray: `python -m tests.unit.serve.server_process MODEL_FOLDER SCRATCH_FOLDER [KEY=VALUE]...`.
+
+The pairs are overrides of the server's configuration, as those of `rlsys serve`.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,27 @@ import uvloop
 
 from actors.front.http_process import http_server
 from rlsys.serve.checkpoints import CheckpointStore
-from rlsys.serve.config import ServeConfig
+from rlsys.serve.connections import allow_connections
 from rlsys.serve.controller import Controller
 from rlsys.serve.front import connect
-from rlsys.serve.keys import NoKeys
+from rlsys.serve.keys import read_keys
+from rlsys.serve.load import load_serve_config
 from rlsys.serve.state import State
 from tests.unit.serve.learner_backend import LearnerBackend
 
 
-async def main(model: Path, scratch: Path) -> None:
-    config = ServeConfig.model_validate({"models": {"tiny": str(model)}, "bind": {"port": 0}, "keys": None})
+async def main(model: Path, scratch: Path, overrides: list[str]) -> None:
+    config = load_serve_config(None, overrides, {"models": {"tiny": str(model)}, "bind": {"port": 0}, "keys": None})
+    allow_connections(config.limits.connections)
     controller = Controller(State(LearnerBackend(model, scratch), config.limits, CheckpointStore(scratch)))
     await controller.start()
     with socket.create_server((config.bind.host, 0), backlog=4096) as listener:
-        server = http_server(await connect(controller, config.limits), NoKeys(), config)
-        print(f"TINKER_BASE_URL=http://{config.bind.host}:{listener.getsockname()[1]}", flush=True)
+        server = http_server(await connect(controller, config.limits), read_keys(config.keys, {}), config)
+        scheme = "https" if config.bind.tls_certificate else "http"
+        print(f"TINKER_BASE_URL={scheme}://{config.bind.host}:{listener.getsockname()[1]}", flush=True)
         await server.serve(sockets=[listener])
 
 
 if __name__ == "__main__":
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(main(Path(sys.argv[1]), Path(sys.argv[2])))
+        runner.run(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))

@@ -44,6 +44,11 @@ REFUSED = {
         ONE,
         "keys: found none",
     ),
+    "no keys behind a proxy": (["bind.behind_tls_proxy=true", "keys=null"], ONE, "a proxy (bind.behind_tls_proxy)"),
+    "proxy by name": (["bind.proxies=[proxy.example]"], ONE, "found 'proxy.example'; wanted an address or a network"),
+    "any proxy": (["bind.proxies=['*']"], ONE, "found '*'; wanted an address or a network"),
+    "every address": (["bind.host=''"], ONE, "without TLS: keys would travel readable"),
+    "mapped address": (["bind.host='::ffff:0.0.0.0'"], ONE, "without TLS: keys would travel readable"),
     "half of TLS": (["bind.tls_key=x"], ONE, "found one of them; wanted both or neither"),
     "alias twice": (
         [],

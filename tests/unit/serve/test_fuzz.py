@@ -178,6 +178,23 @@ def requests(known: dict[str, Body], draw: random.Random) -> Iterator[tuple[str,
         yield draw.choices(kinds, [6, 1, 3, 1])[0]()
 
 
+def done_of(backend: LearnerBackend, model: str) -> int:
+    return sum(each == model for each, _ in backend.done)
+
+
+async def work(http: Http, model: str, stop: asyncio.Event) -> int:
+    """What a program does beside them, until told to stop. Returns the number of its steps; each must succeed."""
+    steps = 0
+    while not stop.is_set():
+        promise = await http.forward_backward(model, 2 * steps + 1)
+        step = await http.optim_step(model, 2 * steps + 2)
+        assert (await http.result(promise))["metrics"]["loss:sum"] != 0
+        assert (await http.result(step))["metrics"]["grad_norm"] > 0
+        steps += 1
+        await asyncio.sleep(0.01)
+    return steps
+
+
 def test_malformed_requests_are_refused_at_once_and_change_nothing(
     backend: LearnerBackend, store: CheckpointStore
 ) -> None:
@@ -189,7 +206,9 @@ def test_malformed_requests_are_refused_at_once_and_change_nothing(
             promise = (await http.forward_backward(model, 1))["request_id"]
             await http.result({"request_id": promise})
             before = {name: weight.clone() for name, weight in backend.host.learner.runs[model].parameters.items()}
-            operations = len(backend.done)
+            operations = done_of(backend, model)
+            stop = asyncio.Event()
+            beside = asyncio.create_task(work(http, await http.model(session, 1), stop))
             memory = psutil.Process().memory_info().rss
             for path, content, headers in requests(bodies(session, model, sampler, promise), draw):
                 began, computed = time.monotonic(), time.process_time()
@@ -203,9 +222,11 @@ def test_malformed_requests_are_refused_at_once_and_change_nothing(
                     assert int(response.headers["content-length"]) == len(response.content) > 0
                     assert str(ROOT) not in response.text and str(store.root) not in response.text, shown
                 found[response.status_code] += 1
+            stop.set()
+            assert await beside > 20, "the client beside them did not advance"
             gc.collect()
             assert psutil.Process().memory_info().rss - memory < 300 * 2**20
-            assert len(backend.done) == operations, "a malformed request reached the learner"
+            assert done_of(backend, model) == operations, "a malformed request reached the learner"
             after = backend.host.learner.runs[model].parameters
             assert all(np.array_equal(after[name].detach(), before[name].detach()) for name in before)
             assert store.checkpoints("local") == []

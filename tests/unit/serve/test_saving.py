@@ -252,11 +252,11 @@ def test_an_adapter_is_downloaded_through_signed_addresses(backend: LearnerBacke
             for wrong in (
                 urls["adapter_config.json"][:-2],
                 f"{urls['adapter_config.json']}x",
-                "http://server/api/v1/files/x",
+                "http://localhost/api/v1/files/x",
             ):
                 assert (await http.client.get(wrong)).status_code == 403
             key = (await http.post("auth/token", {}))["jwt"]
-            assert (await http.client.get(f"http://server/api/v1/files/{key}")).status_code == 403
+            assert (await http.client.get(f"http://localhost/api/v1/files/{key}")).status_code == 403
             old = (await http.send("GET", "checkpoints", User_Agent="AsyncTinker/Python 0.24.1")).json()["checkpoints"]
             assert {each["checkpoint_type"] for each in old} == {"sampler"}
 
