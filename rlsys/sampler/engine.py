@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Coroutine, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlsys.answer_parts import AnswerParts, PartsRequest, PromptScores
 from rlsys.architectures.families import family_of
 from rlsys.architectures.model_shape import read_config
 from rlsys.architectures.support import unembedding_problem
@@ -22,10 +23,10 @@ from rlsys.sampler.adapter_loader import AdapterLoader
 from rlsys.sampler.adapter_slots import BASE_VERSION, AdapterLease, AdapterSlots, kept
 from rlsys.sampler.engine_start import Device, preload, prepare_environment
 from rlsys.sampler.growing_completion import Completion, join_completions, to_rollouts
+from rlsys.sampler.parts_sampler import PartsSampler
 from rlsys.sampler.request_runner import RequestRunner, together
 from rlsys.sampler.requests import (
     BaseModel,
-    PromptScores,
     check_sequences,
     child_seeds,
     columns,
@@ -98,6 +99,7 @@ class Sampler:
         self.slots = AdapterSlots(self.engine.where, section.max_live_adapters)
         self._runner = RequestRunner(self.engine, self.slots)
         self.scorer = Scorer(self.engine, self._runner, self._about)
+        self._parts = PartsSampler(self._runner, self._about, model.max_length)
         self._loader = AdapterLoader(self.engine, self.slots, self._runner, self.scorer, no_unembedding)
         self._draws = itertools.count()
         self._tokens_generated = 0
@@ -188,6 +190,17 @@ class Sampler:
         rollouts = columns(problem, prompt, offsets, n, outputs[:1], version)
         self._tokens_generated += len(rollouts.tokens)
         return rollouts, prompt_scores(outputs[-1], topk)
+
+    async def sample_in_parts(
+        self, request: PartsRequest, run_id: str | None, version: int
+    ) -> AsyncGenerator[AnswerParts, None]:
+        """As `sample_scored`, with the same completions for a seed, in parts as they are sampled."""
+        seed = request.params.seed if request.params.seed is not None else self.own_seed()
+        (seed,) = group_seeds(seed, np.zeros(1, np.int64))
+        async with aclosing(self._parts.answer(request, seed, run_id, version)) as answers:
+            async for parts in answers:
+                self._tokens_generated += sum(len(part.tokens) for part in parts.completions)
+                yield parts
 
     def hold(
         self, run_id: str | None, version: int, requests: int, moves: bool = False

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from rlsys.sampler.adapter_slots import Adapter, AdapterLease, AdapterSlots, kept
@@ -53,6 +53,19 @@ class RequestRunner:
         output = await self._last_output(prompt, params, self._next_id(), adapter)
         assert output is not None, "a request that nobody aborted ends with an output or an error"
         return output
+
+    async def outputs(
+        self, prompt: list[int], params: vllm.SamplingParams, adapter: Adapter | None
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """All outputs of one request. Closing the iterator aborts the request in the engine.
+
+        Raises:
+            ActorDiedError: the engine died or failed meanwhile.
+        """
+        lora = None if adapter is None else adapter.request
+        async with aclosing(self._engine.generate(prompt, params, self._next_id(), lora)) as outputs:
+            while (output := await self._engine.guarded(anext(outputs, None))) is not None:
+                yield output
 
     async def generate_until_overtaken(
         self, prompt: list[int], params: vllm.SamplingParams, adapter: Adapter

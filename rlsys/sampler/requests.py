@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlsys.answer_parts import CompletionPart, PartsRequest, PromptScores
 from rlsys.architectures.families import text_part
 from rlsys.data.problems import occurrences
 from rlsys.errors import ConfigError, SamplingError
@@ -19,6 +19,7 @@ from rlsys.types import Array, SamplingParams
 
 if TYPE_CHECKING:  # importing vLLM takes seconds and reads the environment
     import vllm
+    from vllm.logprobs import FlatLogprobs
     from vllm.outputs import CompletionOutput, RequestOutput
 
 MIN_TEMPERATURE = (
@@ -102,10 +103,17 @@ def engine_params(
     model: BaseModel,
     also_stop: Sequence[str] = (),
     prompt_topk: int | None = None,
+    *,
+    also_stop_ids: Sequence[int] = (),
+    topk: int = 0,
+    in_parts: bool = False,
+    with_text: bool = False,
 ) -> vllm.SamplingParams:
-    """vLLM's parameters of one group; completion i is sampled with seed + i. `also_stop` adds to `params.stop`.
+    """vLLM's parameters of one group; completion i is sampled with seed + i. `also_stop` and `also_stop_ids` add to
+    `params.stop`.
 
-    `prompt_topk`: also score the prompt, with so many of the likeliest tokens; None: do not.
+    `prompt_topk`: also score the prompt, with so many of the likeliest tokens; None: do not. `topk`: likeliest tokens
+    beside each sampled one. `in_parts`: outputs hold what is new in them. `with_text`: outputs hold text.
     """
     import vllm
     from vllm.sampling_params import RequestOutputKind
@@ -123,13 +131,29 @@ def engine_params(
         top_k=params.top_k,
         seed=seed,
         stop=strings,
-        stop_token_ids=ids,
+        stop_token_ids=list(dict.fromkeys([*ids, *also_stop_ids])),
         ignore_eos=True,  # `ids` holds them where they count
-        detokenize=bool(strings),
-        logprobs=0,  # of the sampled token alone
+        detokenize=bool(strings) or with_text,
+        logprobs=topk,  # 0: of the sampled token alone
         prompt_logprobs=prompt_topk,
         flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if in_parts else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def parts_params(request: PartsRequest, n: int, seed: int, model: BaseModel, scored: bool) -> vllm.SamplingParams:
+    """As `engine_params`, for completions that arrive in parts with their text. `scored`: also score the prompt."""
+    return engine_params(
+        request.params,
+        n,
+        seed,
+        model,
+        request.also_stop,
+        request.prompt_topk if scored else None,
+        also_stop_ids=request.also_stop_ids,
+        topk=request.topk,
+        in_parts=request.incremental,
+        with_text=model.has_tokenizer,
     )
 
 
@@ -171,15 +195,6 @@ def position_logprob(output: RequestOutput, token: int) -> float:
     return float(completion.logprobs[0][token].logprob)
 
 
-@dataclass(frozen=True, slots=True)
-class PromptScores:
-    """What a model says of a prompt of N tokens, in nats at temperature 1."""
-
-    logprobs: Array  # (N,) float32, of each token given those before it; 0 for the first
-    topk_tokens: Array  # (N - 1, k) int32, of the k likeliest tokens in place of tokens 1..N-1, best first
-    topk_logprobs: Array  # (N - 1, k) float32
-
-
 def prompt_scores(output: RequestOutput, k: int) -> PromptScores:
     """The scores in the output of a request that asked for its prompt's log-probabilities with the `k` likeliest.
 
@@ -189,6 +204,38 @@ def prompt_scores(output: RequestOutput, k: int) -> PromptScores:
     ids = np.asarray(found.token_ids, np.int32).reshape(-1, k + 1)
     values = np.asarray(found.logprobs, np.float32).reshape(-1, k + 1)
     return PromptScores(np.concatenate([np.zeros(1, np.float32), values[:, 0]]), ids[:, 1:], values[:, 1:])
+
+
+def completion_part(completion: CompletionOutput, k: int) -> CompletionPart:
+    """What is new in an output of `parts_params`, with the `k` likeliest tokens beside each sampled one."""
+    if completion.finish_reason not in (None, "stop", "length"):
+        raise SamplingError(f"the engine ended a request with {completion.finish_reason!r}; wanted 'stop' or 'length'")
+    rows = completion.logprobs
+    width, count = k + 1, len(completion.token_ids)
+    if len(rows.token_ids) == width * count:
+        ids = np.asarray(rows.token_ids, np.int32).reshape(count, width)
+        values = np.asarray(rows.logprobs, np.float32).reshape(count, width)
+    else:
+        columns = [_ranked(rows, at, k) for at in range(count)]
+        ids = np.asarray([each for each, _ in columns], np.int32).reshape(count, width)
+        values = np.asarray([each for _, each in columns], np.float32).reshape(count, width)
+    tokens = np.asarray(completion.token_ids, np.int32)
+    return CompletionPart(
+        completion.index, completion.text, tokens, values[:, 0], ids[:, 1:], values[:, 1:], completion.finish_reason
+    )
+
+
+def _ranked(rows: FlatLogprobs, at: int, k: int) -> tuple[list[int], list[float]]:
+    """Ids and log-probabilities of one position: the sampled token, then the k likeliest.
+
+    vLLM lists them so. Where it merges outputs that nobody has fetched, a sampled token that is among the k likeliest
+    is listed once, with its rank.
+    """
+    where = range(rows.start_indices[at], rows.end_indices[at])
+    first = where[0]
+    likeliest = sorted(where[1:] if len(where) > k else where, key=lambda i: rows.ranks[i])[:k]
+    order = [first, *likeliest]
+    return [rows.token_ids[i] for i in order], [rows.logprobs[i] for i in order]
 
 
 def group_seeds(seed: int, problems: Array, occurrence: Array | None = None) -> list[int]:

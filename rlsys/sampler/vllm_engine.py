@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -97,7 +97,7 @@ class VllmEngine:
 
     def generate(
         self, prompt: list[int], params: vllm.SamplingParams, request_id: str, lora: LoRARequest | None
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request, which is aborted when the iteration is cancelled."""
         # "type" marks the prompt as rendered, which spares it vLLM's preprocessing threads
         inputs = {"type": "token", "prompt_token_ids": prompt}
@@ -164,6 +164,10 @@ class VllmEngine:
     def refuse_asleep(self) -> None:
         if self._asleep:
             raise SamplingError(f"{self.where}: is asleep; wanted wake() first")
+
+    def refuse_dead(self) -> None:
+        if self.llm.errored:
+            raise ActorDiedError(f"{self.where}: the vLLM engine is dead: {self._log.cause()}")
 
     def stop(self) -> None:
         """End the engine and its processes. Call on the thread of the engine's event loop: it cancels a task of it."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import replace
 
 import numpy as np
 
+from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.client.backend import SampleAnswer
 from rlsys.sampler.engine import BASE_VERSION, Sampler
 from rlsys.types import Array, SamplingParams
@@ -50,6 +53,13 @@ class SnapshotEngine:
             scores.topk_tokens if scores is not None and topk else None,
             scores.topk_logprobs if scores is not None and topk else None,
         )
+
+    async def parts(self, key: str | None, request: PartsRequest) -> AsyncGenerator[AnswerParts, None]:
+        """As `answer`, in parts as they are sampled."""
+        request = replace(request, params=seeded(request.params))
+        async with aclosing(self._sampler.sample_in_parts(request, key, _version(key))) as parts:
+            async for part in parts:
+                yield part
 
     async def score(self, key: str | None, tokens: Array) -> Array:
         """(N,) float32, 0 for the first."""
