@@ -26,6 +26,7 @@ class Kind(IntEnum):
     RESULT = 3  # to the actor
     ERROR = 4
     CANCELLED = 5
+    PART = 6  # to the actor: one value of an async generator, before the RESULT
 
 
 @dataclass(frozen=True, slots=True)

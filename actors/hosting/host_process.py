@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
 from actors.hosting.channel import Channel, Kind, Message
@@ -29,6 +29,9 @@ POLL_S = 0.02
 class Host(Protocol):
     async def call(self, method: str, *arguments: object) -> Any:  # what `method` of the body returns
         """Call an async method of the body. Many calls may run at once."""
+
+    def stream(self, method: str, *arguments: object) -> AsyncGenerator[Any, None]:
+        """Values of an async generator of the body, as it yields them. Closing this generator closes that one."""
 
     async def close(self) -> None:
         """End the body's process, if the body has one."""
@@ -47,6 +50,9 @@ class InProcess:
 
     async def call(self, method: str, *arguments: object) -> Any:
         return await getattr(self._body, method)(*arguments)
+
+    def stream(self, method: str, *arguments: object) -> AsyncGenerator[Any, None]:
+        return getattr(self._body, method)(*arguments)
 
     async def close(self) -> None:
         pass
@@ -73,6 +79,7 @@ class HostProcess:
         self._channel.send(0, Kind.CALL, (body, tuple(arguments)))
         self._numbers = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Message]] = {}
+        self._streams: dict[int, asyncio.Queue[Message | None]] = {}  # None: the process has ended
         self._tasks: list[asyncio.Task[None]] = []
         self._ended = ""  # how, once the process has
 
@@ -102,13 +109,30 @@ class HostProcess:
             raise
         finally:
             del self._pending[number]
-        if message.kind is Kind.CANCELLED:
-            raise asyncio.CancelledError
-        content = message.load()
-        if message.kind is Kind.ERROR:
-            assert isinstance(content, Raised)
-            raise unpack(content)
-        return content
+        return _content(message)
+
+    async def stream(self, method: str, *arguments: object) -> AsyncGenerator[Any, None]:
+        """As `call`, of an async generator."""
+        self._run()
+        if self._ended:
+            raise self._died()
+        number, arrived = next(self._numbers), asyncio.Queue[Message | None]()
+        self._channel.send(number, Kind.CALL, (method, arguments))
+        self._streams[number] = arrived
+        is_running = True
+        try:
+            while (message := await arrived.get()) is not None:
+                if message.kind is not Kind.PART:
+                    is_running = False
+                    _content(message)
+                    return
+                yield message.load()
+            is_running = False
+            raise self._died()
+        finally:
+            del self._streams[number]
+            if is_running:
+                self._channel.send(number, Kind.CANCEL)
 
     async def close(self) -> None:
         self._run()
@@ -125,6 +149,8 @@ class HostProcess:
         try:
             while True:
                 message = await self._channel.receive()
+                if message.number in self._streams:
+                    self._streams[message.number].put_nowait(message)
                 answer = self._pending.get(message.number)
                 if answer is not None and not answer.done():  # else it was cancelled
                     answer.set_result(message)
@@ -133,6 +159,8 @@ class HostProcess:
         for answer in self._pending.values():
             if not answer.done():
                 answer.set_exception(self._died())
+        for arrived in self._streams.values():
+            arrived.put_nowait(None)
         self._tasks[0].cancel()
         self._channel.close()
 
@@ -149,3 +177,14 @@ class HostProcess:
         return ActorDiedError(
             f"{self._name}: its host process {self.pid}, which starts the engine, ended: {self._ended}"
         )
+
+
+def _content(message: Message) -> Any:  # what the body returned
+    """The content of an answer. Raises the exception of the body."""
+    if message.kind is Kind.CANCELLED:
+        raise asyncio.CancelledError
+    content = message.load()
+    if message.kind is Kind.ERROR:
+        assert isinstance(content, Raised)
+        raise unpack(content)
+    return content

@@ -6,10 +6,12 @@ The process has no thread besides that of the loop until the body starts one, so
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import signal
 import socket
 import sys
+from contextlib import aclosing
 from typing import Any
 
 from actors.hosting.channel import Channel, Kind, Message
@@ -51,7 +53,14 @@ async def _serve(end: socket.socket) -> None:
 async def _answer(channel: Channel, body: Any, message: Message) -> None:  # a body of any class
     try:
         method, arguments = message.load()
-        channel.send(message.number, Kind.RESULT, await getattr(body, method)(*arguments))
+        work = getattr(body, method)(*arguments)
+        if inspect.isasyncgen(work):
+            async with aclosing(work) as parts:
+                async for part in parts:
+                    channel.send(message.number, Kind.PART, part)
+            channel.send(message.number, Kind.RESULT)
+        else:
+            channel.send(message.number, Kind.RESULT, await work)
     except asyncio.CancelledError:
         channel.send(message.number, Kind.CANCELLED)
     except Exception as error:  # the actor raises it

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING
 
+from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.client.backend import SampleAnswer
 from rlsys.client.config import SamplerSpec
 from rlsys.errors import ActorDiedError
@@ -69,8 +71,18 @@ class SnapshotBody:
     ) -> SampleAnswer:
         return await self.snapshots.answer(key, prompt, n, params, prompt_logprobs, topk)
 
+    def parts(self, key: str | None, request: PartsRequest) -> AsyncGenerator[AnswerParts, None]:
+        return self.snapshots.parts(key, request)
+
     async def score(self, key: str | None, tokens: Array) -> Array:
         return await self.snapshots.score(key, tokens)
+
+    async def check(self) -> None:
+        """
+        Raises:
+            ActorDiedError: the engine is dead.
+        """
+        self.sampler.engine.refuse_dead()
 
     async def stop(self) -> None:
         if self._sampler is not None:

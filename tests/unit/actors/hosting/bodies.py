@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,18 @@ class Body:
         except asyncio.CancelledError:
             self.log.append("cancelled")
             raise
+
+    async def count(self, to: int, error: str | None = None) -> AsyncGenerator[int, None]:
+        """`to` numbers, then an error of `fail`, or no end if it is "none"."""
+        try:
+            for number in range(to):
+                yield number
+            if error == "none":
+                await asyncio.sleep(1e5)
+            elif error is not None:
+                await self.fail(error)
+        finally:
+            self.log.append(f"counted to {to}")
 
     async def cancel_itself(self) -> None:
         raise asyncio.CancelledError

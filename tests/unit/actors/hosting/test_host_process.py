@@ -283,3 +283,60 @@ def test_on_cuda_a_body_stays_in_its_actors_process(run: Any) -> None:
     with pytest.raises(SamplingError):
         run(host.call("fail", "ours"))
     run(host.close())
+
+
+def test_values_of_a_generator_come_one_by_one_and_several_generators_run_at_once(host: HostProcess, run: Any) -> None:
+    async def all_of(to: int) -> list[int]:
+        return [number async for number in host.stream("count", to)]
+
+    async def several() -> list[list[int]]:
+        return await asyncio.gather(*(all_of(to) for to in (3, 0, 500)))
+
+    assert run(several()) == [[0, 1, 2], [], list(range(500))]
+
+
+def test_an_error_of_a_generator_comes_after_its_values(host: HostProcess, run: Any) -> None:
+    async def until_error() -> list[int]:
+        stream = host.stream("count", 2, "ours")
+        seen = [await anext(stream), await anext(stream)]
+        with pytest.raises(SamplingError, match="temperature: found -1"):
+            await anext(stream)
+        return seen
+
+    assert run(until_error()) == [0, 1]
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_a_generator_that_is_closed_or_cancelled_ends_in_the_host(how: str, brief: HostProcess, run: Any) -> None:
+    async def leave() -> list[str]:
+        stream = brief.stream("count", 7, "none")
+        if how == "close":
+            assert await anext(stream) == 0
+            await stream.aclose()
+        else:
+
+            async def read() -> None:
+                async for _ in stream:
+                    pass
+
+            reading = asyncio.create_task(read())
+            await brief.call("later", 0.1, 0)
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+        log: list[str] = await brief.call("logged")
+        return log
+
+    assert run(leave()) == ["counted to 7"]
+
+
+def test_a_generator_fails_when_its_host_dies(brief: HostProcess, run: Any) -> None:
+    async def until_death() -> None:
+        stream = brief.stream("count", 1, "none")
+        assert await anext(stream) == 0
+        os.kill(brief.pid, signal.SIGKILL)
+        with pytest.raises(ActorDiedError, match="sampler 3: its host process"):
+            await anext(stream)
+        with pytest.raises(ActorDiedError):
+            await anext(brief.stream("count", 1))
+
+    run(until_death())
