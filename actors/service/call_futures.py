@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -111,6 +111,22 @@ def gathered(parts: Sequence[Future[Any]], combine: Callable[..., T]) -> Future[
     together(parts, all_done, None)
     all_done.add_done_callback(settle)
     return combined
+
+
+async def values_of(refs: ray.ObjectRefGenerator, what: str) -> AsyncGenerator[Any, None]:
+    """Values of an actor's async generator, as it yields them; errors as `future_of` has them. Closing this generator
+    cancels that one."""
+    is_running = True
+    try:
+        async for ref in refs:
+            yield await ref
+        is_running = False
+    except RayError as error:
+        is_running = False
+        raise as_raised(error, what) from None
+    finally:
+        if is_running:
+            ray.cancel(refs)
 
 
 def together(parts: Sequence[Future[Part]], combined: Future[T], value: T) -> None:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
 from actors.service.deployment import RayBackend, RayDeployment
+from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.client.backend import Adopted, Answer, SampleAnswer, SnapshotHandle
 from rlsys.client.requests import Request
 from rlsys.config import LoraSection, SamplerSection
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, StalledError
 from rlsys.serve.backend import Base, SampleRequest
 from rlsys.serve.config import ServeConfig
 from rlsys.utils.shell_paths import as_written
 
+CHECK_S = 5.0  # how long an actor may take to say that it is there
 T = TypeVar("T")
 
 
@@ -74,12 +76,25 @@ class DeploymentBackend:
         deployment.release(snapshot)
         deployment.let_go()
 
+    async def check(self, base: Base) -> None:
+        answers = [asyncio.wrap_future(each) for each in self._deployments[base.name].check()]
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await asyncio.gather(*answers)
+        except TimeoutError:
+            raise StalledError(f"{base.name}: its learner or a sampler did not answer within {CHECK_S:g} s") from None
+
     async def sample(self, base: Base, snapshot: SnapshotHandle | None, request: SampleRequest) -> SampleAnswer:
         return await _result(
             self._deployments[base.name].sample(
                 snapshot, request.prompt, request.n, request.params, request.prompt_logprobs, request.topk
             )
         )
+
+    def parts(
+        self, base: Base, snapshot: SnapshotHandle | None, request: PartsRequest
+    ) -> AsyncGenerator[AnswerParts, None]:
+        return self._deployments[base.name].parts(snapshot, request)
 
 
 async def _result(future: Future[T]) -> T:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
 
-from actors.service.call_futures import failed, follow, future_of, gathered, together
+from actors.service.call_futures import failed, follow, future_of, gathered, together, values_of
 from actors.service.function_shipping import ship
 from actors.service.supervisor import Member, Supervisor
+from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.client.backend import About, Adopted, Answer, ModelHandle, RunProgress, SampleAnswer, SnapshotHandle
 from rlsys.client.config import DeploymentSpec
 from rlsys.client.requests import Drop, Request, TakeSnapshot
@@ -112,6 +113,27 @@ class RayDeployment:
         return self._on_a_sampler(
             "sampling", lambda sampler: sampler.sample.remote(key, prompt, n, params, prompt_logprobs, topk)
         )
+
+    async def parts(self, snapshot: SnapshotHandle | None, request: PartsRequest) -> AsyncGenerator[AnswerParts, None]:
+        """As `sample`, in parts as they are sampled. Closing the generator aborts the request in the engine."""
+        self.let_go()
+        member, sampler = self._supervisor.serving_sampler()
+        key = None if snapshot is None else snapshot.key
+        refs = sampler.parts.options(num_returns="streaming").remote(key, request)
+        async with aclosing(values_of(refs, f"{member.name}: sampling")) as parts:
+            try:
+                async for part in parts:
+                    yield part
+            except ActorDiedError:
+                self._supervisor.suspect(member, sampler)
+                raise
+
+    def check(self) -> list[Future[object]]:
+        """One future per actor, done when the actor has answered that it can work."""
+        with self._supervisor.lock:
+            samplers = [(each.name, actor) for each in self._supervisor.samplers for actor in each.actors]
+        answers = [future_of(sampler.check.remote(), f"{name}: answering") for name, sampler in samplers]
+        return [self._on_learner("answering", lambda learner: learner.about.remote()), *answers]
 
     def logprobs(self, snapshot: SnapshotHandle | None, tokens: Array) -> Future[Array]:
         key = None if snapshot is None else snapshot.key

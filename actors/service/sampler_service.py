@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
 
 from actors.hosting.host_process import start_host
 from actors.hosting.snapshot_body import SnapshotBody
+from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.client.backend import SampleAnswer
 from rlsys.client.config import SamplerSpec
 from rlsys.errors import DataLostError, SamplingError
@@ -101,6 +102,12 @@ class ServiceSampler:
     ) -> SampleAnswer:
         async with self._using(key):
             return await self.host.call("answer", key, prompt, n, params, prompt_logprobs, topk)
+
+    async def parts(self, key: str | None, request: PartsRequest) -> AsyncGenerator[AnswerParts, None]:
+        """As `sample`, in parts as they are sampled: call it with num_returns="streaming"."""
+        async with self._using(key), aclosing(self.host.stream("parts", key, request)) as parts:
+            async for part in parts:
+                yield part
 
     async def logprobs(self, key: str | None, tokens: Array) -> Array:
         async with self._using(key):

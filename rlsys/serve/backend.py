@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.client.backend import About, Adopted, Answer, SampleAnswer, SnapshotHandle
 from rlsys.client.requests import Request
 from rlsys.config import LoraSection
@@ -68,5 +69,17 @@ class ServeBackend(Protocol):
     def release(self, base: Base, snapshot: SnapshotHandle) -> None:
         """Release a snapshot that will not be requested again. Never raises."""
 
+    async def check(self, base: Base) -> None:
+        """Return if the learner and all samplers of a base answer within seconds.
+
+        Raises:
+            RlsysError: one does not; the message names it.
+        """
+
     async def sample(self, base: Base, snapshot: SnapshotHandle | None, request: SampleRequest) -> SampleAnswer:
         """Sample from a snapshot; None: from the base. A cancelled call is aborted in the engine."""
+
+    def parts(
+        self, base: Base, snapshot: SnapshotHandle | None, request: PartsRequest
+    ) -> AsyncGenerator[AnswerParts, None]:
+        """As `sample`, in parts as they are sampled. Closing the generator aborts the request in the engine."""

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
+from typing import Any, Literal, TypeVar, TypeVarTuple
 
 import numpy as np
 
+from rlsys.answer_parts import AnswerParts, CompletionPart, PartsRequest, PromptScores
 from rlsys.client.backend import Adopted, Answer, RunProgress, SampleAnswer, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.requests import Drop, Request, TakeSnapshot
+from rlsys.client.tokenizing import tokenizer_of
 from rlsys.config import LearnerSection, LoraSection, ModelSection
-from rlsys.errors import SamplingError
+from rlsys.errors import ActorDiedError, SamplingError, StalledError
 from rlsys.rollouts import LENGTH
 from rlsys.serve.backend import Base, SampleRequest
 from rlsys.service.learner_host import TrainingHost
@@ -47,6 +49,9 @@ class LearnerBackend:
         self.released: list[str] = []
         self.done: list[tuple[str, str]] = []  # model, operation
         self.calls: dict[str, list[asyncio.Future[Any]]] = {}  # by model; like a learner it executes each once
+        self.running = 0  # generators of `parts`
+        self.pause_s = 0.0  # between the messages of one
+        self.fails_at: int | None = None  # message of each
         self._thread = ThreadPoolExecutor(1)
         base = Base("tiny", ("Qwen/Qwen3-8B-Base",), None, self.host.about)
         self._bases = {"tiny": base}
@@ -84,10 +89,53 @@ class LearnerBackend:
     def release(self, base: Base, snapshot: SnapshotHandle) -> None:
         self.released.append(snapshot.key)
 
+    async def check(self, base: Base) -> None:
+        try:
+            async with asyncio.timeout(0.5):
+                await self._run(lambda: None)
+        except TimeoutError:
+            raise StalledError(f"{base.name}: its learner did not answer") from None
+
     async def sample(self, base: Base, snapshot: SnapshotHandle | None, request: SampleRequest) -> SampleAnswer:
         if request.params.temperature != 0:
             raise SamplingError("temperature: this backend samples greedily; wanted 0")
         return await self._run(self._sample, None if snapshot is None else f"copy.{snapshot.key}", request)
+
+    async def parts(
+        self, base: Base, snapshot: SnapshotHandle | None, request: PartsRequest
+    ) -> AsyncGenerator[AnswerParts, None]:
+        """One message per position of the completions."""
+        if request.topk or request.prompt_topk or request.also_stop or request.also_stop_ids:
+            raise SamplingError("parts: this backend gives no alternatives, and stops at no condition")
+        whole = SampleRequest(request.prompt, max(request.n, 1), request.params, request.prompt_topk is not None, 0)
+        self.running += 1
+        try:
+            answer = await self.sample(base, snapshot, whole)
+            scores = answer.prompt_logprobs
+            width = request.params.max_tokens
+            none = np.zeros((len(request.prompt) - 1, 0), np.int32)
+            prompt = None if scores is None else PromptScores(scores, none, none.astype(np.float32))
+            for at in range(width) if request.n else [0]:
+                if at == self.fails_at:
+                    raise ActorDiedError(f"sampler 0: died in {self.host.about.folder}")
+                yield AnswerParts(self._part(base, request, answer, at), prompt)
+                prompt = None
+                if self.pause_s:
+                    await asyncio.sleep(self.pause_s)
+        finally:
+            self.running -= 1
+
+    def _part(self, base: Base, request: PartsRequest, answer: SampleAnswer, at: int) -> tuple[CompletionPart, ...]:
+        found = []
+        for index in range(request.n):
+            where = slice(answer.offsets[index] + at, answer.offsets[index] + at + 1)
+            tokens, none = answer.tokens[where], np.zeros((1, 0), np.int32)
+            text = f"<{tokens[0]}>" if not base.about.tokenizer else tokenizer_of(base.about).decode(tokens.tolist())
+            finish: Literal["length"] | None = "length" if at + 1 == request.params.max_tokens else None
+            found.append(
+                CompletionPart(index, text, tokens, answer.logprobs[where], none, none.astype(np.float32), finish)
+            )
+        return tuple(found)
 
     def _do(self, model_id: str, request: Request[Answer]) -> Answer:
         answer: Any = self.host.do(model_id, request)
