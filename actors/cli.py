@@ -272,7 +272,11 @@ def export(
 @app.command()
 def serve(
     config: Annotated[
-        Path | None, typer.Argument(help="YAML file of the server; default: --model and defaults.", callback=_expanded)
+        str | None,
+        typer.Argument(
+            help="YAML file of the server; default: --model and defaults. With --status also the operator's address.",
+            callback=_expanded_text,
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides of the YAML: section.key=value.", metavar="[KEY=VALUE]...")
@@ -286,17 +290,26 @@ def serve(
         str | None, typer.Option(help="PEM file: the server's certificate, then its issuers.", metavar="FILE")
     ] = None,
     tls_key: Annotated[str | None, typer.Option(help="PEM file of the certificate's key.", metavar="FILE")] = None,
+    status: Annotated[
+        bool,
+        typer.Option(
+            "--status",
+            help="Print the status of a running server as JSON: of its operator's address, of the server of a YAML, or "
+            "of http://127.0.0.1:9000. A token is taken from operator.token_file of the YAML or from "
+            "RLSYS_OPERATOR_TOKEN.",
+        ),
+    ] = False,
 ) -> None:
-    """Serve unmodified programs of the Tinker API: its SDK, MinT's SDK, and tinker-cookbook.
+    """Serve unmodified programs of the Tinker API (its SDK, MinT's SDK, tinker-cookbook) and of OpenAI's.
 
     Joins the Ray cluster at deployment.cluster.address or RAY_ADDRESS; without an address, starts Ray on this machine.
     Prints the address and the two `export` lines for clients. The first start writes a key, readable by its owner only.
     Stops on Ctrl-C or SIGTERM, after running requests are done."""
     from rlsys.serve.load import load_serve_config
 
-    given = list(overrides or ())
-    if config is not None and "=" in str(config) and not config.exists():  # `rlsys serve --model X key=value`
-        given, config = [str(config), *given], None
+    given, file = list(overrides or ()), None if config is None else Path(config)
+    if file is not None and config is not None and "=" in config and not file.exists():  # `rlsys serve --model X k=v`
+        given, file = [config, *given], None
     base: dict[str, dict[str, object]] = {}
     if model is not None:
         base["models"] = {model: model}
@@ -304,7 +317,14 @@ def serve(
     bind: dict[str, object] = {key: value for key, value in flags.items() if value is not None}
     if bind:
         base["bind"] = bind
-    settings = load_serve_config(config, given, base)
+    if status:
+        import json
+
+        from rlsys.serve.operator.client import status_of
+
+        print(json.dumps(status_of(config if config and "://" in config else file, given, base), indent=1))
+        return
+    settings = load_serve_config(file, given, base)
 
     from actors.serve import serve as run_server  # Ray and torch are imported only for a valid configuration
 

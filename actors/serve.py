@@ -26,8 +26,9 @@ from actors.service.deployment import RayBackend
 from actors.service.http_backend import DeploymentBackend
 from rlsys.errors import ConfigError, RlsysError
 from rlsys.serve.backend import Base
-from rlsys.serve.config import Bind, ServeConfig
+from rlsys.serve.config import ServeConfig, is_loopback
 from rlsys.serve.keys import VARIABLE, create_key_file, read_keys
+from rlsys.serve.operator.guard import token_of
 from rlsys.serve.tls import certificate_of
 
 TEND_S = 0.1
@@ -50,13 +51,19 @@ def serve(config: ServeConfig) -> None:
     variables = _key_variables(config)
     certificate_of(config.bind)
     signal.signal(signal.SIGTERM, _terminate)
-    with contextlib.suppress(_TerminatedError), _listening(config.bind) as listener, _alone(Path(config.checkpoints)):
+    token_of(config.operator)  # what is wrong with its file shows before any deployment starts
+    with (
+        contextlib.suppress(_TerminatedError),
+        _listening("bind", config.bind.host, config.bind.port) as listener,
+        _beside(config) as operator,
+        _alone(Path(config.checkpoints)),
+    ):
         console.print(f"starting {', '.join(config.models)} ...")
         cluster = _connected(config)
         try:
             DeploymentBackend(cluster, config)  # starts what the controller joins
             name = f"controller/{uuid.uuid4().hex[:12]}"
-            _run(config, name, start_controller(config, name), listener, console, variables)
+            _run(config, name, start_controller(config, name), listener, operator, console, variables)
         finally:
             cluster.close()
     console.print("stopped")
@@ -86,16 +93,17 @@ def _run(
     name: str,
     controller: ActorHandle,
     listener: socket.socket,
+    operator: socket.socket | None,
     console: Console,
     variables: dict[str, str],
 ) -> None:
     bases: Sequence[Base] = call_now(controller, "bases", timeout_s=START_S)
-    http = HttpSupervisor(config, ray.get_runtime_context().gcs_address, name, listener, variables)
+    http = HttpSupervisor(config, ray.get_runtime_context().gcs_address, name, listener, operator, variables)
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):  # a second one does not cut off the end of the deployments
         signal.signal(number, lambda number, _: signals.append(number))
     try:
-        _show_start(config, bases, listener, console)
+        _show_start(config, bases, listener, operator, console)
         shown = time.monotonic()
         while not signals:
             time.sleep(TEND_S)
@@ -119,13 +127,23 @@ def _show_status(controller: ActorHandle, console: Console) -> None:
             console.print(text)
 
 
-def _show_start(config: ServeConfig, bases: Sequence[Base], listener: socket.socket, console: Console) -> None:
-    url = _url(config.bind, listener)
+def _show_start(
+    config: ServeConfig,
+    bases: Sequence[Base],
+    listener: socket.socket,
+    operator: socket.socket | None,
+    console: Console,
+) -> None:
+    has_tls = config.bind.tls_certificate is not None
+    url = _url(config.bind.host, listener, has_tls)
     console.print(f"rlsys serve: {url}")
     for base in bases:
         names = ", ".join((base.name, *base.aliases))
         console.print(f"  {names}: context {base.about.max_length} tokens, LoRA rank up to {base.about.max_lora_rank}")
     console.print(f"  checkpoints: {config.checkpoints}")
+    if operator is not None:
+        host = config.operator.host
+        console.print(f"  status and metrics: {_url(host, operator, has_tls and not is_loopback(host))}")
     console.print("for clients:")
     console.print(f"  export TINKER_BASE_URL={url}")
     if config.keys is None:
@@ -179,21 +197,28 @@ def _alone(checkpoints: Path) -> Iterator[None]:
         yield
 
 
+def _beside(config: ServeConfig) -> contextlib.AbstractContextManager[socket.socket | None]:
+    """The operator's socket; None: its side is off."""
+    if not config.operator.enabled:
+        return contextlib.nullcontext()
+    return _listening("operator", config.operator.host, config.operator.port_beside(config.bind.port))
+
+
 @contextlib.contextmanager
-def _listening(bind: Bind) -> Iterator[socket.socket]:
+def _listening(section: str, host: str, port: int) -> Iterator[socket.socket]:
     """A listening socket: whether the address is free shows before any deployment starts."""
-    family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server((bind.host, bind.port), family=family, backlog=4096)
+        listener = socket.create_server((host, port), family=family, backlog=4096)
     except OSError as error:
+        option = "--port" if section == "bind" else "operator.port=PORT"
         raise ConfigError(
-            f"bind: {bind.host} port {bind.port}: {error.strerror}; choose another port (--port), or stop what uses it"
+            f"{section}: {host} port {port}: {error.strerror}; choose another port ({option}), or stop what uses it"
         ) from None
     with listener:
         yield listener
 
 
-def _url(bind: Bind, listener: socket.socket) -> str:
+def _url(host: str, listener: socket.socket, has_tls: bool) -> str:
     port = listener.getsockname()[1]
-    host = f"[{bind.host}]" if ":" in bind.host else bind.host
-    return f"{'https' if bind.tls_certificate else 'http'}://{host}:{port}"
+    return f"{'https' if has_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"

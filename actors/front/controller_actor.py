@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.service.deployment import NAMESPACE, RayBackend
+from actors.service.deployment import RayBackend
 from actors.service.http_backend import DeploymentBackend
+from actors.service.launch import NAMESPACE
 from rlsys.errors import ActorDiedError, RlsysError
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import ServeConfig
@@ -27,6 +29,7 @@ from rlsys.serve.state import State
 
 MANY_CALLS = 20_000  # held polls
 CLOSE_S = 90.0
+STREAMED = frozenset({"answer_parts"})  # methods of the controller that return async generators
 
 
 class ControllerActor:
@@ -39,13 +42,26 @@ class ControllerActor:
 
     async def call(self, method: str, *arguments: object) -> tuple[Any, Refusal | RlsysError | None]:
         """(result, None), or (None, what was refused or failed). Any: what the method returns."""
-        if self._started is None:
-            self._started = asyncio.create_task(self._start())
         try:
-            controller = await asyncio.shield(self._started)
-            return await getattr(controller, method)(*arguments), None
+            return await getattr(await self._controller(), method)(*arguments), None
         except (Refusal, RlsysError) as error:
             return None, error
+
+    async def stream(
+        self, method: str, *arguments: object
+    ) -> AsyncGenerator[tuple[Any, Refusal | RlsysError | None], None]:
+        """As `call`, of an async generator: its values, and then its error."""
+        try:
+            async with aclosing(getattr(await self._controller(), method)(*arguments)) as values:
+                async for value in values:
+                    yield value, None
+        except (Refusal, RlsysError) as error:
+            yield None, error
+
+    async def _controller(self) -> Controller:
+        if self._started is None:
+            self._started = asyncio.create_task(self._start())
+        return await asyncio.shield(self._started)
 
     async def _start(self) -> Controller:
         backend = await asyncio.to_thread(_backend, self._config)
@@ -81,21 +97,46 @@ class RemoteController:
     def __init__(self, handle: ActorHandle) -> None:
         self._handle = handle
 
-    def __getattr__(self, method: str) -> Callable[..., Coroutine[Any, Any, Any]]:  # Any: as the controller's method
+    def __getattr__(self, method: str) -> Callable[..., Any]:  # Any: as the controller's method
         if method.startswith("_") or not hasattr(Controller, method):
             raise AttributeError(method)
+        if method in STREAMED:
+            return lambda *arguments: self._stream(method, *arguments)
 
         async def call(*arguments: object) -> Any:
             try:
                 value, error = await self._handle.call.remote(method, *arguments)
             except RayError as failure:
-                logging.getLogger("rlsys.serve").warning("controller: %s: %s", method, type(failure).__name__)
-                raise Refusal(503, "the service is starting again; repeat the request", {"Retry-After": "1"}) from None
+                raise _starting_again(method, failure) from None
             if error is not None:
                 raise error
             return value
 
         return call
+
+    async def _stream(self, method: str, *arguments: object) -> AsyncGenerator[Any, None]:
+        """Closing this generator closes the controller's."""
+        refs = self._handle.stream.options(num_returns="streaming").remote(method, *arguments)
+        is_running = True
+        try:
+            async for ref in refs:
+                value, error = await ref
+                if error is not None:
+                    is_running = False
+                    raise error
+                yield value
+            is_running = False
+        except RayError as failure:
+            is_running = False
+            raise _starting_again(method, failure) from None
+        finally:
+            if is_running:
+                ray.cancel(refs)
+
+
+def _starting_again(method: str, failure: RayError) -> Refusal:
+    logging.getLogger("rlsys.serve").warning("controller: %s: %s", method, type(failure).__name__)
+    return Refusal(503, "the service is starting again; repeat the request", {"Retry-After": "1"})
 
 
 def remote_controller(handle: ActorHandle) -> Controller:

@@ -30,7 +30,13 @@ class HttpSupervisor:
     processes and no child has them."""
 
     def __init__(
-        self, config: ServeConfig, cluster: str, controller: str, listener: socket.socket, variables: dict[str, str]
+        self,
+        config: ServeConfig,
+        cluster: str,
+        controller: str,
+        listener: socket.socket,
+        operator: socket.socket | None,
+        variables: dict[str, str],
     ) -> None:
         self._start = {
             "config": config.model_dump(mode="json"),
@@ -38,8 +44,9 @@ class HttpSupervisor:
             "controller": controller,
             "listener": listener.fileno(),
             "variables": variables,
+            "operator": None if operator is None else operator.fileno(),
         }
-        self._listener = listener
+        self._descriptors = [each.fileno() for each in (listener, operator) if each is not None]
         self._deaths: deque[float] = deque(maxlen=MOST)
         self._process = self._started()
 
@@ -94,7 +101,7 @@ class HttpSupervisor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            pass_fds=[self._listener.fileno()],
+            pass_fds=self._descriptors,
             env=environment,
         )
         assert process.stdin is not None and process.stdout is not None

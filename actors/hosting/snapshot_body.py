@@ -77,13 +77,6 @@ class SnapshotBody:
     async def score(self, key: str | None, tokens: Array) -> Array:
         return await self.snapshots.score(key, tokens)
 
-    async def check(self) -> None:
-        """
-        Raises:
-            ActorDiedError: the engine is dead.
-        """
-        self.sampler.engine.refuse_dead()
-
     async def stop(self) -> None:
         if self._sampler is not None:
             await self._sampler.stop()

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import logging
-import secrets
 
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
 from rlsys.errors import RlsysError
-from rlsys.serve.errors import NumberedRefusal, Refusal, failure_of
+from rlsys.serve.errors import NumberedRefusal, Refusal, failure_of, referenced
 from rlsys.serve.front import Front
-from rlsys.serve.gate import Gate, shown_path
+from rlsys.serve.gate import Gate
 from rlsys.serve.keys import Keys
+from rlsys.serve.openai import routes as openai
+from rlsys.serve.openai.errors import OpenAIEdge
+from rlsys.serve.openai.text import TextCodec
+from rlsys.serve.operator.access import reference_of, shown_path
+from rlsys.serve.operator.readiness import Readiness
 from rlsys.serve.routes import downloads, futures, models, rest, sampling, start, training
 from rlsys.serve.routes.common import answer, front_of, tenant_of
 
 # Routes are matched in this order: the ones that are asked most come first.
-ROUTERS = (futures.router, sampling.router, training.router, start.router, models.router, rest.router, downloads.router)
+ROUTERS = (
+    futures.router,
+    sampling.router,
+    training.router,
+    start.router,
+    models.router,
+    rest.router,
+    downloads.router,
+    openai.router,
+)
 log = logging.getLogger("rlsys.serve")
 
 
@@ -25,13 +38,14 @@ def build_app(front: Front, keys: Keys) -> ASGIApp:
     """The application of one HTTP process."""
     # A redirect from a path with a slash too many would name the scheme that this process sees: behind a proxy, http.
     app = FastAPI(title="rlsys serve", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.state.front = front
+    app.state.front, app.state.readiness = front, Readiness(front)
+    app.state.codecs = {base.name: TextCodec(base.about) for base in front.bases.values()}
     for router in ROUTERS:
         app.include_router(router)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RlsysError, _failed)
     app.add_exception_handler(Exception, _broken)
-    return Gate(app, keys, front)
+    return OpenAIEdge(Gate(app, keys, front))
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -44,10 +58,14 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, RlsysError)
     failure = failure_of(error, {})
-    return answer({"detail": failure.error}, 400 if failure.category == "user" else 500)
+    if failure.category == "user":
+        return answer({"detail": failure.error}, 400)
+    reference = reference_of(request.scope)
+    log.error("%s: reference %s: %s: %s", request.url.path[:200], reference, type(error).__name__, error)
+    return answer({"detail": referenced(failure, reference).error}, 500)
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    reference = secrets.token_hex(6)
+    reference = reference_of(request.scope)
     log.error("%s %s: reference %s", request.method, shown_path(request.scope), reference)
     return answer({"detail": f"internal error of the server; reference {reference}"}, 500)

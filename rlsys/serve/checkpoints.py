@@ -168,6 +168,10 @@ class CheckpointStore:
         where, values = ("", ()) if run_id is None else (" AND run_id = ?", (run_id,))
         return self._listed(f"tenant = ?{where} ORDER BY time DESC", (tenant, *values))
 
+    def readable(self, tenant: str) -> list[Checkpoint]:
+        """The tenant's checkpoints and published ones of others, newest first."""
+        return self._listed("tenant = ? OR public ORDER BY time DESC", (tenant,))
+
     def put_run(self, tenant: str, run: RunRecord) -> None:
         row = {"id": run.run_id, "tenant": tenant, "created_at": _text(run.created_at)}
         self.database.put("runs", {**row, "record": run.model_dump_json()})

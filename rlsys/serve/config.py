@@ -12,6 +12,17 @@ from rlsys.client.config import ServiceConfig
 from rlsys.config import Section
 from rlsys.config.key_types import PathText, Seconds
 
+PORTS_APART = 1000  # of a server and its operator's side, by default
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
 
 class Limits(Section):
     """Limits of one server. Each is named in the answer that refuses a request."""
@@ -48,6 +59,8 @@ class Limits(Section):
     connections_per_address: int = Field(4096, ge=1)  # a client with 2,000 requests in flight has as many
     failed_keys: int = Field(30, ge=1)  # wrong keys per minute and client address; beyond: 429 for wrong keys
     failed_keys_in_all: int = Field(1000, ge=1)  # ... of all addresses
+    openai_snapshots: int = Field(8, ge=1)  # checkpoints per tenant that /v1 keeps open; the oldest idle one goes first
+    openai_snapshot_idle_s: Seconds = 300.0  # ... and releases after this long without a request
 
 
 class ServedModel(Section):
@@ -69,12 +82,7 @@ class Bind(Section):
 
     @property
     def is_loopback(self) -> bool:
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
     @field_validator("proxies")
     @classmethod
@@ -99,6 +107,37 @@ class Bind(Section):
         return self
 
 
+class LogSection(Section):
+    """Access lines: one per slow or failed request, on stderr."""
+
+    slow_s: Seconds = 5.0  # a request that takes longer is told; polls for results are not
+    json_lines: bool = False
+
+
+class OperatorSection(Section):
+    """Address of metrics, health and status page. Clients' keys do not open it."""
+
+    enabled: bool = True
+    host: str = "127.0.0.1"
+    port: int | None = Field(None, ge=0, le=65535)  # None: bind.port + 1000; 0: any free one
+    token_file: PathText | None = None  # its first line is the token that requests carry; needed beyond loopback
+
+    @model_validator(mode="after")
+    def _guarded(self) -> OperatorSection:
+        if self.token_file is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host: found {self.host}, which others can reach, without operator.token_file; name a file with a "
+                "token, which requests carry as `Authorization: Bearer TOKEN`"
+            )
+        return self
+
+    def port_beside(self, port: int) -> int:
+        """The port beside a server on `port`."""
+        if self.port is not None:
+            return self.port
+        return port + PORTS_APART if 0 < port <= 65535 - PORTS_APART else 0
+
+
 def _as_models(value: object) -> object:
     if isinstance(value, dict):
         return {name: {"path": each} if isinstance(each, str) else each for name, each in value.items()}
@@ -115,6 +154,8 @@ class ServeConfig(Section):
     )
     checkpoints: PathText = "checkpoints"  # folder that this server and the learner's node share
     limits: Limits = Limits()
+    log: LogSection = LogSection()
+    operator: OperatorSection = OperatorSection()
     deployment: ServiceConfig = ServiceConfig()  # learner, samplers, dtype, cluster; its models are those above
 
     @model_validator(mode="after")
@@ -125,6 +166,11 @@ class ServeConfig(Section):
             )
         if self.keys is None and self.bind.behind_tls_proxy:
             raise ValueError("keys: found none, and a proxy (bind.behind_tls_proxy) serves others; name a file of keys")
+        if not (is_loopback(self.operator.host) or self.bind.tls_certificate or self.bind.behind_tls_proxy):
+            raise ValueError(
+                f"operator.host: found {self.operator.host}, which others can reach, without TLS: its token would "
+                "travel readable. Set bind.tls_certificate and bind.tls_key, or bind.behind_tls_proxy=true"
+            )
         if self.deployment.models:
             raise ValueError("deployment.models: belongs to `models` of the server")
         seen: set[str] = set()

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.errors import CheckpointError
 from rlsys.learner.checkpoint_files import read_info
 from rlsys.serve import creation, listings, parking, recovery, sampling, sessions, training
 from rlsys.serve.backend import Base
 from rlsys.serve.checkpoints import Checkpoint
 from rlsys.serve.errors import NumberedRefusal, Refusal, failure_of, not_found
+from rlsys.serve.openai.door import Door, Found, ModelCard
+from rlsys.serve.operator.figures import Figures, deployment_states, figures
 from rlsys.serve.paths import CheckpointPath, Kind, parse_path
 from rlsys.serve.promises import Promise
 from rlsys.serve.state import State, now
@@ -68,6 +71,7 @@ class Controller:
         self.state = state
         self._tasks: list[asyncio.Task[None]] = []
         self._status = StatusLine(state)
+        self.door = Door(state)
 
     async def start(self) -> None:
         """Take over what an earlier controller left, then begin the periodic work."""
@@ -75,6 +79,7 @@ class Controller:
         state = self.state
         self._tasks = [
             asyncio.create_task(_every(SWEEP_S, lambda: _sweep(state))),
+            asyncio.create_task(_every(SWEEP_S, self.door.sweep)),
             asyncio.create_task(_every(SEEN_S, lambda: sessions.note_seen(state))),
             asyncio.create_task(_every_in_thread(EXPIRY_S, lambda: remove_expired(state))),
         ]
@@ -84,6 +89,7 @@ class Controller:
         for task in self._tasks:
             task.cancel()
         await stop_work(self.state)
+        self.door.close()
 
     async def status_line(self) -> str | None:
         return self._status.text()
@@ -198,6 +204,32 @@ class Controller:
         promise = self.state.promises.get(request_id, tenant)
         reason = promise.queue_reason()
         return Settled(await self.state.promises.wait(promise, limit_s), reason)
+
+    # OpenAI's API
+
+    async def find_model(self, tenant: str, name: str) -> Found:
+        return self.door.find(tenant, name)
+
+    async def model_card(self, tenant: str, name: str) -> ModelCard:
+        return self.door.card(tenant, name)
+
+    async def model_cards(self, tenant: str) -> list[ModelCard]:
+        return await asyncio.to_thread(self.door.models, tenant)
+
+    def answer_parts(
+        self, tenant: str, model: str, requests: Sequence[PartsRequest]
+    ) -> AsyncGenerator[tuple[int, AnswerParts], None]:
+        """See `Door.answer`."""
+        self._refuse_at_end()
+        return self.door.answer(tenant, model, requests)
+
+    # the operator's side
+
+    async def figures(self) -> Figures:
+        return figures(self.state)
+
+    async def deployment_states(self) -> dict[str, str]:
+        return await deployment_states(self.state.backend)
 
     # checkpoints
 

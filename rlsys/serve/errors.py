@@ -69,6 +69,13 @@ class Failure:
     category: Category
 
 
+def referenced(failure: Failure, reference: str) -> Failure:
+    """A failure of the server names a reference, under which its log has the error. One of the user says all itself."""
+    if failure.category == "user":
+        return failure
+    return Failure(f"{failure.error}; reference {reference}", failure.category)
+
+
 def failure_of(error: RlsysError, names: Mapping[str, str]) -> Failure:
     return Failure(public_text(str(error), names), "user" if isinstance(error, _USERS) else "server")
 

@@ -6,8 +6,6 @@ import asyncio
 import ipaddress
 import logging
 import re
-import secrets
-import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
@@ -16,6 +14,7 @@ from rlsys.serve.errors import Refusal
 from rlsys.serve.failed_keys import FailedKeys
 from rlsys.serve.front import Front
 from rlsys.serve.keys import Keys, NoKeys
+from rlsys.serve.operator.access import SIGNED_PREFIX, reference_of, shown_path
 from rlsys.serve.wire.results import JSON, json_bytes
 
 Message = MutableMapping[str, Any]  # Any: ASGI's messages
@@ -24,14 +23,12 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN_PATHS = frozenset({"/api/v1/healthz"})
+OPEN_PATHS = frozenset({"/api/v1/healthz", "/api/v1/readyz"})
 SERVED_TO_THE_END = ("/retrieve_future", "/session_heartbeat", "/telemetry", "/finish")
-SIGNED_PREFIX = "/api/v1/files/"  # downloads: the address itself is signed
 LARGE_BODIES = frozenset({"/api/v1/forward", "/api/v1/forward_backward"})
 PART = 256 * 2**10
 OPEN_BODY_BYTES = 1024  # of a request without a key
-SLOW_S = 5.0  # requests that take longer are logged, except polls
-log = logging.getLogger("rlsys.serve.access")
+log = logging.getLogger("rlsys.serve")
 
 
 class Gate:
@@ -48,7 +45,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status, is_slow = time.monotonic(), 0, False
+        status, is_slow = 0, False
 
         async def noting(message: Message) -> None:
             nonlocal status, is_slow
@@ -64,7 +61,7 @@ class Gate:
                     is_slow = True
                     log.warning("%s: read too slowly (limits.slow_read_s)", (scope.get("client") or ("",))[0])
 
-        reference, held = "", _Held(self._held, self._limits.held_bytes)
+        held = _Held(self._held, self._limits.held_bytes)
         try:
             self._admit(scope)
             if self._front.closing and scope["method"] == "POST" and not scope["path"].endswith(SERVED_TO_THE_END):
@@ -76,18 +73,12 @@ class Gate:
         except Refusal as refusal:
             await _answer(noting, refusal.status, refusal.detail, refusal.headers)
         except Exception:  # the outermost edge: a client gets a reference, the log the rest
-            reference = secrets.token_hex(6)
+            reference = reference_of(scope)
             log.exception("%s %s failed, reference %s", scope["method"], shown_path(scope), reference)
             if not status:
                 await _answer(noting, 500, f"internal error of the server; reference {reference}", {})
         finally:
             held.release()
-        seconds = time.monotonic() - began
-        if status >= 500 or (seconds > SLOW_S and not scope["path"].endswith("retrieve_future")):
-            tenant_name = scope.get("state", {}).get("tenant")
-            log.warning(
-                "%s %s %s %s %.1f s %s", tenant_name, scope["method"], shown_path(scope), status, seconds, reference
-            )
 
     def _admit(self, scope: Scope) -> None:
         """Note the tenant of the request's key, and whether it is a key of the file or a token that stands for one."""
@@ -186,12 +177,6 @@ def _refuse_foreign_host(scope: Scope) -> None:
         raise Refusal(
             403, f"Host: found {found[:100]!r}; a server without keys answers to localhost and to addresses alone"
         ) from None
-
-
-def shown_path(scope: Scope) -> str:
-    """The path as a log may hold it: on one line, and without the secret of a signed address."""
-    path: str = scope["path"]
-    return SIGNED_PREFIX + "..." if path.startswith(SIGNED_PREFIX) else ascii(path[:200])[1:-1]
 
 
 def _parts(message: Message) -> Iterator[Message]:

@@ -18,7 +18,7 @@ from rlsys.errors import RlsysError
 from rlsys.serve.backend import Base, ServeBackend
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
-from rlsys.serve.errors import Failure, bad_request, failure_of, not_found
+from rlsys.serve.errors import Failure, bad_request, failure_of, not_found, referenced
 from rlsys.serve.model_queue import ModelQueue
 from rlsys.serve.promises import MemoryPromises, Promise, Promises
 from rlsys.serve.sample_turns import SampleTurns
@@ -164,8 +164,12 @@ class State:
         try:
             result = await work
         except RlsysError as error:
-            log.info("%s: %s: %s", promise.id, type(error).__name__, error)
-            result = FailedResult(failure_of(error, {**self.names(), **(names or {})}))
+            failure, reference = failure_of(error, {**self.names(), **(names or {})}), promise.id[-12:]
+            level = logging.INFO if failure.category == "user" else logging.ERROR
+            log.log(
+                level, "promise %s failed, reference %s: %s: %s", promise.id, reference, type(error).__name__, error
+            )
+            result = FailedResult(referenced(failure, reference))
         except asyncio.CancelledError:
             self.fail(promise, "the request was cancelled")
             raise

@@ -24,6 +24,10 @@ SPELLED = (
 )
 SUFFIX = " Provide a numerical answer without units, written inside \\boxed{}."
 CAPITALS = ["The capital of France is", " Paris.", " Rome.", "The capital of Italy is"]
+CHAT = (
+    "{% for message in messages %}{{ message.role | replace('user', 'User') | replace('assistant', 'Assistant') }}: "
+    "{{ message.content }}\n\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
 Turns = list[tuple[str, str]]
 
 
@@ -55,6 +59,7 @@ def make(folder: Path) -> None:
     rng = random.Random(7)
     known = [each for _ in range(40) for turns, answer in (boxed(rng), number(rng)) for each in (turns[-1][1], answer)]
     tokenizer = build_tokenizer([*known, *CAPITALS, *[STRAWBERRY, SPELLED, "User:", "Assistant:"] * 20], 320)
+    tokenizer.chat_template = CHAT  # as the cookbook's renderer `role_colon`
     model = tiny_qwen3(tokenizer, hidden_size=64, max_length=CONTEXT, tie_embeddings=False)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # beside the work of others, a second thread only waits

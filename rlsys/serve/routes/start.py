@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from rlsys.serve.errors import Refusal
 from rlsys.serve.failed_keys import NO_KEY
+from rlsys.serve.operator.readiness import Readiness, ready_answer
 from rlsys.serve.routes.common import answer, body_as, front_of, tenant_of
 from rlsys.serve.wire.requests import CreateSession, FinishSession, SessionOnly
 
@@ -28,6 +29,12 @@ FLAGS = {
 @router.get("/healthz")
 async def healthz() -> Response:
     return answer({"status": "ok"})
+
+
+@router.get("/readyz")
+async def readyz(request: Request) -> Response:
+    readiness: Readiness = request.app.state.readiness
+    return await ready_answer(readiness, front_of(request))
 
 
 @router.post("/client/config")

@@ -34,6 +34,7 @@ class Http:
         self.state = State(backend, limits or Limits(), store)
         self.backend = backend
         self.controller = Controller(self.state)
+        self.door = self.controller.door
         self.front = Front(self.controller, self.state.limits, backend.bases, Signer(new_secret()))
         self.app = build_app(self.front, keys or NoKeys())
         transport = httpx.ASGITransport(self.app, raise_app_exceptions=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvloop
 
-from actors.front.http_process import http_server
+from actors.front.http_process import http_servers, log_requests
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.connections import allow_connections
 from rlsys.serve.controller import Controller
@@ -24,15 +24,24 @@ from tests.unit.serve.learner_backend import LearnerBackend
 
 
 async def main(model: Path, scratch: Path, overrides: list[str]) -> None:
-    config = load_serve_config(None, overrides, {"models": {"tiny": str(model)}, "bind": {"port": 0}, "keys": None})
+    base = {
+        "models": {"tiny": str(model)},
+        "bind": {"port": 0},
+        "keys": None,
+        "log": {"slow_s": 0.2, "json_lines": True},
+    }
+    config = load_serve_config(None, overrides, base)
+    log_requests()
     allow_connections(config.limits.connections)
     controller = Controller(State(LearnerBackend(model, scratch), config.limits, CheckpointStore(scratch)))
     await controller.start()
-    with socket.create_server((config.bind.host, 0), backlog=4096) as listener:
-        server = http_server(await connect(controller, config.limits), read_keys(config.keys, {}), config)
+    address = config.bind.host, 0
+    with socket.create_server(address, backlog=4096) as listener, socket.create_server(address) as beside:
+        servers = http_servers(await connect(controller, config.limits), read_keys(config.keys, {}), config)
         scheme = "https" if config.bind.tls_certificate else "http"
+        print(f"status and metrics: http://{config.bind.host}:{beside.getsockname()[1]}")
         print(f"TINKER_BASE_URL={scheme}://{config.bind.host}:{listener.getsockname()[1]}", flush=True)
-        await server.serve(sockets=[listener])
+        await servers.serve(listener, beside)
 
 
 if __name__ == "__main__":
