@@ -28,6 +28,7 @@ EXECUTED = {
     "from rlsys.tokenization.renderer": (
         "tests/unit/docs/test_doc_snippets.py::test_the_conversation_of_the_docs_becomes_tokens"
     ),
+    "from openai": "tests/serve/test_openai.py::test_the_snippet_of_the_docs_asks_a_checkpoint",
     "from pathlib": "tests/unit/docs/test_doc_snippets.py::test_two_evaluations_are_compared_as_the_docs_say",
 }
 
