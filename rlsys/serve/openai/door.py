@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.client.backend import SnapshotHandle
-from rlsys.errors import CheckpointError, RlsysError, StalledError
+from rlsys.errors import CheckpointError, StalledError
 from rlsys.serve.backend import Base
 from rlsys.serve.config import Limits
 from rlsys.serve.creation import base_of
@@ -23,6 +23,8 @@ from rlsys.serve.errors import Refusal
 from rlsys.serve.openai.errors import DoorRefusal, model_not_found
 from rlsys.serve.paths import parse_path
 from rlsys.serve.state import State
+
+PUBLISHED = "published"  # owner of another tenant's checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Checkpoint:
     path: str
     folder: Path
     saved_at: datetime
+    is_own: bool  # else published by another
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class Door:
                 base = state.base(base_of(state, each.tenant, each.path, each.folder))
             except (Refusal, CheckpointError):  # of a base that is not served, or damaged
                 continue
-            owner = tenant if each.tenant == tenant else "published"
+            owner = tenant if each.tenant == tenant else PUBLISHED
             cards.append(ModelCard(each.path.text, each.record.time, owner, base.name, base.about.max_length))
         return cards
 
@@ -99,7 +102,7 @@ class Door:
         """
         found = self.find(tenant, model)
         created = self._state.started_at if found.checkpoint is None else found.checkpoint.saved_at
-        owner = "rlsys" if found.checkpoint is None else tenant
+        owner = "rlsys" if found.checkpoint is None else tenant if found.checkpoint.is_own else PUBLISHED
         base = self._state.base(found.base_name)
         return ModelCard(model, created, owner, base.name, base.about.max_length)
 
@@ -128,7 +131,7 @@ class Door:
             raise DoorRefusal(
                 f"model: {path.text} was trained on {base_name!r}, which this server does not serve", "model"
             ) from None
-        checkpoint = Checkpoint(path.text, found.folder, found.record.time)
+        checkpoint = Checkpoint(path.text, found.folder, found.record.time, found.tenant == tenant)
         return Found(base.name, checkpoint)
 
     @asynccontextmanager
@@ -152,7 +155,13 @@ class Door:
             entry = self._open[key] = _Open(base, opening)
         entry.users += 1
         try:
-            yield await self._opened(key, entry)
+            yield await asyncio.shield(entry.handle)  # several requests wait for one opening, so none cancels it
+        except Refusal:
+            raise
+        except Exception:  # of the opening, or of samplers that lost it: the next request opens it again
+            if self._open.get(key) is entry:
+                self._release(key)
+            raise
         finally:
             entry.users -= 1
             entry.used = time.monotonic()
@@ -217,15 +226,6 @@ class Door:
     def close(self) -> None:
         for key in list(self._open):
             self._release(key)
-
-    async def _opened(self, key: _Key, entry: _Open) -> SnapshotHandle:
-        """The handle, once it is open. Several requests wait for one opening, so none cancels it."""
-        try:
-            return await asyncio.shield(entry.handle)
-        except RlsysError:
-            if self._open.get(key) is entry:
-                del self._open[key]
-            raise
 
     def _make_room(self, tenant: str) -> None:
         mine = [key for key in self._open if key[0] == tenant]

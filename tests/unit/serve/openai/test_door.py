@@ -334,6 +334,22 @@ def test_a_failure_names_a_reference_and_no_folder(
     asyncio.run(main())
 
 
+def test_a_snapshot_that_samplers_have_lost_is_opened_again(backend: LearnerBackend, store: CheckpointStore) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            body = {**ASK, "model": await saved(http, "a")}
+            assert (await ask(http, "completions", body)).status_code == 200
+            (first,) = http.door._open.values()
+            backend.fails_at = 0
+            assert (await ask(http, "completions", body)).status_code == 500
+            backend.fails_at = None
+            assert (await ask(http, "completions", body)).status_code == 200
+            (second,) = http.door._open.values()
+            assert second is not first and len(backend.released) == 1
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request(stream: bool, backend: LearnerBackend, store: CheckpointStore) -> None:
     async def main() -> None:
