@@ -19,7 +19,7 @@ from tests.unit.serve.http_client import Http, pass_body
 from tests.unit.serve.learner_backend import LearnerBackend
 
 ONE, TWO = "tml-aaaaaaaa", "tml-bbbbbbbb"
-OPEN = {("GET", "/api/v1/healthz"), ("GET", "/api/v1/files/{token}")}
+OPEN = {("GET", "/api/v1/healthz"), ("GET", "/api/v1/readyz"), ("GET", "/api/v1/files/{token}")}
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def every_route(app: Any) -> Iterator[tuple[str, str]]:
             raise AssertionError(f"{route}: a route of another kind, which these tests do not see")
 
 
-def test_every_route_but_two_wants_a_key_and_a_wrong_one_is_as_none(
+def test_every_route_but_three_wants_a_key_and_a_wrong_one_is_as_none(
     backend: LearnerBackend, store: CheckpointStore, keys: KeyFile
 ) -> None:
     async def main() -> None:
@@ -48,8 +48,9 @@ def test_every_route_but_two_wants_a_key_and_a_wrong_one_is_as_none(
             routes = list(every_route(http.app))
             assert len(routes) > 30
             for method, path in routes:
-                url = path.removeprefix("/api/v1/").format_map(_Filled())
-                answers = [await http.send(method, url, {}, key=key) for key in (None, "", "tml-wrong", ONE + "x")]
+                url = re.sub(r"\{[^}]*\}", "x", path)
+                headers = [{} if key is None else {"X-API-Key": key} for key in (None, "", "tml-wrong", ONE + "x")]
+                answers = [await http.client.request(method, url, json={}, headers=each) for each in headers]
                 if (method, path) in OPEN:
                     assert all(answer.status_code != 401 for answer in answers), path
                     continue
@@ -60,11 +61,6 @@ def test_every_route_but_two_wants_a_key_and_a_wrong_one_is_as_none(
             assert unknown.status_code == 404 and unknown.json()["detail"]
 
     asyncio.run(main())
-
-
-class _Filled(dict[str, str]):
-    def __missing__(self, key: str) -> str:
-        return "x"
 
 
 def test_what_belongs_to_another_is_as_what_does_not_exist(
