@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.client.backend import SnapshotHandle
-from rlsys.errors import CheckpointError, StalledError
+from rlsys.errors import CheckpointError, DataLostError, StalledError
 from rlsys.serve.backend import Base
 from rlsys.serve.config import Limits
 from rlsys.serve.creation import base_of
@@ -176,13 +176,21 @@ class Door:
             DoorRefusal: as `find`; 429: too many samples or open snapshots of this tenant are in use.
             RlsysError: the checkpoint cannot be served, or the engine failed.
         """
-        found = self.find(tenant, model)
-        async with (
-            self._using(tenant, found) as snapshot,
-            aclosing(self._answer(tenant, self._state.base(found.base_name), snapshot, requests)) as arrived,
-        ):
-            async for arrival in arrived:
-                yield arrival
+        found, may_repeat = self.find(tenant, model), True
+        while True:
+            try:
+                async with (
+                    self._using(tenant, found) as snapshot,
+                    aclosing(self._answer(tenant, self._state.base(found.base_name), snapshot, requests)) as arrived,
+                ):
+                    async for arrival in arrived:
+                        may_repeat = False
+                        yield arrival
+                return
+            except DataLostError:  # a learner died before a sampler had loaded the snapshot: it is opened again
+                if not may_repeat or found.checkpoint is None:
+                    raise
+                may_repeat = False
 
     async def _answer(
         self, tenant: str, base: Base, snapshot: SnapshotHandle | None, requests: Sequence[PartsRequest]

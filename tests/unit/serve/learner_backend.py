@@ -18,7 +18,7 @@ from rlsys.client.config import HostSpec
 from rlsys.client.requests import Drop, Request, TakeSnapshot
 from rlsys.client.tokenizing import tokenizer_of
 from rlsys.config import LearnerSection, LoraSection, ModelSection
-from rlsys.errors import ActorDiedError, SamplingError, StalledError
+from rlsys.errors import ActorDiedError, DataLostError, SamplingError, StalledError
 from rlsys.rollouts import LENGTH
 from rlsys.serve.backend import Base, SampleRequest
 from rlsys.service.learner_host import TrainingHost
@@ -52,6 +52,7 @@ class LearnerBackend:
         self.running = 0  # generators of `parts`
         self.pause_s = 0.0  # between the messages of one
         self.fails_at: int | None = None  # message of each
+        self.lost = 0  # generators that find their snapshot lost
         self._thread = ThreadPoolExecutor(1)
         base = Base("tiny", ("Qwen/Qwen3-8B-Base",), None, self.host.about)
         self._bases = {"tiny": base}
@@ -110,6 +111,9 @@ class LearnerBackend:
         whole = SampleRequest(request.prompt, max(request.n, 1), request.params, request.prompt_topk is not None, 0)
         self.running += 1
         try:
+            if self.lost:
+                self.lost -= 1
+                raise DataLostError("sampler 0: its weights were lost")
             answer = await self.sample(base, snapshot, whole)
             scores = answer.prompt_logprobs
             width = request.params.max_tokens

@@ -334,7 +334,27 @@ def test_a_failure_names_a_reference_and_no_folder(
     asyncio.run(main())
 
 
-def test_a_snapshot_that_samplers_have_lost_is_opened_again(backend: LearnerBackend, store: CheckpointStore) -> None:
+def test_a_snapshot_that_was_lost_with_a_learner_is_opened_again_for_the_same_request(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            body = {**ASK, "model": await saved(http, "a")}
+            wanted = (await ask(http, "completions", body)).json()["choices"]
+            backend.lost = 1
+            assert (await ask(http, "completions", body)).json()["choices"] == wanted
+            assert len(backend.released) == 1
+            backend.lost = 2
+            assert (await ask(http, "completions", body)).status_code == 500
+            backend.lost = 1
+            assert (await ask(http, "completions", {**body, "model": "tiny"})).status_code == 500, "of the base"
+
+    asyncio.run(main())
+
+
+def test_a_snapshot_of_which_a_request_failed_is_opened_again_by_the_next(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
     async def main() -> None:
         async with Http(backend, store) as http:
             body = {**ASK, "model": await saved(http, "a")}
