@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.openai.requests import ChatBody, CompletionBody, SampledBody
+from tests.unit.serve.http_client import Http
+from tests.unit.serve.learner_backend import LearnerBackend
+from tests.unit.serve.openai.test_door import ask, events
 
 FOLDER = "entrypoints/openai"
 BODIES: list[tuple[type[SampledBody], str, str]] = [
@@ -43,9 +49,9 @@ def _fields(classes: dict[str, ast.ClassDef], name: str) -> Iterator[tuple[str, 
 
 
 def _default(value: ast.expr | None) -> ast.expr | None:
-    """Also that of Field(default=...)."""
+    """Also that of Field(default=...), or what makes it."""
     if isinstance(value, ast.Call):
-        return next((each.value for each in value.keywords if each.arg == "default"), None)
+        return next((each.value for each in value.keywords if each.arg in ("default", "default_factory")), None)
     return value
 
 
@@ -55,6 +61,50 @@ def test_every_parameter_of_vllm_is_served_or_refused_by_name(body: type[Sampled
     ours = set(body.model_fields) | set(body.UNSERVED)
     assert theirs - ours == set(), "neither served nor refused"
     assert ours - theirs <= OF_OPENAI, "no parameter of vLLM or OpenAI"
+
+
+TEXT, CHAT = f"{FOLDER}/completion/protocol.py", f"{FOLDER}/chat_completion/protocol.py"
+COMMON = "entrypoints/serve/engine/protocol.py"
+
+
+def test_answers_have_fields_of_vllms_answers(backend: LearnerBackend, store: CheckpointStore) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            common = {"model": "tiny", "temperature": 0, "max_tokens": 2, "return_token_ids": True}
+            text = {**common, "prompt": [4, 5], "logprobs": 0}
+            chat = {**common, "messages": [{"role": "user", "content": "w5"}], "logprobs": True}
+            stream = {"stream": True, "stream_options": {"include_usage": True}}
+            whole = (await ask(http, "completions", text)).json()
+            of_class(whole, TEXT, "CompletionResponse")
+            of_class(whole["choices"][0], TEXT, "CompletionResponseChoice")
+            of_class(whole["choices"][0]["logprobs"], TEXT, "CompletionLogProbs")
+            of_class(whole["usage"], COMMON, "UsageInfo")
+            first, *_, last = events(await ask(http, "completions", {**text, **stream}))
+            of_class(first, TEXT, "CompletionStreamResponse")
+            of_class(first["choices"][0], TEXT, "CompletionResponseStreamChoice")
+            of_class(last["usage"], COMMON, "UsageInfo")
+            whole = (await ask(http, "chat/completions", chat)).json()
+            of_class(whole, CHAT, "ChatCompletionResponse")
+            of_class(whole["choices"][0], CHAT, "ChatCompletionResponseChoice")
+            of_class(whole["choices"][0]["message"], CHAT, "ChatMessage")
+            of_class(whole["choices"][0]["logprobs"]["content"][0], CHAT, "ChatCompletionLogProbsContent")
+            first, *_ = events(await ask(http, "chat/completions", {**chat, **stream}))
+            of_class(first, CHAT, "ChatCompletionStreamResponse")
+            of_class(first["choices"][0], CHAT, "ChatCompletionResponseStreamChoice")
+            of_class((await ask(http, "models")).json()["data"][0], COMMON, "ModelCard")
+            of_class((await ask(http, "models/none")).json()["error"], COMMON, "ErrorInfo")
+
+    asyncio.run(main())
+
+
+OF_OPENAI_ALONE = {"refusal", "prompt_token_ids"}  # vLLM gives the second once for a chat, here each choice has it
+
+
+def of_class(value: dict[str, Any], path: str, name: str) -> None:
+    """Fields of `value` are fields of vLLM's class, and include all that the class has no default for."""
+    theirs = fields(path, name)
+    assert set(value) - set(theirs) <= OF_OPENAI_ALONE, name
+    assert {field for field, default in theirs.items() if default is None} - set(value) <= {"model_config"}, name
 
 
 @pytest.mark.parametrize(("body", "path", "name"), BODIES)
