@@ -61,7 +61,8 @@ def serve(config: ServeConfig) -> None:
         console.print(f"starting {', '.join(config.models)} ...")
         cluster = _connected(config)
         try:
-            DeploymentBackend(cluster, config)  # starts what the controller joins
+            # What the controller joins. This process, which started the actors, replaces those that die.
+            DeploymentBackend(cluster, config)
             name = f"controller/{uuid.uuid4().hex[:12]}"
             _run(config, name, start_controller(config, name), listener, operator, console, variables)
         finally:

@@ -42,12 +42,12 @@ class DeploymentBackend:
 
     async def create_model(self, base: Base, model_id: str, tenant: str, lora: LoraSection, seed: int) -> None:
         deployment = self._deployments[base.name]
-        await _result(deployment.create_model(lora, seed, model_id))
+        await _result(deployment.create_model(lora, seed, model_id, tenant))
         self._models[model_id] = deployment
 
     async def restore_model(self, base: Base, model_id: str, tenant: str, folder: Path, optimizer: bool) -> LoraSection:
         deployment = self._deployments[base.name]
-        handle = await _result(deployment.restore_model(str(folder), optimizer, model_id))
+        handle = await _result(deployment.restore_model(str(folder), optimizer, model_id, tenant))
         self._models[model_id] = deployment
         return handle.lora
 

@@ -165,10 +165,6 @@ class VllmEngine:
         if self._asleep:
             raise SamplingError(f"{self.where}: is asleep; wanted wake() first")
 
-    def refuse_dead(self) -> None:
-        if self.llm.errored:
-            raise ActorDiedError(f"{self.where}: the vLLM engine is dead: {self._log.cause()}")
-
     def stop(self) -> None:
         """End the engine and its processes. Call on the thread of the engine's event loop: it cancels a task of it."""
         llm, self._llm = self._llm, None

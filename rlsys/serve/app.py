@@ -15,7 +15,7 @@ from rlsys.serve.keys import Keys
 from rlsys.serve.openai import routes as openai
 from rlsys.serve.openai.errors import OpenAIEdge
 from rlsys.serve.openai.text import TextCodec
-from rlsys.serve.operator.access import reference_of, shown_path
+from rlsys.serve.operator.access import reference_of
 from rlsys.serve.operator.readiness import Readiness
 from rlsys.serve.routes import downloads, futures, models, rest, sampling, start, training
 from rlsys.serve.routes.common import answer, front_of, tenant_of
@@ -67,5 +67,4 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     reference = reference_of(request.scope)
-    log.error("%s %s: reference %s", request.method, shown_path(request.scope), reference)
     return answer({"detail": f"internal error of the server; reference {reference}"}, 500)

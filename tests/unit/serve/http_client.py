@@ -62,9 +62,10 @@ class Http:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         if key is not None:
             names["X-API-Key"] = key
+        url = path if path.startswith("/") else f"/api/v1/{path}"
         if json is not None:
-            return await self.client.request(method, f"/api/v1/{path}", json=json, headers=names)
-        return await self.client.request(method, f"/api/v1/{path}", content=content, headers=names)
+            return await self.client.request(method, url, json=json, headers=names)
+        return await self.client.request(method, url, content=content, headers=names)
 
     async def raw(
         self, method: str, target: str, body: bytes = b"", headers: Mapping[str, str] | None = None, key: str = KEY

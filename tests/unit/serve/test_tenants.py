@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
 from rlsys.serve.checkpoints import CheckpointStore
@@ -32,7 +33,9 @@ def keys(tmp_path: Path) -> KeyFile:
 
 def every_route(app: Any) -> Iterator[tuple[str, str]]:
     """Of the application as it is served, whatever included a router."""
-    for route in app._app.routes:
+    while not isinstance(app, FastAPI):
+        app = app._app
+    for route in app.routes:
         if isinstance(route, APIRoute):
             for method in sorted(route.methods):
                 yield method, route.path
@@ -117,6 +120,9 @@ def test_what_belongs_to_another_is_as_what_does_not_exist(
                 ("POST", "cancel_future", {"request_id": "{request}"}),
                 ("GET", "training_runs/{model}", None),
                 ("GET", at, None),
+                ("POST", "/v1/completions", {"model": "{saved}", "prompt": [1], "max_tokens": 1}),
+                ("POST", "/v1/chat/completions", {"model": "{saved}", "messages": [{"role": "user", "content": "x"}]}),
+                ("GET", "/v1/models/{saved}", None),
                 ("DELETE", at + "/weights/w", None),
                 ("POST", at + "/weights/w/publish", None),
                 ("DELETE", at + "/weights/w/publish", None),
@@ -126,7 +132,8 @@ def test_what_belongs_to_another_is_as_what_does_not_exist(
             ]
             # What names nothing of another: their answers hold own things alone.
             own: list[tuple[str, str, Any]] = [
-                *[("GET", path, None) for path in ("healthz", "get_server_capabilities", "auth/apikey/me")],
+                *[("GET", path, None) for path in ("healthz", "readyz", "get_server_capabilities", "auth/apikey/me")],
+                ("GET", "/v1/models", None),
                 *[("GET", path, None) for path in ("training_runs", "checkpoints", "sessions", "files/x")],
                 *[("POST", f"client/{path}", {}) for path in ("config", "dynamic_config")],
                 ("POST", "auth/token", {}),
@@ -135,7 +142,11 @@ def test_what_belongs_to_another_is_as_what_does_not_exist(
                 ("POST", "sessions/search", {"session_id": session}),
             ]
             for method, path, _ in (*asked, *own):
-                routes -= {each for each in routes if each[0] == method and fits(each[1], f"/api/v1/{path}")}
+                routes -= {
+                    each
+                    for each in routes
+                    if each[0] == method and fits(each[1], path if path.startswith("/") else f"/api/v1/{path}")
+                }
             assert not routes, f"these routes have no case here: {sorted(routes)}"
             listed = await http.send("GET", "checkpoints", key=ONE)
             assert model in listed.text, "what must not be seen is there"

@@ -380,7 +380,11 @@ def test_a_client_that_leaves_ends_its_request(stream: bool, backend: LearnerBac
             scope = {
                 "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "method": "POST", "scheme": "http",
                 "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"", "http_version": "1.1",
-                "headers": [(b"authorization", f"Bearer {KEY}".encode()), (b"content-length", str(len(body)).encode())],
+                "headers": [
+                    (b"host", b"localhost"),
+                    (b"authorization", f"Bearer {KEY}".encode()),
+                    (b"content-length", str(len(body)).encode()),
+                ],
             }  # fmt: skip
             messages = iter([{"type": "http.request", "body": body}])
 
