@@ -26,10 +26,14 @@ def tokenizer_of(about: About) -> PreTrainedTokenizerBase:
     return _loaded[about.folder]
 
 
+def has_tokenizer(about: About) -> bool:
+    return any(name.startswith(("tokenizer", "vocab")) for name in about.tokenizer)
+
+
 def _load(about: About) -> PreTrainedTokenizerBase:
     from rlsys.tokenization.stop_conditions import load_tokenizer
 
-    if not any(name.startswith(("tokenizer", "vocab")) for name in about.tokenizer):
+    if not has_tokenizer(about):
         raise ConfigError(f"{about.base_model} has no tokenizer files; found {sorted(about.tokenizer)}")
     with tempfile.TemporaryDirectory(prefix="rlsys-tokenizer-") as scratch:
         for name, content in about.tokenizer.items():

@@ -12,7 +12,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from rlsys.client.backend import About
-from rlsys.client.tokenizing import tokenizer_of
+from rlsys.client.tokenizing import has_tokenizer, tokenizer_of
 from rlsys.errors import ConfigError
 from rlsys.serve.openai.errors import DoorRefusal
 from rlsys.tokenization.chat_template import apply_template
@@ -85,7 +85,7 @@ class TextCodec:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of a prompt, special tokens included."""
         with self._lock:
-            if not self._about.tokenizer:
+            if not has_tokenizer(self._about):
                 return ""
             text: str = self._tokenizer.decode(list(ids))
             return text
@@ -114,7 +114,7 @@ class TextCodec:
 
     def _bytes(self, id_: int) -> bytes | None:
         """The bytes that a token stands for; None: the tokenizer has no such token."""
-        if not self._about.tokenizer:
+        if not has_tokenizer(self._about):
             return None
         tokenizer = self._tokenizer
         name: str | None = tokenizer.convert_ids_to_tokens(id_)

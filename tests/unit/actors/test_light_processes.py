@@ -1,4 +1,4 @@
-"""Driver, reward actor and advantage actor do their work without torch, vLLM and the models of transformers."""
+"""Driver, reward and advantage actor and HTTP process work without torch, vLLM and the models of transformers."""
 
 from __future__ import annotations
 
@@ -72,6 +72,16 @@ actor = GroupAdvantageActor(config.rl)
 actor.compute_advantages(AdvantageRequest(1, (1, 1, 0)), rollouts(), np.array([1, 0, 0, 1], np.float32))
 """
 
+HTTP_PROCESS = """
+import actors.front.http_process
+from rlsys.client.backend import About
+from rlsys.serve.openai.text import TextCodec
+files = {file.name: file.read_bytes() for file in Path(base).iterdir() if file.suffix == ".json"}
+codec = TextCodec(About("base", base, "x", 160, 96, 8, 8.0, True, files, None))
+(ids,) = codec.encode(["1 + 2 ="], True)
+assert codec.decode(ids) == "1 + 2 =" and codec.token(ids[0]).text == "1"
+"""
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -81,10 +91,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("work", [DRIVER, REWARD_ACTOR, ADVANTAGE_ACTOR], ids=["driver", "reward", "advantage"])
+PROCESSES = {"driver": DRIVER, "reward": REWARD_ACTOR, "advantage": ADVANTAGE_ACTOR, "http": HTTP_PROCESS}
+
+
+@pytest.mark.parametrize("work", PROCESSES.values(), ids=PROCESSES)
 def test_a_process_that_holds_no_weights_works_without_torch(work: str, base: Path, tmp_path: Path) -> None:
     script = f"{SETUP}{work}\nprint(loaded())"
     command = [sys.executable, "-c", script, str(base), str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    decodes_bodies = work == HTTP_PROCESS
+    assert done.stdout.splitlines()[-1] == ("['pyarrow']" if decodes_bodies else "[]")

@@ -16,7 +16,7 @@ from rlsys.answer_parts import AnswerParts, CompletionPart, PartsRequest, Prompt
 from rlsys.client.backend import Adopted, Answer, RunProgress, SampleAnswer, SnapshotHandle
 from rlsys.client.config import HostSpec
 from rlsys.client.requests import Drop, Request, TakeSnapshot
-from rlsys.client.tokenizing import tokenizer_of
+from rlsys.client.tokenizing import has_tokenizer, tokenizer_of
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.errors import ActorDiedError, DataLostError, SamplingError, StalledError
 from rlsys.rollouts import LENGTH
@@ -134,7 +134,9 @@ class LearnerBackend:
         for index in range(request.n):
             where = slice(answer.offsets[index] + at, answer.offsets[index] + at + 1)
             tokens, none = answer.tokens[where], np.zeros((1, 0), np.int32)
-            text = f"<{tokens[0]}>" if not base.about.tokenizer else tokenizer_of(base.about).decode(tokens.tolist())
+            text = (
+                f"<{tokens[0]}>" if not has_tokenizer(base.about) else tokenizer_of(base.about).decode(tokens.tolist())
+            )
             finish: Literal["length"] | None = "length" if at + 1 == request.params.max_tokens else None
             found.append(
                 CompletionPart(index, text, tokens, answer.logprobs[where], none, none.astype(np.float32), finish)

@@ -193,6 +193,23 @@ def test_a_message_cannot_end_its_turn_or_replace_the_template(backend: LearnerB
     asyncio.run(main())
 
 
+def test_a_base_without_a_tokenizer_takes_and_names_token_ids(
+    shared_backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(shared_backend, store) as http:
+            found = await ask(http, "completions", {**ASK, "logprobs": 0, "echo": True, "return_token_ids": True})
+            (choice,) = found.json()["choices"]
+            ids = [*choice["prompt_token_ids"], *choice["token_ids"]]
+            assert choice["logprobs"]["tokens"] == [f"token_id:{id_}" for id_ in ids] and len(ids) == 7
+            refused = await ask(http, "completions", {**ASK, "prompt": "w4"})
+            assert refused.status_code == 400 and "has no tokenizer" in refused.json()["error"]["message"]
+            refused = await ask(http, "chat/completions", CHAT)
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == "messages"
+
+    asyncio.run(main())
+
+
 def test_text_and_its_ids_give_the_same_answer_streamed_or_not(backend: LearnerBackend, store: CheckpointStore) -> None:
     async def main() -> None:
         async with Http(backend, store) as http:
