@@ -17,8 +17,8 @@
     ├── ClusterError (RuntimeError)        the cluster cannot be reached, or has too few resources
     ├── ActorFailedError (RuntimeError)    an actor died, or raised an error from outside this tree
     │   ├── ActorDiedError                 the actor or its engine died: another actor can repeat its work
+    │   ├── RunLostError                   a client's run ended with its learner; its checkpoints remain
     │   └── DataLostError                  an output was lost with its node: the stage can be repeated
-    ├── RunLostError (RuntimeError)         a client's run ended with its learner; its checkpoints remain
     ├── StorageError (RuntimeError)        a disk cannot be written: full, read-only, over quota
     └── CheckpointError (ValueError)       weight files are damaged, foreign or misplaced
 
@@ -102,12 +102,12 @@ class ActorDiedError(ActorFailedError):
     """An actor or its engine died. Its current call may or may not have taken effect."""
 
 
+class RunLostError(ActorFailedError):
+    """The learner that held a run died. Its saved checkpoints remain."""
+
+
 class DataLostError(ActorFailedError):
     """An output of a stage was lost with the node that held it."""
-
-
-class RunLostError(RlsysError, RuntimeError):
-    """The learner of a client's run died, and the run with it. Its checkpoints remain."""
 
 
 class StorageError(RlsysError, RuntimeError):
