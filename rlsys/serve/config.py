@@ -52,6 +52,7 @@ class Limits(Section):
     ended_session_s: Seconds = 3600.0  # an ended session is listed, and its late requests are told why, for this long
     poll_s: float = Field(35.0, gt=0, le=40.0)  # how long retrieve_future waits; clients wait 45 s
     gap_s: Seconds = 330.0  # clients repeat a lost call for 300 s
+    recover_s: Seconds = 300.0  # how long a sample request waits while a dead sampler is replaced
     slow_header_s: Seconds = 30.0  # from the connection, or a request's first byte, to the end of its headers
     slow_body_s: Seconds = 60.0
     slow_read_s: Seconds = 60.0  # how long a client may read nothing of an answer

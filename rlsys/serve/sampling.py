@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import numpy as np
 
 from rlsys.client.backend import SampleAnswer
-from rlsys.errors import CheckpointError, ConfigError, DataLostError, RlsysError, SamplingError
+from rlsys.errors import ActorDiedError, CheckpointError, ConfigError, DataLostError, RlsysError, SamplingError
 from rlsys.serve import rows, sessions
 from rlsys.serve.backend import SampleRequest
 from rlsys.serve.creation import base_of
@@ -19,6 +20,7 @@ from rlsys.serve.wire.requests import Asample, CreateSamplingSession, SamplingBo
 from rlsys.serve.wire.results import UNDEFINED_LOGPROB, Result, SampleResult
 from rlsys.types import Array, SamplingParams
 
+RECOVER_POLL_S = 0.5
 LOWEST_TEMPERATURE = 0.01  # vLLM's lowest above greedy; it raises smaller ones to this
 
 
@@ -106,17 +108,24 @@ def sample(state: State, tenant: str, body: Asample) -> Promise:
 
 
 async def _sampled(state: State, sampler: Sampler, request: SampleRequest) -> SampleAnswer:
-    await _open(state, sampler)
-    snapshot = sampler.snapshot
-    try:
-        return await state.backend.sample(sampler.base, snapshot, request)
-    except DataLostError:  # lost with the learner, before a new sampler had loaded it
-        if sampler.path is None:
-            raise
-    if sampler.snapshot is snapshot:
-        sampler.snapshot = None
-    await _open(state, sampler)
-    return await state.backend.sample(sampler.base, sampler.snapshot, request)
+    """While no sampler of the base is alive, the request waits for the one that is being started, up to
+    `limits.recover_s`."""
+    deadline = time.monotonic() + state.limits.recover_s
+    while True:
+        snapshot = None
+        try:
+            await _open(state, sampler)
+            snapshot = sampler.snapshot
+            return await state.backend.sample(sampler.base, snapshot, request)
+        except DataLostError:  # lost with the learner, before a new sampler had loaded it
+            if sampler.path is None or time.monotonic() > deadline:
+                raise
+            if sampler.snapshot is snapshot:
+                sampler.snapshot = None  # to be opened again
+        except ActorDiedError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(RECOVER_POLL_S)
 
 
 async def _open(state: State, sampler: Sampler) -> None:

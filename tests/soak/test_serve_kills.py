@@ -25,8 +25,8 @@ __all__ = ["base", "server"]  # fixtures
 
 KILLS = int(os.environ.get("RLSYS_SOAK_SERVE_KILLS", "50"))
 LOOPS = 4
-STEPS = int(os.environ.get("RLSYS_SOAK_SERVE_STEPS", "60"))
-BETWEEN_S = (1.0, 8.0)
+STEPS = int(os.environ.get("RLSYS_SOAK_SERVE_STEPS", "240"))
+BETWEEN_S = (0.0, 3.0)
 MIB = 2**20
 
 
