@@ -20,13 +20,15 @@ ON_cuda := model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sample
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 
-# Unit tests share nothing. Four processes on two cores, since tests also wait; loadfile keeps the tests of a file, and what
-# they share, in one process. The other tests share one cluster and a few engines. With vLLM's CUDA build, tests that start
+# Unit tests share nothing. Three processes on two cores, since tests also wait; loadfile keeps the tests of a file, and what
+# they share, in one process, in the order of tests/unit/conftest.py. Bytecode is kept, whatever the environment says: without
+# it each of the many processes that tests start would compile its modules, and each of the three all tests. The other tests share one cluster and a few engines. With vLLM's CUDA build, tests that start
 # an engine on the CPU are skipped by name; without a GPU, so are the tests marked gpu.
-UNIT = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit -n 4 --dist loadfile --durations 20
+TEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+UNIT = OMP_NUM_THREADS=1 $(TEST) tests/unit -n 3 --dist loadfile --no-loadscope-reorder --durations 20
 test: $(READY) check
 	$(UNIT)
-	$(BIN)/python -m pytest tests --ignore tests/unit --durations 20
+	$(TEST) tests --ignore tests/unit --durations 20
 ifeq ($(DEVICE),cuda)
 	@if $(BIN)/python requirements/machine.py gpu; then \
 	  $(BIN)/python -m pytest -m gpu tests || [ $$? -eq 5 ] || exit 1; \
@@ -48,6 +50,7 @@ unit: $(READY)
 
 soak: $(READY)
 	GRADING_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/unit/math_grading/test_grading_fuzz.py
+	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest tests/unit/test_loop.py tests/unit/learner/test_prefix_sharing.py
 	$(BIN)/python -m pytest -m soak -rA tests/soak tests/ray tests/nodes tests/deploy tests/engine tests/serve
 
 # Creates models/SmolLM2-135M-Instruct, the base of configs/*smollm2*; tests that need it are skipped without it.

@@ -268,13 +268,13 @@ def _attention_errors(
 @cache
 def visible(lengths: tuple[int, ...], reads: tuple[int, ...], window: int | None = None) -> Tensor:
     """(T, T) bool, written down token by token: `place` is a token's position in its sequence, prompt included."""
-    owner = [s for s, length in enumerate(lengths) for _ in range(length)]
     before = [0 if read == ALONE else lengths[read] for read in reads]
-    place = [before[s] + at for s, length in enumerate(lengths) for at in range(length)]
-    own = [[there == here and j <= i for j, there in enumerate(owner)] for i, here in enumerate(owner)]
-    read = [[reads[here] != ALONE and there == reads[here] for there in owner] for here in owner]
-    near = [[window is None or mine - theirs < window for theirs in place] for mine in place]
-    return (torch.tensor(own) | torch.tensor(read)) & torch.tensor(near)
+    tokens = [(s, reads[s], before[s] + at) for s, length in enumerate(lengths) for at in range(length)]
+    owner, reads_from, place = torch.tensor(tokens).T
+    own = (owner[:, None] == owner) & (place[:, None] >= place)
+    read = (reads_from[:, None] != ALONE) & (reads_from[:, None] == owner)
+    near = torch.ones_like(own) if window is None else place[:, None] - place < window
+    return (own | read) & near
 
 
 def of_losses(bench: Bench) -> Iterator[Check]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -46,6 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if starts_engines_on_cpu(item.path) and item.get_closest_marker("gpu") is None:
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays, so that the collector of garbage need not look through it at each turn."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def starts_engines_on_cpu(path: Path) -> bool:

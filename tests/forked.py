@@ -6,27 +6,42 @@ during an import, needs an interpreter of its own (tests/waiting.py).
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from multiprocessing.context import ForkServerContext
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.popen_forkserver import Popen
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from subprocess import CompletedProcess
+from unittest import mock
 
 from tests.waiting import cpu_of, size_of, until
 
-PRELOADED = ["rlsys.learner.learner", "rlsys.config"]
+# The learner's imports, and those that it makes once it loads a model.
+PRELOADED = ["rlsys.learner.learner", "rlsys.config", "transformers.models.qwen3.modeling_qwen3"]
+SERVER = forkserver.ForkServer()
+SERVER.set_forkserver_preload(PRELOADED)
+
+
+class _Process(ForkServerProcess):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Popen:
+        with mock.patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process):
+            return Popen(process_obj)
+
+
+class _Context(ForkServerContext):
+    Process = _Process  # type: ignore[assignment]
 
 
 def fork_server() -> ForkServerContext:
-    """The one server of this test process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # imported once, not once for each process
-    return context
+    """A server with these imports. Python's own, of which a process has one, is that of the pools under test: it keeps
+    the imports of whichever pool was first, and a pool's processes must not begin with torch."""
+    return _Context()
 
 
 def _as_program(code: str, arguments: tuple[str, ...], environment: Mapping[str, str], out: Path, err: Path) -> None:

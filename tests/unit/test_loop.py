@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys import async_loop, loop
@@ -32,6 +32,7 @@ from rlsys.protocols import (
 )
 from rlsys.run_state.ledger import AGREED, TRAINED, Ledger
 from rlsys.types import Array, SamplingParams
+from tests.examples import examples
 
 STEPS, BATCH = 6, 3
 
@@ -208,7 +209,7 @@ def undisturbed() -> World:
 PLANS = st.lists(st.sampled_from(["", "", "", "data", "learner"]), max_size=60)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(40)
 @given(plan=PLANS, every_steps=st.integers(1, 4))
 def test_whatever_is_lost_the_run_ends_as_if_nothing_had_been(
     undisturbed: World, plan: list[str], every_steps: int
@@ -222,7 +223,7 @@ def test_whatever_is_lost_the_run_ends_as_if_nothing_had_been(
     assert world.done == STEPS
 
 
-@settings(max_examples=100, deadline=None)
+@examples(25)
 @given(stop_after=st.integers(1, STEPS), every_steps=st.integers(1, 4), plan=PLANS)
 def test_a_run_that_is_stopped_and_gone_on_with_equals_one_that_never_was(
     undisturbed: World, stop_after: int, every_steps: int, plan: list[str]
@@ -321,7 +322,7 @@ def test_substeps_share_the_groups_and_only_the_first_is_on_policy() -> None:
     assert seen == [(0, True), (1, False)] * STEPS
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(plan=PLANS, every_steps=st.integers(1, 4))
 def test_with_lag_0_the_overlapped_loop_makes_the_same_steps_of_the_same_datums(
     undisturbed: World, plan: list[str], every_steps: int
@@ -333,7 +334,7 @@ def test_with_lag_0_the_overlapped_loop_makes_the_same_steps_of_the_same_datums(
     book.audit()
 
 
-@settings(max_examples=80, deadline=None)
+@examples(25)
 @given(
     plan=PLANS,
     lag=st.integers(0, 2),
@@ -362,7 +363,7 @@ def test_the_samplers_are_ahead_by_the_whole_lag_when_nothing_holds_them_up() ->
     assert world.trained[STEPS].rollouts.refs[0].value[4] < STEPS - 1
 
 
-@settings(max_examples=40, deadline=None)
+@examples(15)
 @given(stop_after=st.integers(1, STEPS), lag=st.integers(0, 2), plan=PLANS)
 def test_an_overlapped_run_that_is_stopped_goes_on_with_the_problems_it_had_drawn(
     stop_after: int, lag: int, plan: list[str]
@@ -446,7 +447,7 @@ def test_a_step_is_told_and_evaluated_though_something_is_lost_when_the_next_one
     assert world.lost and world.lines == undisturbed.lines
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(15))
 def test_losses_in_any_thread_at_any_moment_leave_every_step_made_once(seed: int) -> None:
     rng = random.Random(seed)
 

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from rlsys.learner.runs import BASE_RUN
 from rlsys.learner.token_budget import TokenBudget
 from rlsys.rollouts import spans
 from rlsys.types import BatchResult
+from tests.examples import examples
 from tests.unit.tiny_learner import LOSSES, Models, datums_of, gradients, make, preference, with_run
 
 CUSTOM = "custom"
@@ -95,11 +96,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: flo
         assert norm([found[name] - gradient]) <= bound * max(norm([gradient]), whole / 10), name
 
 
-@settings(
-    deadline=None,
-    max_examples=12,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(4, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(groups(), st.integers(20, 120), st.integers(3, 40))
 @pytest.mark.parametrize("loss", [*LOSSES, CUSTOM])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])

@@ -85,7 +85,7 @@ from rlsys.types import AdamParams, Datum, ModelInput
 
 path, limit_mib, budget, custom = sys.argv[1], *map(int, sys.argv[2:])
 random = np.random.default_rng(0)
-count = 64_000 if custom else 16_000
+count = 32_000 if custom else 16_000
 offsets = np.arange(0, count + 1, 400)
 batch = DatumBatch(
     random.integers(0, 64, count).astype(np.int32), random.integers(0, 64, count).astype(np.int32), offsets,
@@ -123,7 +123,7 @@ def ran(path: Path, limit_mib: int, budget: int, *, custom: bool = False) -> dic
 
 def test_a_custom_loss_that_runs_out_of_memory_gives_up_graphs_before_the_token_budget(tiny_model: Models) -> None:
     path = tiny_model(True)
-    whole, limited = ran(path, 0, 800, custom=True), ran(path, 64, 800, custom=True)
+    whole, limited = ran(path, 0, 800, custom=True), ran(path, 32, 800, custom=True)
     assert (whole["passes"], limited["passes"]) == (1.0, 2.0)
     assert limited["tokens"] == 800
     assert limited["loss"] == pytest.approx(whole["loss"], rel=1e-6)

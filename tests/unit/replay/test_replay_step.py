@@ -104,7 +104,9 @@ def whole(parts: list[SavedStep], pieces: int) -> SavedStep:
     )
 
 
-def train(base: Path, folder: Path, *overrides: str, rewards: Callable[[int], float] | None = None) -> Path:
+def train(
+    base: Path, folder: Path, *overrides: str, steps: int = STEP_COUNT, rewards: Callable[[int], float] | None = None
+) -> Path:
     """A run of real parts, with all in its directory that replaying a step could look at."""
     config = job(base, folder, *overrides)
     learner = Learner(base, config.model, config.learner)
@@ -117,7 +119,7 @@ def train(base: Path, folder: Path, *overrides: str, rewards: Callable[[int], fl
         settings = config.model_dump(mode="json")
         with Tracker(store.run_dir, config.tracking, config.run.name, settings, note=lambda text: None) as tracker:
             store.save(0, policy.state_files(), ledger)
-            for step in range(1, STEP_COUNT + 1):
+            for step in range(1, steps + 1):
                 ledger.draw(step, PROBLEMS)
                 version = learner.runs.version(policy.run_id)
                 parts = []
@@ -189,7 +191,7 @@ def test_a_step_is_the_same_to_the_bit(finished: Path, step: int) -> None:
 def test_a_step_of_any_algorithm_is_the_same_to_the_bit(
     base: Path, tmp_path: Path, overrides: list[str], every: int
 ) -> None:
-    run = train(base, tmp_path, f"checkpoint.every_steps={every}", *overrides)
+    run = train(base, tmp_path, f"checkpoint.every_steps={every}", *overrides, steps=3)
     found = replay(run, 3)
     assert [figure.name for figure in found.figures if figure.difference != 0] == []
     assert {figure.name for figure in found.figures} >= {*ALWAYS, "advantages/mean_abs", "policy/learning_rate"}
@@ -197,7 +199,7 @@ def test_a_step_of_any_algorithm_is_the_same_to_the_bit(
 
 
 def test_a_penalty_is_computed_with_the_recorded_reference_which_is_said(base: Path, tmp_path: Path) -> None:
-    found = replay(train(base, tmp_path, "rl.advantages={kl_coef: 0.1}"), 2)
+    found = replay(train(base, tmp_path, "rl.advantages={kl_coef: 0.1}", steps=2), 2)
     assert any("recorded ones" in note for note in found.notes)
     assert next(figure for figure in found.figures if figure.name == "policy/kl_reference").recomputed != 0
 
@@ -333,7 +335,7 @@ def test_a_tolerance_is_the_users(run: Path) -> None:
 
 @pytest.mark.parametrize("overrides", [[], ["overlap={max_policy_lag: 1, minibatches: 3}"]])
 def test_the_token_table_holds_what_the_update_was_made_of(base: Path, tmp_path: Path, overrides: list[str]) -> None:
-    run, out = train(base, tmp_path, *overrides), tmp_path / "step.json"
+    run, out = train(base, tmp_path, *overrides, steps=2), tmp_path / "step.json"
     assert command(run, 2, "--out", str(out))[0] == 0
     table, kept = json.loads(out.read_text()), load_step(run, 2)
     figures = {figure["name"]: figure["recomputed"] for figure in table["figures"]}

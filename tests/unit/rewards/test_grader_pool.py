@@ -26,7 +26,7 @@ from tests.waiting import FAR_S, times, until, until_gone
 
 def timeout_s() -> float:
     """A machine under load has to make a grade within it."""
-    return 3.0 * times()
+    return 1.5 * times()
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def without_values() -> None:
         """In the place of files: a model that is made on the device."""
         attention.register()
         config = Qwen3Config(
-            hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
             head_dim=64, vocab_size=VOCABULARY, max_position_embeddings=4096, tie_word_embeddings=False,
             attn_implementation=attention.NAME,
         )  # fmt: skip
