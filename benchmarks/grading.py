@@ -65,9 +65,10 @@ def table(write: bool) -> None:
     if write:
         text = grading_table.RULES.read_text(encoding="utf-8")
         head, start, rest = text.partition(grading_table.START)
-        tail = rest.partition(grading_table.END)[2]
+        tail = grading_table.CHECKED.sub("", rest.partition(grading_table.END)[2])
         rows_apart = grading_table.differences(alone)
-        grading_table.RULES.write_text(head + start + rows_apart + grading_table.END + tail, encoding="utf-8")
+        checked = f"\n<!-- checked: {grading_table.fingerprint(rows_apart)} -->\n"
+        grading_table.RULES.write_text(head + start + rows_apart + grading_table.END + checked + tail, encoding="utf-8")
 
 
 def verdicts(grader: Callable[[str, str], float], rows: Sequence[grading_table.Row]) -> dict[int, str]:

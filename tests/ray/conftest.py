@@ -1,4 +1,4 @@
-"""One Ray cluster and one micro base for all tests that need actors."""
+"""One Ray cluster, one micro base and one undisturbed run for all tests that need them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
+from actors import job as jobs
 from rlsys import tasks
 from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
 from rlsys.config import JobConfig, MakeSection, parse_config
 from rlsys.modeling.base_model import initial_model
+from rlsys.tracking.progress import Progress
 
 MICRO = MakeSection(
     vocab_size=160, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=64
@@ -95,3 +97,15 @@ def job(micro_base: Path, tmp_path: Path) -> Callable[..., JobConfig]:
         return parse_config(JOB, [f"model.path={micro_base}", f"run.dir={tmp_path}", *overrides])
 
     return make
+
+
+UNDISTURBED_STEPS = 8
+
+
+@pytest.fixture(scope="session")
+def undisturbed(ray_cluster: str, micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
+    """A finished run of the micro job, with all its checkpoints; what runs otherwise has to end with its weights."""
+    where = [f"model.path={micro_base}", f"run.dir={tmp_path_factory.mktemp('undisturbed')}"]
+    config = parse_config(JOB, [*where, f"rl.steps={UNDISTURBED_STEPS}", f"checkpoint.keep={UNDISTURBED_STEPS}"])
+    jobs.train(config, Progress())
+    return config

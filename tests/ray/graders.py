@@ -21,14 +21,18 @@ def cost(completion: str, answer: str) -> float:
     return -1e4 * fingerprint(completion, answer)
 
 
-def undefined(completion: str, answer: str) -> float:
-    return float("nan")
-
-
 def slow_variety(completion: str, answer: str) -> float:
     """The same, slow enough for a kill to meet it at work."""
     time.sleep(0.02)
     return variety(completion, answer)
+
+
+def unwell(completion: str, answer: str) -> float:
+    """No number where the answer is 18, as it is of the first held-out problem alone; elsewhere no end."""
+    if answer == "18":
+        return float("nan")
+    time.sleep(3600)
+    return 1.0
 
 
 def sleeper(completion: str, answer: str) -> float:

@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
 
 from actors.faults.interrupts import Interrupts
-from rlsys.config import JobConfig, dump_config
+from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.run_state.jsonl import read_metrics
+from tests.ray.conftest import JOB
 from tests.waiting import Sign, exit_code, size_of, until
 
 
@@ -27,47 +29,85 @@ def a_terminal_hangs_up() -> Iterator[None]:
     signal.signal(signal.SIGHUP, inherited)
 
 
-@pytest.fixture
-def short_tmp() -> Iterator[Path]:
-    """A folder whose path leaves room for the names of sockets, which pytest's own does not."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
-    job: Callable[..., JobConfig], tmp_path: Path, short_tmp: Path, number: signal.Signals
-) -> None:
-    config = job("rl.steps=100000")
-    (tmp_path / "job.yaml").write_text(dump_config(config))
+@dataclass
+class Interrupted:
+    """A job with a Ray of its own that got a signal after its second step."""
+
+    config: JobConfig
+    folder: Path
+    short_tmp: Path  # its path leaves room for the names of sockets, which pytest's own does not
+    process: subprocess.Popen[bytes]
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    @property
+    def signs(self) -> tuple[Sign, Sign]:
+        return size_of(self.output), Sign("steps", lambda: _steps(self.config))
+
+    def wait_for_step_2(self) -> None:
+        state = self.output.read_text
+        until(lambda: _steps(self.config) >= 2, "step 2", *self.signs, process=self.process, state=state)
+
+
+def started(folder: Path, short_tmp: Path, base: Path) -> Interrupted:
+    config = parse_config(JOB, [f"model.path={base}", f"run.dir={folder}", "rl.steps=100000"])
+    (folder / "job.yaml").write_text(dump_config(config))
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    env |= {"HOME": str(tmp_path), "RLSYS_TEST_MARK": str(tmp_path)}
+    env |= {"HOME": str(folder), "RLSYS_TEST_MARK": str(folder)}
     env |= {"TMPDIR": str(short_tmp), "RAY_TMPDIR": tempfile.gettempdir()}
-    command = [sys.executable, "-m", "rlsys", "train", str(tmp_path / "job.yaml")]
-    output = tmp_path / "output"
-    with output.open("w") as file:
+    command = [sys.executable, "-m", "rlsys", "train", str(folder / "job.yaml")]
+    with (folder / "output").open("w") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-    try:
-        signs = size_of(output), Sign("steps", lambda: _steps(config))
-        until(lambda: _steps(config) >= 2, "step 2", *signs, process=process, state=output.read_text)
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)  # what a terminal does: the whole foreground group
-        else:
-            process.send_signal(number)
-        code = exit_code(process, "the job", *signs, state=output.read_text)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    text = output.read_text()
-    assert code == 130, text
+    return Interrupted(config, folder, short_tmp, process)
+
+
+@pytest.fixture(scope="module")
+def interrupted(
+    micro_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[signal.Signals, Interrupted]]:
+    """One job for each signal, side by side."""
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        short = dict(zip(SIGNALS, (Path(one), Path(other)), strict=True))
+        jobs = {number: started(tmp_path_factory.mktemp("job"), short[number], micro_base) for number in SIGNALS}
+        try:
+            for number, job in jobs.items():
+                job.wait_for_step_2()
+                if number == signal.SIGINT:
+                    os.killpg(job.process.pid, number)  # what a terminal does: the whole foreground group
+                else:
+                    job.process.send_signal(number)
+            for job in jobs.values():
+                exit_code(job.process, "the job", *job.signs, state=job.output.read_text)
+            yield jobs
+        finally:
+            signal.signal(signal.SIGHUP, inherited)
+            for job in jobs.values():
+                if job.process.poll() is None:
+                    os.killpg(job.process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
+    interrupted: dict[signal.Signals, Interrupted], number: signal.Signals
+) -> None:
+    job = interrupted[number]
+    text = job.output.read_text()
+    assert job.process.returncode == 130, text
     assert "stopping after the current step" in text and "Traceback" not in text
-    steps = [line["step"] for line in read_metrics(config.run_dir) if "reward/mean" in line]
+    steps = [line["step"] for line in read_metrics(job.config.run_dir) if "reward/mean" in line]
     assert steps == list(range(1, len(steps) + 1))
-    assert (config.run_dir / "adapter" / "adapter_model.safetensors").is_file()
-    assert (config.run_dir / "report.html").is_file()
-    left = Sign("processes", lambda: len(_marked(str(tmp_path))))
-    until(lambda: not left.read(), "all processes of the job to end", left, state=lambda: _marked(str(tmp_path)))
-    assert not list(short_tmp.iterdir()), "temporary files stay behind"
+    assert (job.config.run_dir / "adapter" / "adapter_model.safetensors").is_file()
+    assert (job.config.run_dir / "report.html").is_file()
+    mark = str(job.folder)
+    left = Sign("processes", lambda: len(_marked(mark)))
+    until(lambda: not left.read(), "all processes of the job to end", left, state=lambda: _marked(mark))
+    assert not list(job.short_tmp.iterdir()), "temporary files stay behind"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Callable
@@ -13,13 +12,12 @@ import pytest
 import ray
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from actors import job as jobs
 from actors.job import Outcome
 from rlsys.config import JobConfig
-from rlsys.errors import ClusterError, ConfigError, GradingError, RunExistsError
+from rlsys.errors import ClusterError, ConfigError, RunExistsError
 from rlsys.run_state.jsonl import RECORD_KEYS, read_metrics, read_rollouts
 from rlsys.tracking.progress import Progress
 
@@ -152,45 +150,7 @@ def test_a_run_directory_that_cannot_be_written_is_named(job: Job) -> None:
         jobs.train(job("run.dir=/proc/nowhere"), Progress())
 
 
-def test_a_grader_that_sleeps_for_ever_stops_the_run_with_its_counts(ray_cluster: str, job: Job) -> None:
-    config = job("rewards.function=tests.ray.graders:sleeper", "rewards.timeout_s=0.2", "rl.problems_per_step=2")
-    with pytest.raises(GradingError, match="timeout"):
-        jobs.train(config, Progress())
-    assert (config.run_dir / "report.html").is_file()
-
-
 def test_json_lines_of_a_run_are_plain_json(finished: tuple[JobConfig, Outcome]) -> None:
     lines = (finished[0].run_dir / "metrics.jsonl").read_text().splitlines()
     values = [value for line in lines for value in json.loads(line).values() if not isinstance(value, str)]
     assert np.isfinite([value for value in values if value is not None]).all()
-
-
-def test_a_run_on_a_data_set_of_the_users_refuses_to_go_on_once_its_problems_have_changed(
-    ray_cluster: str, job: Job, tmp_path: Path
-) -> None:
-    rows = [
-        {"ask": f"Tom has {i} books, buys 2 more. How many books does Tom have?", "say": str(i + 2)} for i in range(40)
-    ]
-    data = tmp_path / "problems.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = f"task={{name: dataset, train: {{path: {data}}}, columns: {{prompt: ask, answer: say}}, eval_share: 0.2}}"
-    first = job(task, "rl.steps=1")
-    assert jobs.train(first, Progress()).steps == 1
-    metrics = next(line for line in read_metrics(first.run_dir) if "task/train_problems" in line)
-    assert metrics["task/train_problems"] + metrics["task/eval_problems"] == 40
-    rows[3]["say"] = "1000"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(RunExistsError, match="the training problems are not those that this run began with"):
-        jobs.train(job(task, "rl.steps=2"), Progress())
-
-
-def test_a_job_whose_completions_are_all_cut_off_says_so_once_with_the_key_and_at_the_top_of_its_report(
-    ray_cluster: str, job: Job
-) -> None:
-    config = job("rl.steps=4", "rl.problems_per_step=8", "rl.sampling.max_tokens=1")
-    terminal = io.StringIO()
-    jobs.train(config, Progress(Console(file=terminal, width=80)))
-    said = terminal.getvalue()
-    assert said.count("completions were cut off before their end. Raise rl.sampling.max_tokens (now 1)") == 1, said
-    report = (config.run_dir / "report.html").read_text()
-    assert 0 < report.index("completions were cut off before their end") < report.index("<svg")

@@ -14,7 +14,8 @@ from rlsys.config import JobConfig
 from rlsys.errors import ClusterError, StalledError
 from rlsys.run_state.jsonl import read_metrics
 from rlsys.tracking.progress import Progress
-from tests.ray.test_recovery import STEPS, actors_of, killing, ledger_of, steps
+from tests.ray.conftest import UNDISTURBED_STEPS as STEPS
+from tests.ray.test_recovery import actors_of, killing, ledger_of, steps
 from tests.waiting import FAR_S
 
 Job = Callable[..., JobConfig]

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from actors import job as jobs
-from rlsys.config import JobConfig
+from rlsys.config import JobConfig, parse_config
 from rlsys.data.problems import Epochs
 from rlsys.errors import ActorDiedError, ClusterError
 from rlsys.run_state.jsonl import read_metrics
@@ -23,10 +24,11 @@ from rlsys.run_state.ledger import Ledger
 from rlsys.run_state.resume import newest
 from rlsys.run_state.run_dir import RunStore
 from rlsys.tracking.progress import Progress
+from tests.ray.conftest import JOB
+from tests.ray.conftest import UNDISTURBED_STEPS as STEPS
 from tests.waiting import cpu_of, size_of, until
 
 Job = Callable[..., JobConfig]
-STEPS = 8
 
 
 def weights(config: JobConfig) -> bytes:
@@ -105,21 +107,7 @@ def _title(process: psutil.Process | None) -> str:
         return ""
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    ray_cluster: str, micro_base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[JobConfig, bytes]:
-    """The same job without any death; all others must end with its very weights."""
-    from rlsys.config import parse_config
-    from tests.ray.conftest import JOB
-
-    where = tmp_path_factory.mktemp("undisturbed")
-    config = parse_config(JOB, [f"model.path={micro_base}", f"run.dir={where}", f"rl.steps={STEPS}"])
-    jobs.train(config, Progress())
-    return config, weights(config)
-
-
-def check_whole(config: JobConfig, undisturbed: tuple[JobConfig, bytes]) -> None:
+def check_whole(config: JobConfig, undisturbed: JobConfig) -> None:
     assert steps(config) == list(range(1, STEPS + 1)), "no step is missing or doubled"
     ledger = ledger_of(config)
     ledger.audit()
@@ -128,27 +116,64 @@ def check_whole(config: JobConfig, undisturbed: tuple[JobConfig, bytes]) -> None
     epochs = epochs_of(config)
     for step in range(1, STEPS + 1):
         assert np.array_equal(ledger.ids(step), epochs.batch_at(step - 1))
-    assert weights(config) == undisturbed[1], "the final adapter is not the one of an undisturbed run"
+    assert weights(config) == weights(undisturbed), "the final adapter is not the one of an undisturbed run"
 
 
-def test_a_killed_host_process_is_named_and_its_sampler_replaced(
-    job: Job, undisturbed: tuple[JobConfig, bytes]
-) -> None:
-    config = job(f"rl.steps={STEPS}")
+@dataclass(frozen=True)
+class Disturbed:
+    """A run in which the host process of its sampler was killed, and after a further step its learner."""
+
+    config: JobConfig
+    killed: list[int]  # pids
+    notes: list[str]
+    engines: tuple[list[int], list[int]]  # pids before the learner's death and once it was back
+
+
+@pytest.fixture(scope="module")
+def disturbed(ray_cluster: str, micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Disturbed:
+    where = [f"model.path={micro_base}", f"run.dir={tmp_path_factory.mktemp('disturbed')}"]
+    config = parse_config(JOB, [*where, f"rl.steps={STEPS}"])
+    before: list[int] = []
+    after: list[int] = []
     notes: list[str] = []
+
+    def learner() -> list[psutil.Process]:
+        before[:] = [process.pid for process in engines()]
+        return actors_of("LearnerActor")
+
+    def note(text: str) -> None:
+        notes.append(text)
+        if "the learner is back" in text:
+            after.extend(process.pid for process in engines())
+
     progress = Progress()
-    progress.note = notes.append  # type: ignore[method-assign,assignment]
-    with killing(config, hosts) as killed:
+    progress.note = note  # type: ignore[method-assign]
+    with killing(config, hosts, learner) as killed:
         jobs.train(config, progress)
-    (told,) = [note for note in notes if "died and is replaced" in note]
-    how = f"sampler 0: its host process {killed[0]}, which starts the engine, ended: signal 9 (Killed)"
+    return Disturbed(config, killed, notes, (before, after))
+
+
+def test_a_killed_host_process_is_named_and_its_sampler_replaced(disturbed: Disturbed) -> None:
+    (told,) = [note for note in disturbed.notes if "sampler 0 died and is replaced" in note]
+    how = f"sampler 0: its host process {disturbed.killed[0]}, which starts the engine, ended: signal 9 (Killed)"
     assert told.startswith("sampler 0 died and is replaced (1 of ") and told.endswith(how)
-    check_whole(config, undisturbed)
+
+
+def test_a_killed_learner_comes_back_from_its_checkpoint_and_the_samplers_stay(disturbed: Disturbed) -> None:
+    before, after = disturbed.engines
+    assert len(disturbed.killed) == 2 and after == before and after, "samplers were not restarted"
+    assert any("the learner is back, after step" in text for text in disturbed.notes), disturbed.notes
+
+
+def test_a_run_that_lost_a_host_process_and_its_learner_ends_as_if_nothing_had_happened(
+    disturbed: Disturbed, undisturbed: JobConfig
+) -> None:
+    check_whole(disturbed.config, undisturbed)
 
 
 @pytest.mark.soak
 def test_a_run_whose_actors_are_killed_one_after_the_other_ends_with_the_very_weights_of_an_undisturbed_one(
-    job: Job, undisturbed: tuple[JobConfig, bytes]
+    job: Job, undisturbed: JobConfig
 ) -> None:
     config = job(f"rl.steps={STEPS}")
     kinds: list[Victim] = [
@@ -168,33 +193,6 @@ def test_a_run_whose_actors_are_killed_one_after_the_other_ends_with_the_very_we
     check_whole(config, undisturbed)
 
 
-def test_a_killed_learner_comes_back_from_its_checkpoint_and_the_samplers_stay(
-    job: Job, undisturbed: tuple[JobConfig, bytes]
-) -> None:
-    config = job(f"rl.steps={STEPS}")
-    before: list[int] = []
-    after: list[int] = []
-
-    def victim() -> list[psutil.Process]:
-        before[:] = [process.pid for process in engines()]
-        return actors_of("LearnerActor")
-
-    notes: list[str] = []
-    progress = Progress()
-
-    def note(text: str) -> None:
-        notes.append(text)
-        if "the learner is back" in text:
-            after.extend(process.pid for process in engines())
-
-    progress.note = note  # type: ignore[method-assign]
-    with killing(config, victim) as killed:
-        jobs.train(config, progress)
-    assert killed and after == before and after, "samplers were not restarted"
-    assert any("the learner is back, after step" in text for text in notes), notes
-    check_whole(config, undisturbed)
-
-
 def test_deaths_beyond_the_limit_end_the_run_with_the_first_cause_and_the_last_whole_adapter(job: Job) -> None:
     config = job(f"rl.steps={STEPS}", "cluster.max_restarts=0")
     with (
@@ -209,7 +207,7 @@ def test_deaths_beyond_the_limit_end_the_run_with_the_first_cause_and_the_last_w
 
 
 def test_a_run_in_two_parts_equals_one_in_one_part_to_the_bit_and_in_its_figures(
-    job: Job, undisturbed: tuple[JobConfig, bytes]
+    job: Job, undisturbed: JobConfig
 ) -> None:
     first = job("rl.steps=3")
     jobs.train(first, Progress())
@@ -223,7 +221,7 @@ def test_a_run_in_two_parts_equals_one_in_one_part_to_the_bit_and_in_its_figures
             for line in read_metrics(config.run_dir)
             if "reward/mean" in line
         ]
-        for config in (second, undisturbed[0])
+        for config in (second, undisturbed)
     )
     assert [line for line in parts if line["step"] > 3] == [line for line in whole if line["step"] > 3]
     assert {file.name.split("-")[-1] for file in (second.run_dir / "wandb").glob("**/offline-run-*")} == {
@@ -231,7 +229,7 @@ def test_a_run_in_two_parts_equals_one_in_one_part_to_the_bit_and_in_its_figures
     }
 
 
-def test_samplers_come_and_go_while_a_job_runs(job: Job, undisturbed: tuple[JobConfig, bytes]) -> None:
+def test_samplers_come_and_go_while_a_job_runs(ray_cluster: str, job: Job) -> None:
     config = job("rl.steps=100000")
     metrics = config.run_dir / "metrics.jsonl"
     signs = size_of(metrics), cpu_of(os.getpid())

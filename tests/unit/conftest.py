@@ -32,7 +32,7 @@ LONG = (
 )
 
 
-class Files(LoadFileScheduling):
+class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
     """All tests of a file in one process, and those that fork in one."""
 
     def _split_scope(self, nodeid: str) -> str:

@@ -3,7 +3,9 @@
 In its cells <U+200F> is that character, <LF> a line break, and <text x 1000> the text 1000 times.
 """
 
+import hashlib
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,8 @@ from math_verify import LatexExtractionConfig, parse, verify
 TABLE = Path(__file__).with_name("grading_table.tsv")
 RULES = Path(__file__).parents[3] / "docs" / "grading.md"
 START, END = "<!-- differences -->\n\n```text\n", "```\n"
+CHECKED = re.compile(r"\n<!-- checked: ([0-9a-f]{16}) -->\n")
+LIBRARIES = ("math-verify", "latex2sympy2-extended", "sympy")
 
 
 class Row(NamedTuple):
@@ -50,6 +54,12 @@ def math_verify_alone(completion: str, answer: str) -> float:
     return float(verify(gold, parse(completion, latex, parsing_timeout=None), timeout_seconds=None))
 
 
+def as_documented(row: Row) -> list[str]:
+    """The lines that may stand for the row: one for each verdict that differs from the rules."""
+    rest = f"{row.found}  |  {row.answer}  ({row.category}, {row.why})"
+    return [f"{row.verdict:8} {other:8} {rest}" for other in ("equal", "unequal", "killed", "failed")]
+
+
 def differences(alone: dict[int, str]) -> str:
     """The rows in which math-verify alone, by line of the table, says something else than the rules."""
     return "".join(
@@ -57,6 +67,19 @@ def differences(alone: dict[int, str]) -> str:
         for row in rows()
         if row.line in alone and alone[row.line] != row.verdict
     )
+
+
+def fingerprint(listed: str) -> str:
+    """Of all that decides whether the list is right: the list, the table, and the libraries."""
+    versions = [f"{name} {version(name)}" for name in LIBRARIES]
+    parts = [listed, TABLE.read_text(encoding="utf-8"), *versions]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def checked() -> str:
+    """The fingerprint of the list when all rows were last computed."""
+    found = CHECKED.search(RULES.read_text(encoding="utf-8"))
+    return found[1] if found else ""
 
 
 def documented() -> str:
