@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from rlsys.sampler.vllm_build import vllm_build
+from tests.waiting import USUAL_PRIORITY
 
-# Ray starts its workers at nice 15: beside the work of others a test would only wait for its share of the cores.
-os.environ.setdefault("RAY_worker_niceness", "0")
+os.environ.update({**USUAL_PRIORITY, **os.environ})
 
 # How long an example takes says how busy the machine is; a claim about time measures CPU time itself.
 TIMELESS = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -122,6 +122,7 @@ class Site:
             "RLSYS_CLIENT_PORT": str(self.client),
             "RLSYS_RAY_OPTIONS": f"--num-cpus=2 --object-store-memory={150 * 2**20}",
             "RLSYS_WAIT_S": "1200",
+            **waiting.USUAL_PRIORITY,
             **self.more,
         }
 

@@ -25,6 +25,7 @@ MICRO = MakeSection(
 
 JOB = """
 run: {name: micro, seed: 5}
+watchdog: {stages: {start: 1200}}
 model: {dtype: float32, max_length: 96}
 task: {train_problems: 32, eval_problems: 8}
 lora: {rank: 4, alpha: 8}

@@ -29,7 +29,7 @@ from typing import Self
 
 import psutil
 
-from tests.waiting import Sign, cpu_of_all, exit_code, family, size_of, until, until_gone
+from tests.waiting import USUAL_PRIORITY, Sign, cpu_of_all, exit_code, family, size_of, until, until_gone
 
 ROOT = Path(__file__).parents[2]
 UP_ATTEMPTS = 3  # Ray gives its own start 30 s and no more, which a busy machine may exceed
@@ -96,7 +96,7 @@ class Machine:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "TMP", "PYTEST"))}
         path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
         ours = {"HOME": f"{self.tmp}/home", "TMPDIR": self.tmp, "PATH": path, "PYTHONPATH": str(ROOT)}
-        ray = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+        ray = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"} | USUAL_PRIORITY
         return kept | {"OMP_NUM_THREADS": "1"} | ours | ray | HEALTH_CHECKS
 
     def sees(self, path: str) -> Path:

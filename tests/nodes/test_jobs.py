@@ -40,6 +40,11 @@ def actors_on(machine: Machine) -> set[str]:
     return {title.removeprefix("ray::").split(".")[0].split(":")[0] for title in titles if "Actor" in title}
 
 
+def priorities_on(machine: Machine) -> set[int]:
+    """Of the actors there."""
+    return {process.nice() for process in machine.family() if any("Actor" in title for title in _title(process))}
+
+
 def _title(process: psutil.Process) -> list[str]:
     try:
         return [part for part in process.cmdline()[:1] if part.startswith("ray::")]
@@ -111,6 +116,8 @@ def test_a_sampler_on_another_machine_gets_base_and_adapters_through_ray_alone(m
     run = Run(machines, job(model={"make": MAKE}, **(by_address if machines.own_files else by_resource)))
     run.driver.until(lambda: "SamplerActor" in actors_on(b) and "LearnerActor" in actors_on(a), "its actors")
     assert "LearnerActor" not in actors_on(b) and "SamplerActor" not in actors_on(a)
+    usual = {psutil.Process().nice()}
+    assert priorities_on(a) == priorities_on(b) == usual, "beside the work of others they would hardly run"
     run.finish()
     run.check_whole(steps=3)
     assert [line["policy/version"] for line in run.steps] == [1, 2, 3]
