@@ -49,10 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+gc.disable()  # until the modules are imported, which makes hardly any garbage
+
+
 def pytest_collection_finish() -> None:
     """What is there now stays, so that the collector of garbage need not look through it at each turn."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish() -> None:
