@@ -20,7 +20,7 @@ DOCS = ROOT / "docs"
 # the first line of a snippet -> the test that executes it
 EXECUTED = {
     "import rlsys": "tests/client/test_readme.py::test_the_snippet_of_the_readme_runs",
-    "# my_rewards.py": "tests/ray/test_rewards.py::test_the_reward_function_of_the_docs_runs_as_the_docs_say",
+    "# my_rewards.py": "tests/ray/test_command.py::test_the_reward_function_of_the_docs_runs_as_the_docs_say",
     "# my_tasks.py": "tests/unit/tasks/test_tasks.py::test_the_task_that_the_docs_show_is_a_task_in_under_twenty_lines",
     "# my_sets.py": "tests/unit/tasks/test_tasks.py::test_the_data_set_that_the_docs_show_is_a_task_too",
     "def reinforce(": "tests/unit/docs/test_doc_snippets.py::test_the_loss_of_the_docs_is_a_loss",
