@@ -209,7 +209,7 @@ def undisturbed() -> World:
 PLANS = st.lists(st.sampled_from(["", "", "", "data", "learner"]), max_size=60)
 
 
-@examples(40)
+@examples(100)
 @given(plan=PLANS, every_steps=st.integers(1, 4))
 def test_whatever_is_lost_the_run_ends_as_if_nothing_had_been(
     undisturbed: World, plan: list[str], every_steps: int
@@ -223,7 +223,7 @@ def test_whatever_is_lost_the_run_ends_as_if_nothing_had_been(
     assert world.done == STEPS
 
 
-@examples(25)
+@examples(80)
 @given(stop_after=st.integers(1, STEPS), every_steps=st.integers(1, 4), plan=PLANS)
 def test_a_run_that_is_stopped_and_gone_on_with_equals_one_that_never_was(
     undisturbed: World, stop_after: int, every_steps: int, plan: list[str]
