@@ -20,6 +20,8 @@ from actors.cluster.threads import with_chosen_threads
 from actors.control import Control
 from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
+from actors.forking.job_server import ForkServer
+from actors.forking.servers import ForkServers, fork_servers
 from actors.job_actors import PolicyActors, job_actors
 from actors.job_observer import JobObserver
 from actors.stages.learner_group import LearnerGroup
@@ -61,9 +63,9 @@ class Outcome:
     wandb_url: str | None
 
 
-def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome:
+def train(config: JobConfig, progress: Progress, fresh: bool = False, server: ForkServer | None = None) -> Outcome:
     """Start a run or resume it. Whatever this raises, wandb is closed, actors are gone, and adapter and report are
-    those of the last finished step.
+    those of the last finished step. `server`: forks the job's processes where Ray starts here.
 
     Raises:
         RunExistsError: the run directory holds something else, or another driver uses it.
@@ -94,7 +96,8 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False) -> Outcome
             interrupts.watched(),
         ):
             _announce(config.run.name, store, where, progress)
-            steps, accuracies = _run(config, store, failures, tracker, interrupts, progress)
+            servers = fork_servers(server, config, progress.note)
+            steps, accuracies = _run(config, store, failures, tracker, interrupts, progress, servers)
         return Outcome(
             run_dir=store.run_dir,
             steps=steps,
@@ -148,6 +151,7 @@ def _run(
     tracker: Tracker,
     interrupts: Interrupts,
     progress: Progress,
+    servers: ForkServers,
 ) -> tuple[int, dict[int, float]]:
     """From the base to the last checkpoint. Returns the last step, and the accuracy of each evaluation by step."""
     with ExitStack() as stack:
@@ -166,6 +170,7 @@ def _run(
                 progress.note,
                 between=control.listen,
                 resampled=lambda problems: ledger.resampled(problems),
+                servers=servers,
             )
         )
         policy = actors.policy

@@ -12,6 +12,7 @@ import ray
 from actors.cluster.column_refs import BaseRef
 from actors.cluster.placement import Placement
 from actors.faults.actor_logs import Failures, process_of
+from actors.forking.servers import NO_SERVERS, ForkServers
 from actors.stages.checkpointer import BackgroundCheckpointer
 from actors.stages.learner_group import LearnerGroup, LearnerInit
 from actors.stages.restarting_actors import AdvantageActors, GraderActors
@@ -60,14 +61,20 @@ class JobActors:
     advantages: AdvantageActors
     checkpointer: BackgroundCheckpointer
 
-    def pids(self) -> dict[str, int]:
-        """Processes of the actors on the driver's node, by name; engines count with their sampler."""
+    def pids(self) -> dict[str, list[int]]:
+        """Processes of the actors on the driver's node, by name; host processes and engines count with their
+        sampler."""
         here = ray.get_runtime_context().get_node_id()
         actors = {f"sampler{member.index}": member.actor for member in self.policy.samplers.members}
         actors |= {f"learner{rank}": actor for rank, actor in enumerate(self.policy.learner.ranks)}
         actors |= {"rewards": self.policy.graders.actor}
         processes = {name: process_of(actor) for name, actor in actors.items()}
-        return {name: process.pid for name, process in processes.items() if process and process.node == here}
+        pids = {name: [process.pid] for name, process in processes.items() if process and process.node == here}
+        for member in self.policy.samplers.members:  # a forked host is no child of its actor
+            name = f"sampler{member.index}"
+            if name in pids and member.host_pid is not None:
+                pids[name].append(member.host_pid)
+        return pids
 
 
 @contextmanager
@@ -78,6 +85,7 @@ def policy_actors(
     note: Note,
     between: Callable[[], None] = lambda: None,
     resampled: Callable[[Array], None] = lambda problems: None,
+    servers: ForkServers = NO_SERVERS,
 ) -> Iterator[PolicyActors]:
     """Launch learner, graders and samplers; when the block ends they are closed, engines first. ``between`` and
     ``resampled``: see `SamplerPool`."""
@@ -95,7 +103,7 @@ def policy_actors(
             train, held_out = (graders.problems(split) for split in ("train", "eval"))
             return SamplerInit(graders.base, train, held_out, learner.probe()), learner.publish()
 
-        samplers = SamplerPool(config, placement, failures, note, renew, between, resampled)
+        samplers = SamplerPool(config, placement, failures, note, renew, between, resampled, servers)
         stack.callback(samplers.close)
         samplers.membership.launch(sampler_slots)
         actors = PolicyActors(learner, samplers, graders)
@@ -111,13 +119,14 @@ def job_actors(
     note: Note,
     between: Callable[[], None],
     resampled: Callable[[Array], None],
+    servers: ForkServers,
 ) -> Iterator[JobActors]:
     """As `policy_actors`, with advantages and checkpoints."""
     with ExitStack() as stack:
-        learner = LearnerGroup(config, store, failures, note)
+        learner = LearnerGroup(config, store, failures, note, servers)
         checkpointer = BackgroundCheckpointer(config.rl.steps, config.watchdog, store, learner)
         stack.callback(checkpointer.close)  # after the learner is gone
-        policy = stack.enter_context(policy_actors(config, learner, failures, note, between, resampled))
+        policy = stack.enter_context(policy_actors(config, learner, failures, note, between, resampled, servers))
         advantages = AdvantageActors(config.rl, config.watchdog, config.cluster.max_restarts, failures, note)
         stack.callback(advantages.close)
         stack.callback(checkpointer.finish)

@@ -33,7 +33,7 @@ class JobObserver:
         failures: Failures,
         accuracies: dict[int, float],
         graders: GraderActors,
-        pids: Callable[[], dict[str, int]],
+        pids: Callable[[], dict[str, list[int]]],
     ) -> None:
         self.config, self.tracker, self.progress, self.failures = config, tracker, progress, failures
         self.accuracies = accuracies

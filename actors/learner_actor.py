@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import ray
 
 from actors.cluster.meeting_point import meeting_point
 from actors.cluster.processors import pin
+from actors.forking.client import NOT_FORKED
 from rlsys.config import JobConfig
 from rlsys.types import Array
 from rlsys.utils import gpu_memory
@@ -72,6 +74,10 @@ class LearnerActor:
     def progress(self) -> tuple[int, int]:
         """Supervised steps, and passes and steps of the policy: it changes while the rank makes progress."""
         return len(self.supervised), self.started.learner.progress() if self.started else 0
+
+    def not_forked(self) -> str:
+        """Why this process was not forked although its node has a fork server; else empty."""
+        return os.environ.get(NOT_FORKED, "")
 
     def meeting_point(self) -> str:
         """An address on this node where the ranks can meet."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, ClassVar
 
 import ray
 
 from actors.cluster.processors import pin
-from actors.hosting.host_process import start_host
+from actors.hosting.host_process import HostProcess, start_host
 from actors.hosting.sampler_body import SamplerBody, SampleRequest
 from rlsys.config import JobConfig
 from rlsys.sampler.engine_start import prepare_environment
@@ -30,6 +31,10 @@ class SamplerActor:
         prepare_environment(config.sampler, config.sampler_device)
         self.config, self.index = config, index
         self.host = start_host(f"sampler {index}", config.sampler_device, self.body, config, index)
+
+    async def process(self) -> tuple[int, str]:
+        """Id of the host process, and why it was not forked although its node has a fork server."""
+        return (self.host.pid, self.host.not_forked) if isinstance(self.host, HostProcess) else (os.getpid(), "")
 
     async def preload(self) -> None:
         await self.host.call("preload")

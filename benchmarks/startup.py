@@ -1,13 +1,14 @@
-"""Seconds from a command to its first result: `rlsys --help`, a refused config, a job alone and on a Ray cluster, and a
-client of a running deployment.
+"""Seconds from a command to its first result: `rlsys --help`, a refused config, a job alone, on a Ray cluster and on
+one after `rlsys warm`, and a client of a running deployment.
 
-    python -m benchmarks.startup [--repeats 5] [--only help refused job joined client]
+    python -m benchmarks.startup [--repeats 5] [--only help refused job joined warm client]
 
 Each repetition starts new processes; the files are in the page cache after a first round that is not counted. A job is
 the quickstart's model with random weights and 8 problems of 8 completions in a step; its first step is read from
 metrics.jsonl, which has the time at which a step ended. Phases: until Ray runs (`ray`), until the engines start
 (`actors`), until they have proved that adapters reach their forward pass (`engines`), first evaluation and first step
-(`step`), and from the end of the last step to the exit (`close`).
+(`step`), and from the end of the last step to the exit (`close`). `cpu`: CPU seconds of the driver, of Ray and of all
+actors from the command to its exit.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from benchmarks.overhead import quickstart_shape
 from benchmarks.rows import Row, Target, finish
@@ -55,7 +59,8 @@ sampling = training.save_weights_and_get_sampling_client()
 print(sampling.sample(ModelInput.from_ints(tokens), 1, SamplingParams(max_tokens=4)).result().sequences[0].tokens)
 """
 PHASES = {"on a Ray cluster on": "ray", "on the Ray cluster at": "ray", "starting engines: started": "actors"}
-LIMITS = {"help": 0.3, "refused": 0.3, "job": 12.0, "joined": 5.0, "client": 5.0}
+LOOK_S = 0.25  # between two readings of the process table
+LIMITS = {"help": 0.3, "refused": 0.3, "job": 12.0, "joined": 12.0, "warm": 5.0, "client": 5.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,7 @@ class Start:
 
     first_step: float
     phases: dict[str, float]
+    cpu: float = 0.0
 
 
 def main() -> None:
@@ -80,7 +86,9 @@ def main() -> None:
 
 def measure(name: str, folder: Path, base: Path, repeats: int) -> None:
     side: Callable[[], Start]
-    with cluster() if name in ("joined", "client") else nothing() as environment:
+    with cluster() if name in ("joined", "warm", "client") else nothing() as environment:
+        if name == "warm":
+            timed([*RLSYS, "warm"], 0, environment)
         match name:
             case "help":
                 side = lambda: timed([*RLSYS, "--help"], 0)  # noqa: E731
@@ -97,7 +105,7 @@ def measure(name: str, folder: Path, base: Path, repeats: int) -> None:
         for repeat in range(repeats):
             starts.append(side())
             print(f"{repeat + 1:>8}  {name}: {starts[-1]}", file=sys.stderr, flush=True)
-    names = starts[0].phases
+    names, cpu = starts[0].phases, [start.cpu for start in starts]
     finish(
         Row(
             name=f"startup-{name}",
@@ -106,7 +114,8 @@ def measure(name: str, folder: Path, base: Path, repeats: int) -> None:
             unit="s",
             sides={"start": [start.first_step for start in starts], "limit": [LIMITS[name]] * repeats},
             targets=[Target("start", "limit", 1.0, "<=")],
-            more={"phases, median": {each: statistics.median(s.phases[each] for s in starts) for each in names}},
+            more={"phases, median": {each: statistics.median(s.phases[each] for s in starts) for each in names}}
+            | ({"cpu s": cpu} if any(cpu) else {}),
         )
     )
 
@@ -116,6 +125,7 @@ TITLES = {
     "refused": "start: `rlsys train` with a misspelled section, to its refusal",
     "job": "start: `rlsys train` on an existing base of 0.4M parameters, command to the end of the first RL step",
     "joined": "start: the same on a Ray cluster that is up",
+    "warm": "start: the same on such a cluster after `rlsys warm`",
     "client": "start: a second client of a detached deployment, to its first update and its first completion",
 }
 
@@ -144,6 +154,7 @@ def job(folder: Path, base: Path, environment: dict[str, str]) -> Start:
             text=True,
         )
         assert process.stdout is not None
+        used = CpuSeconds()  # of this benchmark's processes: the cluster is one of them
         said = []
         for line in process.stdout:
             said.append(line)
@@ -153,12 +164,40 @@ def job(folder: Path, base: Path, environment: dict[str, str]) -> Start:
             if "starting engines: done" in line:
                 at["engines"] = time.time() - began
         assert process.wait() == 0, "".join(said)
-        ended = time.time() - began
+        ended, cpu = time.time() - began, used.stop()
         lines = [json.loads(line) for line in (Path(where) / "job" / "metrics.jsonl").read_text().splitlines()]
         ends = [line["time"] - began for line in lines if "time/step_s" in line]
     marks = [*at.items(), ("step", ends[0])]
     phases = {name: end - before for (name, end), before in zip(marks, [0.0, *(end for _, end in marks)], strict=False)}
-    return Start(ends[0], phases | {"close": ended - ends[-1]})
+    return Start(ends[0], phases | {"close": ended - ends[-1]}, cpu)
+
+
+class CpuSeconds:
+    """CPU time of this process's descendants since the construction; those that ended count as last seen."""
+
+    def __init__(self) -> None:
+        self._before = self._read()
+        self._used = dict(self._before)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> float:
+        self._over.set()
+        self._thread.join()
+        return sum(used - self._before.get(which, 0.0) for which, used in self._used.items())
+
+    def _follow(self) -> None:
+        while not self._over.wait(LOOK_S):
+            self._used |= self._read()
+
+    def _read(self) -> dict[tuple[int, float], float]:
+        found = {}
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it has just ended
+                times = process.cpu_times()
+                found[process.pid, process.create_time()] = times.user + times.system
+        return found
 
 
 @contextmanager

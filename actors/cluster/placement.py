@@ -29,6 +29,18 @@ class Slot:
     bundle: int
     options: Mapping[str, object]  # what the actor itself takes of the bundle
 
+    @property
+    def node(self) -> str | None:
+        """Hex id of the node that holds the slot now."""
+        found: str | None = placement_group_table(self.group)["bundles_to_node_id"].get(self.bundle)
+        return found
+
+    @property
+    def threads(self) -> int:
+        runtime = self.options["runtime_env"]
+        assert isinstance(runtime, Mapping)
+        return int(runtime["env_vars"]["OMP_NUM_THREADS"])
+
     def ray_options(self) -> dict[str, object]:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundle)
         return {**self.options, "scheduling_strategy": strategy}

@@ -31,6 +31,23 @@ def threads_on(config: JobConfig, joined: bool, described_cores: int | None) -> 
     return choose_threads(config, _hidden_size(config.model), joined, described if described_cores else sample_cores)
 
 
+def threads_known_early(config: JobConfig) -> int | None:
+    """Threads of learner and sampler of a job that starts Ray on this machine; None where they differ, or depend on
+    the cores that are free when the run starts."""
+
+    class Unknown(Exception):
+        pass
+
+    def unknown() -> Cores:
+        raise Unknown
+
+    try:
+        threads = choose_threads(config, _hidden_size(config.model), False, unknown)
+    except Unknown:
+        return None
+    return threads.learner if threads.learner == threads.sampler else None
+
+
 def _hidden_size(model: ModelSection) -> int | None:
     """None: config.json is not on this machine yet."""
     if model.make is not None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Protocol
 
+from actors.forking.client import SERVER, Forked, NotForkedError, fork
 from actors.hosting.channel import Channel, Kind, Message
 from actors.hosting.raised import Raised, unpack
 from rlsys.errors import ActorDiedError
@@ -24,6 +25,7 @@ from rlsys.sandbox.killable_process import describe_exit
 CLOSE_S = 3.0  # for a host process to end in order; actors are killed after a few seconds more
 GONE_S = 5.0  # for a process to end after its socket did
 POLL_S = 0.02
+ENTRY = "actors.hosting.serving:serve"
 
 
 class Host(Protocol):
@@ -58,6 +60,23 @@ class InProcess:
         pass
 
 
+def _start(title: str, descriptor: int) -> tuple[subprocess.Popen[bytes] | Forked, str]:
+    """A process that serves the socket `descriptor`, and why it was not forked although this node has a fork server."""
+    where, why = os.environ.get(SERVER), ""
+    if where:
+        fingerprint, _, folder = where.partition(" ")
+        try:
+            return fork(folder, "sampler", fingerprint, [title], ENTRY, [descriptor], sys.path), ""
+        except NotForkedError as error:
+            why = str(error)
+    program = (  # a module's name would be looked up before sys.path is the actor's
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        f"from actors.hosting.serving import main; main({descriptor}, {os.getpid()})"
+    )
+    command = [sys.executable, "-c", program, title]
+    return subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL), why
+
+
 class HostProcess:
     """A process that inherits environment, CPU affinity, nice level and output files of the actor, and ends with it.
 
@@ -68,13 +87,7 @@ class HostProcess:
         self._name = name
         here, there = socket.socketpair()
         with there:
-            descriptor = there.fileno()
-            program = (  # a module's name would be looked up before sys.path is the actor's
-                f"import sys; sys.path[:] = {sys.path!r}; "
-                f"from actors.hosting.serving import main; main({descriptor}, {os.getpid()})"
-            )
-            command = [sys.executable, "-c", program, f"rlsys host of {name}"]
-            self._process = subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL)
+            self._process, self.not_forked = _start(f"rlsys host of {name}", there.fileno())
         self._channel = Channel(here)
         self._channel.send(0, Kind.CALL, (body, tuple(arguments)))
         self._numbers = itertools.count(1)

@@ -22,6 +22,11 @@ from rlsys.sampler.vllm.parent_process import end_with
 def main(descriptor: int, parent: int) -> None:
     """Serve the socket `descriptor` of the actor's process `parent`; end when the actor closes it or dies."""
     end_with(parent)
+    serve(descriptor)
+
+
+def serve(descriptor: int) -> None:
+    """As `main`, in a process that ends with the actor already."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, as with Ray's workers
     asyncio.run(_serve(socket.socket(fileno=descriptor)))
     sys.stdout.flush()

@@ -14,6 +14,7 @@ from actors.cluster.column_refs import BaseRef, base_argument
 from actors.cluster.placement import Slot
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
+from actors.forking.servers import NO_SERVERS, ForkServers
 from actors.learner_actor import WATCH, LearnerActor
 from rlsys.config import JobConfig, Stage
 from rlsys.data.problems import ProblemSet
@@ -53,9 +54,15 @@ class LearnerGroup:
     """
 
     def __init__(
-        self, config: JobConfig, store: CheckpointSource, failures: Failures, note: Callable[[str], None]
+        self,
+        config: JobConfig,
+        store: CheckpointSource,
+        failures: Failures,
+        note: Callable[[str], None],
+        servers: ForkServers = NO_SERVERS,
     ) -> None:
         self.config, self.store, self.failures, self.note = config, store, failures, note
+        self.servers = servers
         self.ranks: list[ActorHandle] = []
         self.slots: Sequence[Slot] = ()
         self.init: LearnerInit | None = None
@@ -71,7 +78,8 @@ class LearnerGroup:
         self.slots = slots
         self.lives += 1
         remote = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
-        self.ranks = [remote.options(**slot.ray_options()).remote(self.config, i) for i, slot in enumerate(slots)]
+        options = [self.servers.worker_options(slot) for slot in slots]
+        self.ranks = [remote.options(**each).remote(self.config, i) for i, each in enumerate(options)]
 
     def make_base(self, on_news: Callable[[list[dict[str, float]]], None]) -> Mapping[str, bytes]:
         """The packed folder of a base trained from scratch, by one rank; if it dies, training starts over."""
@@ -189,6 +197,9 @@ class LearnerGroup:
         base, train = base_argument(self.init.base), self.init.train.value
         refs = [rank.start.remote(base, train, meeting_point, files) for rank in self.ranks]
         wanted = self.config.model.dtype
+        self.servers.note_unforked(
+            self._results([rank.not_forked.remote() for rank in self.ranks], "start", "a fork"), self.note
+        )
         for computed in {*self._results(refs, "start", "loading the base")} - {wanted}:
             self.note(f"the learner's CPU has no kernels for {wanted}: {computed} is computed with {wanted}'s weights")
 

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -31,14 +31,16 @@ class SystemMetrics:
         self._gpus = _gpu_handles(note)
         psutil.cpu_percent()  # the first call only starts the clock
 
-    def watch(self, pids: Mapping[str, int]) -> None:
-        """Follow these processes of this node, by name, each with its current children. There are no metrics of other
+    def watch(self, pids: Mapping[str, Sequence[int]]) -> None:
+        """Follow these processes of this node, by name, with their current children. There are no metrics of other
         nodes' processes."""
         self._others = {}
-        for name, pid in pids.items():
+        for name, tops in pids.items():
+            family: dict[int, psutil.Process] = {}
             with contextlib.suppress(psutil.NoSuchProcess):
-                process = psutil.Process(pid)
-                self._others[name] = [process, *process.children(recursive=True)]
+                for process in map(psutil.Process, tops):
+                    family |= {each.pid: each for each in (process, *process.children(recursive=True))}
+                self._others[name] = list(family.values())
 
     def figures(self) -> dict[str, float]:
         """``system/...``; CPU load is the mean since the last call."""

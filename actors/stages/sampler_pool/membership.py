@@ -17,6 +17,7 @@ from actors.cluster.column_refs import BaseRef, base_argument, by_reference
 from actors.cluster.placement import Placement, Slot
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
+from actors.forking.servers import NO_SERVERS, ForkServers
 from actors.sampler_actor import SamplerActor
 from rlsys.config import JobConfig
 from rlsys.data.problems import ProblemSet
@@ -60,6 +61,8 @@ class Member:
     held: int = 0  # completions that it has been asked for
     version: int = -1  # the last one that it attested
     leaving: bool = False
+    host: ObjectRef | None = None  # the answer of `SamplerActor.process`
+    host_pid: int | None = None  # once it serves
 
     @property
     def name(self) -> str:
@@ -84,9 +87,11 @@ class Membership:
         renew: Renew,
         between: Callable[[], None],
         requeue: Callable[[Member], None],
+        servers: ForkServers = NO_SERVERS,
     ) -> None:
         self.config, self.placement, self.failures, self.note = config, placement, failures, note
         self._renew_init, self.between, self.requeue = renew, between, requeue
+        self.servers = servers
         self.members: list[Member] = []
         self.spare: list[Slot] = []
         self.init: SamplerInit | None = None
@@ -101,6 +106,7 @@ class Membership:
         """Create the actors; they import vLLM while the base is being made."""
         self.members = [Member(i, slot, self._actor(i, slot)) for i, slot in enumerate(slots)]
         for member in self.members:
+            self._ask_host(member)
             member.actor.preload.remote()
 
     def begin(self, base: BaseRef, train: Ref[ProblemSet], held_out: Ref[ProblemSet]) -> None:
@@ -177,8 +183,12 @@ class Membership:
     def _joining(self) -> Mapping[Waiting, Member]:
         return {member.joining: member for member in self.members if member.joining}
 
+    def _ask_host(self, member: Member) -> None:
+        member.host, member.host_pid = member.actor.process.remote(), None
+
     def _join(self, member: Member) -> None:
         assert self.init is not None
+        self._ask_host(member)
         member.unproven = False  # `replace` has it prove itself
         init, update = self.init, None if self.current is None else self.current.ref.value
         arguments = base_argument(init.base), init.train.value, init.held_out.value, init.probe.value
@@ -209,11 +219,18 @@ class Membership:
             return
         if self.current is None or (attested and self.is_current(attested.version, attested.digest)):
             member.joining, member.newcomer = None, False
+            self._know_host(member)
             if self.current is not None:
                 member.version = self.current.version
                 self.note(f"{member.name} serves version {self.current.version}")
             return
         member.joining = self.loading(member, reload=True)
+
+    def _know_host(self, member: Member) -> None:
+        assert member.host is not None
+        if member.host_pid is None and ray.wait([member.host], timeout=0)[0]:
+            member.host_pid, why = ray.get(member.host)
+            self.servers.note_unforked([why], self.note)
 
     # restarts
 
@@ -293,7 +310,9 @@ class Membership:
         return f"{len(self.members) - more} samplers -> {len(self.members)}; new ones serve once they have attested"
 
     def _actor(self, index: int, slot: Slot) -> ActorHandle:
-        options = ray.remote(SamplerActor).options(max_concurrency=1000, **by_reference(slot.ray_options()))
+        options = ray.remote(SamplerActor).options(
+            max_concurrency=1000, **by_reference(self.servers.host_options(slot))
+        )
         return options.remote(self.config, index)
 
 

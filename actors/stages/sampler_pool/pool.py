@@ -9,6 +9,7 @@ from collections.abc import Callable
 from actors.cluster.placement import Placement
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
+from actors.forking.servers import NO_SERVERS, ForkServers
 from actors.stages.sampler_pool.dispatch import Dispatcher
 from actors.stages.sampler_pool.membership import POLL_S, Member, Membership, Renew, pending_call
 from rlsys.config import JobConfig
@@ -34,11 +35,19 @@ class SamplerPool:
         renew: Renew,
         between: Callable[[], None] = lambda: None,
         resampled: Callable[[Array], None] = lambda problems: None,
+        servers: ForkServers = NO_SERVERS,
     ) -> None:
         self.config, self.failures = config, failures
         self.asleep = False
         self.membership = Membership(
-            config, placement, failures, note, renew, between, requeue=lambda member: self.dispatcher.requeue(member)
+            config,
+            placement,
+            failures,
+            note,
+            renew,
+            between,
+            requeue=lambda member: self.dispatcher.requeue(member),
+            servers=servers,
         )
         self.dispatcher = Dispatcher(
             config.sampler, config.overlap, config.watchdog, failures, self.membership, resampled

@@ -52,7 +52,7 @@ def test_a_process_that_is_watched_has_a_figure_for_as_long_as_it_lives(tmp_path
     system, other = SystemMetrics(tmp_path), subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     gone = subprocess.Popen(["true"])
     gone.wait()
-    system.watch({"learner": other.pid, "sampler": gone.pid})
+    system.watch({"learner": [other.pid], "sampler": [gone.pid]})
     found = system.figures()
     assert 0 < found["system/learner_memory_gb"] < 1
     assert "system/sampler_memory_gb" not in found
@@ -63,7 +63,7 @@ def test_a_process_that_is_watched_has_a_figure_for_as_long_as_it_lives(tmp_path
 
 def test_a_look_is_cheap(tmp_path: Path) -> None:
     system = SystemMetrics(tmp_path)
-    system.watch({f"p{at}": os.getpid() for at in range(8)})
+    system.watch({f"p{at}": [os.getpid()] for at in range(8)})
     took = []
     for _ in range(20):
         start = time.process_time()

@@ -1,0 +1,74 @@
+"""Whether a fork server's imports are those that a process would make itself: same code, files and environment."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+
+PACKAGES = ("actors", "rlsys")
+OURS = ("RLSYS_FORKED_BY", "RLSYS_FORK_SERVER", "RLSYS_NOT_FORKED")
+# No preloaded module reads these at import: Ray, which reads its own, is imported after the fork.
+FREE = ("TMPDIR", "PWD", "OLDPWD", "SHLVL", "_", "PYTHONBREAKPOINT", "SPT_NOENV", *OURS)
+
+
+def fingerprint() -> str:
+    """Of the files of rlsys, this Python and its packages' folder. Equal on two nodes with equal code."""
+    digest = hashlib.sha256(f"{sys.version} {sys.byteorder}".encode())
+    for name, file in sorted(_sources()):
+        digest.update(f"{name} ".encode())
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    """All files of rlsys but bytecode: code reads YAML and templates beside it."""
+    parent = Path(__file__).parents[2]
+    for package in PACKAGES:
+        for folder, folders, names in os.walk(parent / package):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+            for name in names:
+                file = Path(folder, name)
+                yield str(file.relative_to(parent)), file
+
+
+def loaded_files(began_ns: int) -> dict[str, tuple[int, int]]:
+    """Modification time in ns and size of the file of each module that was imported since `began_ns`. A file that
+    was written meanwhile is as if changed: its module may be the former one."""
+    found = {}
+    for module in list(sys.modules.values()):
+        file = module.__dict__.get("__file__") if isinstance(module, ModuleType) else None
+        if isinstance(file, str) and file not in found and os.path.isabs(file):
+            status = os.stat(file)
+            found[file] = (status.st_mtime_ns, status.st_size) if status.st_mtime_ns < began_ns else (0, 0)
+    return found
+
+
+def changed_file(files: Mapping[str, tuple[int, int]]) -> str | None:
+    """The first file that is not as it was."""
+    for file, before in files.items():
+        try:
+            status = os.stat(file)
+        except OSError:
+            return file
+        if (status.st_mtime_ns, status.st_size) != before:
+            return file
+    return None
+
+
+def differing(environment: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Variables that an import may have read, and that differ."""
+    names = {*environment, *other}
+    return sorted(
+        name
+        for name in names
+        if environment.get(name) != other.get(name) and name not in FREE and not name.startswith("RAY_")
+    )
+
+
+def packages_folder() -> str:
+    return sysconfig.get_path("purelib")

@@ -1,0 +1,145 @@
+"""The fork server of one job, whose Ray runs on this machine alone: it imports while Ray starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.cluster.threads import threads_known_early
+from actors.forking import checks, client
+from actors.forking.client import PROCESSES
+from rlsys.config import JobConfig
+from rlsys.config.key_types import checked_address
+from rlsys.errors import ClusterError
+from rlsys.utils.env_variables import env_variable
+
+ROLES = ("learner", "sampler")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAddress:
+    """A fork server of one node. `python`: the node's."""
+
+    folder: str
+    fingerprint: str
+    python: str
+    client: str  # the program, on that node
+    threads: int
+
+    def worker_command(self) -> str:
+        """Ray's `py_executable` of a worker that is forked."""
+        return shlex.join([self.python, "-S", "-E", self.client, self.folder, self.fingerprint])
+
+    def variables(self) -> dict[str, str]:
+        """Environment of an actor whose host process is forked."""
+        return {client.SERVER: f"{self.fingerprint} {self.folder}"}
+
+
+class ForkServer:
+    """The server's processes; they end with this one. Construct it in a thread that lives as long as this process."""
+
+    def __init__(self, threads: int, idle_s: float = 0.0, environment: Mapping[str, str] = os.environ) -> None:
+        self._scratch = tempfile.TemporaryDirectory(prefix="rlsys-fork-", ignore_cleanup_errors=True)
+        folder = self._scratch.name
+        listeners = {role: _listener(Path(folder, role)) for role in ROLES}
+        ours, theirs = os.pipe()
+        given = {
+            "folder": folder,
+            "parent": os.getpid(),
+            "alive": ours,
+            "listeners": {role: listener.fileno() for role, listener in listeners.items()},
+            "idle_s": idle_s,
+        }
+        program = (  # its own search path is that of Ray's workers; this package may be elsewhere
+            "import sys; path = [each for each in sys.path if each]; "
+            f"sys.path[:] = {sys.path!r}; from actors.forking import server; server.PATH = path; server.main()"
+        )
+        counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program, json.dumps(given)],
+            env={**environment, **counts},
+            pass_fds=[ours, *(listener.fileno() for listener in listeners.values())],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        Path(folder, PROCESSES).write_text(f"{self._process.pid}\n")
+        os.close(ours)
+        for listener in listeners.values():
+            listener.close()
+        self._alive = theirs
+        self.address = ServerAddress(folder, checks.fingerprint(), sys.executable, client.__file__, threads)
+
+    def wait(self) -> None:
+        """For the server's end."""
+        self._process.wait()
+
+    def processes(self) -> list[int]:
+        text = Path(self.address.folder, PROCESSES).read_text()
+        return [int(pid) for pid in text.split() if Path(f"/proc/{pid}").exists()]
+
+    def wait_until_ready(self, timeout_s: float) -> None:
+        """Return once all is imported.
+
+        Raises:
+            ClusterError: the server ended, or the time is over.
+        """
+        for role in ROLES:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(timeout_s)
+                try:
+                    connection.connect(str(Path(self.address.folder, role)))
+                    client.send(connection, {"describe": True})
+                    client.receive(connection)
+                except (OSError, EOFError) as error:
+                    raise ClusterError(
+                        f"the {role} fork server has ended, or imports for over {timeout_s:g} s"
+                    ) from error
+
+    def close(self) -> None:
+        """End the server. Processes that it forked live on."""
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.wait()
+            os.close(self._alive)
+            self._scratch.cleanup()
+
+
+def _listener(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen(64)
+    return listener
+
+
+@contextmanager
+def job_server(config: JobConfig) -> Iterator[ForkServer | None]:
+    """The server of a job for the block, where the job can use one: on CPU, with its Ray on this machine."""
+    threads = _threads(config)
+    if threads is None:
+        yield None
+        return
+    try:
+        server = ForkServer(threads)
+    except OSError:  # of a temporary folder, which the job itself refuses by name
+        yield None
+        return
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def _threads(config: JobConfig) -> int | None:
+    joins = checked_address(config.cluster.address or env_variable("RAY_ADDRESS")) is not None
+    if joins or (config.learner.device, config.sampler_device) != ("cpu", "cpu"):
+        return None
+    return threads_known_early(config)

@@ -1,0 +1,270 @@
+"""A process that imports once and is forked into learners' Ray workers and samplers' host processes.
+
+    learner's server     torch, transformers, PEFT, the learner
+       |  fork
+    sampler's server     and vLLM, with the environment of an engine
+
+Two servers, because an import of vLLM changes what a learner computes with: it registers models with transformers and
+sets variables. Each has one thread, no CUDA and no connection to Ray. A request that came during the imports waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import setproctitle  # of vLLM's requirements
+
+from actors.forking import checks, client
+from rlsys.config import SamplerSection
+from rlsys.sampler.vllm.parent_process import end_with
+from rlsys.utils.importing import without_collections
+
+LEARNER = (
+    "numpy",
+    "torch",
+    "transformers",
+    "transformers.utils.logging",
+    "peft",
+    "rlsys.learner.policy",
+    "rlsys.learner.learner",
+)
+PATH = list(sys.path)  # of a fresh interpreter, without this package's; set by actors.forking.job_server
+Child = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Imports:
+    """What a server checks before it forks."""
+
+    role: str
+    environment: Mapping[str, str]  # before the imports
+    added: Mapping[str, str]  # variables that the imports set
+    fingerprint: str
+    files: Mapping[str, tuple[int, int]]
+    surroundings: Mapping[str, Any]
+
+    def refusal(self, request: Mapping[str, Any]) -> str | None:
+        if request["fingerprint"] != self.fingerprint:
+            return "the job's code differs from the server's"
+        if checks.fingerprint() != self.fingerprint:
+            return "the code has changed since the server imported it"
+        if request["executable"] != sys.executable:
+            return f"the server's Python is {sys.executable}, not {request['executable']}"
+        names = checks.differing(self.environment, request["environment"])
+        if names:
+            return f"the environment differs from the server's: {', '.join(names)}"
+        for name, what in (("namespaces", "namespaces"), ("cgroup", "control groups")):
+            if request[name] != self.surroundings[name]:
+                return f"the server is in other {what}"
+        changed = checks.changed_file(self.files)
+        return changed and f"{changed} has changed since the server imported it"
+
+
+@dataclass
+class Server:
+    imports: Imports
+    listener: socket.socket
+    alive: int  # a pipe whose other end is held by the process that started the server
+    idle_s: float
+    folder: str
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    children: dict[int, tuple[int, socket.socket]] = field(default_factory=dict)  # by pidfd: (pid, connection)
+
+    def serve(self) -> Child:
+        """Answer requests; returns in a forked child alone, with what the child runs."""
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        self.selector.register(self.alive, selectors.EVENT_READ)
+        while True:
+            for key, _ in self.selector.select(self._patience()):
+                if key.fileobj is self.listener:
+                    child = self._answer(self.listener.accept()[0])
+                    if child is not None:
+                        return child
+                elif key.fd == self.alive:
+                    os._exit(0)
+                else:
+                    self._reap(key.fd)
+
+    def _patience(self) -> float | None:
+        """Seconds until the server has been idle for too long; it ends then."""
+        if not self.idle_s or self.imports.role != "learner":
+            return None
+        left = os.stat(os.path.join(self.folder, client.PROCESSES)).st_mtime + self.idle_s - time.time()
+        if left <= 0:
+            os._exit(0)
+        return left
+
+    def _answer(self, connection: socket.socket) -> Child | None:
+        connection.settimeout(client.QUIET_S)
+        try:
+            request, files = client.receive_with_files(connection, 16)
+        except (OSError, EOFError, ValueError):
+            connection.close()
+            return None
+        child = None
+        try:
+            child = self._serve(connection, request, files)
+        except OSError:  # the asking process is gone
+            connection.close()
+        if child is None:
+            for file in files:
+                os.close(file)
+        return child
+
+    def _serve(self, connection: socket.socket, request: dict[str, Any], files: list[int]) -> Child | None:
+        os.utime(os.path.join(self.folder, client.PROCESSES))
+        if "describe" in request:
+            client.send(connection, {"files": len(self.imports.files)})
+            connection.close()
+            return None
+        why = self.imports.refusal(request)
+        if why:
+            client.send(connection, {"refused": why})
+            connection.close()
+            return None
+        pid = os.fork()
+        if pid == 0:
+            self.selector.close()
+            self.listener.close()
+            for handle, (_, other) in self.children.items():
+                os.close(handle)
+                other.close()
+            connection.close()
+            os.close(self.alive)
+            request["environment"] |= self.imports.added
+            return lambda: become(request, files)
+        client.kill_with_lifeline(pid, files[3])  # here, not in the child, which could be stopped before
+        handle = os.pidfd_open(pid)
+        self.children[handle] = pid, connection
+        self.selector.register(handle, selectors.EVENT_READ)
+        client.send(connection, {"pid": pid})
+        return None
+
+    def _reap(self, handle: int) -> None:
+        self.selector.unregister(handle)
+        pid, connection = self.children.pop(handle)
+        os.close(handle)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(OSError):  # the asking process has ended
+            client.send(connection, {"status": status})
+        connection.close()
+
+
+def become(request: Mapping[str, Any], files: list[int]) -> None:
+    """In a forked child: be what a fresh process of the asking one would be, and run its program."""
+    stdin, stdout, stderr, _, *others = files  # the lifeline stays open
+    os.setpgid(0, 0)  # as Ray's workers: with a worker, Ray kills its group, which must not be the server's
+    for number, file in enumerate((stdin, stdout, stderr)):
+        os.dup2(file, number)
+        os.close(file)
+    _inherit(request)
+    import numpy as np
+
+    np.random.seed()  # `random` does so itself
+    gc.enable()
+    sys.argv = request["arguments"]
+    if not request["entry"]:
+        program = sys.argv[0]
+        sys.path[:] = [os.path.dirname(program), *PATH]
+        runpy.run_path(program, run_name="__main__")
+        return
+    sys.path[:] = request["path"]
+    setproctitle.setproctitle(" ".join(sys.argv))
+    module, _, function = request["entry"].partition(":")
+    getattr(importlib.import_module(module), function)(*others)
+
+
+def _inherit(request: Mapping[str, Any]) -> None:
+    os.chdir(request["folder"])
+    os.umask(request["umask"])
+    os.setpriority(os.PRIO_PROCESS, 0, request["nice"])
+    os.sched_setaffinity(0, request["cores"])
+    for name, limits in request["limits"].items():
+        resource.setrlimit(getattr(resource, name), limits)
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(request["oom"]))
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.environ[client.FORKED] = str(os.getppid())
+    tempfile.tempdir = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in request["ignored"]:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
+
+
+def find_title() -> None:
+    """Where this process's title is in memory: later the environment is another. The title takes none of its memory, in
+    which Ray's own code for titles would look."""
+    os.environ["SPT_NOENV"] = "1"
+    setproctitle.getproctitle()
+    del os.environ["SPT_NOENV"]
+
+
+def import_all(modules: tuple[str, ...]) -> None:
+    with without_collections():
+        for module in modules:
+            importlib.import_module(module)
+
+
+def prepare() -> dict[str, str]:
+    """Set an engine's environment, as its actor does; returns the variables."""
+    from rlsys.sampler.engine_start import prepare_environment
+
+    before = dict(os.environ)
+    prepare_environment(SamplerSection(threads=int(os.environ["OMP_NUM_THREADS"])))
+    return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+
+def import_vllm() -> None:
+    from rlsys.sampler.engine_start import preload_to_fork
+
+    preload_to_fork("cpu")
+    import_all(("rlsys.sampler.engine", "actors.hosting.sampler_body", "actors.hosting.serving"))
+
+
+def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle_s: float) -> Child:
+    """Import and serve; returns in forked children alone."""
+    end_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
+    gc.disable()
+    find_title()
+    began_ns, code, before = time.time_ns(), checks.fingerprint(), dict(os.environ)
+    import_all(LEARNER)
+    gc.freeze()
+    here, sampler = os.getpid(), os.fork() == 0
+    role = "sampler" if sampler else "learner"
+    if sampler:
+        end_with(here)
+        with open(os.path.join(folder, client.PROCESSES), "a") as file:
+            file.write(f"{os.getpid()}\n")
+        before |= prepare()
+        import_vllm()
+        gc.freeze()
+    for name, descriptor in listeners.items():
+        if name != role:
+            os.close(descriptor)
+    files = checks.loaded_files(began_ns)
+    added = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    imports = Imports(role, before, added, code, files, client.surroundings())
+    return Server(imports, socket.socket(fileno=listeners[role]), alive, idle_s, folder).serve()
+
+
+def main() -> None:
+    given = json.loads(sys.argv[1])
+    run(**given)()

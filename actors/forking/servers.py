@@ -1,0 +1,85 @@
+"""The fork servers that a job can use, by node, and the options of actors that are forked from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from actors.cluster.placement import Slot
+from actors.forking.checks import fingerprint
+from actors.forking.job_server import ForkServer, ServerAddress
+from actors.forking.warm import running
+from rlsys.config import JobConfig
+
+PLAIN = {
+    "env_vars",
+    "working_dir",
+    "py_modules",
+    "excludes",
+    "config",
+    "_ray_commit",
+}  # leave the node's Python as it is
+
+
+@dataclass(frozen=True, slots=True)
+class ForkServers:
+    """By hex id of the node, and threads."""
+
+    servers: Mapping[tuple[str, int], ServerAddress] = field(default_factory=dict)
+    _noted: set[str] = field(default_factory=set)
+
+    def worker_options(self, slot: Slot) -> dict[str, Any]:
+        """Ray's options of an actor whose worker is forked if the slot's node has a server."""
+        options, server = slot.ray_options(), self._server(slot)
+        return options if server is None else with_runtime(options, py_executable=server.worker_command())
+
+    def host_options(self, slot: Slot) -> dict[str, Any]:
+        """Ray's options of an actor whose host process is forked if the slot's node has a server."""
+        options, server = slot.ray_options(), self._server(slot)
+        return options if server is None else with_runtime(options, env_vars=server.variables())
+
+    def note_unforked(self, reasons: Sequence[str], note: Callable[[str], None]) -> None:
+        """Tell once per reason why processes started the ordinary, slower way."""
+        for reason in sorted({*reasons} - {"", *self._noted}):
+            self._noted.add(reason)
+            note(f"rlsys: a process is started anew instead of being forked: {reason}")
+
+    def _server(self, slot: Slot) -> ServerAddress | None:
+        return self.servers.get((slot.node or "", slot.threads)) if self.servers else None
+
+
+NO_SERVERS = ForkServers()
+
+
+def fork_servers(own: ForkServer | None, config: JobConfig, note: Callable[[str], None]) -> ForkServers:
+    """Of the connected cluster: the job's own server, or those of `rlsys warm`. Jobs on CUDA use none."""
+    if own is not None:
+        return ForkServers({(ray.get_runtime_context().get_node_id(), own.address.threads): own.address})
+    if (config.learner.device, config.sampler_device) != ("cpu", "cpu"):
+        return NO_SERVERS
+    found = running(note)
+    if not found:
+        return NO_SERVERS
+    other = sorted({*ray.get_runtime_context().runtime_env} - PLAIN)
+    if other:
+        note(f"rlsys: the cluster's warm servers are not used: the job has the runtime_env {', '.join(other)}")
+        return NO_SERVERS
+    code = fingerprint()
+    same = {where: server for where, server in found.items() if server.fingerprint == code}
+    if len(same) < len(found):
+        note(
+            f"rlsys: {len(found) - len(same)} of {len(found)} warm servers hold other code or another Python than this "
+            "job and are not used; renew them with `rlsys warm --stop` and `rlsys warm`"
+        )
+    return ForkServers(same)
+
+
+def with_runtime(options: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """An actor's options with more of its runtime_env."""
+    runtime = dict(options.get("runtime_env", {}))
+    if "env_vars" in more:
+        more["env_vars"] = {**runtime.get("env_vars", {}), **more["env_vars"]}
+    return {**options, "runtime_env": {**runtime, **more}}

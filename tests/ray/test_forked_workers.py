@@ -1,0 +1,127 @@
+"""Ray workers that `rlsys warm`'s processes fork: Ray starts, watches and ends them like its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.exceptions import ActorDiedError, RayActorError
+
+from actors.cluster.ray_cluster import threads_env
+from actors.faults import actor_logs
+from actors.forking import warm
+from actors.forking.servers import with_runtime
+from tests.waiting import run as run_to_end
+from tests.waiting import until_gone
+
+
+class Watched:
+    """An actor that tells about its process."""
+
+    def facts(self) -> dict[str, Any]:
+        import torch
+
+        blocked = sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+        with open("/proc/self/oom_score_adj") as file:
+            oom = file.read()
+        return {
+            "pid": os.getpid(),
+            "by": os.environ.get("RLSYS_FORKED_BY"),
+            "not forked": os.environ.get("RLSYS_NOT_FORKED"),
+            "same": {
+                "folder": os.getcwd(),
+                "path": sys.path,
+                "blocked": blocked,
+                "terminate": repr(signal.getsignal(signal.SIGTERM)).partition(" at ")[0],
+                "interrupt": repr(signal.getsignal(signal.SIGINT)),
+                "nice": os.nice(0),
+                "cores": sorted(os.sched_getaffinity(0)),
+                "oom": oom,
+                "leads": os.getpgrp() == os.getpid(),
+                "threads": torch.get_num_threads(),
+                "temporary": os.environ.get("TMPDIR"),
+                "title": psutil.Process().cmdline()[0],
+                "variables": sorted(set(os.environ) - {"RLSYS_FORKED_BY", "TORCHINDUCTOR_CACHE_DIR"}),
+            },
+        }
+
+    def die(self) -> None:
+        print("these were my last words", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def leave(self) -> None:
+        os._exit(3)
+
+
+def rlsys(*arguments: str) -> str:
+    return run_to_end([sys.executable, "-m", "rlsys", *arguments]).stdout
+
+
+@pytest.fixture(scope="module")
+def warmed(ray_cluster: str) -> Iterator[str]:
+    """What `rlsys warm` says of a cluster, which is warm meanwhile."""
+    yield rlsys("warm")
+    assert rlsys("warm", "--stop") == "stopped: 1 warm server\n"
+
+
+@pytest.fixture(scope="module")
+def options(warmed: str) -> Iterator[dict[str, Any]]:
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+    found = warm.running(print)
+    assert [threads for _, threads in found] == [1]
+    [server] = found.values()
+    plain = {"num_cpus": 0.1, "runtime_env": threads_env(1)}
+    yield with_runtime(plain, py_executable=server.worker_command())
+    ray.shutdown()
+
+
+def test_a_forked_worker_is_one_that_ray_starts(options: dict[str, Any], warmed: str) -> None:
+    plain = {**options, "runtime_env": threads_env(1)}
+    forked, own = (ray.remote(Watched).options(**each).remote() for each in (options, plain))
+    facts, expected = ray.get([forked.facts.remote(), own.facts.remote()])
+    assert facts["by"] in warmed and facts["not forked"] is None and expected["by"] is None
+    assert facts["same"] == expected["same"] and facts["same"]["title"] == "ray::Watched"
+    process = actor_logs.process_of(forked)
+    assert process is not None and process.pid == facts["pid"]
+    for actor, pid in ((forked, facts["pid"]), (own, expected["pid"])):
+        ray.kill(actor)
+        until_gone([pid], "the worker")
+
+
+@pytest.mark.parametrize("how", ["die", "leave"])
+def test_the_death_of_a_forked_worker_is_reported_with_its_log(options: dict[str, Any], how: str) -> None:
+    actor = ray.remote(Watched).options(**options).remote()
+    facts = ray.get(actor.facts.remote())
+    assert facts["by"]
+    with pytest.raises(ActorDiedError):
+        ray.get(getattr(actor, how).remote(), timeout=60)
+    until_gone([facts["pid"]], "the worker")
+    if how == "die":
+        assert "these were my last words" in actor_logs.tail(actor)
+
+
+def test_a_forked_worker_whose_first_process_is_killed_ends_and_ray_sees_it(options: dict[str, Any]) -> None:
+    actor = ray.remote(Watched).options(**options).remote()
+    facts = ray.get(actor.facts.remote())
+    first = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(part.endswith("forking/client.py") for part in process.info["cmdline"] or [])
+    ]
+    assert len(first) == 1
+    first[0].kill()
+    until_gone([facts["pid"]], "the worker")
+    with pytest.raises(RayActorError):
+        ray.get(actor.facts.remote(), timeout=60)
+
+
+def test_a_cluster_that_is_warm_is_left_as_it_is(warmed: str) -> None:
+    again = rlsys("warm")
+    assert again.replace("was warm already", "is warm").partition(":")[0] == warmed.partition(":")[0]
+    assert again.rpartition("processes ")[2] == warmed.rpartition("processes ")[2]

@@ -1,0 +1,309 @@
+"""Processes of a fork server: what they inherit, how they end, and how they start where the server gives none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from actors.forking import checks, client
+from actors.forking.job_server import ForkServer, ServerAddress
+from actors.hosting.host_process import HostProcess
+from rlsys.config import SamplerSection
+from rlsys.errors import ActorDiedError
+from rlsys.sampler.engine_start import prepare_environment
+from tests.unit.actors.hosting.bodies import Body
+from tests.waiting import is_alive, until_gone
+
+REPORT = """
+import gc, json, os, resource, signal, sys, tempfile
+print(json.dumps({
+    "arguments": sys.argv,
+    "tasks": len(os.listdir("/proc/self/task")), "path": sys.path, "folder": os.getcwd(), "umask": os.umask(0),
+    "nice": os.nice(0),
+    "cores": sorted(os.sched_getaffinity(0)), "environment": dict(os.environ), "collects": gc.isenabled(),
+    "thresholds": gc.get_threshold(), "limits": resource.getrlimit(resource.RLIMIT_NOFILE),
+    "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])), "interrupt": repr(signal.getsignal(signal.SIGINT)),
+    "ignored": [int(n) for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN],
+    "temporary": tempfile.gettempdir(), "name": __name__, "input": os.readlink("/proc/self/fd/0"),
+    "oom": open("/proc/self/oom_score_adj").read(), "leads": os.getpgrp() == os.getpid(),
+    "modules": [name for name in ("torch", "peft", "vllm", "ray") if name in sys.modules],
+}))
+sys.exit(7)
+"""
+SLEEP = "import os, time; print(os.getpid(), 'torch' in __import__('sys').modules, flush=True); time.sleep(1e5)"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            patch.setenv(name, "1")
+        yield
+
+
+def clean() -> dict[str, str]:
+    """The environment without the variable that pytest changes at each test."""
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+@contextmanager
+def running() -> Iterator[ForkServer]:
+    server = ForkServer(1, environment=clean())
+    try:
+        server.wait_until_ready(600)
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with running() as made:
+        yield made
+
+
+def launcher(address: ServerAddress) -> list[str]:
+    return [address.python, "-S", "-E", address.client, address.folder, address.fingerprint]
+
+
+@contextmanager
+def asleep(address: ServerAddress, folder: Path) -> Iterator[tuple[subprocess.Popen[str], int, bool]]:
+    """(the launcher, its worker, whether the worker was forked)."""
+    program = folder / "sleep.py"
+    program.write_text(SLEEP)
+    process = subprocess.Popen([*launcher(address), str(program)], stdout=subprocess.PIPE, text=True, env=clean())
+    assert process.stdout is not None
+    try:
+        pid, forked = process.stdout.readline().split()
+        yield process, int(pid), forked == "True"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def report(command: list[str], program: Path, **how: Any) -> dict[str, Any]:
+    output = program.with_suffix(".txt")
+    with output.open("w") as file:  # a server that hangs holds the other end of a pipe
+        done = subprocess.run([*command, str(program), "one", "two"], stdout=file, text=True, check=False, **how)
+    assert done.returncode == 7
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def test_a_forked_process_is_a_fresh_one_in_all_but_its_imports(server: ForkServer, tmp_path: Path) -> None:
+    program, scratch = tmp_path / "program.py", tmp_path / "scratch"
+    program.write_text(REPORT)
+    scratch.mkdir()
+
+    def before() -> None:
+        os.umask(0o027)
+        os.setpgid(0, 0)  # as Ray's raylet does, which kills this group with the worker
+        os.nice(3)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGUSR1])
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        Path("/proc/self/oom_score_adj").write_text("500")
+
+    how: Mapping[str, Any] = {
+        "cwd": tmp_path,
+        "env": {**clean(), "TMPDIR": str(scratch), "RAY_JOB_ID": "7"},
+        "preexec_fn": before,
+        "stdin": subprocess.DEVNULL,
+    }
+    fresh, forked = (report(command, program, **how) for command in ([sys.executable], launcher(server.address)))
+    assert fresh.pop("modules") == [] and forked.pop("modules") == ["torch", "peft"]
+    assert int(forked["environment"].pop(client.FORKED)) in server.processes()
+    added = {name for name in forked["environment"] if name not in fresh["environment"]}
+    assert added <= {"TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"}, "as an import of torch sets"
+    for name in added:
+        forked["environment"].pop(name)
+    assert forked == fresh
+
+
+def test_a_worker_ends_with_the_process_that_ray_knows(server: ForkServer, tmp_path: Path) -> None:
+    with asleep(server.address, tmp_path) as (process, pid, forked):
+        assert forked
+        os.kill(pid, signal.SIGSTOP)
+        process.kill()
+        until_gone([pid], "the worker")
+
+
+def test_the_process_that_ray_knows_ends_as_its_worker(server: ForkServer, tmp_path: Path) -> None:
+    with asleep(server.address, tmp_path) as (process, pid, _):
+        os.kill(pid, signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+
+
+def ordinary(address: ServerAddress, folder: Path, environment: Mapping[str, str] | None = None) -> str:
+    """Why a worker was not forked; it has run all the same."""
+    program = folder / "program.py"
+    program.write_text(REPORT)
+    found = report(launcher(address), program, env=clean() if environment is None else environment)
+    assert found["modules"] == []
+    reason: str = found["environment"][client.NOT_FORKED]
+    return reason
+
+
+def test_a_worker_starts_the_ordinary_way_if_the_server_is_gone_or_another_user_s(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    gone = ServerAddress(str(tmp_path / "none"), "f", sys.executable, client.__file__, 1)
+    assert "No such file" in ordinary(gone, tmp_path)
+    (tmp_path / "learner").touch()
+    assert "Connection refused" in ordinary(ServerAddress(str(tmp_path), "f", *gone_rest(gone)), tmp_path)
+    tmp_path.chmod(0o755)
+    assert "this user's alone" in ordinary(ServerAddress(str(tmp_path), "f", *gone_rest(gone)), tmp_path)
+
+
+def gone_rest(address: ServerAddress) -> tuple[str, str, int]:
+    return address.python, address.client, address.threads
+
+
+def test_a_worker_starts_the_ordinary_way_if_the_server_hangs(server: ForkServer, tmp_path: Path) -> None:
+    pids = server.processes()
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        assert "neither answered nor computed" in ordinary(server.address, tmp_path)
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_server_forks_nothing_for_other_code_or_another_environment(server: ForkServer, tmp_path: Path) -> None:
+    other = ServerAddress(server.address.folder, "0" * 32, *gone_rest(server.address))
+    assert "code differs" in ordinary(other, tmp_path)
+    for name in ("HF_HOME", "OMP_NUM_THREADS", "PYTHONPATH"):
+        environment = {**clean(), name: "3"}
+        assert ordinary(server.address, tmp_path, environment).endswith(f"differs from the server's: {name}")
+    without = {name: value for name, value in clean().items() if name != "OMP_NUM_THREADS"}
+    assert ordinary(server.address, tmp_path, without).endswith("OMP_NUM_THREADS")
+
+
+def test_files_of_imported_modules_are_compared_with_their_state_at_the_import(tmp_path: Path) -> None:
+    package = tmp_path / "module_of_a_server.py"
+    package.write_text("")
+    os.utime(package, (1, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        __import__("module_of_a_server")
+        files = checks.loaded_files(time.time_ns())
+        assert checks.changed_file(files) is None
+        package.write_text("changed = 1")
+        assert checks.changed_file(files) == str(package)
+        assert checks.changed_file(checks.loaded_files(0)) is not None, "written while a server imported"
+        package.unlink()
+        assert checks.changed_file(files) == str(package)
+
+
+PROGRAM = """
+import dataclasses, json, sys, time
+from actors.forking.job_server import ForkServer
+server = ForkServer(1)
+if len(sys.argv) > 1:
+    server.wait_until_ready(600)
+print(json.dumps(dataclasses.asdict(server.address)), flush=True)
+time.sleep(1e5)
+"""
+
+
+def test_a_server_ends_with_the_process_that_started_it_and_its_workers_do_not(tmp_path: Path) -> None:
+    for when in ([], ["ready"]):  # while it imports, and when it serves
+        command = [sys.executable, "-c", PROGRAM, *when]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=clean()) as process, ExitStack() as stack:
+            assert process.stdout is not None
+            address = ServerAddress(**json.loads(process.stdout.readline()))
+            pids = [int(pid) for pid in Path(address.folder, client.PROCESSES).read_text().split()]
+            assert len(pids) == 1 + bool(when)
+            if when:
+                ray_knows, pid, forked = stack.enter_context(asleep(address, tmp_path))
+            process.kill()
+            until_gone(pids, "the server")
+            if when:
+                assert forked and is_alive(pid) and ray_knows.poll() is None
+                os.kill(pid, signal.SIGTERM)
+                assert ray_knows.wait(60) == client.UNKNOWN_EXIT
+
+
+@pytest.mark.soak
+def test_a_server_ends_when_nobody_has_asked_for_long() -> None:
+    server = ForkServer(1, idle_s=0.5)
+    pids = server.processes()
+    try:
+        server.wait()
+        until_gone(pids, "the server")
+    finally:
+        server.close()
+
+
+def hosted(server: ForkServer) -> HostProcess:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTEST_CURRENT_TEST", raising=False)
+        for name, value in server.address.variables().items():
+            patch.setenv(name, value)
+        prepare_environment(SamplerSection(threads=1))  # as a sampler's actor does
+        return HostProcess("sampler 3", Body, ["a body"])
+
+
+@pytest.fixture
+def environment() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_a_forked_host_process_has_vllm_imported_and_ends_as_a_started_one(
+    server: ForkServer, environment: None
+) -> None:
+    async def use() -> None:
+        host = hosted(server)
+        assert not host.not_forked
+        facts = await host.call("facts")
+        assert psutil.Process(host.pid).cmdline()[0] == "rlsys host of sampler 3"
+        assert facts["name"] == "a body" and facts["pid"] == host.pid and facts["path"] == sys.path
+        assert facts["threads"] == facts["tasks"] == 1, "a body may fork"
+        assert "libtorch" in Path(f"/proc/{host.pid}/maps").read_text()
+        await host.close()
+        assert host.exit_code == 0
+        killed = hosted(server)
+        await killed.call("facts")
+        os.kill(killed.pid, signal.SIGKILL)
+        with pytest.raises(ActorDiedError, match="signal 9"):
+            await killed.call("facts")
+
+    asyncio.run(asyncio.wait_for(use(), 600))
+
+
+def test_a_forked_host_process_ends_with_its_actor_although_it_is_stopped(server: ForkServer, tmp_path: Path) -> None:
+    program = (
+        "import signal, os, sys, time\n"
+        "from actors.hosting.host_process import HostProcess\n"
+        "from rlsys.config import SamplerSection\n"
+        "from rlsys.sampler.engine_start import prepare_environment\n"
+        "from tests.unit.actors.hosting.bodies import Body\n"
+        "prepare_environment(SamplerSection(threads=1))\n"
+        "host = HostProcess('sampler 3', Body, ['a body'])\n"
+        "os.kill(host.pid, signal.SIGSTOP)\n"
+        "print(host.pid, host.not_forked, flush=True)\n"
+        "time.sleep(1e5)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=clean() | server.address.variables(), stdout=subprocess.PIPE, text=True
+    ) as actor:
+        assert actor.stdout is not None
+        pid, *reason = actor.stdout.readline().split()
+        assert not reason
+        actor.kill()
+        until_gone([int(pid)], "the host process")
