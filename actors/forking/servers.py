@@ -45,7 +45,7 @@ class ForkServers:
         """Tell once per reason why processes started the ordinary, slower way."""
         for reason in sorted({*reasons} - {"", *self._noted}):
             self._noted.add(reason)
-            note(f"rlsys: a process is started anew instead of being forked: {reason}")
+            note(f"rlsys: a process was not forked from the node's fork server and imports by itself: {reason}")
 
     def _server(self, slot: Slot) -> ServerAddress | None:
         return self.servers.get((slot.node or "", slot.threads)) if self.servers else None
