@@ -209,8 +209,8 @@ def _inherit(request: Mapping[str, Any]) -> None:
 
 
 def find_title() -> None:
-    """Where this process's title is in memory: later the environment is another. The title takes none of its memory, in
-    which Ray's own code for titles would look."""
+    """Look where this process's title is in memory, which the environment tells until it changes. Not in the learner's
+    server: Ray's own code for titles looks there later."""
     os.environ["SPT_NOENV"] = "1"
     setproctitle.getproctitle()
     del os.environ["SPT_NOENV"]
@@ -243,7 +243,6 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
     gc.disable()
-    find_title()
     began_ns, code, before = time.time_ns(), checks.fingerprint(), dict(os.environ)
     import_all(LEARNER)
     gc.freeze()
@@ -251,6 +250,7 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
     role = "sampler" if sampler else "learner"
     if sampler:
         end_with(here)
+        find_title()
         with open(os.path.join(folder, client.PROCESSES), "a") as file:
             file.write(f"{os.getpid()}\n")
         before |= prepare()

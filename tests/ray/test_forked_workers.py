@@ -94,6 +94,13 @@ def test_a_forked_worker_is_one_that_ray_starts(options: dict[str, Any], warmed:
         until_gone([pid], "the worker")
 
 
+def first_processes() -> set[psutil.Process]:
+    """Processes that Ray started for forked workers of this test's cluster."""
+    every = psutil.process_iter(["cmdline"])
+    found = {each for each in every if any(part.endswith("forking/client.py") for part in each.info["cmdline"] or [])}
+    return {each for each in found if f"--gcs-address={os.environ['RAY_ADDRESS']}" in each.cmdline()}
+
+
 @pytest.mark.parametrize("how", ["die", "leave"])
 def test_the_death_of_a_forked_worker_is_reported_with_its_log(options: dict[str, Any], how: str) -> None:
     actor = ray.remote(Watched).options(**options).remote()
@@ -107,15 +114,11 @@ def test_the_death_of_a_forked_worker_is_reported_with_its_log(options: dict[str
 
 
 def test_a_forked_worker_whose_first_process_is_killed_ends_and_ray_sees_it(options: dict[str, Any]) -> None:
+    before = first_processes()
     actor = ray.remote(Watched).options(**options).remote()
     facts = ray.get(actor.facts.remote())
-    first = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if any(part.endswith("forking/client.py") for part in process.info["cmdline"] or [])
-    ]
-    assert len(first) == 1
-    first[0].kill()
+    [first] = first_processes() - before
+    first.kill()
     until_gone([facts["pid"]], "the worker")
     with pytest.raises(RayActorError):
         ray.get(actor.facts.remote(), timeout=60)
