@@ -23,6 +23,7 @@ from rlsys.errors import ClusterError
 from rlsys.utils.env_variables import env_variable
 
 ROLES = ("learner", "sampler")
+LOG = "log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +65,16 @@ class ForkServer:
             f"sys.path[:] = {sys.path!r}; from actors.forking import server; server.PATH = path; server.main()"
         )
         counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", program, json.dumps(given)],
-            env={**environment, **counts},
-            pass_fds=[ours, *(listener.fileno() for listener in listeners.values())],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with Path(folder, LOG).open("w") as log:  # of the imports; an error there comes again in the ordinary process
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program, json.dumps(given)],
+                env={**environment, **counts},
+                pass_fds=[ours, *(listener.fileno() for listener in listeners.values())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         Path(folder, PROCESSES).write_text(f"{self._process.pid}\n")
         os.close(ours)
         for listener in listeners.values():

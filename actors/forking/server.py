@@ -68,11 +68,28 @@ class Imports:
         names = checks.differing(self.environment, request["environment"])
         if names:
             return f"the environment differs from the server's: {', '.join(names)}"
-        for name, what in (("namespaces", "namespaces"), ("cgroup", "control groups")):
-            if request[name] != self.surroundings[name]:
-                return f"the server is in other {what}"
+        other = unreachable(request, self.surroundings)
+        if other:
+            return f"the server cannot give its process the asking one's {other}"
         changed = checks.changed_file(self.files)
         return changed and f"{changed} has changed since the server imported it"
+
+
+def unreachable(wanted: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """What a process with `own` surroundings cannot change to those that are wanted, without privileges."""
+    if wanted["namespaces"] != own["namespaces"]:
+        return "namespaces"
+    if wanted["cgroup"] != own["cgroup"]:
+        return "control groups"
+    if wanted["nice"] < own["nice"]:
+        return "nice level"
+    if wanted["oom"] < own["oom"]:
+        return "OOM score"
+    for name, (_, hard) in wanted["limits"].items():
+        most = own["limits"][name][1]
+        if most != resource.RLIM_INFINITY and (hard == resource.RLIM_INFINITY or hard > most):
+            return name
+    return None
 
 
 @dataclass

@@ -14,21 +14,13 @@ from actors.forking.job_server import ForkServer, ServerAddress
 from actors.forking.warm import running
 from rlsys.config import JobConfig
 
-PLAIN = {
-    "env_vars",
-    "working_dir",
-    "py_modules",
-    "excludes",
-    "config",
-    "_ray_commit",
-}  # leave the node's Python as it is
+# Of a runtime_env: these leave the node's Python as it is.
+PLAIN = {"env_vars", "working_dir", "py_modules", "excludes", "config", "_ray_commit"}
 
 
 @dataclass(frozen=True, slots=True)
 class ForkServers:
-    """By hex id of the node, and threads."""
-
-    servers: Mapping[tuple[str, int], ServerAddress] = field(default_factory=dict)
+    servers: Mapping[tuple[str, int], ServerAddress] = field(default_factory=dict)  # by hex id of the node, and threads
     _noted: set[str] = field(default_factory=set)
 
     def worker_options(self, slot: Slot) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import pytest
 
 from actors.forking import checks, client
 from actors.forking.job_server import ForkServer, ServerAddress
+from actors.forking.server import unreachable
 from actors.hosting.host_process import HostProcess
 from rlsys.config import SamplerSection
 from rlsys.errors import ActorDiedError
@@ -189,6 +190,22 @@ def test_a_server_forks_nothing_for_other_code_or_another_environment(server: Fo
         assert ordinary(server.address, tmp_path, environment).endswith(f"differs from the server's: {name}")
     without = {name: value for name, value in clean().items() if name != "OMP_NUM_THREADS"}
     assert ordinary(server.address, tmp_path, without).endswith("OMP_NUM_THREADS")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "said"),
+    [
+        ("nice", -1, "nice level"),
+        ("oom", -1, "OOM score"),
+        ("cgroup", "other", "control groups"),
+        ("namespaces", [], "namespaces"),
+        ("limits", {"RLIMIT_NOFILE": (10, -1)}, "RLIMIT_NOFILE"),
+    ],
+)
+def test_a_server_refuses_what_its_process_could_not_become(name: str, wanted: object, said: str) -> None:
+    own = {**client.surroundings(), "nice": 0, "oom": 0, "limits": {"RLIMIT_NOFILE": (10, 20)}}
+    assert unreachable(own, own) is None
+    assert unreachable({**own, name: wanted}, own) == said
 
 
 def test_files_of_imported_modules_are_compared_with_their_state_at_the_import(tmp_path: Path) -> None:
