@@ -19,9 +19,9 @@ UNEQUAL = ("time", "system/")  # what a run measures of itself
 
 def trained(config: JobConfig, folder: Path) -> tuple[list[dict[str, Any]], bytes, str]:
     """Metrics, adapter and output of `rlsys train`."""
-    folder.mkdir()
-    (folder / "job.yaml").write_text(dump_config(config))
-    done = run_to_end([sys.executable, "-m", "rlsys", "train", str(folder / "job.yaml")], merged=True)
+    file = folder / f"{config.run.name}.yaml"
+    file.write_text(dump_config(config))
+    done = run_to_end([sys.executable, "-m", "rlsys", "train", str(file)], merged=True)
     assert done.returncode == 0, done.stdout
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     equal = [
@@ -34,10 +34,10 @@ def trained(config: JobConfig, folder: Path) -> tuple[list[dict[str, Any]], byte
 def test_a_job_on_a_warm_cluster_ends_with_the_same_bits(
     ray_cluster: str, job: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
-    plain, adapter, _ = trained(job("run.name=plain"), tmp_path / "plain")
+    plain, adapter, _ = trained(job("run.name=plain"), tmp_path)
     warm = run_to_end([sys.executable, "-m", "rlsys", "warm"])
     assert "is warm for 1 thread" in warm.stdout, warm.stderr
-    forked, same_adapter, output = trained(job("run.name=forked"), tmp_path / "forked")
+    forked, same_adapter, output = trained(job("run.name=forked"), tmp_path)
     run_to_end([sys.executable, "-m", "rlsys", "warm", "--stop"])
     assert FORKED not in output
     assert forked == plain and same_adapter == adapter
