@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from rlsys.utils.env_variables import env_variable
 
 ROLES = ("learner", "sampler")
 LOG = "log"
+PREFIX = "rlsys-fork-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class ForkServer:
     """The server's processes; they end with this one. Construct it in a thread that lives as long as this process."""
 
     def __init__(self, threads: int, idle_s: float = 0.0, environment: Mapping[str, str] = os.environ) -> None:
-        self._scratch = tempfile.TemporaryDirectory(prefix="rlsys-fork-", ignore_cleanup_errors=True)
+        delete_abandoned()
+        self._scratch = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
         folder = self._scratch.name
         listeners = {role: _listener(Path(folder, role)) for role in ROLES}
         ours, theirs = os.pipe()
@@ -83,8 +87,9 @@ class ForkServer:
         self.address = ServerAddress(folder, checks.fingerprint(), sys.executable, client.__file__, threads)
 
     def wait(self) -> None:
-        """For the server's end."""
+        """For the server's end; then its folder is deleted."""
         self._process.wait()
+        self._scratch.cleanup()
 
     def processes(self) -> list[int]:
         text = Path(self.address.folder, PROCESSES).read_text()
@@ -115,6 +120,22 @@ class ForkServer:
             self._process.wait()
             os.close(self._alive)
             self._scratch.cleanup()
+
+
+def delete_abandoned() -> None:
+    """Delete the folders of this user's servers whose owner was killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # another user's, or one that another process is deleting
+            pids = (folder / PROCESSES).read_text().split()
+            if not any(map(_runs, pids)):
+                shutil.rmtree(folder)
+
+
+def _runs(pid: str) -> bool:
+    try:
+        return Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _listener(path: Path) -> socket.socket:

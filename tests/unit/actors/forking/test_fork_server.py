@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from actors.forking import checks, client
-from actors.forking.job_server import ForkServer, ServerAddress
+from actors.forking.job_server import ForkServer, ServerAddress, delete_abandoned
 from actors.forking.server import unreachable
 from actors.hosting.host_process import HostProcess
 from rlsys.config import SamplerSection
@@ -247,6 +247,8 @@ def test_a_server_ends_with_the_process_that_started_it_and_its_workers_do_not(t
                 ray_knows, pid, forked = stack.enter_context(asleep(address, tmp_path))
             process.kill()
             until_gone(pids, "the server")
+            delete_abandoned()
+            assert not Path(address.folder).exists()
             if when:
                 assert forked and is_alive(pid) and ray_knows.poll() is None
                 os.kill(pid, signal.SIGTERM)
@@ -260,6 +262,7 @@ def test_a_server_ends_when_nobody_has_asked_for_long() -> None:
     try:
         server.wait()
         until_gone(pids, "the server")
+        assert not Path(server.address.folder).exists()
     finally:
         server.close()
 
