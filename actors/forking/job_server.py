@@ -127,7 +127,7 @@ def delete_abandoned() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or one that another process is deleting
             pids = (folder / PROCESSES).read_text().split()
-            if not any(map(_runs, pids)):
+            if pids and not any(map(_runs, pids)):  # without any it is being written
                 shutil.rmtree(folder)
 
 

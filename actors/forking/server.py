@@ -92,6 +92,9 @@ def unreachable(wanted: Mapping[str, Any], own: Mapping[str, Any]) -> str | None
     return None
 
 
+REQUEST_S = 10.0  # for a request to be complete: its sender may get no core for a while
+
+
 @dataclass
 class Server:
     imports: Imports
@@ -127,7 +130,7 @@ class Server:
         return left
 
     def _answer(self, connection: socket.socket) -> Child | None:
-        connection.settimeout(client.QUIET_S)
+        connection.settimeout(REQUEST_S)
         try:
             request, files = client.receive_with_files(connection, 16)
         except (OSError, EOFError, ValueError):
@@ -144,7 +147,8 @@ class Server:
         return child
 
     def _serve(self, connection: socket.socket, request: dict[str, Any], files: list[int]) -> Child | None:
-        os.utime(os.path.join(self.folder, client.PROCESSES))
+        with contextlib.suppress(OSError):  # deleted by hand: this request can be answered
+            os.utime(os.path.join(self.folder, client.PROCESSES))
         if "describe" in request:
             client.send(connection, {"files": len(self.imports.files)})
             connection.close()
