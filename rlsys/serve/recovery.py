@@ -106,7 +106,7 @@ def _recover_calls(state: State, model: Model, progress: RunProgress | None) -> 
             training.resume(state, model, promise, int(number), outcome_of(str(row["outcome"])))
             continue
         model.failed_passes += bool(row["is_pass"])
-        state.fail(promise, "this call was lost with the server's state before it had an effect; repeat it", "server")
+        state.fail(promise, training.LOST, "server")
     last = max((int(row["seq"] or 0) for row in calls), default=0)
     model.queue.use_up_to(last)
     state.database.write("DELETE FROM calls WHERE model_id = ? AND number IS NULL", (model.id,))

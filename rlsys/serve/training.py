@@ -10,7 +10,7 @@ from typing import Any
 
 from rlsys.client.requests import Forward, ForwardBackward, LoadState, Request, SaveFolder, TakeSnapshot
 from rlsys.client.requests import OptimStep as Step
-from rlsys.errors import ActorDiedError, ConfigError, RlsysError, RunLostError
+from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, RlsysError, RunLostError
 from rlsys.serve import parking, rows, sessions
 from rlsys.serve.checkpoints import Record
 from rlsys.serve.errors import NumberedRefusal, Refusal, bad_request, not_found
@@ -24,6 +24,7 @@ from rlsys.serve.wire.requests import LoadWeights, OptimStep, SaveWeights
 from rlsys.serve.wire.results import JsonResult, Result
 from rlsys.types import AdamParams
 
+LOST = "this call was lost with the server's state before it had an effect; repeat it"
 Prepare = Callable[[], tuple[Request[Any], Outcome]]  # Any: each request has its own answer
 
 
@@ -163,8 +164,8 @@ def submit(state: State, model: Model, seq: int, prepare: Prepare, is_pass: bool
 
 def resume(state: State, model: Model, promise: Promise, number: int, outcome: Outcome) -> None:
     """Finish a call that an earlier controller began as the learner's call `number`."""
-    work: Awaitable[Any] = state.backend.call(model.id, number, outcome.repeated)
-    _follow(state, model, promise, work, outcome)
+    answer: Awaitable[Any] = state.backend.call(model.id, number, outcome.repeated)
+    _follow(state, model, promise, _of_the_first(answer), outcome)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +225,14 @@ def _follow(state: State, model: Model, promise: Promise, work: Awaitable[Any], 
                 rows.put_counts(state.database, model)
 
     state.spawn(finish())
+
+
+async def _of_the_first(answer: Awaitable[Any]) -> Any:
+    """A call that never reached the learner, while later ones did, is answered by the request that took its number."""
+    found = await answer
+    if found is None:
+        raise ActorFailedError(LOST)
+    return found
 
 
 async def _after(before: asyncio.Event | None) -> None:

@@ -85,6 +85,31 @@ def test_calls_that_waited_when_the_controller_was_killed_fail_and_the_next_numb
     asyncio.run(main())
 
 
+def test_a_call_that_never_reached_the_learner_while_a_later_one_did_fails_and_is_told_by_the_step(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            model = await http.model(await http.session())
+            await http.result(await http.forward_backward(model, 1))
+            backend.open.clear()
+            lost, later = await http.forward_backward(model, 2), await http.forward_backward(model, 3)
+            await asyncio.sleep(0.05)
+            calls = backend.calls[model]
+            calls[1].cancel()
+            calls[1] = asyncio.get_running_loop().create_future()
+            calls[1].set_result(None)  # of the request that takes its number
+            async with restarted(http, store) as other:
+                backend.open.set()
+                failed = await other.result(lost)
+                assert failed["category"] == "server" and "before it had an effect" in failed["error"]
+                assert (await other.result(later))["metrics"]["loss:sum"] > 0
+                metrics = (await other.result(await other.optim_step(model, 4)))["metrics"]
+                assert metrics["failed_forward_backward"] == 1.0
+
+    asyncio.run(main())
+
+
 def test_samplers_and_sessions_outlive_the_controller_and_old_samples_are_410(
     backend: LearnerBackend, store: CheckpointStore
 ) -> None:
