@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs `rlsys serve` on a node of a running Ray cluster, in the background.
 #   serve.sh start CONFIG.yaml [key=value ...]   return once it serves, with the two lines for clients
-#   serve.sh status                              what it does, as JSON
+#   serve.sh status [ADDRESS or CONFIG.yaml]     what it does, as JSON
 #   serve.sh stop                                end it: running requests are completed, models are written to disk
 # RLSYS_SERVE_DIR: folder of its log and process id, by default ~/.local/state/rlsys. RLSYS_WAIT_S: limit of waits.
 set -euo pipefail
@@ -57,7 +57,7 @@ command=${1:-}
 [ $# -eq 0 ] || shift
 case "$command" in
 start) start "$@" ;;
-status) exec rlsys serve --status ;;
+status) exec rlsys serve --status "$@" ;;
 stop) stop ;;
 *) die "usage: serve.sh start CONFIG.yaml [key=value ...] | status | stop" ;;
 esac
