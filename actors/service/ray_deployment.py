@@ -129,11 +129,13 @@ class RayDeployment:
                 raise
 
     def check(self) -> list[Future[object]]:
-        """One future per actor, done when the actor has answered that it can work."""
+        """One future per actor, done when the actor has answered that it can work; one that is dead fails at once."""
         with self._supervisor.lock:
-            samplers = [(each.name, actor) for each in self._supervisor.samplers for actor in each.actors]
-        answers = [future_of(sampler.check.remote(), f"{name}: answering") for name, sampler in samplers]
-        return [self._on_learner("answering", lambda learner: learner.about.remote()), *answers]
+            members = [self._supervisor.learner, *self._supervisor.samplers]
+            handles = [(each, each.handle) for each in members]
+            down: list[Future[object]] = [failed(each.down()) for each in members if not each.serves]
+        asked = [(each, handle) for each, handle in handles if each.serves and handle is not None]
+        return [*down, *(future_of(handle.check.remote(), f"{each.name}: answering") for each, handle in asked)]
 
     def logprobs(self, snapshot: SnapshotHandle | None, tokens: Array) -> Future[Array]:
         key = None if snapshot is None else snapshot.key

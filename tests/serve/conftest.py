@@ -79,7 +79,7 @@ def configure(folder: Path, base: str, cluster: dict[str, Any] | None = None) ->
         "checkpoints": str(folder / "checkpoints"),
         "limits": {"models": 256},  # clients before 0.28 do not say when they end
         "deployment": {
-            "cluster": cluster or {"num_cpus": 2, "object_store_gb": 0.3},
+            "cluster": cluster or {"num_cpus": 2, "object_store_gb": 0.3, "max_restarts": 1000},
             "learner": learner,
             "sampler": sampler,
             "room_timeout_s": 600,
