@@ -122,13 +122,10 @@ class CheckpointStore:
         Raises:
             Refusal: 404: the tenant has no such checkpoint.
         """
-        found = self._read(tenant, path)
+        found = self.get(tenant, path)
         if found is None:
             raise Refusal(404, f"{path.text}: no such checkpoint")
         return found
-
-    def exists(self, tenant: str, path: CheckpointPath) -> bool:
-        return self._read(tenant, path) is not None
 
     def put_record(self, tenant: str, path: CheckpointPath, record: Record) -> None:
         expires = None if record.expires_at is None else _text(record.expires_at)
@@ -233,7 +230,8 @@ class CheckpointStore:
                 found.append(self._checkpoint(str(row["tenant"]), path, row["record"]))
         return [each for each in found if each is not None]
 
-    def _read(self, tenant: str, path: CheckpointPath) -> Checkpoint | None:
+    def get(self, tenant: str, path: CheckpointPath) -> Checkpoint | None:
+        """The tenant's own checkpoint."""
         rows = self.database.read(
             "SELECT record FROM checkpoints WHERE tenant = ? AND run_id = ? AND kind = ? AND name = ?",
             (tenant, path.run_id, path.kind, path.name),

@@ -31,13 +31,16 @@ SAVES: dict[Kind, str] = {
 
 
 class Outcome:
-    """Base of all. `kind`: its name in the database; `repeated`: a request that gets the answer of an earlier one."""
+    """Base of all. `kind`: its name in the database; `repeated`: a request that gets the answer of an earlier one.
+
+    A bare one belongs to a call that fails before it has an outcome, so `result` is never asked of it.
+    """
 
     kind: ClassVar[str]
     repeated: ClassVar[Request[Any]] = Skip()  # Any: each request has its own answer
 
     async def result(self, state: State, model: Model, answer: Any) -> Result:  # Any: each kind has its own answer
-        raise NotImplementedError
+        raise AssertionError("a call that failed before it had an outcome was answered")
 
     def failed(self, state: State, model: Model, error: RlsysError) -> RlsysError:
         """The error that the client gets; undoes what was prepared for the call."""

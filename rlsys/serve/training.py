@@ -261,9 +261,11 @@ def _save_named(state: State, model: Model, body: SaveWeights, path: CheckpointP
         time = now()
         expires = None if body.ttl_seconds is None else time + timedelta(seconds=body.ttl_seconds)
         record = Record(time=time, expires_at=expires, user_metadata=body.user_metadata)
-        before = state.store.own(tenant, path).record if state.store.exists(tenant, path) else None
+        replaced = state.store.get(tenant, path)
         state.store.put_record(tenant, path, record)
-        return SaveFolder(str(folder), path.kind == "weights", body.overwrite), SaveOutcome(path, record, before)
+        return SaveFolder(str(folder), path.kind == "weights", body.overwrite), SaveOutcome(
+            path, record, None if replaced is None else replaced.record
+        )
 
     return submit(state, model, body.seq_id, prepare)
 
