@@ -195,6 +195,7 @@ def test_an_idle_model_is_parked_on_disk_and_its_next_call_finds_it_unchanged(
             assert folder is not None and folder.is_dir()
             await http.post("unload_model", {"model_id": model})
             assert not folder.exists()
+            assert http.state.database.read("SELECT id FROM models WHERE id = ?", (model,)) == []
 
     asyncio.run(main())
 
