@@ -189,7 +189,8 @@ def _send(connection: socket.socket, message: Mapping[str, object], files: Seque
     body = json.dumps(message).encode()
     data = len(body).to_bytes(SIZE) + body
     sent = socket.send_fds(connection, [data], files)
-    connection.sendall(data[sent:])
+    if sent < len(data):  # a peer that has it all may have answered and closed
+        connection.sendall(data[sent:])
 
 
 def _connect(folder: str, role: str) -> socket.socket:

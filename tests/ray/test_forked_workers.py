@@ -126,7 +126,6 @@ def test_a_forked_worker_whose_first_process_is_killed_ends_and_ray_sees_it(opti
         ray.get(actor.facts.remote(), timeout=60)
 
 
-@pytest.mark.xfail(reason="open: after the test before this one the node's server answers no more; jobs do without it")
 def test_a_cluster_that_is_warm_is_left_as_it_is(warmed: str) -> None:
     again = rlsys("warm")
     assert again.replace("was warm already", "is warm").partition(":")[0] == warmed.partition(":")[0]

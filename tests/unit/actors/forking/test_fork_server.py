@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -190,6 +191,27 @@ def test_a_server_forks_nothing_for_other_code_or_another_environment(server: Fo
         assert ordinary(server.address, tmp_path, environment).endswith(f"differs from the server's: {name}")
     without = {name: value for name, value in clean().items() if name != "OMP_NUM_THREADS"}
     assert ordinary(server.address, tmp_path, without).endswith("OMP_NUM_THREADS")
+
+
+class AnsweredAtOnce(socket.socket):
+    """A connection whose other end has answered and closed before `sendmsg` returns."""
+
+    peer: socket.socket
+
+    def sendmsg(self, *arguments: Any) -> int:
+        sent = super().sendmsg(*arguments)
+        received, _ = client.receive_with_files(self.peer, 0)
+        client.send(self.peer, {"status": received["ask"]})
+        self.peer.close()
+        return sent
+
+
+def test_an_answer_counts_although_the_other_end_closes_before_the_sender_goes_on() -> None:
+    ours, theirs = socket.socketpair()
+    with AnsweredAtOnce(fileno=ours.detach()) as connection, theirs:
+        connection.peer = theirs
+        client.send(connection, {"ask": 3})
+        assert client.receive(connection) == {"status": 3}
 
 
 @pytest.mark.parametrize(
