@@ -164,6 +164,8 @@ def job(folder: Path, base: Path, environment: dict[str, str]) -> Start:
             if "starting engines: done" in line:
                 at["engines"] = time.time() - began
         assert process.wait() == 0, "".join(said)
+        if any("was not forked" in line for line in said):
+            raise SystemExit("".join(said))
         ended, cpu = time.time() - began, used.stop()
         lines = [json.loads(line) for line in (Path(where) / "job" / "metrics.jsonl").read_text().splitlines()]
         ends = [line["time"] - began for line in lines if "time/step_s" in line]

@@ -26,8 +26,8 @@ CAP_S = 1500.0  # of one wait; pytest's own limit of a test is longer
 LOOK_S = 1.0  # between two looks at the signs; reading the process table takes CPU time itself
 CPU_STEP_S = 10.0  # an idle Ray node polls: less CPU time than this within STALL_S is no work
 # Ray starts its workers at nice 15: beside the work of others a test would only wait for its share of the cores. Every
-# Ray that tests start has this in its environment.
-USUAL_PRIORITY = {"RAY_worker_niceness": "0"}
+# Ray that tests start has this in its environment. Not 0: what depends on that Ray lowers the priority shows in tests.
+USUAL_PRIORITY = {"RAY_worker_niceness": "1"}
 FAR_S = 1e5  # a sleep that outlasts every wait: what ends before it was ended
 
 
