@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -61,17 +61,30 @@ def train(
 
     from actors.forking.job_server import job_server
 
-    with job_server(job) as server:  # first: it imports on another core while Ray is imported and started here
-        _train(job, fresh, server)
+    check = _model_check(job)
+    with job_server(job) as server:  # it imports on another core while Ray is imported and started here
+        _train(job, fresh, server, check)
 
 
-def _train(job: JobConfig, fresh: bool, server: ForkServer | None) -> None:
+def _model_check(job: JobConfig) -> Callable[[], tuple[str, ...]]:
+    """`check_job`, in another process from now on: its import of transformers takes a second."""
+    from actors.forking.meanwhile import Meanwhile
+
+    def check() -> tuple[str, ...]:
+        from rlsys.planning.model_folder import check_job
+
+        return check_job(job)
+
+    return check if job.model.path is None else Meanwhile(check).result
+
+
+def _train(job: JobConfig, fresh: bool, server: ForkServer | None, check: Callable[[], tuple[str, ...]]) -> None:
     from actors.job import train as run_job  # Ray is imported only for a valid configuration
     from rlsys.tracking.progress import Progress, closing_rows
 
     progress = Progress()
     try:
-        outcome = run_job(job, progress, fresh, server)
+        outcome = run_job(job, progress, fresh, server, check)
     except KeyboardInterrupt:
         progress.note(
             f"Interrupted. The current step was discarded; run the command again to resume from {job.run_dir}"

@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
 
 from actors.cluster.ray_cluster import cluster
 from actors.faults.actor_calls import wait
-from actors.stages.restarting_actors import driver_node_options
+from actors.forking.servers import NO_SERVERS, ForkServers
 from rlsys.config import ClusterSection
 from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError, ConfigError, RlsysError
@@ -63,13 +63,15 @@ class JobControl:
 class Control:
     """The driver's end of JobControl: reads requests and answers them with `handlers`."""
 
-    def __init__(self, run: str, handlers: Mapping[str, Callable[[int | None], str]]) -> None:
+    def __init__(
+        self, run: str, handlers: Mapping[str, Callable[[int | None], str]], servers: ForkServers = NO_SERVERS
+    ) -> None:
         """
         Raises:
             ClusterError: a job of this name is already running on the cluster.
         """
         self.handlers = handlers
-        self.actor = _register(run)
+        self.actor = _register(run, servers.driver_node_options())
         self._next = self.actor.next.remote()
 
     def listen(self) -> None:
@@ -92,13 +94,13 @@ class Control:
         ray.kill(self.actor)
 
 
-def _register(run: str) -> ActorHandle:
+def _register(run: str, options: Mapping[str, Any]) -> ActorHandle:
     """Create the named actor. Retries for RELEASE_S: the name of a killed driver's actor is freed with a delay."""
     deadline = time.monotonic() + RELEASE_S
     while True:
         try:
-            options = {"name": PREFIX + run, "namespace": NAMESPACE, "max_restarts": -1, **driver_node_options()}
-            return ray.remote(JobControl).options(**options).remote()
+            named = ray.remote(JobControl).options(name=PREFIX + run, namespace=NAMESPACE, max_restarts=-1, **options)
+            return named.remote()
         except ValueError as error:
             if time.monotonic() > deadline:
                 raise ClusterError(

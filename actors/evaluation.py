@@ -15,6 +15,7 @@ from actors.cluster.processors import refuse_absent_cores
 from actors.cluster.ray_cluster import cluster, refuse_other_builds
 from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
+from actors.forking.servers import fork_servers
 from actors.job_actors import PolicyActors, policy_actors, retry
 from actors.stages.learner_group import LearnerGroup
 from rlsys.architectures.support import refuse_unsupported_job
@@ -64,8 +65,9 @@ def evaluate(config: JobConfig, policy: PolicySource, progress: Progress) -> Eva
         with interrupts.watched(), cluster(config.cluster) as where, interrupts.watched():
             progress.note(f"rlsys: evaluating {policy.kind} {policy.path} on {where}")
             resume = Resume(Path(policy.path), 0, b"", policy.files) if policy.files else None
-            learner = LearnerGroup(own, Loaded(resume), failures, progress.note)
-            with policy_actors(own, learner, failures, progress.note) as actors:
+            servers = fork_servers(None, own, progress.note)
+            learner = LearnerGroup(own, Loaded(resume), failures, progress.note, servers)
+            with policy_actors(own, learner, failures, progress.note, servers=servers) as actors:
                 base = policy.base
                 packed: BaseRef = Ref(ray.put(pack_folder(base))) if isinstance(base, Path) else base
                 with progress.stage("loading the policy", None):

@@ -63,9 +63,16 @@ class Outcome:
     wandb_url: str | None
 
 
-def train(config: JobConfig, progress: Progress, fresh: bool = False, server: ForkServer | None = None) -> Outcome:
+def train(
+    config: JobConfig,
+    progress: Progress,
+    fresh: bool = False,
+    server: ForkServer | None = None,
+    check: Callable[[], tuple[str, ...]] | None = None,
+) -> Outcome:
     """Start a run or resume it. Whatever this raises, wandb is closed, actors are gone, and adapter and report are
-    those of the last finished step. `server`: forks the job's processes where Ray starts here.
+    those of the last finished step. `server`: forks the job's processes where Ray starts here. `check`: `check_job`,
+    where it has begun already.
 
     Raises:
         RunExistsError: the run directory holds something else, or another driver uses it.
@@ -77,7 +84,7 @@ def train(config: JobConfig, progress: Progress, fresh: bool = False, server: Fo
     refuse_other_builds(config.cluster, config.sampler_device, config.learner.device)
     refuse_unsupported_job(config)
     refuse_absent_cores(config.cluster.address, config.learner, config.sampler)
-    for note in check_job(config):
+    for note in check() if check else check_job(config):
         progress.note(f"rlsys: {note}")
     with RunStore.open(config, fresh, progress.note, partial(with_chosen_threads, note=progress.note)) as store:
         config = resolve_paths(store.config)  # which has the run's own date
@@ -160,7 +167,7 @@ def _run(
             "scale": lambda wanted: actors.policy.samplers.membership.resize(wanted or 0),
             "stop": lambda _: interrupts.request(),
         }
-        control = Control(config.run.name, handlers)
+        control = Control(config.run.name, handlers, servers)
         stack.callback(control.close)
         actors = stack.enter_context(
             job_actors(

@@ -95,7 +95,7 @@ def policy_actors(
         rank_slots, sampler_slots = placement.reserve()
         stack.callback(learner.close)
         learner.launch(rank_slots)
-        graders = GraderActors(config, failures, note)
+        graders = GraderActors(config, failures, note, servers)
         stack.callback(graders.close)
 
         def renew() -> tuple[SamplerInit, PublishedAdapter]:
@@ -127,7 +127,7 @@ def job_actors(
         checkpointer = BackgroundCheckpointer(config.rl.steps, config.watchdog, store, learner)
         stack.callback(checkpointer.close)  # after the learner is gone
         policy = stack.enter_context(policy_actors(config, learner, failures, note, between, resampled, servers))
-        advantages = AdvantageActors(config.rl, config.watchdog, config.cluster.max_restarts, failures, note)
+        advantages = AdvantageActors(config.rl, config.watchdog, config.cluster.max_restarts, failures, note, servers)
         stack.callback(advantages.close)
         stack.callback(checkpointer.finish)
         yield JobActors(policy, advantages, checkpointer)

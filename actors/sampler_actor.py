@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import ray
 
 from actors.cluster.processors import pin
+from actors.forking.client import NOT_FORKED
 from actors.hosting.host_process import HostProcess, start_host
 from actors.hosting.sampler_body import SamplerBody, SampleRequest
 from rlsys.config import JobConfig
@@ -33,8 +34,11 @@ class SamplerActor:
         self.host = start_host(f"sampler {index}", config.sampler_device, self.body, config, index)
 
     async def process(self) -> tuple[int, str]:
-        """Id of the host process, and why it was not forked although its node has a fork server."""
-        return (self.host.pid, self.host.not_forked) if isinstance(self.host, HostProcess) else (os.getpid(), "")
+        """Id of the host process, and why it or this process was not forked although its node has a fork server."""
+        why = os.environ.get(NOT_FORKED, "")
+        return (
+            (self.host.pid, self.host.not_forked or why) if isinstance(self.host, HostProcess) else (os.getpid(), why)
+        )
 
     async def preload(self) -> None:
         await self.host.call("preload")

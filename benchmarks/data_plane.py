@@ -32,17 +32,17 @@ import numpy as np
 import ray
 from rich.console import Console
 
-from actors.cluster.column_refs import by_reference
 from actors.cluster.placement import Placement, Slot
 from actors.cluster.ray_cluster import cluster
 from actors.control import Control
 from actors.faults.actor_logs import Failures
+from actors.forking.servers import NO_SERVERS
 from actors.job import train
 from actors.job_actors import JobActors, PolicyActors
 from actors.job_observer import JobObserver
 from actors.stages.checkpointer import BackgroundCheckpointer
 from actors.stages.learner_group import LearnerGroup, LearnerInit
-from actors.stages.restarting_actors import AdvantageActors, GraderActors, RestartingActor, driver_node_options
+from actors.stages.restarting_actors import AdvantageActors, GraderActors, RestartingActor
 from actors.stages.sampler_pool import membership
 from actors.stages.sampler_pool.membership import SamplerInit
 from actors.stages.sampler_pool.pool import SamplerPool
@@ -81,7 +81,7 @@ SIDES: dict[str, tuple[int | None, int]] = {
 class ReplayedGraders(GraderActors):
     def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
         remote = ray.remote(concurrency_groups={"watch": 1})(ReplayingRewards).options(
-            **by_reference(driver_node_options())
+            **NO_SERVERS.driver_node_options()
         )
         RestartingActor.__init__(
             self,

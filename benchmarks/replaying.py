@@ -128,9 +128,10 @@ class ReplayingSampler:
 class ReplayingRewards(RewardActor):
     """The real RewardActor with recorded grades."""
 
-    def start(self, base: Base | Recording) -> None:
+    def start(self, base: Base | Recording) -> str:
         assert isinstance(base, Recording)
         self.started: Any = RecordedGrades(base)
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -60,13 +60,13 @@ def changed_file(files: Mapping[str, tuple[int, int]]) -> str | None:
     return None
 
 
-def differing(environment: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-    """Variables that an import may have read, and that differ."""
+def differing(environment: Mapping[str, str], other: Mapping[str, str], free: Sequence[str]) -> list[str]:
+    """Variables that differ and that an import may have read: none of those in FREE, in `free`, or of Ray."""
     names = {*environment, *other}
     return sorted(
         name
         for name in names
-        if environment.get(name) != other.get(name) and name not in FREE and not name.startswith("RAY_")
+        if environment.get(name) != other.get(name) and name not in (*FREE, *free) and not name.startswith("RAY_")
     )
 
 

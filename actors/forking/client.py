@@ -1,6 +1,6 @@
 """Asks the fork server of this node for a process. As a program: the process that Ray starts for a forked worker.
 
-    python -S -E client.py FOLDER FINGERPRINT PID WORKER_PROGRAM [ARGUMENT]...
+    python -S -E client.py FOLDER FINGERPRINT ROLE WORKER_PROGRAM [ARGUMENT]...
 
 The program waits for the worker and ends as it ends; without an answer it becomes the ordinary worker itself. It starts
 with every such worker, so this file imports the standard library alone, and little of it.
@@ -250,10 +250,10 @@ def _link(path: str) -> str:
         return ""
 
 
-def main(folder: str, fingerprint: str, program: list[str]) -> None:
+def main(folder: str, fingerprint: str, role: str, program: list[str]) -> None:
     """Become a forked worker, or the ordinary one."""
     try:
-        worker = fork(folder, "learner", fingerprint, program)
+        worker = fork(folder, role, fingerprint, program)
     except NotForkedError as error:
         os.environ[NOT_FORKED] = str(error)
         os.execv(sys.executable, [sys.executable, *program])
@@ -265,4 +265,4 @@ def main(folder: str, fingerprint: str, program: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:])

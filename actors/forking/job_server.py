@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from actors.cluster.threads import threads_known_early
 from actors.forking import checks, client
@@ -24,7 +25,7 @@ from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError
 from rlsys.utils.env_variables import env_variable
 
-ROLES = ("learner", "sampler")
+ROLES = ("actor", "learner", "sampler")
 LOG = "log"
 PREFIX = "rlsys-fork-"
 
@@ -39,9 +40,9 @@ class ServerAddress:
     client: str  # the program, on that node
     threads: int
 
-    def worker_command(self) -> str:
+    def worker_command(self, role: Literal["actor", "learner"]) -> str:
         """Ray's `py_executable` of a worker that is forked."""
-        return shlex.join([self.python, "-S", "-E", self.client, self.folder, self.fingerprint])
+        return shlex.join([self.python, "-S", "-E", self.client, self.folder, self.fingerprint, role])
 
     def variables(self) -> dict[str, str]:
         """Environment of an actor whose host process is forked."""
@@ -63,16 +64,16 @@ class ForkServer:
             "alive": ours,
             "listeners": {role: listener.fileno() for role, listener in listeners.items()},
             "idle_s": idle_s,
+            "threads": threads,
         }
         program = (  # its own search path is that of Ray's workers; this package may be elsewhere
             "import sys; path = [each for each in sys.path if each]; "
             f"sys.path[:] = {sys.path!r}; from actors.forking import server; server.PATH = path; server.main()"
         )
-        counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         with Path(folder, LOG).open("w") as log:  # of the imports; an error there comes again in the ordinary process
             self._process = subprocess.Popen(
                 [sys.executable, "-c", program, json.dumps(given)],
-                env={**environment, **counts},
+                env=environment,
                 pass_fds=[ours, *(listener.fileno() for listener in listeners.values())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

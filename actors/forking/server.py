@@ -1,11 +1,17 @@
-"""A process that imports once and is forked into learners' Ray workers and samplers' host processes.
+"""Processes that import once and are forked into Ray workers and samplers' host processes.
 
-    learner's server     torch, transformers, PEFT, the learner
+    a process without imports
        |  fork
-    sampler's server     and vLLM, with the environment of an engine
+       +-> server of actors      graders, tokenizers; no torch
+       |
+    learner's server             torch, transformers, PEFT, the learner
+       |  fork
+       +-> sampler's server      and vLLM, with the environment of an engine
 
-Two servers, because an import of vLLM changes what a learner computes with: it registers models with transformers and
-sets variables. Each has one thread, no CUDA and no connection to Ray. A request that came during the imports waits.
+Three servers: most actors need no torch, and an import of vLLM changes what a learner computes with: it registers
+models with transformers and sets variables. Each has one thread and no CUDA. A request that came during the imports
+waits. Ray itself is imported after the fork: its library reads the job's id and other variables when it is loaded. What
+it imports, which is more than half of that time, is imported before.
 """
 
 from __future__ import annotations
@@ -43,6 +49,35 @@ LEARNER = (
     "rlsys.learner.policy",
     "rlsys.learner.learner",
 )
+OF_RAY = (  # what Ray imports
+    "asyncio",
+    "attr",
+    "filelock",
+    "google.protobuf.any_pb2",
+    "google.protobuf.json_format",
+    "google.protobuf.struct_pb2",
+    "google.protobuf.timestamp_pb2",
+    "jsonschema",
+    "msgpack",
+    "multiprocessing",
+    "psutil",
+    "requests",
+    "runpy",
+    "tarfile",
+    "tqdm",
+    "uvloop",
+    "yaml",
+)
+ACTOR = (
+    *OF_RAY,
+    "huggingface_hub",
+    "numpy",
+    "rlsys.advantages",
+    "rlsys.planning.model_folder",
+    "rlsys.rewards.grader",
+    "rlsys.sampler.engine_start",
+    "transformers",
+)
 PATH = list(sys.path)  # of a fresh interpreter, without this package's; set by actors.forking.job_server
 Child = Callable[[], None]
 
@@ -65,7 +100,9 @@ class Imports:
             return "the code has changed since the server imported it"
         if request["executable"] != sys.executable:
             return f"the server's Python is {sys.executable}, not {request['executable']}"
-        names = checks.differing(self.environment, request["environment"])
+        names = checks.differing(
+            self.environment, request["environment"], THREAD_COUNTS if self.role == "actor" else ()
+        )
         if names:
             return f"the environment differs from the server's: {', '.join(names)}"
         other = unreachable(request, self.surroundings)
@@ -92,6 +129,7 @@ def unreachable(wanted: Mapping[str, Any], own: Mapping[str, Any]) -> str | None
     return None
 
 
+THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 REQUEST_S = 10.0  # for a request to be complete: its sender may get no core for a while
 
 
@@ -252,6 +290,13 @@ def prepare() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if before.get(name) != value}
 
 
+def import_for_actors() -> None:
+    import_all(ACTOR)
+    import transformers
+
+    transformers.PreTrainedTokenizerFast  # noqa: B018  imported when it is asked for
+
+
 def import_vllm() -> None:
     from rlsys.sampler.engine_start import preload_to_fork
 
@@ -259,24 +304,30 @@ def import_vllm() -> None:
     import_all(("rlsys.sampler.engine", "actors.hosting.sampler_body", "actors.hosting.serving"))
 
 
-def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle_s: float) -> Child:
+def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle_s: float, threads: int) -> Child:
     """Import and serve; returns in forked children alone."""
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
     gc.disable()
-    began_ns, code, before = time.time_ns(), checks.fingerprint(), dict(os.environ)
-    import_all(LEARNER)
-    gc.freeze()
-    here, sampler = os.getpid(), os.fork() == 0
-    role = "sampler" if sampler else "learner"
-    if sampler:
-        end_with(here)
-        find_title()
-        with open(os.path.join(folder, client.PROCESSES), "a") as file:
-            file.write(f"{os.getpid()}\n")
-        before |= prepare()
-        import_vllm()
+    began_ns, code = time.time_ns(), checks.fingerprint()
+    if _forked(folder):
+        role = "actor"
+        os.environ.update(dict.fromkeys(THREAD_COUNTS, "1"))
+        before = dict(os.environ)
+        import_for_actors()
+    else:
+        os.environ.update(dict.fromkeys(THREAD_COUNTS, str(threads)))
+        before = dict(os.environ)
+        import_all(LEARNER)
         gc.freeze()
+        role = "sampler" if _forked(folder) else "learner"
+        if role == "sampler":
+            find_title()
+            before |= prepare()
+            import_vllm()
+        else:
+            import_all(OF_RAY)
+    gc.freeze()
     for name, descriptor in listeners.items():
         if name != role:
             os.close(descriptor)
@@ -284,6 +335,17 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
     added = {name: value for name, value in os.environ.items() if before.get(name) != value}
     imports = Imports(role, before, added, code, files, client.surroundings())
     return Server(imports, socket.socket(fileno=listeners[role]), alive, idle_s, folder).serve()
+
+
+def _forked(folder: str) -> bool:
+    """Fork; true in the child, which ends with this process."""
+    here = os.getpid()
+    if os.fork():
+        return False
+    end_with(here)
+    with open(os.path.join(folder, client.PROCESSES), "a") as file:
+        file.write(f"{os.getpid()}\n")
+    return True
 
 
 def main() -> None:

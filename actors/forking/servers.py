@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.cluster.column_refs import by_reference
 from actors.cluster.placement import Slot
 from actors.forking.checks import fingerprint
 from actors.forking.job_server import ForkServer, ServerAddress
@@ -23,15 +25,27 @@ class ForkServers:
     servers: Mapping[tuple[str, int], ServerAddress] = field(default_factory=dict)  # by hex id of the node, and threads
     _noted: set[str] = field(default_factory=set)
 
-    def worker_options(self, slot: Slot) -> dict[str, Any]:
-        """Ray's options of an actor whose worker is forked if the slot's node has a server."""
+    def learner_options(self, slot: Slot) -> dict[str, Any]:
+        """Ray's options of a learner, whose worker is forked if the slot's node has a server."""
         options, server = slot.ray_options(), self._server(slot)
-        return options if server is None else with_runtime(options, py_executable=server.worker_command())
+        return options if server is None else with_runtime(options, py_executable=server.worker_command("learner"))
 
-    def host_options(self, slot: Slot) -> dict[str, Any]:
-        """Ray's options of an actor whose host process is forked if the slot's node has a server."""
-        options, server = slot.ray_options(), self._server(slot)
-        return options if server is None else with_runtime(options, env_vars=server.variables())
+    def sampler_options(self, slot: Slot) -> dict[str, Any]:
+        """Ray's options of a sampler, whose worker and host process are forked if the slot's node has a server."""
+        options, server = by_reference(slot.ray_options()), self._server(slot)
+        if server is None:
+            return options
+        return with_runtime(options, env_vars=server.variables(), py_executable=server.worker_command("actor"))
+
+    def driver_node_options(self) -> dict[str, Any]:
+        """Ray's options of an actor without a core on the driver's node: it works while learner and samplers wait, and
+        its results are needed as long as the driver lives. Its worker is forked if the node has a server. (Ray 2.60
+        ignores soft affinity for actors without a core.)"""
+        here = ray.get_runtime_context().get_node_id()
+        strategy = NodeAffinitySchedulingStrategy(here, soft=False)
+        options = by_reference({"num_cpus": 0, "scheduling_strategy": strategy})
+        server = next((server for (node, _), server in self.servers.items() if node == here), None)
+        return options if server is None else with_runtime(options, py_executable=server.worker_command("actor"))
 
     def note_unforked(self, reasons: Sequence[str], note: Callable[[str], None]) -> None:
         """Tell once per reason why processes started the ordinary, slower way."""

@@ -25,7 +25,7 @@ READY_S = 300.0  # imports on a loaded node with cold disks
 ASK_S = 2.0  # a job does without servers that do not say in time where they are
 STOP_S = 10.0
 # Ray's workers lower their priority once they run, and ask for what they are forked to be before that.
-USUAL_PRIORITY = {"env_vars": {"RAY_worker_niceness": "0"}}
+USUAL_PRIORITY = {"RAY_worker_niceness": "0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def start(threads: int, idle_s: float) -> Iterator[Held]:
         if node["Alive"]:
             name = f"{PREFIX}{node['NodeID']}:{threads}"
             options: dict[str, Any] = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0}
-            options["runtime_env"] = USUAL_PRIORITY
+            options["runtime_env"] = {"env_vars": USUAL_PRIORITY}
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             actor = ray.remote(WarmServer).options(get_if_exists=True, **options).remote(threads, idle_s)
             actors.append((name, node["NodeManagerAddress"], actor))

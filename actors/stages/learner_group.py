@@ -78,7 +78,7 @@ class LearnerGroup:
         self.slots = slots
         self.lives += 1
         remote = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
-        options = [self.servers.worker_options(slot) for slot in slots]
+        options = [self.servers.learner_options(slot) for slot in slots]
         self.ranks = [remote.options(**each).remote(self.config, i) for i, each in enumerate(options)]
 
     def make_base(self, on_news: Callable[[list[dict[str, float]]], None]) -> Mapping[str, bytes]:

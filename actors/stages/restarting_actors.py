@@ -8,12 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.advantage_actor import AdvantageRequest, GroupAdvantageActor
-from actors.cluster.column_refs import BaseRef, base_argument, by_reference, pack_columns
+from actors.cluster.column_refs import BaseRef, base_argument, pack_columns
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Watchdog, watched
+from actors.forking.servers import NO_SERVERS, ForkServers
 from actors.reward_actor import RecordRequest, RewardActor, ShowRequest
 from rlsys.config import JobConfig, RlSection, Stage, WatchdogSection
 from rlsys.data.problems import ProblemSet
@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from rlsys.rewards.rollout_samples import RolloutSample  # imports transformers, which the driver can do without
 
 STOP_TIMEOUT_S = 5.0  # for the grader processes to end by themselves
-
-
-def driver_node_options() -> dict[str, object]:
-    """Options of an actor on the driver's node without a core: it works while learner and samplers wait, and its
-    results are needed as long as the driver lives. (Ray 2.60 ignores soft affinity for actors without a core.)"""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return {"num_cpus": 0, "scheduling_strategy": here}
 
 
 class RestartingActor:
@@ -130,9 +123,12 @@ class GraderActors(RestartingActor):
 
     _stopping: ObjectRef | None = None  # the call that ends the grader processes
 
-    def __init__(self, config: JobConfig, failures: Failures, note: Callable[[str], None]) -> None:
-        remote = ray.remote(concurrency_groups={"watch": 1})(RewardActor).options(**by_reference(driver_node_options()))
+    def __init__(
+        self, config: JobConfig, failures: Failures, note: Callable[[str], None], servers: ForkServers = NO_SERVERS
+    ) -> None:
+        remote = ray.remote(concurrency_groups={"watch": 1})(RewardActor).options(**servers.driver_node_options())
         make = partial(remote.remote, config)
+        self.servers = servers
         super().__init__("rewards", make, config.watchdog, config.cluster.max_restarts, failures, note)
         self.config = config
         self.base: BaseRef | None = None
@@ -147,7 +143,8 @@ class GraderActors(RestartingActor):
 
     def started(self) -> None:
         assert self.base is not None
-        self.ask("start", "starting", "start", base_argument(self.base))
+        why = self.ask("start", "starting", "start", base_argument(self.base))
+        self.servers.note_unforked([why], self.note)
 
     def problems(self, split: str) -> Ref[ProblemSet]:
         return Ref(self.actor.problems.remote(split))
@@ -238,8 +235,9 @@ class AdvantageActors(RestartingActor):
         max_restarts: int,
         failures: Failures,
         note: Callable[[str], None],
+        servers: ForkServers = NO_SERVERS,
     ) -> None:
-        remote = ray.remote(GroupAdvantageActor).options(**by_reference(driver_node_options()))
+        remote = ray.remote(GroupAdvantageActor).options(**servers.driver_node_options())
         super().__init__("advantages", partial(remote.remote, rl), watchdog, max_restarts, failures, note)
 
     def compute_advantages(

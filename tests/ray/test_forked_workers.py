@@ -79,7 +79,7 @@ def options(warmed: str) -> Iterator[dict[str, Any]]:
     assert [threads for _, threads in found] == [1]
     [server] = found.values()
     plain = {"num_cpus": 0.1, "runtime_env": threads_env(1)}
-    yield with_runtime(plain, py_executable=server.worker_command())
+    yield with_runtime(plain, py_executable=server.worker_command("learner"))
     ray.shutdown()
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from actors.cluster.column_refs import BaseRef, base_argument, by_reference
+from actors.cluster.column_refs import BaseRef, base_argument
 from actors.cluster.placement import Placement, Slot
 from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
@@ -310,9 +310,7 @@ class Membership:
         return f"{len(self.members) - more} samplers -> {len(self.members)}; new ones serve once they have attested"
 
     def _actor(self, index: int, slot: Slot) -> ActorHandle:
-        options = ray.remote(SamplerActor).options(
-            max_concurrency=1000, **by_reference(self.servers.host_options(slot))
-        )
+        options = ray.remote(SamplerActor).options(max_concurrency=1000, **self.servers.sampler_options(slot))
         return options.remote(self.config, index)
 
 

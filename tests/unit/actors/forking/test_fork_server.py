@@ -40,7 +40,7 @@ print(json.dumps({
     "ignored": [int(n) for n in signal.valid_signals() if signal.getsignal(n) == signal.SIG_IGN],
     "temporary": tempfile.gettempdir(), "name": __name__, "input": os.readlink("/proc/self/fd/0"),
     "oom": open("/proc/self/oom_score_adj").read(), "leads": os.getpgrp() == os.getpid(),
-    "modules": [name for name in ("torch", "peft", "vllm", "ray") if name in sys.modules],
+    "modules": [name for name in ("torch", "peft", "transformers", "vllm", "ray") if name in sys.modules],
 }))
 sys.exit(7)
 """
@@ -76,8 +76,8 @@ def server() -> Iterator[ForkServer]:
         yield made
 
 
-def launcher(address: ServerAddress) -> list[str]:
-    return [address.python, "-S", "-E", address.client, address.folder, address.fingerprint]
+def launcher(address: ServerAddress, role: str = "learner") -> list[str]:
+    return [address.python, "-S", "-E", address.client, address.folder, address.fingerprint, role]
 
 
 @contextmanager
@@ -104,7 +104,12 @@ def report(command: list[str], program: Path, **how: Any) -> dict[str, Any]:
     return found
 
 
-def test_a_forked_process_is_a_fresh_one_in_all_but_its_imports(server: ForkServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("role", "modules"), [("learner", ["torch", "peft", "transformers"]), ("actor", ["transformers"])]
+)
+def test_a_forked_process_is_a_fresh_one_in_all_but_its_imports(
+    server: ForkServer, tmp_path: Path, role: str, modules: list[str]
+) -> None:
     program, scratch = tmp_path / "program.py", tmp_path / "scratch"
     program.write_text(REPORT)
     scratch.mkdir()
@@ -124,8 +129,8 @@ def test_a_forked_process_is_a_fresh_one_in_all_but_its_imports(server: ForkServ
         "preexec_fn": before,
         "stdin": subprocess.DEVNULL,
     }
-    fresh, forked = (report(command, program, **how) for command in ([sys.executable], launcher(server.address)))
-    assert fresh.pop("modules") == [] and forked.pop("modules") == ["torch", "peft"]
+    fresh, forked = (report(command, program, **how) for command in ([sys.executable], launcher(server.address, role)))
+    assert fresh.pop("modules") == [] and forked.pop("modules") == modules
     assert int(forked["environment"].pop(client.FORKED)) in server.processes()
     added = {name for name in forked["environment"] if name not in fresh["environment"]}
     assert added <= {"TORCHINDUCTOR_CACHE_DIR", "PYTORCH_NVML_BASED_CUDA_CHECK"}, "as an import of torch sets"
@@ -261,14 +266,17 @@ def test_a_server_ends_with_the_process_that_started_it_and_its_workers_do_not(t
     for when in ([], ["ready"]):  # while it imports, and when it serves
         command = [sys.executable, "-c", PROGRAM, *when]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=clean()) as process, ExitStack() as stack:
+            stack.callback(process.kill)
             assert process.stdout is not None
             address = ServerAddress(**json.loads(process.stdout.readline()))
-            pids = [int(pid) for pid in Path(address.folder, client.PROCESSES).read_text().split()]
-            assert len(pids) == 1 + bool(when)
+            servers = Path(address.folder, client.PROCESSES)
+            pids = [int(pid) for pid in servers.read_text().split()]
+            assert len(pids) == 3 or not when
             if when:
                 ray_knows, pid, forked = stack.enter_context(asleep(address, tmp_path))
             process.kill()
             until_gone(pids, "the server")
+            until_gone([int(pid) for pid in servers.read_text().split()], "a server that was forked at last")
             delete_abandoned()
             assert not Path(address.folder).exists()
             if when:
