@@ -97,7 +97,7 @@ def fork(
         "arguments": list(arguments),
         "entry": entry,
         "path": list(path),
-        "environment": {name: value for name, value in os.environ.items() if name != SERVER},
+        "environment": {name: value for name, value in os.environ.items() if name != SERVER or not entry},
         "executable": sys.executable,
         **surroundings(),
     }

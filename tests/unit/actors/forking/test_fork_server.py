@@ -125,7 +125,7 @@ def test_a_forked_process_is_a_fresh_one_in_all_but_its_imports(
 
     how: Mapping[str, Any] = {
         "cwd": tmp_path,
-        "env": {**clean(), "TMPDIR": str(scratch), "RAY_JOB_ID": "7"},
+        "env": {**clean(), "TMPDIR": str(scratch), "RAY_JOB_ID": "7", client.SERVER: "of its host"},
         "preexec_fn": before,
         "stdin": subprocess.DEVNULL,
     }
