@@ -183,10 +183,13 @@ def _run(
         policy = actors.policy
         observer = JobObserver(config, tracker, progress, failures, _accuracies(store), policy.graders, actors.pids)
         base = _base(config.model, policy.learner, store, observer, progress)
+        learner_first = may_share(config.learner, config.sampler)
         with progress.stage("starting engines", None):
+            if not learner_first:
+                policy.samplers.membership.begin(base)
             policy.graders.start(base)
             counts = _task_facts(policy.graders, store, observer)
-            policy.start(base, learner_first=may_share(config.learner, config.sampler))
+            policy.start(base, engines_begun=not learner_first)
         epochs = Epochs(counts["train"], config.rl.problems_per_step, config.run.seed)
         ledger = Ledger(epochs) if store.resume is None else Ledger.from_bytes(store.resume.ledger, epochs)
         stages = Stages(policy.samplers, policy.graders, actors.advantages, policy.learner, actors.checkpointer)
@@ -230,7 +233,7 @@ def _base(
 
 
 def _task_facts(graders: GraderActors, store: RunStore, observer: JobObserver) -> dict[str, int]:
-    """Number of problems of each split; noted in the run directory, and compared on resume, before any engine starts.
+    """Number of problems of each split; noted in the run directory, and compared on resume, before the learner starts.
 
     Raises:
         RunExistsError: the run began with other problems.

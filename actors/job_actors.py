@@ -19,7 +19,6 @@ from actors.stages.restarting_actors import AdvantageActors, GraderActors
 from actors.stages.sampler_pool.membership import SamplerInit
 from actors.stages.sampler_pool.pool import SamplerPool
 from rlsys.config import JobConfig
-from rlsys.config.gpu_shares import start_in_order
 from rlsys.protocols import PublishedAdapter, RolledBack
 from rlsys.run_state.run_dir import RunStore
 from rlsys.types import Array
@@ -36,15 +35,13 @@ class PolicyActors:
     samplers: SamplerPool
     graders: GraderActors
 
-    def start(self, base: BaseRef, learner_first: bool) -> None:
+    def start(self, base: BaseRef, engines_begun: bool) -> None:
         """Load the base on every actor, and have every sampler prove that adapters reach its forward pass. The graders
-        have been started. `learner_first`: engines start after the learner has loaded its base."""
+        have been started. Engines that have not begun start after the learner has loaded its base."""
         train, held_out = (self.graders.problems(split) for split in ("train", "eval"))
-        start_in_order(
-            learner_first,
-            lambda: self.learner.start(LearnerInit(base, train)),
-            lambda: self.samplers.membership.begin(base, train, held_out),
-        )
+        self.learner.start(LearnerInit(base, train))
+        if not engines_begun:
+            self.samplers.membership.begin(base)
         self.samplers.membership.start(SamplerInit(base, train, held_out, retry(self.learner.probe)))
 
     def ask_to_stop(self) -> None:
@@ -87,16 +84,12 @@ def policy_actors(
     resampled: Callable[[Array], None] = lambda problems: None,
     servers: ForkServers = NO_SERVERS,
 ) -> Iterator[PolicyActors]:
-    """Launch learner, graders and samplers; when the block ends they are closed, engines first. ``between`` and
+    """Launch learner, graders and samplers; when the block ends they are closed, the learner last. ``between`` and
     ``resampled``: see `SamplerPool`."""
     with ExitStack() as stack:
         placement = Placement(config, note)
         stack.callback(placement.release)
         rank_slots, sampler_slots = placement.reserve()
-        stack.callback(learner.close)
-        learner.launch(rank_slots)
-        graders = GraderActors(config, failures, note, servers)
-        stack.callback(graders.close)
 
         def renew() -> tuple[SamplerInit, PublishedAdapter]:
             assert graders.base is not None
@@ -104,8 +97,12 @@ def policy_actors(
             return SamplerInit(graders.base, train, held_out, learner.probe()), learner.publish()
 
         samplers = SamplerPool(config, placement, failures, note, renew, between, resampled, servers)
+        stack.callback(learner.close)
         stack.callback(samplers.close)
-        samplers.membership.launch(sampler_slots)
+        samplers.membership.launch(sampler_slots)  # first: an engine takes longest
+        learner.launch(rank_slots)
+        graders = GraderActors(config, failures, note, servers)
+        stack.callback(graders.close)
         actors = PolicyActors(learner, samplers, graders)
         stack.callback(actors.ask_to_stop)
         yield actors

@@ -43,8 +43,15 @@ class SamplerActor:
     async def preload(self) -> None:
         await self.host.call("preload")
 
-    async def start(self, base: Base, train: ProblemSet, held_out: ProblemSet) -> None:
-        await self.host.call("start", base, train, held_out)
+    async def start(self, base: Base) -> None:
+        """Start the engine."""
+        await self.host.call("start", base)
+
+    async def join(
+        self, train: ProblemSet, held_out: ProblemSet, probe: StartupProbe, bound: float | None
+    ) -> Attestation:
+        """Take the problems, and prove that adapters reach the engine's forward pass."""
+        return await self.host.call("join", train, held_out, probe, bound)
 
     async def replace(
         self,
@@ -55,10 +62,9 @@ class SamplerActor:
         update: WeightUpdate | None,
         bound: float | None,
     ) -> Attestation | None:
-        """Start in a running job: start the engine, prove that adapters reach its forward pass, load the current
-        version."""
-        await self.start(base, train, held_out)
-        await self.prove(probe, bound)
+        """Start in a running job: start the engine, join, load the current version."""
+        await self.start(base)
+        await self.join(train, held_out, probe, bound)
         return None if update is None else await self.load(update, bound)
 
     @ray.method(num_returns=2)
@@ -69,9 +75,6 @@ class SamplerActor:
     async def load(self, update: WeightUpdate, bound: float | None, reload: bool = False) -> Attestation:
         """`reload`: unload every version of the run first. The learner was rolled back, so version numbers repeat."""
         return await self.host.call("load", update, bound, reload)
-
-    async def prove(self, probe: StartupProbe, bound: float | None) -> Attestation:
-        return await self.host.call("prove", probe, bound)
 
     async def sleep(self) -> None:
         await self.host.call("sleep")

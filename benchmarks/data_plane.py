@@ -192,7 +192,7 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         samplers.membership.launch(sampler_slots)
         base, nothing = Ref[Any](ray.put(recording)), Ref[Any](None)
         graders.start(base)
-        samplers.membership.begin(base, nothing, nothing)
+        samplers.membership.begin(base)
         learner.start(LearnerInit(base, nothing))
         samplers.membership.start(SamplerInit(base, nothing, nothing, learner.probe()))
         ray.get([member.actor.set.remote(1, PACE_S) for member in samplers.members])

@@ -96,10 +96,10 @@ class ReplayingSampler:
     async def preload(self) -> None:
         """There is nothing to import."""
 
-    async def start(self, base: Recording, train: Any, held_out: Any) -> None:
+    async def start(self, base: Recording) -> None:
         self.recording = base
 
-    async def prove(self, probe: Weights, bound: float | None) -> Attested:
+    async def join(self, train: Any, held_out: Any, probe: Weights, bound: float | None) -> Attested:
         return self._attested(probe)
 
     async def load(self, update: Weights, bound: float | None, reload: bool = False) -> Attested:

@@ -126,8 +126,7 @@ class Measuring:
         section = self.config.sampler
         options = {"num_cpus": section.num_cpus, "max_concurrency": 1000, "runtime_env": threads_env(section.threads)}
         actor = ray.remote(SamplerActor).options(**options).remote(self.config, 0)
-        shared = ray.put(self.problems)
-        wait(actor.start.remote(str(self.base), shared, shared), LIMIT_S, "sampler: starting vLLM")
+        wait(actor.start.remote(str(self.base)), LIMIT_S, "sampler: starting vLLM")
         untrained = random_snapshot(self.base, RUN, UNTRAINED, RANK, self.config.model.dtype, size=0.0)
         for snapshot in (untrained, self.trained):
             wait(actor.load.remote(_unproven(snapshot), float("inf")), LIMIT_S, "sampler: loading")

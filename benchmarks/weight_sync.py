@@ -149,7 +149,7 @@ def stages(config: JobConfig) -> Iterator[tuple[LearnerGroup, SamplerPool]]:
         samplers.membership.launch(sampler_seats)
         assert config.model.path is not None
         base, problems = config.model.path, Ref[Any](ray.put(random_problems(8, 40, 1000)))
-        samplers.membership.begin(base, problems, problems)
+        samplers.membership.begin(base)
         learner.start(LearnerInit(base, problems))
         samplers.membership.start(SamplerInit(base, problems, problems, learner.probe()))
         samplers.load(learner.publish())

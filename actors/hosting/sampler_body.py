@@ -34,7 +34,6 @@ class SampleRequest:
 @dataclass(frozen=True, slots=True)
 class Started:
     sampler: Sampler
-    problems: Mapping[str, ProblemSet]  # by split
     conversations: Conversations | None  # of a task with several turns
 
 
@@ -44,13 +43,14 @@ class SamplerBody:
     def __init__(self, config: JobConfig, index: int) -> None:
         self.config, self.index = config, index
         self.started: Started | None = None
+        self.problems: Mapping[str, ProblemSet] = {}  # by split, from `join` on
 
     async def preload(self) -> None:
         from rlsys.sampler import engine_start
 
         engine_start.preload_to_fork(self.config.sampler_device)
 
-    async def start(self, base: Base, train: ProblemSet, held_out: ProblemSet) -> None:
+    async def start(self, base: Base) -> None:
         from actors.cluster.base_folder import local_folder
         from actors.machine.gpus import refuse_dtype
 
@@ -72,14 +72,20 @@ class SamplerBody:
             )
             conversations = Conversations.start(config, folder, sampler)
             # Before the engine starts: its progress is watched, and it can be stopped, while it starts.
-            self.started = Started(sampler, {"train": train, "eval": held_out}, conversations)
+            self.started = Started(sampler, conversations)
             await sampler.start()
         if conversations is not None:
             conversations.begin()  # its pool has threads, which the engine is not forked among
 
+    async def join(
+        self, train: ProblemSet, held_out: ProblemSet, probe: StartupProbe, bound: float | None
+    ) -> Attestation:
+        self.problems = {"train": train, "eval": held_out}
+        return await self.sampler.probe(probe, bound)
+
     async def sample(self, request: SampleRequest) -> tuple[Rollouts, dict[str, float]]:
         started, run = self._running, self.config.run.name
-        known, problems = started.problems[request.split], request.problems
+        known, problems = self.problems[request.split], request.problems
         # an evaluation is of one version
         moves = self.config.overlap.continue_on_new_weights and request.split == "train"
         tokens, offsets = known.select(problems)
@@ -95,9 +101,6 @@ class SamplerBody:
         if reload:
             await self.sampler.roll_back(self.config.run.name)
         return await self.sampler.load(update, bound)
-
-    async def prove(self, probe: StartupProbe, bound: float | None) -> Attestation:
-        return await self.sampler.probe(probe, bound)
 
     async def sleep(self) -> None:
         await self.sampler.sleep()

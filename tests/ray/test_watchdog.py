@@ -246,7 +246,7 @@ def sampler(connected: None, micro_base: Path) -> Iterator[Any]:
     config = parse_config(JOB, [f"model.path={micro_base}"])
     made = ray.remote(AskedSampler).options(num_cpus=0.5, max_concurrency=1000).remote(config, 0)
     wait(made.preload.remote(), FAR_S, "sampler 0")
-    wait(made.start.remote(str(micro_base), None, None), FAR_S, "sampler 0")
+    wait(made.start.remote(str(micro_base)), FAR_S, "sampler 0")
     yield made
     ray.kill(made)
 

@@ -109,11 +109,10 @@ class Membership:
             self._ask_host(member)
             member.actor.preload.remote()
 
-    def begin(self, base: BaseRef, train: Ref[ProblemSet], held_out: Ref[ProblemSet]) -> None:
+    def begin(self, base: BaseRef) -> None:
         """Start every engine, without waiting."""
-        arguments = base_argument(base), train.value, held_out.value
         for member in self.members:
-            member.joining = pending_call(member, member.actor.start.remote(*arguments), "starting vLLM")
+            member.joining = pending_call(member, member.actor.start.remote(base_argument(base)), "starting vLLM")
             member.unproven = True
 
     def start(self, init: SamplerInit) -> None:
@@ -214,7 +213,9 @@ class Membership:
             return
         if member.unproven:
             member.unproven = False
-            ref = member.actor.prove.remote(self.init.probe.value, self.config.checks.max_canary_diff)
+            init = self.init
+            arguments = init.train.value, init.held_out.value, init.probe.value
+            ref = member.actor.join.remote(*arguments, self.config.checks.max_canary_diff)
             member.joining = pending_call(member, ref, "proving that adapters reach its forward pass")
             return
         if self.current is None or (attested and self.is_current(attested.version, attested.digest)):
