@@ -51,7 +51,11 @@ class SamplerActor:
         self, train: ProblemSet, held_out: ProblemSet, probe: StartupProbe, bound: float | None
     ) -> Attestation:
         """Take the problems, and prove that adapters reach the engine's forward pass."""
-        return await self.host.call("join", train, held_out, probe, bound)
+        await self.take(train, held_out)
+        return await self.host.call("prove", probe, bound)
+
+    async def take(self, train: ProblemSet, held_out: ProblemSet) -> None:
+        await self.host.call("take", train, held_out)
 
     async def replace(
         self,

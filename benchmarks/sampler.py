@@ -127,6 +127,8 @@ class Measuring:
         options = {"num_cpus": section.num_cpus, "max_concurrency": 1000, "runtime_env": threads_env(section.threads)}
         actor = ray.remote(SamplerActor).options(**options).remote(self.config, 0)
         wait(actor.start.remote(str(self.base)), LIMIT_S, "sampler: starting vLLM")
+        shared = ray.put(self.problems)
+        wait(actor.take.remote(shared, shared), LIMIT_S, "sampler: taking the problems")
         untrained = random_snapshot(self.base, RUN, UNTRAINED, RANK, self.config.model.dtype, size=0.0)
         for snapshot in (untrained, self.trained):
             wait(actor.load.remote(_unproven(snapshot), float("inf")), LIMIT_S, "sampler: loading")

@@ -43,7 +43,7 @@ class SamplerBody:
     def __init__(self, config: JobConfig, index: int) -> None:
         self.config, self.index = config, index
         self.started: Started | None = None
-        self.problems: Mapping[str, ProblemSet] = {}  # by split, from `join` on
+        self.problems: Mapping[str, ProblemSet] = {}  # by split, from `take` on
 
     async def preload(self) -> None:
         from rlsys.sampler import engine_start
@@ -77,10 +77,10 @@ class SamplerBody:
         if conversations is not None:
             conversations.begin()  # its pool has threads, which the engine is not forked among
 
-    async def join(
-        self, train: ProblemSet, held_out: ProblemSet, probe: StartupProbe, bound: float | None
-    ) -> Attestation:
+    async def take(self, train: ProblemSet, held_out: ProblemSet) -> None:
         self.problems = {"train": train, "eval": held_out}
+
+    async def prove(self, probe: StartupProbe, bound: float | None) -> Attestation:
         return await self.sampler.probe(probe, bound)
 
     async def sample(self, request: SampleRequest) -> tuple[Rollouts, dict[str, float]]:
