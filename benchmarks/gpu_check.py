@@ -19,6 +19,7 @@ The time estimates below (seconds) are guesses: nobody has run the parts on a GP
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -224,4 +225,5 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # a row collects garbage before each step, and would look through all that is imported
     sys.exit(main())

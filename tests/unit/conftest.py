@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from xdist.scheduler import LoadFileScheduling
 
 UNIT = Path(__file__).parent
-# These fork from one server with torch imported (tests/forked.py): one process has them all, and starts it once.
-FORKING = (
-    "test_forked.py",
-    "benchmarks/test_killed_gpu_check.py",
-    "distributed/test_ranks.py",
-    "distributed/test_sharding.py",
-    "learner/test_token_budget.py",
-    "planning/test_growth.py",
-)
 # The files that take longest, the first to begin: no process is left with one of them at the end.
 LONG = (
     "benchmarks/test_gpu_check.py",
-    *FORKING,
+    "learner/test_token_budget.py",
+    "distributed/test_ranks.py",
+    "distributed/test_sharding.py",
     "math_grading/test_grading_table.py",
     "learner/test_fake_cuda.py",
     "serve/test_process.py",
@@ -32,22 +25,15 @@ LONG = (
 )
 
 
-class Files(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
-    """All tests of a file in one process, and those that fork in one."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "forking" if file.endswith(FORKING) else file
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Files | None:
-    return Files(config, log) if config.getoption("dist") == "loadfile" else None
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(str(item.path.relative_to(UNIT.parent)).removeprefix("unit/"), len(LONG)))
+
+
+@pytest.hookimpl(trylast=True)  # after the frozen heap of tests/conftest.py, which the processes share
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if "tests.forked" in sys.modules and not session.config.option.collectonly:
+        sys.modules["tests.forked"].start_server()
 
 
 @pytest.fixture(scope="session")

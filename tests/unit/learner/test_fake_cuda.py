@@ -65,17 +65,18 @@ def test_caps_and_sinks_are_computed_by_products_on_the_device(
     assert found[PRODUCTS] and VARLEN not in found
 
 
-def test_five_losses_an_optimizer_step_and_a_checkpoint_pass_on_the_device(seen: Seen) -> None:
+LAYERS, LOSSES, WAYS = 1, 5, 2
+
+
+def test_losses_an_optimizer_step_and_a_checkpoint_pass_on_the_device(seen: Seen) -> None:
     for case in ("bfloat16 {} unembed False", "bfloat16 {} unembed True", "float32 {} unembed False"):
         assert seen[case][FUSED_ADAMW] == 1
     plain = seen["bfloat16 {} unembed False"]
-    layers, losses, ways = 1, 5, 2
-    assert plain[VARLEN_BACKWARD] == layers * losses * ways
-    assert plain[VARLEN] == plain[VARLEN_BACKWARD] + 2 * layers  # log-probabilities, with the adapter and without
+    assert plain[VARLEN_BACKWARD] == LAYERS * LOSSES * WAYS
+    assert plain[VARLEN] == plain[VARLEN_BACKWARD] + 2 * LAYERS  # log-probabilities, with the adapter and without
 
 
 def test_checkpointed_layers_run_forward_twice_on_the_device(seen: Seen) -> None:
     (again,) = (found for case, found in seen.items() if "gradient_checkpointing" in case)
-    plain = seen["bfloat16 {} unembed False"]
-    assert again[VARLEN_BACKWARD] == plain[VARLEN_BACKWARD]
-    assert again[VARLEN] == plain[VARLEN] + plain[VARLEN_BACKWARD]
+    assert again[VARLEN_BACKWARD] == LAYERS * WAYS
+    assert again[VARLEN] == 2 * again[VARLEN_BACKWARD] + 2 * LAYERS
