@@ -133,7 +133,9 @@ def checks(bench: Bench) -> dict[str, Callable[[], Iterator[Check]]]:
         "packing": lambda: packing(bench),
         "sharing": lambda: sharing(bench),
         "attention": lambda: attention(bench.device, bench.quick),
-        "attention with windows": lambda: attention(bench.device, bench.quick, WINDOWS[1:2] if bench.quick else WINDOWS),
+        "attention with windows": lambda: attention(
+            bench.device, bench.quick, WINDOWS[1:2] if bench.quick else WINDOWS
+        ),
         "precision of fp32 products": lambda: precision(bench.device),
         "half precision": lambda: half_precision(bench),
         "losses": lambda: of_losses(bench),

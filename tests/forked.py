@@ -68,14 +68,15 @@ class _Context(ForkServerContext):
 
 
 def fork_server() -> ForkServerContext:
-    """Python's own server, of which a process has one, is that of the pools under test: it keeps the imports of whichever
-    pool was first, and a pool's processes must not begin with torch."""
+    """Python's own server, of which a process has one, is that of the pools under test: it keeps the imports of
+    whichever pool was first, and a pool's processes must not begin with torch."""
     return _Context()
 
 
 def _as_program(code: str, arguments: tuple[str, ...], environment: Mapping[str, str], out: Path, err: Path) -> None:
     for stream, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644), stream)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115 pytest has its own
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["-c", *arguments]

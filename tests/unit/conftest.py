@@ -1,4 +1,4 @@
-"""Tiny random Qwen3 models, made once per session. Which tests run first and in one process (pytest-xdist)."""
+"""Tiny random Qwen3 models, made once per session. Which tests run first, and the server that they fork from."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ import pytest
 UNIT = Path(__file__).parent
 # The files that take longest, the first to begin: no process is left with one of them at the end.
 LONG = (
+    "serve/test_slow_clients.py",
+    "math_grading/test_grading_table.py",
     "benchmarks/test_gpu_check.py",
+    "learner/test_fake_cuda.py",
+    "tracking/test_tracker.py",
+    "serve/test_gate.py",
+    "replay/test_replay_step.py",
+    "learner/test_turns.py",
+    "learner/test_invariance.py",
+    "learner/test_custom_loss.py",
+    "learner/test_learner.py",
+    "rewards/test_grader_pool.py",
+    "test_waiting.py",
+    "test_loop.py",
     "learner/test_token_budget.py",
     "distributed/test_ranks.py",
     "distributed/test_sharding.py",
-    "math_grading/test_grading_table.py",
-    "learner/test_fake_cuda.py",
-    "serve/test_process.py",
-    "tracking/test_tracker.py",
-    "rewards/test_grader_pool.py",
-    "learner/test_prefix_sharing.py",
-    "replay/test_replay_step.py",
 )
 
 

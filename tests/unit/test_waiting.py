@@ -99,7 +99,7 @@ def test_a_process_that_computes_moves_and_so_does_one_whose_children_compute(
     for program in (SPIN, parent):
         process = start(started, program)
         BEGAN[0] = time.monotonic()
-        assert until(lambda: passed(3), "the end", cpu_of(process.pid, step_s=0.05), stall_s=1.5, look_s=0.1)
+        assert until(lambda: passed(2), "the end", cpu_of(process.pid, step_s=0.05), stall_s=1, look_s=0.1)
         for member in family(process.pid):
             member.kill()
 

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.datums import DatumBatch
+from rlsys.distributed.ranks import ALONE
 from rlsys.learner.learner import Learner
+from rlsys.learner.token_budget import TokenBudget
 from rlsys.types import Datum, ModelInput
 
 Models = Callable[[bool], Path]
@@ -41,6 +43,34 @@ def make(
         gradient_checkpointing=gradient_checkpointing,
     )
     return Learner(path, ModelSection(path=str(path)), section, dtype=dtype, **kwargs)
+
+
+class Lender:
+    """Learners with adapters for one test after another: a base is loaded once for all tests that want it alike."""
+
+    def __init__(self) -> None:
+        self._idle: dict[tuple[Any, ...], list[Learner]] = {}
+        self._lent: list[tuple[tuple[Any, ...], Learner, LearnerSection]] = []
+
+    def lend(self, path: Path, *args: Any, **kwargs: Any) -> Learner:
+        """As `make`, until the end of the test; two calls in one test give two learners."""
+        key = (path, args, tuple(sorted(kwargs.items())))
+        idle = self._idle.setdefault(key, [])
+        learner = idle.pop() if idle else make(path, *args, **kwargs)
+        self._lent.append((key, learner, learner._forward.section))
+        return learner
+
+    def take_back(self) -> None:
+        for key, learner, section in self._lent:
+            for run in learner.runs.ids:
+                learner.runs.drop(run)
+            learner._forward.section, learner._forward.budget = section, TokenBudget(section.token_budget, ALONE)
+            self._idle[key].append(learner)
+        self._lent.clear()
+
+
+LENDER = Lender()
+lend = LENDER.lend
 
 
 def draw(datums: int = 8, seed: int = 0) -> DatumBatch:

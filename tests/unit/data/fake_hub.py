@@ -1,11 +1,11 @@
-"""As much of the Hugging Face Hub as loading a data set asks for: one repository, read from a folder."""
+"""As much of the Hugging Face Hub as loading a data set asks for: repositories, each read from a folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,9 +14,8 @@ COMMIT = "1".zfill(40)
 
 
 @contextmanager
-def fake_hub(name: str, folder: Path) -> Iterator[str]:
-    """The address at which the data set `name` is served from `folder`; any other is not found."""
-    api, files = f"/api/datasets/{name}", f"/datasets/{name}/resolve/"
+def fake_hub(folders: Mapping[str, Path]) -> Iterator[str]:
+    """The address at which these data sets are served, each from its folder; any other is not found."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None:
@@ -24,11 +23,17 @@ def fake_hub(name: str, folder: Path) -> Iterator[str]:
 
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
+            named = [each for each in folders if path.startswith((f"/api/datasets/{each}", f"/datasets/{each}/"))]
+            if not named:
+                self.answer(b"{}", 404, "RepoNotFound")
+                return
+            (name,) = named
+            folder, api, files = folders[name], f"/api/datasets/{name}", f"/datasets/{name}/resolve/"
             if path == api or path.startswith(f"{api}/revision/"):
-                siblings = [{"rfilename": entry["path"]} for entry in entries()]
+                siblings = [{"rfilename": entry["path"]} for entry in entries(folder)]
                 self.answer(json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode())
             elif path.startswith(f"{api}/tree/"):
-                self.answer(json.dumps(entries()).encode())
+                self.answer(json.dumps(entries(folder)).encode())
             elif path.startswith(files):
                 self.answer_file(folder / path.removeprefix(files).partition("/")[2])
             else:
@@ -53,7 +58,7 @@ def fake_hub(name: str, folder: Path) -> Iterator[str]:
             if self.command != "HEAD":
                 self.wfile.write(body)
 
-    def entries() -> list[dict[str, object]]:
+    def entries(folder: Path) -> list[dict[str, object]]:
         found = sorted(path for path in folder.rglob("*") if path.is_file())
         return [
             {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -135,38 +136,55 @@ def elsewhere(endpoint: str, home: Path, *paths: str) -> list[object]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_the_hub_gives_the_rows_of_its_local_copy_and_the_cache_gives_them_without_it(tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    write(copy / "main" / "train.jsonl", ROWS[:1])
-    write(copy / "main" / "test.jsonl", ROWS)
-    write(copy / "other" / "test.jsonl", ROWS[:1])
+@dataclass(frozen=True)
+class Found:
+    """What processes read of two data sets: from the Hub, from their local copies, and from the cache without the Hub.
+    With it what they were told of a data set that does not exist."""
+
+    hub: list[object]
+    local: list[object]
+    cached: list[object]
+    unknown: str
+    missing: str
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    folder = tmp_path_factory.mktemp("hub")
+    words, numbers = folder / "words", folder / "numbers"
+    write(words / "main" / "train.jsonl", ROWS[:1])
+    write(words / "main" / "test.jsonl", ROWS)
+    write(words / "other" / "test.jsonl", ROWS[:1])
     splits = "[{split: train, path: main/train.jsonl}, {split: test, path: main/test.jsonl}]"
-    (copy / "README.md").write_text(
+    (words / "README.md").write_text(
         f"---\nconfigs:\n- {{config_name: main, data_files: {splits}}}\n"
         "- {config_name: other, data_files: other/test.jsonl}\n---\n"
     )
-    with fake_hub("someone/words", copy) as endpoint:
-        hub, local, unknown = elsewhere(endpoint, tmp_path / "home", "someone/words", str(copy), "someone/wrods")
-    assert hub == local == [["1 + 1?", "Über, 2 + 3?\nSay"], ["2", "5"]]
-    assert "nor an accessible data set on the Hugging Face Hub" in str(unknown)
-    cached, missing = elsewhere(endpoint, tmp_path / "home", "someone/words", "someone/wrods")
-    assert cached == hub
-    assert "cannot be reached" in str(missing)
-    assert "set task.eval.path to a local file or folder" in str(missing)
-
-
-def test_numbers_of_the_hub_and_of_its_cache_are_those_of_the_file(tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    write(copy / "main" / "test.jsonl", LARGE)
-    write(copy / "other" / "test.csv", ROWS)
-    (copy / "README.md").write_text(
+    write(numbers / "main" / "test.jsonl", LARGE)
+    write(numbers / "other" / "test.csv", ROWS)
+    (numbers / "README.md").write_text(
         "---\nconfigs:\n- {config_name: main, data_files: [{split: test, path: main/test.jsonl}]}\n"
         "- {config_name: other, data_files: other/test.csv}\n---\n"
     )
-    with fake_hub("someone/words", copy) as endpoint:
-        hub, local = elsewhere(endpoint, tmp_path / "home", "someone/words", str(copy))
-    (cached,) = elsewhere(endpoint, tmp_path / "home", "someone/words")
-    assert hub == local == cached == [["1 + 1?"], ["123456789012345678901234"]]
+    names, unknown = ["someone/words", "someone/numbers"], "someone/wrods"
+    with fake_hub(dict(zip(names, (words, numbers), strict=True))) as endpoint:
+        *read, told = elsewhere(endpoint, folder / "home", *names, str(words), str(numbers), unknown)
+    *cached, missing = elsewhere(endpoint, folder / "home", *names, unknown)
+    return Found(read[:2], read[2:], cached, str(told), str(missing))
+
+
+def test_the_hub_gives_the_rows_of_its_local_copy_and_the_cache_gives_them_without_it(found: Found) -> None:
+    assert found.hub[0] == found.local[0] == found.cached[0] == [["1 + 1?", "Über, 2 + 3?\nSay"], ["2", "5"]]
+
+
+def test_a_data_set_that_does_not_exist_is_told_with_and_without_the_hub(found: Found) -> None:
+    assert "nor an accessible data set on the Hugging Face Hub" in found.unknown
+    assert "cannot be reached" in found.missing
+    assert "set task.eval.path to a local file or folder" in found.missing
+
+
+def test_numbers_of_the_hub_and_of_its_cache_are_those_of_the_file(found: Found) -> None:
+    assert found.hub[1] == found.local[1] == found.cached[1] == [["1 + 1?"], ["123456789012345678901234"]]
 
 
 def test_a_hub_that_never_answers_is_given_up_in_time(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from rlsys.learner.custom_loss import (
     surrogate_weights,
 )
 from rlsys.learner.graph_cache import GraphCache
+from rlsys.learner.learner import Learner
 from rlsys.types import AdamParams, Datum, ModelInput, TensorData
 from tests.unit.tiny_learner import (
     BOUNDS,
@@ -33,6 +34,7 @@ from tests.unit.tiny_learner import (
     datums_of,
     draw,
     gradients,
+    lend,
     make,
     preference,
     state,
@@ -41,7 +43,8 @@ from tests.unit.tiny_learner import (
 )
 
 WHOLE, KEPT, AGAIN = (1000, None), (25, None), (25, 0.0)  # token budget and learner.custom_graph_gb; 93 positions
-WAYS = pytest.mark.parametrize("way", [WHOLE, KEPT, AGAIN], ids=["one micro-batch", "kept graphs", "forward again"])
+IDS = ["one micro-batch", "kept graphs", "forward again"]
+WAYS = pytest.mark.parametrize("way", [WHOLE, KEPT, AGAIN], ids=IDS)
 Way = tuple[int, float | None]
 SIZES = {"vocab_size": 64, "max_length": 128}
 
@@ -59,7 +62,7 @@ def test_one_pass_and_two_have_the_same_gradient_loss_and_logprobs(
     batch = draw()
     found = []
     for way, passes in ((WHOLE, 1.0), (KEPT, 1.0), (AGAIN, 2.0)):
-        learner = with_run(make(tiny_model(True), dtype, *way))
+        learner = with_run(lend(tiny_model(True), dtype, *way))
         result = learner.forward_backward_custom("run", batch, datums_of(batch), preference, temperature=0.9)
         assert result.metrics == {"loss:sum": result.loss_sum, PASSES: passes}
         plain = learner.forward("run", batch, losses.resolve("cross_entropy"), temperature=0.9)
@@ -75,7 +78,7 @@ def test_the_more_graphs_fit_the_fewer_forward_passes_and_no_bit_differs(
     tiny_model: Models, checkpointing: bool
 ) -> None:
     batch = draw(16)
-    learner = with_run(make(tiny_model(True), budget=25, gradient_checkpointing=checkpointing))
+    learner = with_run(lend(tiny_model(True), budget=25, gradient_checkpointing=checkpointing))
     micros = len(learner._forward.micro_batches(batch))
     moved, found = [], []
     for kib in (0, 16, 64, 128, 256, 512, 1024, 2048, 2**30):
@@ -118,9 +121,9 @@ def test_the_callers_way_has_the_gradient_of_the_shipped_one(tiny_model: Models,
     """forward, autograd on log-probabilities, surrogate backward: what a remote client does, over float32."""
     batch = draw()
     data = datums_of(batch)
-    shipped = with_run(make(tiny_model(True), torch.float32, *way))
+    shipped = with_run(lend(tiny_model(True), torch.float32, *way))
     there = shipped.forward_backward_custom("run", batch, data, preference)
-    learner = with_run(make(tiny_model(True), torch.float32, *way))
+    learner = with_run(lend(tiny_model(True), torch.float32, *way))
     logp_T = learner.forward("run", batch, losses.resolve("cross_entropy")).logprobs
     surrogate = surrogate_weights(data, np.split(logp_T, batch.offsets[1:-1]), preference)
     again = collate(surrogate_data(data, surrogate.weights), losses.resolve("cross_entropy"), **SIZES)
@@ -133,7 +136,7 @@ def test_the_callers_way_has_the_gradient_of_the_shipped_one(tiny_model: Models,
 @WAYS
 def test_a_built_in_loss_written_by_hand_is_the_built_in_loss(tiny_model: Models, way: Way) -> None:
     batch = draw()
-    ours, theirs = (with_run(make(tiny_model(True), torch.float64, *way)) for _ in range(2))
+    ours, theirs = (with_run(lend(tiny_model(True), torch.float64, *way)) for _ in range(2))
     wanted = ours.forward_backward("run", batch, losses.resolve("cross_entropy"))
     found = theirs.forward_backward_custom("run", batch, datums_of(batch), cross_entropy)
     assert_close(gradients(theirs), gradients(ours), 1e-10)
@@ -143,7 +146,7 @@ def test_a_built_in_loss_written_by_hand_is_the_built_in_loss(tiny_model: Models
 
 def test_a_custom_loss_adds_to_what_has_accumulated(tiny_model: Models) -> None:
     batch, loss_fn = draw(), losses.resolve("cross_entropy")
-    mixed, plain = (with_run(make(tiny_model(True), torch.float64)) for _ in range(2))
+    mixed, plain = (with_run(lend(tiny_model(True), torch.float64)) for _ in range(2))
     mixed.forward_backward("run", batch, loss_fn)
     mixed.forward_backward_custom("run", batch, datums_of(batch), cross_entropy)
     plain.forward_backward("run", batch, loss_fn)
@@ -161,7 +164,7 @@ def test_the_function_sees_leaves_on_the_cpu_in_the_datums_order_and_the_datums_
         seen.extend(logprobs)
         return torch.cat(logprobs).sum(), {}
 
-    learner = with_run(make(tiny_model(True), budget=25))
+    learner = with_run(lend(tiny_model(True), budget=25))
     result = learner.forward_backward_custom("run", batch, data, look)
     assert [len(logp) for logp in seen] == batch.lengths.tolist()
     assert all(logp.is_leaf and logp.requires_grad and logp.device.type == "cpu" for logp in seen)
@@ -207,14 +210,19 @@ WRONG: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
+@pytest.fixture(scope="module", params=[WHOLE, KEPT, AGAIN], ids=IDS)
+def with_gradient(request: pytest.FixtureRequest, tiny_model: Models) -> Learner:
+    """One for all wrong functions, since each leaves every bit."""
+    learner = with_run(make(tiny_model(True), torch.float32, *request.param))
+    learner.forward_backward("run", draw(), losses.resolve("cross_entropy"))
+    return learner
+
+
 @pytest.mark.parametrize(("fn", "message"), WRONG.values(), ids=WRONG)
-@WAYS
 def test_a_wrong_function_is_refused_with_its_name_and_leaves_every_bit(
-    tiny_model: Models, fn: Callable[..., Any], message: str, way: Way
+    with_gradient: Learner, fn: Callable[..., Any], message: str
 ) -> None:
-    batch = draw()
-    learner = with_run(make(tiny_model(True), torch.float32, *way))
-    learner.forward_backward("run", batch, losses.resolve("cross_entropy"))
+    learner, batch = with_gradient, draw()
     before = state(learner, "run")
     with pytest.raises(LossError, match=message) as raised:
         learner.forward_backward_custom("run", batch, datums_of(batch), fn)
@@ -224,7 +232,7 @@ def test_a_wrong_function_is_refused_with_its_name_and_leaves_every_bit(
 
 
 def test_a_failure_on_a_run_without_a_gradient_leaves_none(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True)))
+    learner = with_run(lend(tiny_model(True)))
     with pytest.raises(LossError):
         learner.forward_backward_custom("run", draw(), datums_of(draw()), raising)
     assert not learner.runs.has_gradient("run")

@@ -5,7 +5,9 @@ padded or spread over calls. ||g - g'|| <= bound ||g|| for every parameter; what
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from tests.unit.tiny_learner import (
     datums_of,
     draw,
     gradients,
+    lend,
     make,
     plain,
     preference,
@@ -78,7 +81,16 @@ def submit(learner: Learner, run: str, batch: DatumBatch, loss: str) -> None:
         learner.forward_backward(run, batch, losses.resolve(loss))
 
 
+@cache
+def learner_of(path: Path, dtype: torch.dtype, trainable: Literal["lora", "all"] = "lora") -> Learner:
+    """Its weights stay as they are: no test of this module takes a step."""
+    learner = make(path, dtype, trainable=trainable)
+    return with_run(learner) if trainable == "lora" else learner
+
+
 def gradient_by(learner: Learner, run: str, loss: str) -> Callable[..., dict[str, Tensor]]:
+    learner.runs[run].take_gradients()  # of a test that failed
+
     def gradient(budget: int, batches: list[DatumBatch], chunk: int = 1000) -> dict[str, Tensor]:
         learner._forward.section = LearnerSection(token_budget=budget, logprob_chunk_tokens=chunk)
         learner._forward.budget = TokenBudget(budget, ALONE)
@@ -107,13 +119,15 @@ def padded(batch: DatumBatch, by: int) -> DatumBatch:
 @pytest.mark.parametrize(("dtype", "bound"), BOUNDS)
 @pytest.mark.parametrize("trainable", ["lora", "all"])
 def test_gradients_do_not_depend_on_how_a_batch_is_submitted(
-    tiny_model: Models, loss: str, dtype: torch.dtype, bound: float, trainable: str, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Models,
+    loss: str,
+    dtype: torch.dtype,
+    bound: float,
+    trainable: Literal["lora", "all"],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch, run = draw(), "run" if trainable == "lora" else BASE_RUN
-    learner = make(tiny_model(True), dtype, trainable=trainable)
-    if trainable == "lora":
-        with_run(learner)
-    gradient = gradient_by(learner, run, loss)
+    gradient = gradient_by(learner_of(tiny_model(True), dtype, trainable), run, loss)
     whole = gradient(1000, [batch])
     random = np.random.default_rng(3)
     order = random.permutation(PAIRS).reshape(-1) if loss == CUSTOM else random.permutation(8)
@@ -130,7 +144,7 @@ def test_gradients_do_not_depend_on_how_a_batch_is_submitted(
 @pytest.mark.parametrize("loss", EVERY_LOSS)
 def test_a_tensor_without_gradient_has_none_however_the_batch_is_cut(tiny_model: Models, loss: str) -> None:
     """B of a new adapter is 0, so A's gradient is exactly 0: no rounding of a split may fill it."""
-    learner = make(tiny_model(True))
+    learner = lend(tiny_model(True))
     learner.runs.create("run", ALL_TARGETS, 1)
     gradient = gradient_by(learner, "run", loss)
     for found in (gradient(1000, [draw()]), gradient(25, [draw()], chunk=4)):
@@ -142,7 +156,7 @@ def test_adapter_gradients_are_the_closed_form(tiny_model: Models, loss: str) ->
     """With G = dL/dW of the merged weights W + s B A: dL/dA = s B^T G and dL/dB = s G A^T, and dL/dp is on paper."""
     path, batch = tiny_model(False), draw()
     lora = LoraSection(rank=4, alpha=8.0, train_unembed=True)
-    learner, scale = with_run(make(path, torch.float64, budget=30), lora), 2.0
+    learner, scale = with_run(lend(path, torch.float64, budget=30), lora), 2.0
     submit(learner, "run", batch, loss)
     own, model = weights(learner), merged(path, weights(learner), scale)
     p_T = alone(model, batch)

@@ -28,6 +28,7 @@ from tests.unit.tiny_learner import (
     base_bytes,
     draw,
     gradients,
+    lend,
     make,
     plain,
     reference,
@@ -41,16 +42,16 @@ from tests.unit.tiny_learner import (
 @pytest.mark.parametrize("budget", [1, 30, 1000])
 def test_packed_logprobs_are_those_of_each_sequence_alone(tiny_model: Models, tied: bool, budget: int) -> None:
     batch = draw()
-    learner = make(tiny_model(tied), torch.float64, budget)
+    learner = lend(tiny_model(tied), torch.float64, budget)
     found = learner.forward(None, batch, losses.resolve("cross_entropy"))
     np.testing.assert_allclose(found.logprobs, reference(tiny_model(tied), batch), rtol=2e-7)
-    fp32 = make(tiny_model(tied), torch.float32, budget).forward(None, batch, losses.resolve("cross_entropy"))
+    fp32 = lend(tiny_model(tied), torch.float32, budget).forward(None, batch, losses.resolve("cross_entropy"))
     np.testing.assert_allclose(fp32.logprobs, found.logprobs, rtol=1e-4)
 
 
 def test_the_loss_is_the_sum_of_its_values_and_the_metrics_say_so(tiny_model: Models) -> None:
     batch = draw()
-    result = make(tiny_model(True), torch.float64).forward(None, batch, losses.resolve("cross_entropy"))
+    result = lend(tiny_model(True), torch.float64).forward(None, batch, losses.resolve("cross_entropy"))
     wanted = -(reference(tiny_model(True), batch) * batch.columns["weights"]).sum()
     assert result.loss_sum == pytest.approx(wanted, rel=1e-12)
     assert result.metrics["loss:sum"] == result.loss_sum
@@ -58,7 +59,7 @@ def test_the_loss_is_the_sum_of_its_values_and_the_metrics_say_so(tiny_model: Mo
 
 
 def test_the_gradient_is_that_of_finite_differences(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True), torch.float64, budget=30))
+    learner = with_run(lend(tiny_model(True), torch.float64, budget=30))
     batch, loss_fn = draw(), losses.resolve("importance_sampling")
     learner.forward_backward("run", batch, loss_fn, temperature=0.8)
     generator = torch.Generator().manual_seed(0)
@@ -87,7 +88,7 @@ def test_all_weights_get_the_gradient_of_plain_transformers(tiny_model: Models, 
 
 def test_temperature_divides_the_logits(tiny_model: Models) -> None:
     batch, loss_fn = draw(), losses.resolve("cross_entropy")
-    learner = make(tiny_model(True), torch.float64)
+    learner = lend(tiny_model(True), torch.float64)
     flat = learner.forward(None, batch, loss_fn, temperature=1e6).logprobs
     np.testing.assert_allclose(flat, -np.log(64), rtol=1e-5)
     assert not np.allclose(learner.forward(None, batch, loss_fn).logprobs, -np.log(64), rtol=1e-2)
@@ -95,7 +96,7 @@ def test_temperature_divides_the_logits(tiny_model: Models) -> None:
 
 def test_logprobs_are_of_each_token_given_those_before_it(tiny_model: Models) -> None:
     batch = draw()
-    found = make(tiny_model(True), torch.float64, budget=30).logprobs(None, batch.tokens, batch.offsets)
+    found = lend(tiny_model(True), torch.float64, budget=30).logprobs(None, batch.tokens, batch.offsets)
     following = DatumBatch(batch.tokens, np.roll(batch.tokens, -1), batch.offsets, {})
     wanted = np.roll(reference(tiny_model(True), following), 1)
     wanted[batch.offsets[:-1]] = 0.0
@@ -115,7 +116,7 @@ def test_a_new_adapter_and_no_adapter_are_the_base_to_the_bit(tiny_model: Models
 
 
 def test_a_step_is_adamw_in_closed_form(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True), torch.float64))
+    learner = with_run(lend(tiny_model(True), torch.float64))
     moments = {name: (torch.zeros_like(weight), torch.zeros_like(weight)) for name, weight in weights(learner).items()}
     adams = [AdamParams(1e-2, 0.8, 0.9, 1e-8, 0.1), AdamParams(3e-3, 0.7, 0.95, 1e-6, 0.0, 0.5)]
     for count, adam in enumerate(adams, start=1):
@@ -174,7 +175,7 @@ def test_training_all_weights_learns_a_sequence_by_heart(tiny_model: Models, opt
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_is_refused_and_leaves_every_bit(tiny_model: Models, bad: float) -> None:
-    learner = with_run(make(tiny_model(True)))
+    learner = with_run(lend(tiny_model(True)))
     batch, loss_fn = draw(), losses.resolve("importance_sampling")
     learner.forward_backward("run", batch, loss_fn)
     learner.optim_step("run", AdamParams())
@@ -192,13 +193,13 @@ def test_a_gradient_that_is_not_finite_is_refused_and_leaves_every_bit(tiny_mode
 
 
 def test_a_step_without_a_gradient_is_refused(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True)))
+    learner = with_run(lend(tiny_model(True)))
     with pytest.raises(GradientError, match="run 'run', step 0: no forward_backward"):
         learner.optim_step("run", AdamParams())
 
 
 def test_a_failure_in_the_middle_leaves_the_accumulated_gradient_as_it_was(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True), budget=20))
+    learner = with_run(lend(tiny_model(True), budget=20))
     loss_fn = losses.resolve("importance_sampling")
     learner.forward_backward("run", draw(), loss_fn)
     before = gradients(learner)
@@ -210,7 +211,7 @@ def test_a_failure_in_the_middle_leaves_the_accumulated_gradient_as_it_was(tiny_
 
 
 def test_a_batch_without_datums_has_loss_zero_and_gradient_zero(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True)))
+    learner = with_run(lend(tiny_model(True)))
     result = learner.forward_backward("run", take(draw(), []), losses.resolve("importance_sampling"))
     assert result.loss_sum == 0.0
     assert len(result.logprobs) == 0
@@ -218,7 +219,7 @@ def test_a_batch_without_datums_has_loss_zero_and_gradient_zero(tiny_model: Mode
 
 
 def test_a_step_of_one_run_leaves_every_bit_of_another(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True)), run="one")
+    learner = with_run(lend(tiny_model(True)), run="one")
     with_run(learner, LoraSection(rank=2, alpha=3.0, train_mlp=False), run="two", seed=2)
     batch, loss_fn = draw(), losses.resolve("importance_sampling")
     for run in ("one", "two"):
@@ -245,16 +246,16 @@ def test_runs_side_by_side_end_as_each_alone(tiny_model: Models) -> None:
             for run in runs:
                 learner.optim_step(run, AdamParams(1e-2))
 
-    together = make(tiny_model(True))
+    together = lend(tiny_model(True))
     train(together, list(sections))
     for run in sections:
-        alone = make(tiny_model(True))
+        alone = lend(tiny_model(True))
         train(alone, [run])
         assert_same_bits(weights(together, run), weights(alone, run))
 
 
 def test_the_same_seed_is_the_same_adapter_whatever_else_was_drawn(tiny_model: Models) -> None:
-    learner = make(tiny_model(True))
+    learner = lend(tiny_model(True))
     torch.manual_seed(1)
     learner.runs.create("a", ALL_TARGETS, 5)
     torch.manual_seed(2)
@@ -271,7 +272,7 @@ def test_the_same_seed_is_the_same_adapter_whatever_else_was_drawn(tiny_model: M
 
 
 def test_targets_are_what_the_section_says(tiny_model: Models) -> None:
-    learner = make(tiny_model(True))
+    learner = lend(tiny_model(True))
     for field, wanted in (
         ("train_attn", {"q_proj", "k_proj", "v_proj", "o_proj"}),
         ("train_mlp", {"gate_proj", "up_proj", "down_proj"}),
@@ -285,7 +286,7 @@ def test_targets_are_what_the_section_says(tiny_model: Models) -> None:
 
 
 def test_runs_that_exist_or_do_not_are_named(tiny_model: Models) -> None:
-    learner = make(tiny_model(True))
+    learner = lend(tiny_model(True))
     with pytest.raises(ConfigError, match="'a' does not exist; no run exists yet"):
         learner.runs.version("a")
     learner.runs.create("a", ALL_TARGETS, 0)
@@ -305,7 +306,7 @@ def test_runs_that_exist_or_do_not_are_named(tiny_model: Models) -> None:
 
 
 def test_a_snapshot_is_the_adapter_with_its_scale_in_b(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True)))
+    learner = with_run(lend(tiny_model(True)))
     snapshot = learner.snapshot("run", "float32")
     own, sent = weights(learner), tensors_of(snapshot)
     assert sent.keys() == own.keys()
@@ -320,7 +321,7 @@ def test_a_snapshot_is_the_adapter_with_its_scale_in_b(tiny_model: Models) -> No
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_adapter_gives_peft_the_same_logprobs(tiny_model: Models, tied: bool, tmp_path: Path) -> None:
-    learner = with_run(make(tiny_model(tied)))
+    learner = with_run(lend(tiny_model(tied)))
     batch = take(draw(), [0])
     wanted = learner.logprobs("run", batch.tokens, batch.offsets)
     learner.runs.save_adapter("run", tmp_path / "adapter")
@@ -361,7 +362,7 @@ def test_a_half_precision_base_has_adapters_in_fp32_and_a_model_saved_in_half(
     batch = draw()
     result = learner.forward_backward("run", batch, losses.resolve("importance_sampling"))
     assert {weight.dtype for weight in [*weights(learner).values(), *gradients(learner).values()]} == {torch.float32}
-    exact = with_run(make(path)).forward("run", batch, losses.resolve("importance_sampling"))
+    exact = with_run(lend(path)).forward("run", batch, losses.resolve("importance_sampling"))
     assert 0 < np.abs(result.logprobs - exact.logprobs).mean() < 0.1
     whole = Learner(path, half, LearnerSection(), trainable="all")
     assert {weight.dtype for weight in weights(whole, BASE_RUN).values()} == {torch.float32}
@@ -370,7 +371,7 @@ def test_a_half_precision_base_has_adapters_in_fp32_and_a_model_saved_in_half(
 
 
 def test_a_probe_is_far_from_the_base_and_leaves_no_trace(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True)))
+    learner = with_run(lend(tiny_model(True)))
     tokens, ends = draw().tokens[:20], np.array([0, 20])
     before = state(learner, "run")
     snapshot, probed, _ = learner.probe("run", "float32", tokens)
@@ -385,7 +386,7 @@ def test_a_probe_is_far_from_the_base_and_leaves_no_trace(tiny_model: Models) ->
 
 
 def test_greedy_takes_the_likeliest_token_each_time(tiny_model: Models) -> None:
-    learner = with_run(make(tiny_model(True)))
+    learner = with_run(lend(tiny_model(True)))
     prompts = [np.array([5, 9, 11]), np.array([3]), np.array([8, 1, 2, 40, 7])]
     for run in (None, "run"):
         found = learner.greedy(prompts, 8, [17], run_id=run)
@@ -434,7 +435,7 @@ def test_the_base_has_the_bytes_of_its_weights_whatever_runs_on_it(tiny_model: M
 def test_batches_of_the_same_datums_add_up(tiny_model: Models) -> None:
     """The gradient of a batch given twice is twice its gradient."""
     batch, loss_fn = draw(), losses.resolve("dro")
-    once, twice = with_run(make(tiny_model(True), torch.float64)), with_run(make(tiny_model(True), torch.float64))
+    once, twice = with_run(lend(tiny_model(True), torch.float64)), with_run(lend(tiny_model(True), torch.float64))
     once.forward_backward("run", batch, loss_fn)
     twice.forward_backward("run", concatenate([batch, batch]), loss_fn)
     assert_close(gradients(twice), {name: 2 * value for name, value in gradients(once).items()}, 1e-12)

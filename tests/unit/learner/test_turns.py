@@ -21,7 +21,7 @@ from tests.unit.tiny_learner import (
     datums_of,
     draw,
     gradients,
-    make,
+    lend,
     preference,
     state,
     with_run,
@@ -33,7 +33,7 @@ Begin = Callable[[Learner, str, DatumBatch], Turns[BatchResult]]
 
 
 def learner_of(path: Path, kind: str) -> Learner:
-    return make(path, budget=BUDGET, custom_graph_gb=0.0 if kind.endswith("two passes") else 1.0)
+    return lend(path, budget=BUDGET, custom_graph_gb=0.0 if kind.endswith("two passes") else 1.0)
 
 
 def begin(learner: Learner, run: str, batch: DatumBatch, kind: str) -> Turns[BatchResult]:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -20,12 +20,25 @@ ROWS = grading_table.rows()
 COSTLY_ALONE = "bounds"
 
 
-def verdicts(grader: Callable[[str, str], float], rows: list[Row], timeout_s: float) -> dict[int, str]:
-    pool = GraderPool(RewardSection(workers=2, timeout_s=timeout_s, max_failed_share=1.0), grader)
-    try:
-        outcome = pool.grade([row.completion for row in rows], [row.reference for row in rows]).outcome
-    finally:
-        pool.close()
+ALONE = "math-verify alone: "  # before a completion
+
+
+def either(completion: str, answer: str) -> float:
+    if completion.startswith(ALONE):
+        return grading_table.math_verify_alone(completion.removeprefix(ALONE), answer)
+    return answers.grade(completion, answer)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[GraderPool]:
+    """For both graders, since a process of it imports both in seconds."""
+    pool = GraderPool(RewardSection(timeout_s=60, max_failed_share=1.0), either)
+    yield pool
+    pool.close()
+
+
+def verdicts(pool: GraderPool, rows: list[Row], before: str = "") -> dict[int, str]:
+    outcome = pool.grade([before + row.completion for row in rows], [row.reference for row in rows]).outcome
     names = {RIGHT: "equal", TIMEOUT: "killed", ERROR: "failed"}
     return {row.line: names.get(int(o), "unequal") for row, o in zip(rows, outcome, strict=True)}
 
@@ -40,8 +53,8 @@ def canary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         assert not list(folder.iterdir()), "model output was executed"
 
 
-def test_the_grader_follows_the_rules_on_every_row(canary: None) -> None:
-    found = verdicts(answers.grade, ROWS, timeout_s=120)
+def test_the_grader_follows_the_rules_on_every_row(canary: None, pool: GraderPool) -> None:
+    found = verdicts(pool, ROWS)
     wrong = [f"line {row.line}: {found[row.line]}: {row}" for row in ROWS if found[row.line] != row.verdict]
     assert not wrong, "\n".join(wrong)
 
@@ -54,22 +67,22 @@ def test_the_documented_list_is_of_this_table_and_of_these_libraries() -> None:
     assert grading_table.checked() == grading_table.fingerprint(grading_table.documented()), WRITE
 
 
-def alone_says(rows: list[Row]) -> tuple[list[str], list[str]]:
+def alone_says(pool: GraderPool, rows: list[Row]) -> tuple[list[str], list[str]]:
     """Of these rows, the differences that are documented, and those that there are."""
-    found = verdicts(grading_table.math_verify_alone, [row for row in rows if row.category != COSTLY_ALONE], 20)
+    found = verdicts(pool, [row for row in rows if row.category != COSTLY_ALONE], ALONE)
     lines = set(grading_table.documented().splitlines())
     listed = [line for row in rows for line in grading_table.as_documented(row) if line in lines]
     return [line for line in listed if f"({COSTLY_ALONE}," not in line], grading_table.differences(found).splitlines()
 
 
-def test_some_of_the_documented_list_is_what_math_verify_alone_says(canary: None) -> None:
-    listed, found = alone_says(ROWS[::12])
+def test_some_of_the_documented_list_is_what_math_verify_alone_says(canary: None, pool: GraderPool) -> None:
+    listed, found = alone_says(pool, ROWS[::12])
     assert listed == found and len(found) > 30, WRITE
 
 
 @pytest.mark.soak
-def test_the_documented_list_says_what_math_verify_alone_says(canary: None) -> None:
-    listed, found = alone_says(ROWS)
+def test_the_documented_list_says_what_math_verify_alone_says(canary: None, pool: GraderPool) -> None:
+    listed, found = alone_says(pool, ROWS)
     assert listed == found and len(found) == len(listed), WRITE
 
 

@@ -7,8 +7,6 @@ import re
 import socket
 import ssl
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -20,6 +18,7 @@ import psutil
 import pytest
 
 from tests import waiting
+from tests.forked import forked
 from tests.unit.serve.certificates import issue, write
 from tests.unit.serve.http_client import datum
 from tests.unit.tiny_learner import Models
@@ -27,6 +26,7 @@ from tests.unit.tiny_learner import Models
 KEY = "tml-0123456789"
 KEYS = {"X-API-Key": KEY}
 SECONDS = {"slow_header_s": 2, "slow_body_s": 3, "slow_read_s": 2}
+SERVER = "import runpy; runpy.run_module('tests.unit.serve.server_process', run_name='__main__')"
 READERS, LARGE = 8, 16_000_000  # clients that do not read, and bytes of an answer that no socket buffers
 
 
@@ -36,14 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(tiny_model: Models, folder: Path) -> Iterator[str]:
+def server(tiny_model: Models, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """Its address and its process."""
     root = issue("root")
-    server = issue("server", root)
-    certificate, key = write(folder, server.pem, server.key_pem())
+    issued = issue("server", root)
+    certificate, key = write(folder, issued.pem, issued.key_pem())
     (folder / "root.pem").write_bytes(root.pem)
     (folder / "keys").touch(mode=0o600)
     (folder / "keys").write_text(f"{KEY} one\n")
-    log = folder / "log"
     overrides = [f"bind.tls_certificate={certificate}", f"bind.tls_key={key}", f"keys={folder / 'keys'}"]
     overrides += [f"limits.{name}={value}" for name, value in {**SECONDS, "header_bytes": 8192}.items()]
     overrides += [
@@ -52,18 +52,23 @@ def url(tiny_model: Models, folder: Path) -> Iterator[str]:
         "limits.metadata_bytes=20000000",
         "limits.call_bytes=20000000",
     ]
-    with log.open("wb") as out:
-        command = [sys.executable, "-m", "tests.unit.serve.server_process", str(tiny_model(True)), str(folder)]
-        process = subprocess.Popen([*command, *overrides], stdout=out, stderr=subprocess.STDOUT)
-    try:
-        find = re.compile(r"TINKER_BASE_URL=(\S+)")
-        found = waiting.until(lambda: find.search(log.read_text()), "the server's address", process=process)
-        assert found is not None
-        yield found[1]
-        assert KEY not in log.read_text() and "Traceback" not in log.read_text(), log.read_text()
-    finally:
-        process.kill()
-        process.wait()
+    find = re.compile(r"TINKER_BASE_URL=(\S+)")
+
+    def log() -> str:
+        files = [folder / name for name in ("stdout", "stderr")]
+        return "".join(file.read_text() for file in files if file.exists())
+
+    with forked(SERVER, str(tiny_model(True)), str(folder), *overrides, folder=folder) as process:
+        waiting.until(lambda: find.search(log()) or not process.is_alive(), "the server's address", state=log)
+        found = find.search(log())
+        assert found is not None, log()
+        yield found[1], psutil.Process(process.pid)
+        assert KEY not in log() and "Traceback" not in log(), log()
+
+
+@pytest.fixture(scope="module")
+def url(server: tuple[str, psutil.Process]) -> str:
+    return server[0]
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +161,6 @@ def worked(client: httpx.Client) -> float:
     return time.monotonic() - began
 
 
-def server_of(url: str) -> psutil.Process:
-    port = urlsplit(url).port
-    children = psutil.Process().children()
-    (found,) = [each for each in children if any(at.laddr.port == port for at in each.net_connections())]
-    return found
-
-
 def flood(url: str, trust: ssl.SSLContext, first: bytes, part: bytes) -> tuple[int, str]:
     """(bytes that the server took, its answer) of a request that never ends."""
     with closing(connect(url, trust)) as connection:
@@ -194,13 +192,13 @@ FLOODS = {
 
 @pytest.mark.parametrize(("first", "part"), FLOODS.values(), ids=FLOODS)
 def test_a_request_without_an_end_is_cut_off_and_not_kept(
-    first: bytes, part: bytes, url: str, trust: ssl.SSLContext
+    first: bytes, part: bytes, server: tuple[str, psutil.Process], trust: ssl.SSLContext
 ) -> None:
-    server = server_of(url)
-    before = server.memory_info().rss
+    url, process = server
+    before = process.memory_info().rss
     sent, answer = flood(url, trust, first, part)
     assert answer == "" or re.match(r"HTTP/1.1 4(00|13|31) ", answer), (sent, answer[:200])
-    grown = server.memory_info().rss - before
+    grown = process.memory_info().rss - before
     assert grown < 24 * 2**20, f"the server holds {grown / 2**20:.0f} MiB of {sent / 2**20:.0f} MiB"
     assert httpx.get(f"{url}/api/v1/healthz", verify=trust).status_code == 200
 

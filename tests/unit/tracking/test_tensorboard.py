@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from rlsys.config import TrackingSection
 from rlsys.errors import ConfigError
 from rlsys.run_state.jsonl import read_metrics
 from rlsys.tracking.tracker import Tracker
+from tests.forked import run_forked
 
 ON = TrackingSection(wandb="disabled", tensorboard=True)
 
@@ -59,7 +59,6 @@ def test_a_step_that_is_done_again_hides_its_first_figures_and_those_after_it(tm
 
 KILLED = """
 import os, pathlib, signal, sys
-sys.path.insert(0, sys.argv[2])
 from tests.unit.tracking.test_tensorboard import ON, Tracker, steps_of
 tracker = Tracker(pathlib.Path(sys.argv[1]), ON, "r", {}, note=lambda text: None)
 tracker.log(9, {"sft/loss": 1.0})
@@ -70,8 +69,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_killed_run_that_goes_on_shows_every_step_once(tmp_path: Path, keep: bool) -> None:
-    code = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parents[3])]
-    assert subprocess.run(code, check=False, env=dict(os.environ)).returncode == -signal.SIGKILL
+    assert run_forked(KILLED, str(tmp_path)).returncode == -signal.SIGKILL
     with Tracker(tmp_path, ON, "r", {}, note=lambda text: None, resume_from=3, keep_supervised=keep) as tracker:
         if not keep:
             tracker.log(4, {"sft/loss": 7.0})

@@ -39,6 +39,7 @@ from rlsys.run_state.jsonl import (
     write_problems,
 )
 from rlsys.tracking.tracker import Tracker
+from tests.forked import run_forked
 from tests.unit.rollout_rows import in_tokens, rollout
 from tests.waiting import FAR_S, times
 
@@ -361,7 +362,6 @@ def test_a_whole_last_line_that_lost_only_its_newline_is_kept(tmp_path: Path) ->
 
 KILLED = """
 import os, pathlib, signal, sys, time
-sys.path.insert(0, sys.argv[2])
 from tests.unit.tracking.test_tracker import CONFIG, ID, OFFLINE, Tracker, steps_of
 tracker = Tracker(pathlib.Path(sys.argv[1]), OFFLINE, "r", CONFIG, note=lambda text: None, wandb_id=ID)
 tracker.log(500, {"sft/loss": 2.5})
@@ -372,9 +372,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_run_that_goes_on_is_one_wandb_run_with_every_step_once(tmp_path: Path) -> None:
-    code = [sys.executable, "-c", KILLED, str(tmp_path), str(Path(__file__).parents[3])]
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}  # a wandb of its own
-    assert subprocess.run(code, check=False, env=env).returncode == -9
+    assert run_forked(KILLED, str(tmp_path), environment=env).returncode == -9
     (before,) = (tmp_path / "wandb").glob("offline-run-*")
     notes: list[str] = []
     more = {"note": notes.append, "wandb_id": ID, "keep_supervised": True}
