@@ -13,6 +13,8 @@ import importlib
 import os
 import sys
 import tempfile
+import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
@@ -28,6 +30,7 @@ from tests.waiting import cpu_of, size_of, until
 # The learner's imports, and those that it makes once it loads a model.
 PRELOADED = ["rlsys.learner.learner", "rlsys.config", "transformers.models.qwen3.modeling_qwen3"]
 SERVER = forkserver.ForkServer()
+SERVER.set_forkserver_preload(PRELOADED)  # of an interpreter that takes the place of a server that ended
 
 
 def start_server() -> None:
@@ -51,6 +54,8 @@ def _fork_server(interpreter: bytes, arguments: list[str], kept: list[int]) -> i
                 with suppress(OSError):
                     os.close(fd)
         forkserver.main(listener, alive, [])
+    except Exception:
+        traceback.print_exc(file=sys.__stderr__)
     finally:
         os._exit(0)
 
@@ -58,7 +63,10 @@ def _fork_server(interpreter: bytes, arguments: list[str], kept: list[int]) -> i
 class _Process(ForkServerProcess):
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Popen:
-        assert SERVER._forkserver_pid is not None, "start_server() is called before the first test"  # type: ignore[attr-defined]
+        pid = SERVER._forkserver_pid  # type: ignore[attr-defined]
+        assert pid is not None, "start_server() is called before the first test"
+        if (ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            warnings.warn(f"the server of forked programs ended, {ended}: an interpreter takes its place", stacklevel=2)
         with mock.patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process):
             return Popen(process_obj)
 
