@@ -4,7 +4,6 @@ cleanly on SIGTERM and Ctrl-C."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shlex
@@ -26,10 +25,12 @@ from actors.service.deployment import RayBackend
 from actors.service.http_backend import DeploymentBackend
 from rlsys.errors import ConfigError, RlsysError
 from rlsys.serve.backend import Base
+from rlsys.serve.checkpoints import check_store
 from rlsys.serve.config import ServeConfig, is_loopback
 from rlsys.serve.keys import VARIABLE, create_key_file, read_keys
 from rlsys.serve.operator.guard import token_of
 from rlsys.serve.tls import certificate_of
+from rlsys.utils import folder_lock
 
 TEND_S = 0.1
 STATUS_S = 10.0
@@ -58,6 +59,7 @@ def serve(config: ServeConfig) -> None:
         _beside(config) as operator,
         _alone(Path(config.checkpoints)),
     ):
+        check_store(Path(config.checkpoints))  # its faults show before any deployment starts
         console.print(f"starting {', '.join(config.models)} ...")
         cluster = _connected(config)
         try:
@@ -181,21 +183,18 @@ def _alone(checkpoints: Path) -> Iterator[None]:
     """Hold the folder of checkpoints: its database has one controller."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(checkpoints / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = folder_lock.acquire(checkpoints / ".lock")
+    except folder_lock.HeldError as error:
+        raise ConfigError(
+            f"checkpoints: {checkpoints}: another server serves this folder ({error.holder}); stop it, or choose "
+            "another folder"
+        ) from None
     except OSError as error:
         raise ConfigError(f"checkpoints: {checkpoints}: cannot be written: {error.strerror}") from None
-    with os.fdopen(descriptor, "r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(
-                f"checkpoints: {checkpoints}: process {lock.read().strip() or 'unknown'} serves this folder; stop it, "
-                "or choose another folder"
-            ) from None
-        lock.truncate(0)
-        lock.write(str(os.getpid()))
-        lock.flush()
+    try:
         yield
+    finally:
+        os.close(lock)
 
 
 def _beside(config: ServeConfig) -> contextlib.AbstractContextManager[socket.socket | None]:

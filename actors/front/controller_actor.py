@@ -61,7 +61,13 @@ class ControllerActor:
     async def _controller(self) -> Controller:
         if self._started is None:
             self._started = asyncio.create_task(self._start())
-        return await asyncio.shield(self._started)
+        starting = self._started
+        try:
+            return await asyncio.shield(starting)
+        except RlsysError:  # such as a full disk: the next call tries again
+            if self._started is starting:
+                self._started = None
+            raise
 
     async def _start(self) -> Controller:
         backend = await asyncio.to_thread(_backend, self._config)

@@ -8,7 +8,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp
 
 from rlsys.errors import RlsysError
-from rlsys.serve.errors import NumberedRefusal, Refusal, failure_of, referenced
+from rlsys.serve.errors import NumberedRefusal, Refusal, answer_of, failure_of, referenced
 from rlsys.serve.front import Front
 from rlsys.serve.gate import Gate
 from rlsys.serve.keys import Keys
@@ -62,7 +62,8 @@ async def _failed(request: Request, error: Exception) -> Response:
         return answer({"detail": failure.error}, 400)
     reference = reference_of(request.scope)
     log.error("%s: reference %s: %s: %s", request.url.path[:200], reference, type(error).__name__, error)
-    return answer({"detail": referenced(failure, reference).error}, 500)
+    status, headers = answer_of(error)
+    return answer({"detail": referenced(failure, reference).error}, status, headers)
 
 
 async def _broken(request: Request, error: Exception) -> Response:

@@ -28,6 +28,7 @@ from rlsys.serve.paths import NAME as NAME_OF
 from rlsys.utils.atomic_files import remove_folder
 
 METADATA_DEPTH = 64
+WHY = 500  # characters that are kept of why a run ended
 
 
 class Record(BaseModel):
@@ -57,6 +58,7 @@ class RunRecord(BaseModel):
     created_at: datetime
     last_request_time: datetime
     user_metadata: dict[str, Any] = {}
+    ended: str | None = None  # why its model is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,30 @@ class CheckpointStore:
         return found
 
     def put_record(self, tenant: str, path: CheckpointPath, record: Record) -> None:
+        """
+        Raises:
+            StorageError: the disk refuses.
+        """
+        self.database.catch_up()  # with what it did to an earlier checkpoint of this name
+        self._put_record(tenant, path, record)
+
+    def put_back(self, tenant: str, path: CheckpointPath, record: Record | None) -> None:
+        """The record before a save that failed. None: there was none."""
+        if record is None:
+            self._forget_later(tenant, path)
+        else:
+            self.database.eventually(f"checkpoint {tenant} {path.text}", lambda: self._put_record(tenant, path, record))
+
+    def note_size(self, tenant: str, path: CheckpointPath, size: int) -> None:
+        """Of a checkpoint that was saved."""
+        statement = (
+            "UPDATE checkpoints SET record = json_set(record, '$.size_bytes', ?) "
+            "WHERE tenant = ? AND run_id = ? AND kind = ? AND name = ?"
+        )
+        values = (size, tenant, path.run_id, path.kind, path.name)
+        self.database.eventually(f"size of {tenant} {path.text}", lambda: self.database.write(statement, values))
+
+    def _put_record(self, tenant: str, path: CheckpointPath, record: Record) -> None:
         expires = None if record.expires_at is None else _text(record.expires_at)
         row: dict[str, Value] = {"tenant": tenant, "run_id": path.run_id, "kind": path.kind, "name": path.name}
         row |= {"time": _text(record.time), "expires_at": expires, "public": int(record.public)}
@@ -139,6 +165,9 @@ class CheckpointStore:
             "DELETE FROM checkpoints WHERE tenant = ? AND run_id = ? AND kind = ? AND name = ?",
             (tenant, path.run_id, path.kind, path.name),
         )
+
+    def _forget_later(self, tenant: str, path: CheckpointPath) -> None:
+        self.database.eventually(f"checkpoint {tenant} {path.text}", lambda: self.forget(tenant, path))
 
     def delete(self, checkpoint: Checkpoint, run_has_ended: bool = False) -> None:
         """`run_has_ended`: nothing is saved in the run's folder any more, so an empty one goes too.
@@ -154,7 +183,7 @@ class CheckpointStore:
             raise Refusal(404, f"{path.text}: no such checkpoint") from None
         except OSError as error:
             raise StorageError(f"{path.text}: cannot be deleted: {error.strerror}") from error
-        self.forget(checkpoint.tenant, path)
+        self._forget_later(checkpoint.tenant, path)
         if run_has_ended:
             with suppress(OSError):  # not empty
                 checkpoint.folder.parent.rmdir()
@@ -172,6 +201,11 @@ class CheckpointStore:
     def put_run(self, tenant: str, run: RunRecord) -> None:
         row = {"id": run.run_id, "tenant": tenant, "created_at": _text(run.created_at)}
         self.database.put("runs", {**row, "record": run.model_dump_json()})
+
+    def note_end(self, run_id: str, why: str) -> None:
+        """Why the model of a run is gone."""
+        statement, values = "UPDATE runs SET record = json_set(record, '$.ended', ?) WHERE id = ?", (why[:WHY], run_id)
+        self.database.eventually(f"end of {run_id}", lambda: self.database.write(statement, values))
 
     def run(self, tenant: str, run_id: str) -> RunRecord | None:
         rows = self.database.read("SELECT record FROM runs WHERE id = ? AND tenant = ?", (run_id, tenant))
@@ -200,7 +234,7 @@ class CheckpointStore:
             for tenant, path in found - known:
                 folder = self.folder(tenant, path)
                 time = datetime.fromtimestamp(folder.stat().st_mtime, UTC)
-                self.put_record(tenant, path, Record(time=time, size_bytes=size_of(folder)))
+                self._put_record(tenant, path, Record(time=time, size_bytes=size_of(folder)))
 
     def _tenants(self) -> list[str]:
         return sorted(
@@ -244,6 +278,14 @@ class CheckpointStore:
         if not folder.is_dir():
             return None
         return Checkpoint(tenant, path, folder, Record.model_validate_json(str(record)))
+
+
+def check_store(root: Path) -> None:
+    """
+    Raises:
+        StorageError: the folder or its database cannot be used; the message says what to do.
+    """
+    CheckpointStore(root).database.close()
 
 
 def size_of(folder: Path) -> int:

@@ -14,18 +14,17 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from rlsys.answer_parts import AnswerParts, PartsRequest
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, StorageError
 from rlsys.learner.checkpoint_files import read_info
 from rlsys.serve import creation, listings, parking, recovery, sampling, sessions, training
 from rlsys.serve.backend import Base
 from rlsys.serve.checkpoints import Checkpoint
 from rlsys.serve.errors import NumberedRefusal, Refusal, failure_of, not_found
 from rlsys.serve.openai.door import Door, Found, ModelCard
-from rlsys.serve.operator.figures import Figures, deployment_states, figures
+from rlsys.serve.operator.figures import Figures, StatusLine, deployment_states, figures
 from rlsys.serve.paths import CheckpointPath, Kind, parse_path
 from rlsys.serve.promises import Promise
 from rlsys.serve.state import State, now
-from rlsys.serve.status import StatusLine
 from rlsys.serve.wire.passes import PreparedPass
 from rlsys.serve.wire.requests import (
     Asample,
@@ -70,18 +69,20 @@ class Controller:
     def __init__(self, state: State) -> None:
         self.state = state
         self._tasks: list[asyncio.Task[None]] = []
-        self._status = StatusLine(state)
+        self._status = StatusLine(figures(state))
         self.door = Door(state)
 
     async def start(self) -> None:
         """Take over what an earlier controller left, then begin the periodic work."""
         await recovery.recover(self.state)
         state = self.state
+        reserve(state)
         self._tasks = [
             asyncio.create_task(_every(SWEEP_S, lambda: _sweep(state))),
             asyncio.create_task(_every(SWEEP_S, self.door.sweep)),
             asyncio.create_task(_every(SEEN_S, lambda: sessions.note_seen(state))),
             asyncio.create_task(_every_in_thread(EXPIRY_S, lambda: remove_expired(state))),
+            asyncio.create_task(_every_in_thread(EXPIRY_S, lambda: reserve(state))),
         ]
 
     async def stop(self) -> None:
@@ -92,7 +93,7 @@ class Controller:
         self.door.close()
 
     async def status_line(self) -> str | None:
-        return self._status.text()
+        return self._status.text(figures(self.state))
 
     async def bases(self) -> Sequence[Base]:
         return list(self.state.backend.bases.values())
@@ -297,6 +298,7 @@ async def stop_work(state: State) -> None:
             state.backend.release(sampler.base, sampler.snapshot)
     sessions.note_seen(state)
     await state.drain(DRAIN_S)
+    state.database.flush()
 
 
 def remove_expired(state: State) -> None:
@@ -305,11 +307,20 @@ def remove_expired(state: State) -> None:
         delete(state, checkpoint)
 
 
+def reserve(state: State) -> None:
+    """Keep room in the database for the time when its disk is full."""
+    try:
+        state.database.reserve()
+    except StorageError as error:
+        log.error("%s; calls of clients will fail soon", error)
+
+
 def delete(state: State, checkpoint: Checkpoint) -> None:
     state.store.delete(checkpoint, checkpoint.path.run_id not in state.models)
 
 
 def _sweep(state: State) -> None:
+    state.database.flush()
     sessions.sweep(state)
     parking.park_idle(state)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config import LoraSection
-from rlsys.errors import CheckpointError
+from rlsys.errors import CheckpointError, StorageError
 from rlsys.learner.checkpoint_files import read_info
 from rlsys.serve import rows, sessions
 from rlsys.serve.checkpoints import RunRecord
@@ -96,7 +96,11 @@ def _new_model(state: State, session: Session, number: int, base_model: str) -> 
     created = sessions.promise_of(state, session, model_id)
     queue = sessions.new_queue(state, session, model_id)
     model = Model(model_id, session, state.base(base_model), base_model, created, number, queue)
-    rows.put_model(state.database, model)
+    try:
+        rows.put_model(state.database, model)
+    except StorageError:
+        state.promises.drop(created)
+        raise
     session.models[number] = model
     state.models[model_id] = model
     return model

@@ -16,6 +16,7 @@ from rlsys.errors import (
     LossError,
     RlsysError,
     SamplingError,
+    StorageError,
 )
 
 Category = Literal["user", "server", "unknown"]
@@ -27,6 +28,10 @@ _CHECKPOINT = re.compile(
     r"/(weights|sampler_weights|external_weights)/([\w-][\w.-]*)",
     re.ASCII,
 )
+
+
+class BusyError(StorageError):
+    """Another process holds the database. The request can be repeated."""
 
 
 class Refusal(Exception):
@@ -78,6 +83,15 @@ def referenced(failure: Failure, reference: str) -> Failure:
 
 def failure_of(error: RlsysError, names: Mapping[str, str]) -> Failure:
     return Failure(public_text(str(error), names), "user" if isinstance(error, _USERS) else "server")
+
+
+def answer_of(error: RlsysError) -> tuple[int, dict[str, str]]:
+    """Status and headers of an error of the server that is a request's answer."""
+    if isinstance(error, BusyError):
+        return 503, {"Retry-After": "1"}
+    if isinstance(error, StorageError):  # clients that repeat every 5xx obey this header
+        return 507, {"x-should-retry": "false"}
+    return 500, {}
 
 
 def public_text(text: str, names: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 from rlsys.client.backend import SnapshotHandle
 from rlsys.client.requests import Request, Skip, TakeSnapshot
 from rlsys.errors import CheckpointError, ConfigError, RlsysError
-from rlsys.serve import rows, sessions
+from rlsys.serve import sessions
 from rlsys.serve.checkpoints import Record, size_of
 from rlsys.serve.paths import CheckpointPath, Kind, parse_path
 from rlsys.serve.state import Model, Sampler, State
@@ -117,15 +117,12 @@ class SaveOutcome(Outcome):
     async def result(self, state: State, model: Model, answer: str) -> Result:
         tenant = model.session.tenant
         size = await asyncio.to_thread(size_of, state.store.folder(tenant, self.path))
-        state.store.put_record(tenant, self.path, self.record.model_copy(update={"size_bytes": size}))
+        state.store.note_size(tenant, self.path, size)
         return JsonResult({"type": SAVES[self.path.kind], "path": self.path.text})
 
     def failed(self, state: State, model: Model, error: RlsysError) -> RlsysError:
         tenant = model.session.tenant
-        if self.before is None:
-            state.store.forget(tenant, self.path)
-        else:
-            state.store.put_record(tenant, self.path, self.before)
+        state.store.put_back(tenant, self.path, self.before)
         if isinstance(error, CheckpointError) and "is already there" in str(error):
             return taken(self.path)
         return _named(error, str(state.store.folder(tenant, self.path)), self.path.text)
@@ -158,9 +155,7 @@ class SnapshotOutcome(Outcome):
         if session.ended is not None:
             state.backend.release(model.base, answer)
             raise ConfigError(f"the session of this model has ended: {session.ended}")
-        sessions.add_sampler(state, sampler)
-        session.samplers[self.number] = sampler
-        rows.put_sampler(state.database, sampler)
+        sessions.open_sampler(state, sampler)
         return JsonResult({"type": "save_weights_for_sampler", "sampling_session_id": sampler.id})
 
     def fields(self) -> dict[str, Any]:

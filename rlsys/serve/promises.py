@@ -51,6 +51,9 @@ class Promises(Protocol):
     def restored(self, request_id: str, tenant: str, session_id: str, model_id: str) -> Promise:
         """The promise of an operation that an earlier process began."""
 
+    def drop(self, promise: Promise) -> None:
+        """Forget a promise that no client was given."""
+
     def settle(self, promise: Promise, result: Result) -> None:
         """Set the result. A promise that has one keeps it."""
 
@@ -100,6 +103,9 @@ class MemoryPromises:
     def restored(self, request_id: str, tenant: str, session_id: str, model_id: str) -> Promise:
         promise = self._by_id[request_id] = Promise(request_id, tenant, session_id, model_id)
         return promise
+
+    def drop(self, promise: Promise) -> None:
+        self._forget(promise)
 
     def settle(self, promise: Promise, result: Result) -> None:
         if promise.result is not None:

@@ -139,5 +139,5 @@ def _add(session: Session, sampler: Sampler, state: State) -> None:
 
 
 def _lose(state: State, row: Row, why: str) -> None:
-    state.lost_models[str(row["id"])] = why
+    state.store.note_end(str(row["id"]), why)
     rows.forget_model(state.database, str(row["id"]))

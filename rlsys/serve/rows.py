@@ -32,9 +32,19 @@ def put_session(database: Database, session: Session) -> None:
     )
 
 
+def note_ended(database: Database, session: Session) -> None:
+    def write() -> None:
+        values = (session.ended, session.finish_reason, _wall(session.seen), session.id)
+        database.write("UPDATE sessions SET ended = ?, finish_reason = ?, seen_at = ? WHERE id = ?", values)
+
+    database.eventually(f"end of {session.id}", write)
+
+
 def forget_session(database: Database, session_id: str) -> None:
     """With its models and samplers."""
-    database.write("DELETE FROM sessions WHERE id = ?", (session_id,))
+    database.eventually(
+        f"session {session_id}", lambda: database.write("DELETE FROM sessions WHERE id = ?", (session_id,))
+    )
 
 
 def session_of(row: Row) -> Session:
@@ -57,9 +67,13 @@ def session_of(row: Row) -> Session:
 
 def put_seen(database: Database, sessions: list[Session]) -> None:
     """When the clients of these sessions were last heard."""
-    with database.together():
-        for session in sessions:
-            database.write("UPDATE sessions SET seen_at = ? WHERE id = ?", (_wall(session.seen), session.id))
+
+    def write() -> None:
+        with database.together():
+            for session in sessions:
+                database.write("UPDATE sessions SET seen_at = ? WHERE id = ?", (_wall(session.seen), session.id))
+
+    database.eventually("seen", write)
 
 
 def put_model(database: Database, model: Model) -> None:
@@ -80,24 +94,32 @@ def put_model(database: Database, model: Model) -> None:
 
 
 def forget_model(database: Database, model_id: str) -> None:
-    database.write("DELETE FROM models WHERE id = ?", (model_id,))
+    database.eventually(f"model {model_id}", lambda: database.write("DELETE FROM models WHERE id = ?", (model_id,)))
 
 
 def put_counts(database: Database, model: Model) -> None:
     """What a step will say of the passes before it."""
-    failed = model.failed_passes + model.queue.lost_passes
-    database.write(
-        "UPDATE models SET failed_passes = ?, unstepped = ? WHERE id = ?", (failed, model.unstepped, model.id)
-    )
+
+    def write() -> None:
+        failed = model.failed_passes + model.queue.lost_passes
+        values = (failed, model.unstepped, model.id)
+        database.write("UPDATE models SET failed_passes = ?, unstepped = ? WHERE id = ?", values)
+
+    database.eventually(f"counts of {model.id}", write)
 
 
 def put_next(database: Database, model_id: str, number: int) -> None:
-    """The smallest number of a client's call that has neither begun nor been used up."""
-    database.write("UPDATE models SET next = ? WHERE id = ?", (number, model_id))
+    """The smallest number of a client's call that has neither begun nor been used up. A call that begins has a row, so
+    that a controller that finds an older number here does not take the call's number for a new one."""
+    database.eventually(
+        f"next of {model_id}",
+        lambda: database.write("UPDATE models SET next = ? WHERE id = ?", (number, model_id)),
+    )
 
 
 def put_entered(database: Database, request_id: str, model_id: str, seq: int, is_pass: bool) -> None:
     """A call that a client may ask for by `request_id`, and that has not begun."""
+    database.catch_up()
     database.write(
         "INSERT INTO calls (id, model_id, seq, is_pass) VALUES (?, ?, ?, ?)", (request_id, model_id, seq, int(is_pass))
     )
@@ -105,6 +127,7 @@ def put_entered(database: Database, request_id: str, model_id: str, seq: int, is
 
 def put_begun(database: Database, request_id: str, model_id: str, number: int, outcome: str) -> None:
     """The learner gets this call as its call `number`; it keeps the results of its latest calls only."""
+    database.catch_up()  # so that no older write of this model comes after it
     with database.together():
         database.write("UPDATE calls SET number = ?, outcome = ? WHERE id = ?", (number, outcome, request_id))
         database.write("DELETE FROM calls WHERE model_id = ? AND number <= ?", (model_id, number - RESULTS_KEPT))
@@ -112,7 +135,9 @@ def put_begun(database: Database, request_id: str, model_id: str, number: int, o
 
 def forget_calls(database: Database, model_id: str) -> None:
     """The learner has no result of this model's calls any more."""
-    database.write("DELETE FROM calls WHERE model_id = ?", (model_id,))
+    database.eventually(
+        f"calls of {model_id}", lambda: database.write("DELETE FROM calls WHERE model_id = ?", (model_id,))
+    )
 
 
 def lora_of(row: Row) -> LoraSection | None:
@@ -120,10 +145,6 @@ def lora_of(row: Row) -> LoraSection | None:
 
 
 def put_sampler(database: Database, sampler: Sampler) -> None:
-    snapshot = None
-    if sampler.snapshot is not None:
-        handle = sampler.snapshot
-        snapshot = json.dumps([handle.key, handle.model_id, handle.version, handle.path])
     database.put(
         "samplers",
         {
@@ -134,10 +155,25 @@ def put_sampler(database: Database, sampler: Sampler) -> None:
             "base_model": sampler.base_model,
             "path": sampler.path,
             "is_ephemeral": int(sampler.is_ephemeral),
-            "snapshot": snapshot,
+            "snapshot": _snapshot_text(sampler),
             "released": sampler.released,
         },
     )
+
+
+def note_snapshot(database: Database, sampler: Sampler) -> None:
+    """What a sampler that was put holds now, or that it was released."""
+
+    def write() -> None:
+        values = (_snapshot_text(sampler), sampler.released, sampler.id)
+        database.write("UPDATE samplers SET snapshot = ?, released = ? WHERE id = ?", values)
+
+    database.eventually(f"sampler {sampler.id}", write)
+
+
+def _snapshot_text(sampler: Sampler) -> str | None:
+    handle = sampler.snapshot
+    return None if handle is None else json.dumps([handle.key, handle.model_id, handle.version, handle.path])
 
 
 def snapshot_of(row: Row) -> SnapshotHandle | None:

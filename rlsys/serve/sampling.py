@@ -58,9 +58,7 @@ async def create_sampling_session(state: State, tenant: str, body: CreateSamplin
                 return known
             raise bad_request(f"session: has ended: {session.ended}")
         sampler = Sampler(sampler_id, session, base, base_model, number, snapshot, path.text, is_ephemeral=False)
-    sessions.add_sampler(state, sampler)
-    session.samplers[number] = sampler
-    rows.put_sampler(state.database, sampler)
+    sessions.open_sampler(state, sampler)
     return sampler
 
 
@@ -149,7 +147,7 @@ async def _opened(state: State, sampler: Sampler, path: str) -> None:
         state.backend.release(sampler.base, snapshot)
         return
     sampler.snapshot = snapshot
-    rows.put_sampler(state.database, sampler)
+    rows.note_snapshot(state.database, sampler)
 
 
 def cancel(state: State, tenant: str, request_id: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlsys.serve import rows
 from rlsys.serve.checkpoints import metadata_size
-from rlsys.serve.errors import Refusal, bad_request
+from rlsys.serve.errors import Refusal, bad_request, public_text
 from rlsys.serve.model_queue import FIRST, ModelQueue
 from rlsys.serve.promises import Promise
 from rlsys.serve.state import Model, Sampler, Session, State, now
@@ -76,7 +76,7 @@ def finish(state: State, session: Session, why: str) -> None:
     if session.ended is not None:
         return
     session.ended = why
-    rows.put_session(state.database, session)
+    rows.note_ended(state.database, session)
     for promise in state.promises.of_session(session.id):
         if promise.result is None:
             promise.cancel()
@@ -90,7 +90,7 @@ def release_model(state: State, model: Model, why: str) -> None:
     if state.models.pop(model.id, None) is None:
         return
     model.queue.abandon(why)
-    rows.forget_model(state.database, model.id)
+    _note_end(state, model.id, why)
     if model.moving:  # rlsys.serve.parking ends it
         return
     if model.parked is None:
@@ -102,10 +102,14 @@ def release_model(state: State, model: Model, why: str) -> None:
 def lose_model(state: State, model: Model, why: str) -> None:
     """Forget a model whose learner has died."""
     if state.models.pop(model.id, None) is not None:
-        state.lost_models[model.id] = why
         model.session.models.pop(model.number, None)
         model.queue.abandon(why)
-        rows.forget_model(state.database, model.id)
+        _note_end(state, model.id, why)
+
+
+def _note_end(state: State, model_id: str, why: str) -> None:
+    state.store.note_end(model_id, public_text(why, state.names()))
+    rows.forget_model(state.database, model_id)
 
 
 def release_sampler(state: State, sampler: Sampler, why: str) -> None:
@@ -115,13 +119,26 @@ def release_sampler(state: State, sampler: Sampler, why: str) -> None:
     if sampler.snapshot is not None:
         state.backend.release(sampler.base, sampler.snapshot)
         sampler.snapshot = None
-    rows.put_sampler(state.database, sampler)
+    rows.note_snapshot(state.database, sampler)
 
 
-def add_sampler(state: State, sampler: Sampler) -> None:
-    """Register a sampling session. Above the limit, the tenant's oldest idle unnamed one is released."""
-    make_room(state, sampler.session.tenant)
+def open_sampler(state: State, sampler: Sampler) -> None:
+    """Register a sampling session. Above the limit, the tenant's oldest idle unnamed one is released. If this fails, so
+    is its snapshot.
+
+    Raises:
+        Refusal: 400: as `make_room`.
+        StorageError: its row cannot be written.
+    """
+    try:
+        make_room(state, sampler.session.tenant)
+        rows.put_sampler(state.database, sampler)
+    except BaseException:
+        if sampler.snapshot is not None:
+            state.backend.release(sampler.base, sampler.snapshot)
+        raise
     state.samplers[sampler.id] = sampler
+    sampler.session.samplers[sampler.number] = sampler
 
 
 def make_room(state: State, tenant: str) -> None:
@@ -171,8 +188,6 @@ def note_seen(state: State) -> None:
 def _forget(state: State, session: Session) -> None:
     for sampler in session.samplers.values():
         state.samplers.pop(sampler.id, None)
-    for model in session.models.values():
-        state.lost_models.pop(model.id, None)
     del state.sessions[session.id]
     rows.forget_session(state.database, session.id)
 

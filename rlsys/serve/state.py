@@ -109,7 +109,6 @@ class State:
         self.samplers: dict[str, Sampler] = {}
         self.samples_in_flight: Counter[str] = Counter()  # by tenant
         self.calls_queued: Counter[str] = Counter()  # of models, that wait or run, by tenant
-        self.lost_models: dict[str, str] = {}  # id -> why, of models that were lost with a learner or a server
         self.turns = {name: SampleTurns(round(base.max_sequences * QUEUED)) for name, base in backend.bases.items()}
         self.started_at = now()
         self.database = store.database

@@ -6,14 +6,15 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from rlsys.client.requests import Forward, ForwardBackward, LoadState, Request, SaveFolder, TakeSnapshot
 from rlsys.client.requests import OptimStep as Step
-from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, RlsysError, RunLostError
+from rlsys.errors import ActorDiedError, ActorFailedError, ConfigError, RlsysError, RunLostError, StorageError
 from rlsys.serve import parking, rows, sessions
 from rlsys.serve.checkpoints import Record
-from rlsys.serve.errors import NumberedRefusal, Refusal, bad_request, not_found
+from rlsys.serve.errors import BusyError, NumberedRefusal, Refusal, bad_request, not_found
 from rlsys.serve.model_queue import FIRST, MAX_AHEAD, Call
 from rlsys.serve.outcomes import LoadOutcome, Outcome, PassOutcome, SaveOutcome, SnapshotOutcome, StepOutcome, taken
 from rlsys.serve.paths import RUN_ID, CheckpointPath, Kind, checked_name, parse_path
@@ -152,13 +153,20 @@ def submit(state: State, model: Model, seq: int, prepare: Prepare, is_pass: bool
     if request_id is not None:  # a repeated request that was decoded at the same time as the first
         return state.promises.known(request_id, model.session.tenant, model.session.id, model.id)
     promise = sessions.promise_of(state, model.session, model.id)
-    rows.put_entered(state.database, promise.id, model.id, seq, is_pass)
+    call = _Entered(state, model, promise, prepare, is_pass)
+    start = call.start
+    try:
+        rows.put_entered(state.database, promise.id, model.id, seq, is_pass)
+    except BusyError:
+        state.promises.drop(promise)
+        raise  # the client repeats the request
+    except StorageError as error:  # the call's result: clients repeat a refused request of this kind for minutes
+        start = partial(call.fail, error)
     tenant = model.session.tenant
     state.calls_queued[tenant] += 1
     promise.when_settled = lambda: state.calls_queued.subtract([tenant])
-    call = _Entered(state, model, promise, prepare, is_pass)
     promise.queue_reason = lambda: _waiting_for(state, model, seq)
-    model.queue.enter(seq, Call(promise.id, call.start, lambda why: state.fail(promise, why), is_pass))
+    model.queue.enter(seq, Call(promise.id, start, lambda why: state.fail(promise, why), is_pass))
     return promise
 
 
@@ -272,9 +280,10 @@ def _save_named(state: State, model: Model, body: SaveWeights, path: CheckpointP
 
 def _lost(state: State, tenant: str, model_id: str) -> Refusal:
     """A run of an earlier server or an ended session, or none."""
-    if not RUN_ID.fullmatch(model_id) or state.store.run(tenant, model_id) is None:
+    run = state.store.run(tenant, model_id) if RUN_ID.fullmatch(model_id) else None
+    if run is None:
         return not_found("model", model_id[:100])
     saved = next((each for each in state.store.checkpoints(tenant, model_id) if each.path.kind == "weights"), None)
     last = "it has no checkpoint" if saved is None else f"its last checkpoint is {saved.path.text}"
-    why = state.lost_models.get(model_id, "its session ended, or its server did")
+    why = run.ended or "its session ended, or its server did"
     return Refusal(404, f"model {model_id!r}: is not loaded: {why}; {last}")

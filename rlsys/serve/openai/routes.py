@@ -16,7 +16,7 @@ from starlette.types import Send
 from rlsys.answer_parts import AnswerParts, CompletionPart, PartsRequest
 from rlsys.errors import RlsysError
 from rlsys.serve.backend import Base
-from rlsys.serve.errors import Refusal, failure_of, referenced
+from rlsys.serve.errors import Refusal, answer_of, failure_of, referenced
 from rlsys.serve.front import Front
 from rlsys.serve.openai.answers import ChatWriter, CompletionWriter, Json, joined
 from rlsys.serve.openai.door import ModelCard
@@ -195,7 +195,7 @@ async def _answered(request: Request, work: Awaitable[Response]) -> Response:
         return await work
     except (Refusal, RlsysError) as error:
         status, value = _error(request, error)
-        return answer(value, status, error.headers if isinstance(error, Refusal) else None)
+        return answer(value, status, error.headers if isinstance(error, Refusal) else answer_of(error)[1])
 
 
 def _error(request: Request, error: Refusal | RlsysError) -> tuple[int, Json]:
@@ -209,7 +209,8 @@ def _error(request: Request, error: Refusal | RlsysError) -> tuple[int, Json]:
         return 400, error_value(400, failure.error)
     reference = reference_of(request.scope)
     log.error("%s: reference %s: %s: %s", request.url.path, reference, type(error).__name__, error)
-    return 500, error_value(500, referenced(failure, reference).error)
+    status, _ = answer_of(error)
+    return status, error_value(status, referenced(failure, reference).error)
 
 
 def _event(value: Mapping[str, Any]) -> bytes:

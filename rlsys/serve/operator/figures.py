@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
 import psutil
@@ -122,15 +123,16 @@ async def deployment_states(backend: ServeBackend) -> dict[str, str]:
 
 
 class Rates:
-    """Counts per second over the last RATE_S. `note` is called every few seconds."""
+    """Counts per second over the last `window_s`, or since the last note if that is longer ago."""
 
-    def __init__(self) -> None:
+    def __init__(self, window_s: float = RATE_S) -> None:
+        self._window_s = window_s
         self._seen = deque[tuple[float, Figures]]()
 
     def note(self, found: Figures) -> None:
         at = time.monotonic()
         self._seen.append((at, found))
-        while len(self._seen) > 2 and at - self._seen[1][0] > RATE_S:
+        while len(self._seen) > 1 and at - self._seen[1][0] >= self._window_s:
             self._seen.popleft()
 
     def per_s(self, found: Figures) -> dict[str, float]:
@@ -140,6 +142,31 @@ class Rates:
         at, before = self._seen[0]
         seconds = max(time.monotonic() - at, 1e-3)
         return {f"{name}_per_s": round((getattr(found, name) - getattr(before, name)) / seconds, 2) for name in COUNTED}
+
+
+class StatusLine:
+    """One line about the time since the last one."""
+
+    def __init__(self, began: Figures) -> None:
+        self._rates = Rates(0.0)
+        self._rates.note(began)
+        self._shown = ""
+
+    def text(self, found: Figures) -> str | None:
+        """None while nothing happens."""
+        rates = self._rates.per_s(found)
+        self._rates.note(found)
+        body = (
+            f"sessions {found.sessions}  models {sum(each.models for each in found.bases)}  "
+            f"waiting calls {sum(each.waiting_calls for each in found.bases)}  "
+            f"samples in flight {found.samples_in_flight}  trained {rates['train_tokens_per_s']:,.0f} tokens/s  "
+            f"sampled {rates['sampled_tokens_per_s']:,.0f} tokens/s  steps {rates['steps_per_s']:.2f}/s  "
+            f"sample requests {rates['sample_requests_per_s']:.1f}/s  results {found.result_bytes / 2**20:.1f} MiB"
+        )
+        if body == self._shown:
+            return None
+        self._shown = body
+        return f"{datetime.now():%H:%M:%S}  {body}"
 
 
 def as_json(found: Figures, rates: Rates) -> dict[str, Any]:  # Any: JSON

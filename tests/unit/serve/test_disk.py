@@ -95,7 +95,7 @@ def test_a_read_only_disk_still_lists_and_loads_and_refuses_changes_with_the_rea
                 subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
                 answer = await http.send("DELETE", f"training_runs/{model}/checkpoints/weights/w")
                 text, _, reference = answer.json()["detail"].partition("; reference ")
-                assert (answer.status_code, text) == (500, f"{path}: cannot be deleted: Read-only file system")
+                assert (answer.status_code, text) == (507, f"{path}: cannot be deleted: Read-only file system")
                 assert reference, "the log has the error under it"
                 failed = await http.result(await http.post("save_weights", save_body(model, seq + 1, "x")))
                 assert failed["category"] == "server" and "Read-only file system" in failed["error"], failed
