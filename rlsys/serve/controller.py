@@ -98,6 +98,11 @@ class Controller:
     async def bases(self) -> Sequence[Base]:
         return list(self.state.backend.bases.values())
 
+    async def begin_front(self) -> None:
+        """An HTTP process begins: there is one at a time, so no other reads the answers that run. Results of promises
+        are kept, for clients ask for them again."""
+        self.door.abort()
+
     async def signing_secret(self, new: str) -> str:
         """The secret of signed addresses and keys; `new` is kept if there was none."""
         return self.state.database.setting("signing_secret", new)
@@ -204,7 +209,9 @@ class Controller:
     async def poll(self, tenant: str, request_id: str, limit_s: float) -> Settled:
         promise = self.state.promises.get(request_id, tenant)
         reason = promise.queue_reason()
-        return Settled(await self.state.promises.wait(promise, limit_s), reason)
+        found = await self.state.promises.wait(promise, limit_s)
+        self.state.hear(promise.session_id)
+        return Settled(found, reason)
 
     # OpenAI's API
 

@@ -38,7 +38,8 @@ class Front:
 
 
 async def connect(controller: Controller, limits: Limits) -> Front:
-    """A front of a controller that has started."""
+    """A front of a controller that has started, in the place of an earlier one."""
+    await controller.begin_front()
     bases: Sequence[Base] = await controller.bases()
     secret = await controller.signing_secret(new_secret().hex())
     return Front(controller, limits, {base.name: base for base in bases}, Signer(bytes.fromhex(secret)))

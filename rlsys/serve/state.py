@@ -59,6 +59,7 @@ class Model:
     queue: ModelQueue
     lora: LoraSection | None = None  # known once it is created
     last_request: datetime = field(default_factory=lambda: now())
+    used: float = field(default_factory=time.monotonic)  # as `last_request`, on a clock that does not jump
     failed_passes: int = 0  # since the last step
     unstepped: int = 0  # passes since the last step: their gradient is on the learner alone
     running: int = 0  # calls that the learner has
@@ -110,7 +111,8 @@ class State:
         self.samples_in_flight: Counter[str] = Counter()  # by tenant
         self.calls_queued: Counter[str] = Counter()  # of models, that wait or run, by tenant
         self.turns = {name: SampleTurns(round(base.max_sequences * QUEUED)) for name, base in backend.bases.items()}
-        self.started_at = now()
+        self.started_at, self.began = now(), time.monotonic()
+        self.parks_after = 0.0  # monotonic; later than now after the disk has refused a model
         self.database = store.database
         self.counts: Counter[str] = Counter()
         self.closing = False
@@ -133,11 +135,17 @@ class State:
         session.seen = time.monotonic()
         return session
 
+    def hear(self, session_id: str) -> None:
+        """A client of the session is there."""
+        session = self.sessions.get(session_id)
+        if session is not None and session.ended is None:
+            session.seen = time.monotonic()
+
     def model(self, model_id: str, tenant: str) -> Model:
         model = self.models.get(model_id)
         if model is None or model.session.tenant != tenant:
             raise not_found("model", model_id[:100])
-        model.session.seen = time.monotonic()
+        model.session.seen = model.used = time.monotonic()
         model.last_request = now()
         return model
 

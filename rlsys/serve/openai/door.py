@@ -74,6 +74,7 @@ class Door:
     def __init__(self, state: State) -> None:
         self._state = state
         self._open: dict[_Key, _Open] = {}
+        self._running: set[asyncio.Task[None]] = set()  # requests in the engine
 
     @property
     def limits(self) -> Limits:
@@ -231,6 +232,11 @@ class Door:
             if not entry.users and entry.used < limit:
                 self._release(key)
 
+    def abort(self) -> None:
+        """Abort all requests in the engine: the process that read their answers is dead."""
+        for task in list(self._running):
+            task.cancel()
+
     def close(self) -> None:
         for key in list(self._open):
             self._release(key)
@@ -273,7 +279,10 @@ class Door:
         in_flight[tenant] += count
         task = self._state.spawn(self._pass_on(tenant, index, base, snapshot, request, arrived))
 
+        self._running.add(task)
+
         def ended(_: object) -> None:
+            self._running.discard(task)
             in_flight[tenant] -= count
 
         task.add_done_callback(ended)
@@ -296,7 +305,7 @@ class Door:
                 async for answer in answers:
                     self._state.counts["sampled_tokens"] += sum(len(part.tokens) for part in answer.completions)
                     arrived.put_nowait((index, answer))
-        except asyncio.CancelledError:  # by the reader, which does not read on, or at the end of the server
+        except asyncio.CancelledError:  # by the reader, which does not read on, or without one, or at the server's end
             arrived.put_nowait(StalledError("the server is stopping"))
             raise
         except Exception as error:  # the reader raises it

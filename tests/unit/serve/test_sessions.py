@@ -36,13 +36,17 @@ def test_a_silent_session_ends_and_frees_its_models_and_samplers(
 ) -> None:
     async def main() -> None:
         async with Http(backend, store, Limits(session_s=600.0)) as http:
-            silent, alive = await http.session(), await http.session()
+            silent, alive, polling = [await http.session() for _ in range(3)]
             models = [await http.model(session) for session in (silent, alive)]
+            sampled = await http.post("asample", sample_body(await sampler_of(http, polling)))
             body = {"model_id": models[0], "seq_id": 1, "sampling_session_seq_id": 0}
             await http.result(await http.post("save_weights_for_sampler", body))
             waiting = await http.optim_step(models[0], 3)
-            http.state.sessions[silent].seen = time.monotonic() - 601
+            for session in (silent, polling):
+                http.state.sessions[session].seen = time.monotonic() - 601
+            await http.result(sampled)
             sessions.sweep(http.state)
+            assert http.state.sessions[polling].ended is None
             assert backend.dropped == [models[0]] and len(backend.released) == 1
             failed = await http.result(waiting)
             assert failed["category"] == "user" and "no request for 600 s (limits.session_s)" in failed["error"]

@@ -14,6 +14,7 @@ import pytest
 from rlsys.serve.app import build_app
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
+from rlsys.serve.front import connect
 from rlsys.serve.keys import KeyFile, NoKeys
 from rlsys.serve.openai.requests import ChatBody, CompletionBody
 from tests.unit.serve.http_client import KEY, Http
@@ -419,6 +420,24 @@ def test_a_client_that_leaves_ends_its_request(stream: bool, backend: LearnerBac
             left.set()
             await asyncio.wait_for(serving, 10)
             await until(lambda: backend.running == 0 and http.state.samples_in_flight.total() == 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_end_of_an_http_process_stops_the_requests_whose_answers_it_read(
+    stream: bool, backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            backend.pause_s = 1.0  # 40 s in all, longer than the waits here
+            running = asyncio.create_task(ask(http, "completions", {**ASK, "max_tokens": 40, "stream": stream}))
+            await until(lambda: backend.running == 1)
+            await connect(http.controller, http.state.limits)  # the process in its place
+            await until(lambda: backend.running == 0 and http.state.samples_in_flight.total() == 0)
+            assert (await asyncio.wait_for(running, 10)).status_code in (200, 500)
+            backend.pause_s = 0
+            assert (await ask(http, "completions", ASK)).status_code == 200
 
     asyncio.run(main())
 
