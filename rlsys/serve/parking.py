@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
 from rlsys.client.requests import SaveFolder
 from rlsys.errors import RlsysError
 from rlsys.serve import rows
 from rlsys.serve.paths import folder_name
-from rlsys.serve.state import Held, Model, State, now
+from rlsys.serve.state import Held, Model, State
 from rlsys.utils.atomic_files import remove_folder
 
 FOLDER = ".parked"  # below the store's root; no tenant's name begins with a dot
+AGAIN_S = 60.0  # after the disk has refused a model
 log = logging.getLogger("rlsys.serve")
 
 
@@ -34,12 +36,14 @@ def when_resident(state: State, model: Model, call: Held) -> None:
 def park_idle(state: State) -> None:
     """Park models without a request for `limits.idle_model_s`, and the longest idle of a base that has more than
     `limits.resident_models`."""
-    at = now()
+    at = time.monotonic()
+    if at < state.parks_after:
+        return
     for base in state.backend.bases.values():
         resident = [each for each in state.models.values() if each.base is base and each.parked is None]
         surplus = len(resident) - state.limits.resident_models
-        for model in sorted(resident, key=lambda each: each.last_request):
-            is_idle = (at - model.last_request).total_seconds() > state.limits.idle_model_s
+        for model in sorted(resident, key=lambda each: each.used):
+            is_idle = at - model.used > state.limits.idle_model_s
             if (is_idle or surplus > 0) and is_at_rest(model) and not model.unstepped and not model.failed_passes:
                 surplus -= 1
                 model.moving = True
@@ -61,6 +65,7 @@ async def park(state: State, model: Model) -> None:
         await state.backend.call(model.id, model.calls, SaveFolder(str(folder), True, True))
     except RlsysError as error:
         log.warning("model %s: cannot be written to disk, and stays on the learner: %s", model.id, error)
+        state.parks_after = time.monotonic() + AGAIN_S
         _flush(model)
         return
     state.backend.drop_model(model.id, model.calls + 1)

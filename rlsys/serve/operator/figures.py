@@ -14,7 +14,7 @@ import psutil
 
 from rlsys.errors import RlsysError
 from rlsys.serve.backend import Base, ServeBackend
-from rlsys.serve.state import State, now
+from rlsys.serve.state import State
 
 RATE_S = 30.0  # rates are those of this time
 COUNTED = ("train_tokens", "sampled_tokens", "steps", "sample_requests")
@@ -92,7 +92,7 @@ def figures(state: State) -> Figures:
     ]
     return Figures(
         started_at=state.started_at.isoformat(timespec="seconds"),
-        uptime_s=round((now() - state.started_at).total_seconds(), 1),
+        uptime_s=round(time.monotonic() - state.began, 1),
         stopping=state.closing,
         sessions=len(sessions),
         unsettled_promises=state.promises.unsettled,

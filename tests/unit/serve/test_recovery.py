@@ -6,10 +6,12 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from rlsys.client.requests import Drop
 from rlsys.errors import StorageError
 from rlsys.serve import parking
 from rlsys.serve.checkpoints import CheckpointStore
@@ -167,6 +169,27 @@ def test_models_named_samplers_and_listings_come_back_after_a_restart_of_the_ser
     asyncio.run(main())
 
 
+def test_why_a_model_is_gone_is_told_after_any_number_of_restarts(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            left, kept = await http.session(), await http.session()
+            unloaded, lost = await http.model(left), await http.model(kept)
+            await http.post(f"sessions/{left}/finish", {"reason": {"type": "errored"}})
+            backend.host.do(lost, Drop())  # as if the learner had died
+            backend.calls.pop(lost, None)
+            async with restarted(http, store) as second, restarted(second, store) as third:
+                for model, why in (
+                    (unloaded, "its client finished it (errored)"),
+                    (lost, "its learner ended before 2"),
+                ):
+                    text = await third.refused("forward_backward", pass_body(model, 1), status=404)
+                    assert why in text and "it has no checkpoint" in text
+
+    asyncio.run(main())
+
+
 def test_an_idle_model_is_parked_on_disk_and_its_next_call_finds_it_unchanged(
     backend: LearnerBackend, store: CheckpointStore
 ) -> None:
@@ -196,6 +219,28 @@ def test_an_idle_model_is_parked_on_disk_and_its_next_call_finds_it_unchanged(
             await http.post("unload_model", {"model_id": model})
             assert not folder.exists()
             assert http.state.database.read("SELECT id FROM models WHERE id = ?", (model,)) == []
+
+    asyncio.run(main())
+
+
+def test_a_clock_that_jumps_parks_no_model_and_a_disk_that_refuses_one_is_left_alone_for_a_while(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store, Limits(idle_model_s=100)) as http:
+            model = http.state.models[await http.model(await http.session())]
+            model.last_request -= timedelta(days=1)
+            parking.park_idle(http.state)
+            assert not model.moving
+            (store.root / parking.FOLDER).write_bytes(b"no folder")
+            model.used -= 200
+            parking.park_idle(http.state)
+            assert model.moving
+            await http.state.drain(20)
+            assert model.parked is None and not model.moving
+            parking.park_idle(http.state)
+            assert not model.moving
+            await http.result(await http.forward_backward(model.id, 1))
 
     asyncio.run(main())
 
