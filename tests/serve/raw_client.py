@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,30 +23,40 @@ class RawClient:
         self._samplers, self._models = itertools.count(), itertools.count()
         self._numbers: dict[str, itertools.count[int]] = {}
 
-    def post(self, path: str, body: dict[str, Any]) -> Any:
+    def answer(self, path: str, body: dict[str, Any]) -> tuple[int, str]:
         answer = self._http.post(path, json=body)
-        assert answer.status_code == 200, f"{path}: {answer.status_code} {answer.text}"
-        return answer.json()
+        return answer.status_code, answer.text
 
-    def result(self, promise: dict[str, Any]) -> Any:
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        status, text = self.answer(path, body)
+        assert status == 200, f"{path}: {status} {text}"
+        return json.loads(text)
+
+    def outcome(self, promise: dict[str, Any]) -> Any:
+        """A result, or an error with its category."""
         for _ in range(POLLS):
-            answer = self._http.post("retrieve_future", json={"request_id": promise["request_id"]})
-            if answer.status_code != 408:
-                assert answer.status_code == 200, answer.text
-                value = answer.json()
-                assert "error" not in value, value
-                return value
+            status, text = self.answer("retrieve_future", {"request_id": promise["request_id"]})
+            if status != 408:
+                assert status == 200, text
+                return json.loads(text)
         raise AssertionError("no result")
 
+    def result(self, promise: dict[str, Any]) -> Any:
+        value = self.outcome(promise)
+        assert "error" not in value, value
+        return value
+
     def model(self, base: str, rank: int) -> str:
+        return self._model("create_model", {"base_model": base, "lora_config": {"rank": rank, "seed": 1}})
+
+    def model_of(self, path: str) -> str:
+        """From a checkpoint, with its optimizer."""
+        return self._model("load_weights", {"path": path, "optimizer": True})
+
+    def _model(self, call: str, body: dict[str, Any]) -> str:
         number = next(self._models)
-        body = {
-            "session_id": self.session,
-            "model_seq_id": number,
-            "base_model": base,
-            "lora_config": {"rank": rank, "seed": 1},
-        }
-        model: str = self.result(self.post("create_model", body))["model_id"]
+        promise = self.post(call, {"session_id": self.session, "model_seq_id": number, **body})
+        model: str = self.result(promise)["model_id"]
         self._numbers[model] = itertools.count(1)
         return model
 
@@ -55,11 +66,10 @@ class RawClient:
 
     def train(self, model: str, rows: Sequence[tuple[list[int], list[int]]], steps: int, rate: float) -> None:
         """Supervised steps on (prompt, completion)."""
-        data = [_datum(prompt, completion) for prompt, completion in rows]
+        rows_of_each = batch(rows)
         promises = []
         for _ in range(steps):
-            batch = {"data": data, "loss_fn": "cross_entropy"}
-            promises.append(self.call(model, "forward_backward", forward_backward_input=batch))
+            promises.append(self.call(model, "forward_backward", forward_backward_input=rows_of_each))
             promises.append(self.call(model, "optim_step", adam_params={"learning_rate": rate}))
         for promise in promises:
             self.result(promise)
@@ -75,11 +85,19 @@ class RawClient:
         self._numbers[sampler] = itertools.count(0)
         return sampler
 
-    def sample(self, sampler: str, prompt: Sequence[int], n: int = 1, **body: Any) -> Any:
+    def asample(self, sampler: str, prompt: Sequence[int], **body: Any) -> dict[str, Any]:
+        """A promise."""
         chunks = {"chunks": [{"type": "encoded_text", "tokens": list(prompt)}]}
         number = next(self._numbers[sampler])
-        asked = {"sampling_session_id": sampler, "seq_id": number, "num_samples": n, "prompt": chunks, **body}
-        return self.result(self.post("asample", asked))
+        return dict(self.post("asample", {"sampling_session_id": sampler, "seq_id": number, "prompt": chunks, **body}))
+
+    def sample(self, sampler: str, prompt: Sequence[int], n: int = 1, **body: Any) -> Any:
+        return self.result(self.asample(sampler, prompt, num_samples=n, **body))
+
+
+def batch(rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+    """The input of a supervised pass on (prompt, completion)."""
+    return {"data": [_datum(prompt, completion) for prompt, completion in rows], "loss_fn": "cross_entropy"}
 
 
 def _datum(prompt: list[int], completion: list[int]) -> dict[str, Any]:
