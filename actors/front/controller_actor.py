@@ -39,6 +39,7 @@ class ControllerActor:
         logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s")
         self._config = config
         self._started: asyncio.Task[Controller] | None = None
+        self._backend: DeploymentBackend | None = None
 
     async def call(self, method: str, *arguments: object) -> tuple[Any, Refusal | RlsysError | None]:
         """(result, None), or (None, what was refused or failed). Any: what the method returns."""
@@ -70,10 +71,15 @@ class ControllerActor:
             raise
 
     async def _start(self) -> Controller:
-        backend = await asyncio.to_thread(_backend, self._config)
+        if self._backend is None:
+            self._backend = await asyncio.to_thread(_backend, self._config)
         store = await asyncio.to_thread(CheckpointStore, Path(self._config.checkpoints))
-        controller = Controller(State(backend, self._config.limits, store))
-        await controller.start()
+        controller = Controller(State(self._backend, self._config.limits, store))
+        try:
+            await controller.start()
+        except BaseException:
+            store.database.close()
+            raise
         return controller
 
 

@@ -109,7 +109,7 @@ def _recover_calls(state: State, model: Model, progress: RunProgress | None) -> 
         state.fail(promise, training.LOST, "server")
     last = max((int(row["seq"] or 0) for row in calls), default=0)
     model.queue.use_up_to(last)
-    state.database.write("DELETE FROM calls WHERE model_id = ? AND number IS NULL", (model.id,))
+    rows.forget_waiting(state.database, model.id)
 
 
 def _recover_sampler(state: State, row: Row, snapshot_keys: tuple[str, ...]) -> None:

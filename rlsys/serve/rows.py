@@ -140,6 +140,12 @@ def forget_calls(database: Database, model_id: str) -> None:
     )
 
 
+def forget_waiting(database: Database, model_id: str) -> None:
+    """Calls that had not begun when an earlier controller ended."""
+    statement = "DELETE FROM calls WHERE model_id = ? AND number IS NULL"
+    database.eventually(f"waiting calls of {model_id}", lambda: database.write(statement, (model_id,)))
+
+
 def lora_of(row: Row) -> LoraSection | None:
     return None if row["lora"] is None else LoraSection.model_validate_json(str(row["lora"]))
 

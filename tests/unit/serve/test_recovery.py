@@ -229,17 +229,18 @@ def test_a_clock_that_jumps_parks_no_model_and_a_disk_that_refuses_one_is_left_a
     async def main() -> None:
         async with Http(backend, store, Limits(idle_model_s=100)) as http:
             model = http.state.models[await http.model(await http.session())]
+
+            def parks() -> bool:
+                parking.park_idle(http.state)
+                return model.moving
+
             model.last_request -= timedelta(days=1)
-            parking.park_idle(http.state)
-            assert not model.moving
+            assert not parks()
             (store.root / parking.FOLDER).write_bytes(b"no folder")
             model.used -= 200
-            parking.park_idle(http.state)
-            assert model.moving
+            assert parks()
             await http.state.drain(20)
-            assert model.parked is None and not model.moving
-            parking.park_idle(http.state)
-            assert not model.moving
+            assert model.parked is None and not parks()
             await http.result(await http.forward_backward(model.id, 1))
 
     asyncio.run(main())
