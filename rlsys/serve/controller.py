@@ -6,17 +6,15 @@ A named Ray actor holds it, so an HTTP process can end, and another start, witho
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
 from rlsys.answer_parts import AnswerParts, PartsRequest
-from rlsys.errors import CheckpointError, StorageError
+from rlsys.errors import CheckpointError
 from rlsys.learner.checkpoint_files import read_info
-from rlsys.serve import creation, listings, parking, recovery, sampling, sessions, training
+from rlsys.serve import creation, listings, recovery, sampling, sessions, training, upkeep
 from rlsys.serve.backend import Base
 from rlsys.serve.checkpoints import Checkpoint
 from rlsys.serve.errors import NumberedRefusal, Refusal, failure_of, not_found
@@ -41,9 +39,7 @@ from rlsys.serve.wire.results import Result
 SWEEP_S = 1.0
 SEEN_S = 10.0
 EXPIRY_S = 30.0
-DRAIN_S = 30.0  # how long pending work may take at the end
 Json = dict[str, Any]  # Any: JSON
-log = logging.getLogger("rlsys.serve")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +72,20 @@ class Controller:
         """Take over what an earlier controller left, then begin the periodic work."""
         await recovery.recover(self.state)
         state = self.state
-        reserve(state)
+        upkeep.reserve(state)
         self._tasks = [
-            asyncio.create_task(_every(SWEEP_S, lambda: _sweep(state))),
-            asyncio.create_task(_every(SWEEP_S, self.door.sweep)),
-            asyncio.create_task(_every(SEEN_S, lambda: sessions.note_seen(state))),
-            asyncio.create_task(_every_in_thread(EXPIRY_S, lambda: remove_expired(state))),
-            asyncio.create_task(_every_in_thread(EXPIRY_S, lambda: reserve(state))),
+            asyncio.create_task(upkeep.every(SWEEP_S, lambda: upkeep.sweep(state))),
+            asyncio.create_task(upkeep.every(SWEEP_S, self.door.sweep)),
+            asyncio.create_task(upkeep.every(SEEN_S, lambda: sessions.note_seen(state))),
+            asyncio.create_task(upkeep.every_in_thread(EXPIRY_S, lambda: upkeep.remove_expired(state))),
+            asyncio.create_task(upkeep.every_in_thread(EXPIRY_S, lambda: upkeep.reserve(state))),
         ]
 
     async def stop(self) -> None:
         """Refuse new work, let running work finish, then write models to disk. Can be called twice."""
         for task in self._tasks:
             task.cancel()
-        await stop_work(self.state)
+        await upkeep.stop_work(self.state)
         self.door.close()
 
     async def status_line(self) -> str | None:
@@ -255,7 +251,7 @@ class Controller:
         return await asyncio.to_thread(_describe_weights, self.state, tenant, parse_path(text))
 
     async def delete_checkpoint(self, tenant: str, path: CheckpointPath) -> None:
-        await asyncio.to_thread(delete, self.state, self.state.store.own(tenant, path))
+        await asyncio.to_thread(upkeep.delete, self.state, self.state.store.own(tenant, path))
 
     async def publish(self, tenant: str, path: CheckpointPath, public: bool) -> None:
         self._update(tenant, path, {"public": public})
@@ -287,51 +283,6 @@ class Controller:
             raise Refusal(503, "the server is stopping", {"Retry-After": "5"})
 
 
-async def stop_work(state: State) -> None:
-    state.closing = True
-    for model in list(state.models.values()):
-        model.queue.abandon("the server is stopping")  # what they wait for is refused from now on
-    deadline = asyncio.get_running_loop().time() + DRAIN_S
-    while state.promises.unsettled and asyncio.get_running_loop().time() < deadline:
-        await asyncio.sleep(0.05)
-    resting = [each for each in state.models.values() if parking.is_at_rest(each)]
-    for model in resting:
-        model.moving = True
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DRAIN_S):
-            await asyncio.gather(*(parking.park(state, model) for model in resting))
-    for sampler in state.samplers.values():
-        if sampler.snapshot is not None:
-            state.backend.release(sampler.base, sampler.snapshot)
-    sessions.note_seen(state)
-    await state.drain(DRAIN_S)
-    state.database.flush()
-
-
-def remove_expired(state: State) -> None:
-    """Delete checkpoints whose time is over. Samplers that were opened from them keep their weights."""
-    for checkpoint in state.store.expired(now()):
-        delete(state, checkpoint)
-
-
-def reserve(state: State) -> None:
-    """Keep room in the database for the time when its disk is full."""
-    try:
-        state.database.reserve()
-    except StorageError as error:
-        log.error("%s; calls of clients will fail soon", error)
-
-
-def delete(state: State, checkpoint: Checkpoint) -> None:
-    state.store.delete(checkpoint, checkpoint.path.run_id not in state.models)
-
-
-def _sweep(state: State) -> None:
-    state.database.flush()
-    sessions.sweep(state)
-    parking.park_idle(state)
-
-
 def _ticket(promise: Promise) -> Ticket:
     return Ticket(promise.id, promise.model_id, promise.sample_sequence_ids)
 
@@ -352,22 +303,3 @@ def _describe_weights(state: State, tenant: str, path: CheckpointPath) -> Json:
         "train_mlp": lora.train_mlp,
         "train_attn": lora.train_attn,
     }
-
-
-async def _every(seconds: float, work: Callable[[], object]) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        _logged(work)
-
-
-async def _every_in_thread(seconds: float, work: Callable[[], object]) -> None:
-    while True:
-        await asyncio.sleep(seconds)
-        await asyncio.to_thread(_logged, work)
-
-
-def _logged(work: Callable[[], object]) -> None:
-    try:
-        work()
-    except Exception:  # the next round must come
-        log.exception("periodic work failed")

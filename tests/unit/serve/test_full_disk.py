@@ -15,10 +15,11 @@ import pytest
 from actors.serve import serve
 from rlsys.errors import StorageError
 from rlsys.serve import database as databases
-from rlsys.serve import sessions
+from rlsys.serve import recovery, sessions
 from rlsys.serve.checkpoints import CheckpointStore
-from rlsys.serve.config import ServeConfig
+from rlsys.serve.config import Limits, ServeConfig
 from rlsys.serve.database import NAME, Database
+from rlsys.serve.state import State
 from tests.unit.serve.http_client import Http, pass_body
 from tests.unit.serve.learner_backend import LearnerBackend
 from tests.unit.serve.test_disk import fill, own_disk, save_body
@@ -101,6 +102,7 @@ def test_when_the_database_has_no_room_either_requests_are_refused_at_once_and_t
             assert backend.dropped == [left], "what its client left is released"
             sessions.sweep(http.state)
             assert http.state.promises.unsettled == 0
+            await recovers(backend, store, session, model)
             rest.unlink()
             metrics = (await http.result(await http.optim_step(model, 3)))["metrics"]
             assert metrics["failed_forward_backward"] == 1.0 and await http.model(session, 1)
@@ -112,6 +114,14 @@ def test_when_the_database_has_no_room_either_requests_are_refused_at_once_and_t
 
     with own_disk(tmp_path / "checkpoints", "2m"):
         asyncio.run(main(CheckpointStore(tmp_path / "checkpoints")))
+
+
+async def recovers(backend: LearnerBackend, store: CheckpointStore, session: str, model: str) -> None:
+    """A controller that takes the place of a killed one finds its session and its model."""
+    found = State(backend, Limits(), CheckpointStore(store.root))
+    await recovery.recover(found)
+    assert session in found.sessions and list(found.models) == [model]
+    found.database.close()
 
 
 def test_a_model_whose_record_cannot_be_written_is_released_on_the_learner(

@@ -13,8 +13,8 @@ from safetensors.numpy import load
 
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
-from rlsys.serve.controller import remove_expired
 from rlsys.serve.state import State
+from rlsys.serve.upkeep import remove_expired
 from tests.unit.serve.http_client import Http, pass_body
 from tests.unit.serve.learner_backend import LearnerBackend
 

@@ -13,7 +13,7 @@ from rlsys.errors import ConfigError
 from rlsys.serve import sessions
 from rlsys.serve.checkpoints import CheckpointStore
 from rlsys.serve.config import Limits
-from rlsys.serve.controller import stop_work
+from rlsys.serve.upkeep import stop_work
 from rlsys.serve.wire.results import FailedResult, Result
 from tests.unit.serve.http_client import Http, pass_body
 from tests.unit.serve.learner_backend import LearnerBackend
