@@ -16,6 +16,7 @@ from rlsys.serve.errors import Refusal, bad_request, failure_of
 from rlsys.serve.paths import parse_path
 from rlsys.serve.promises import Promise
 from rlsys.serve.state import Sampler, State
+from rlsys.serve.wire.json_body import is_text
 from rlsys.serve.wire.requests import Asample, CreateSamplingSession, SamplingBody
 from rlsys.serve.wire.results import UNDEFINED_LOGPROB, Result, SampleResult
 from rlsys.types import Array, SamplingParams
@@ -212,6 +213,8 @@ def _params(body: SamplingBody, room: int, vocab_size: int, most_stops: int, lon
             raise bad_request(
                 f"stop: found a string of {len(stop)} characters; wanted 1 to limits.stop_string_chars = {longest_stop}"
             )
+        if isinstance(stop, str) and not is_text(stop):
+            raise bad_request(f"stop: found {stop!r}, with half of a character; wanted text that UTF-8 can hold")
         if isinstance(stop, int) and not 0 <= stop < vocab_size:
             raise bad_request(f"stop: found token id {stop}; wanted 0 to {vocab_size - 1}")
     temperature = body.temperature

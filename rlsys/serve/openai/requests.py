@@ -6,6 +6,8 @@ tests/unit/serve/openai/test_vllm_fields.py compares their names with vLLM's.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -13,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rlsys.serve.errors import Refusal
 from rlsys.serve.openai.errors import DoorRefusal
-from rlsys.serve.wire.json_body import WireModel, as_model, load
+from rlsys.serve.wire.json_body import WireModel, as_model, is_text, load
 
 Neutral = Mapping[str, tuple[object, ...]]  # parameter that is not served -> values that ask for nothing
 Body = TypeVar("Body", bound="SampledBody")
 MAX_INT = 2**63 - 1
+_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # what may be half of a character
 
 UNSERVED: Neutral = {
     "allowed_token_ids": (),
@@ -170,6 +173,8 @@ def read_body(kind: type[Body], body: bytes) -> Body:
     try:
         value = load(body)
         if isinstance(value, dict):
+            if _HALF.search(body):
+                _refuse_half_characters(value)
             value = _served(kind, value)
         return as_model(kind, value)
     except DoorRefusal:
@@ -193,6 +198,15 @@ def _served(kind: type[Body], value: dict[str, Any]) -> dict[str, Any]:
     for message in kept.get("messages") or ():
         _refuse_parts(message)
     return kept
+
+
+def _refuse_half_characters(value: Mapping[str, Any]) -> None:
+    for name, given in value.items():
+        if not is_text(json.dumps([name, given], ensure_ascii=False)):
+            raise DoorRefusal(
+                f"{name[:100]!r}: found half of a character (a lone surrogate); wanted text that UTF-8 can hold",
+                name if is_text(name) else None,
+            )
 
 
 def _refuse_parts(message: object) -> None:

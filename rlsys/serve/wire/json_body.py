@@ -93,6 +93,16 @@ def load(body: bytes, most: int = OF_CALL) -> Any:  # Any: JSON has no static ty
         raise bad_request(f"body: found no valid JSON: {str(error)[:200]}") from None
 
 
+def is_text(value: str) -> bool:
+    """Whether a string is text that UTF-8 can hold: JSON can spell half of a character, which engines and tokenizers
+    fail at."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):

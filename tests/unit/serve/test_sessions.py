@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,18 @@ def test_a_silent_session_ends_and_frees_its_models_and_samplers(
             assert (await http.send("POST", "session_heartbeat", {"session_id": silent})).status_code == 410
             assert await http.post("session_heartbeat", {"session_id": alive}) == {"type": "session_heartbeat"}
             assert "not loaded" in await http.refused("optim_step", {"model_id": models[0], "seq_id": 4}, status=404)
+
+    asyncio.run(main())
+
+
+def test_a_stop_string_with_half_of_a_character_is_refused_before_it_reaches_an_engine(
+    backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            body = sample_body(await sampler_of(http, await http.session()), sampling_params={"stop": ["ok", "\ud83d"]})
+            answer = await http.send("POST", "asample", content=json.dumps(body).encode())
+            assert answer.status_code == 400 and "half of a character" in answer.json()["detail"]
 
     asyncio.run(main())
 

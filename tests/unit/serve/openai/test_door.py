@@ -38,6 +38,12 @@ async def ask(http: Http, path: str, body: Any = None, key: str = KEY) -> httpx.
     return await http.client.request("GET" if body is None else "POST", f"/v1/{path}", json=body, headers=headers)
 
 
+async def ask_escaped(http: Http, path: str, body: Any) -> httpx.Response:
+    """In ASCII, with escapes."""
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    return await http.client.post(f"/v1/{path}", content=json.dumps(body), headers=headers)
+
+
 async def saved(http: Http, name: str, key: str = KEY) -> str:
     """Path of a sampler checkpoint of a new model."""
     session = await http.session(key=key)
@@ -420,6 +426,28 @@ def test_a_client_that_leaves_ends_its_request(stream: bool, backend: LearnerBac
             left.set()
             await asyncio.wait_for(serving, 10)
             await until(lambda: backend.running == 0 and http.state.samples_in_flight.total() == 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("path", "param", "given"),
+    [
+        ("completions", "stop", ["ok", "\ud83d"]),
+        ("completions", "prompt", "a \udc00"),
+        ("chat/completions", "messages", [{"role": "user", "content": "\ud83d"}]),
+    ],
+)
+def test_half_of_a_character_is_refused_by_its_parameter_and_a_pair_is_text(
+    path: str, param: str, given: Any, backend: LearnerBackend, store: CheckpointStore
+) -> None:
+    async def main() -> None:
+        async with Http(backend, store) as http:
+            refused = await ask_escaped(http, path, {**ASK, param: given})
+            error = refused.json()["error"]
+            assert refused.status_code == 400 and error["param"] == param and "half of a character" in error["message"]
+            paired = await ask_escaped(http, "completions", {**ASK, "user": "\U0001f600"})
+            assert paired.status_code == 200
 
     asyncio.run(main())
 
