@@ -46,6 +46,7 @@ class LearnerBackend:
         self.open = threading.Event()
         self.open.set()
         self.dropped: list[str] = []
+        self._dropped_last: set[str] = set()  # models that were not restored since
         self.released: list[str] = []
         self.done: list[tuple[str, str]] = []  # model, operation
         self.calls: dict[str, list[asyncio.Future[Any]]] = {}  # by model; like a learner it executes each once
@@ -65,7 +66,9 @@ class LearnerBackend:
         await self._run(self.host.create, model_id, lora, seed)
 
     async def restore_model(self, base: Base, model_id: str, tenant: str, folder: Path, optimizer: bool) -> LoraSection:
-        return (await self._run(self.host.restore, model_id, str(folder), optimizer)).lora
+        restored = await self._run(self.host.restore, model_id, str(folder), optimizer)
+        self._dropped_last.discard(model_id)
+        return restored.lora
 
     def call(self, model_id: str, number: int, request: Request[Answer]) -> asyncio.Future[Answer]:
         calls = self.calls.setdefault(model_id, [])
@@ -77,10 +80,11 @@ class LearnerBackend:
     def drop_model(self, model_id: str, number: int) -> None:
         assert number == len(self.calls.pop(model_id, [])) + 1
         self.dropped.append(model_id)
+        self._dropped_last.add(model_id)
         self._thread.submit(self.host.do, model_id, Drop())
 
     async def adopt(self, base: Base, model_ids: Sequence[str], snapshot_keys: Sequence[str]) -> Adopted:
-        ids = self.host.learner.runs.ids
+        ids = set(self.host.learner.runs.ids) - self._dropped_last  # the thread may not have come to a drop yet
         runs = {each: RunProgress(len(self.calls.get(each, [])) + 1) for each in model_ids if each in ids}
         return Adopted(runs, tuple(key for key in snapshot_keys if f"copy.{key}" in ids))
 
