@@ -1,4 +1,4 @@
-"""One Ray cluster, one micro base and one undisturbed run for all tests that need them."""
+"""One warm Ray cluster, one micro base and one undisturbed run for all tests that need them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
 from rlsys.config import JobConfig, MakeSection, parse_config
 from rlsys.modeling.base_model import initial_model
 from rlsys.tracking.progress import Progress
+from tests.waiting import run
 
 MICRO = MakeSection(
     vocab_size=160, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=64
@@ -32,7 +34,7 @@ sampler: {num_cpus: 0.5, max_num_seqs: 64, max_num_batched_tokens: 512, kv_cache
 rewards: {function: "tests.ray.graders:variety"}
 rl: {steps: 2, problems_per_step: 4, samples_per_problem: 4, sampling: {max_tokens: 12}, optim: {learning_rate: 1.0e-2}}
 eval: {every_steps: 0, max_tokens: 12}
-tracking: {wandb: offline}
+tracking: {wandb: disabled}
 """
 
 
@@ -46,9 +48,16 @@ def free_port() -> int:
 DASHBOARD_PORT = free_port()
 
 
-@pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
-    """A cluster that jobs of these tests join and leave: RAY_ADDRESS is set while it lives."""
+@dataclass(frozen=True, slots=True)
+class WarmCluster:
+    address: str
+    said: str  # by `rlsys warm`
+
+
+@pytest.fixture(scope="package")  # gone before other folders' tests use Ray
+def warm_cluster() -> Iterator[WarmCluster]:
+    """A cluster that jobs of these tests join and leave: RAY_ADDRESS is set while it lives. It is warm, so a job forks
+    its learner and its samplers' hosts instead of importing torch and vLLM for each."""
     before = {name: os.environ.get(name) for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_USAGE_STATS_ENABLED")}
     os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for submitted jobs
@@ -64,7 +73,8 @@ def ray_cluster() -> Iterator[str]:
         },
     )
     os.environ["RAY_ADDRESS"] = cluster.address
-    yield cluster.address
+    yield WarmCluster(cluster.address, rlsys("warm"))
+    assert rlsys("warm", "--stop") == "stopped: 1 warm server\n"
     cluster.shutdown()
     for name, value in before.items():
         if value is None:
@@ -73,7 +83,19 @@ def ray_cluster() -> Iterator[str]:
             os.environ[name] = value
 
 
-@pytest.fixture(scope="session")
+def rlsys(*arguments: str) -> str:
+    """What the command says, which has to succeed."""
+    done = run([sys.executable, "-m", "rlsys", *arguments])
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="package")
+def ray_cluster(warm_cluster: WarmCluster) -> str:
+    return warm_cluster.address
+
+
+@pytest.fixture(scope="package")
 def dashboard(ray_cluster: str) -> str:
     """Where jobs are submitted."""
     return f"http://127.0.0.1:{DASHBOARD_PORT}"
@@ -102,7 +124,7 @@ def job(micro_base: Path, tmp_path: Path) -> Callable[..., JobConfig]:
 UNDISTURBED_STEPS = 8
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def undisturbed(ray_cluster: str, micro_base: Path, tmp_path_factory: pytest.TempPathFactory) -> JobConfig:
     """A finished run of the micro job, with all its checkpoints; what runs otherwise has to end with its weights."""
     where = [f"model.path={micro_base}", f"run.dir={tmp_path_factory.mktemp('undisturbed')}"]

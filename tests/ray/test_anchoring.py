@@ -36,7 +36,6 @@ RELATIVE = [
     " columns: {prompt: ask, answer: say}}",
     "rl.problems_per_step=8",
     "rl.sampling.max_tokens=1",
-    "tracking.wandb=disabled",
 ]
 
 

@@ -42,7 +42,6 @@ def trained(ray_cluster: str, micro_base: Path, tmp_path_factory: pytest.TempPat
         "rl.optim.warmup_steps=0",
         "learner.num_cpus=0.5",
         "rewards.function=tests.ray.graders:fingerprint",
-        "tracking.wandb=disabled",
     ]
     config = parse_config(JOB, overrides)
     jobs.train(config, Progress())

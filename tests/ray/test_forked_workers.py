@@ -17,7 +17,7 @@ from actors.cluster.ray_cluster import threads_env
 from actors.faults import actor_logs
 from actors.forking import warm
 from actors.forking.servers import with_runtime
-from tests.waiting import run as run_to_end
+from tests.ray.conftest import WarmCluster, rlsys
 from tests.waiting import until_gone
 
 
@@ -59,22 +59,9 @@ class Watched:
         os._exit(3)
 
 
-def rlsys(*arguments: str) -> str:
-    done = run_to_end([sys.executable, "-m", "rlsys", *arguments])
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def warmed(ray_cluster: str) -> Iterator[str]:
-    """What `rlsys warm` says of a cluster, which is warm meanwhile."""
-    yield rlsys("warm")
-    assert rlsys("warm", "--stop") == "stopped: 1 warm server\n"
-
-
-@pytest.fixture(scope="module")
-def options(warmed: str) -> Iterator[dict[str, Any]]:
-    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
+def options(ray_cluster: str) -> Iterator[dict[str, Any]]:
+    ray.init(address=ray_cluster, log_to_driver=False)
     found = warm.running(print)
     assert [threads for _, threads in found] == [1]
     [server] = found.values()
@@ -83,11 +70,11 @@ def options(warmed: str) -> Iterator[dict[str, Any]]:
     ray.shutdown()
 
 
-def test_a_forked_worker_is_one_that_ray_starts(options: dict[str, Any], warmed: str) -> None:
+def test_a_forked_worker_is_one_that_ray_starts(options: dict[str, Any], warm_cluster: WarmCluster) -> None:
     plain = {**options, "runtime_env": threads_env(1)}
     forked, own = (ray.remote(Watched).options(**each).remote() for each in (options, plain))
     facts, expected = ray.get([forked.facts.remote(), own.facts.remote()])
-    assert facts["by"] in warmed and facts["not forked"] is None and expected["by"] is None
+    assert facts["by"] in warm_cluster.said and facts["not forked"] is None and expected["by"] is None
     assert facts["same"] == expected["same"] and facts["same"]["title"].startswith("ray::Watched")
     process = actor_logs.process_of(forked)
     assert process is not None and process.pid == facts["pid"]
@@ -126,7 +113,7 @@ def test_a_forked_worker_whose_first_process_is_killed_ends_and_ray_sees_it(opti
         ray.get(actor.facts.remote(), timeout=60)
 
 
-def test_a_cluster_that_is_warm_is_left_as_it_is(warmed: str) -> None:
-    again = rlsys("warm")
-    assert again.replace("was warm already", "is warm").partition(":")[0] == warmed.partition(":")[0]
-    assert again.rpartition("processes ")[2] == warmed.rpartition("processes ")[2]
+def test_a_cluster_that_is_warm_is_left_as_it_is(warm_cluster: WarmCluster) -> None:
+    before, again = warm_cluster.said, rlsys("warm")
+    assert again.replace("was warm already", "is warm").partition(":")[0] == before.partition(":")[0]
+    assert again.rpartition("processes ")[2] == before.rpartition("processes ")[2]

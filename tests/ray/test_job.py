@@ -37,6 +37,7 @@ def finished(ray_cluster: str, micro_base: Path, tmp_path_factory: pytest.TempPa
         "rl.loss.name=ppo",
         "rl.advantages.kl_coef=0.05",
         "rl.sampling.temperature=0.8",
+        "tracking.wandb=offline",
     ]
     config = parse_config(JOB, overrides)
     return config, jobs.train(config, Progress())

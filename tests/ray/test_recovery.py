@@ -26,7 +26,7 @@ from rlsys.run_state.run_dir import RunStore
 from rlsys.tracking.progress import Progress
 from tests.ray.conftest import JOB
 from tests.ray.conftest import UNDISTURBED_STEPS as STEPS
-from tests.waiting import cpu_of, size_of, until
+from tests.waiting import cpu_of, family, size_of, until
 
 Job = Callable[..., JobConfig]
 
@@ -82,22 +82,26 @@ def killing(config: JobConfig, *plan: Victim) -> Iterator[list[int]]:
         thread.join()
 
 
-def actors_of(kind: str) -> list[psutil.Process]:
-    """Processes of one actor class on the tests' cluster, oldest first."""
-    found = [process for process in psutil.process_iter() if _title(process).startswith(f"ray::{kind}")]
+def on_cluster() -> list[tuple[str, psutil.Process]]:
+    """All processes of the tests' cluster with their titles, oldest first: those that Ray started, and what these
+    started or forked."""
     raylet = f"--gcs-address={os.environ['RAY_ADDRESS']}"
-    ours = [process for process in found if raylet in _title(process.parent())]
-    return sorted(ours, key=lambda process: process.create_time())
+    nodes = [each for each in psutil.process_iter() if "raylet/raylet" in _title(each) and raylet in _title(each)]
+    ours = [each for node in nodes for each in family(node.pid)]
+    return [(_title(each), each) for each in sorted(ours, key=lambda process: process.create_time())]
+
+
+def actors_of(kind: str) -> list[psutil.Process]:
+    """Processes of one actor class, oldest first."""
+    return [process for title, process in on_cluster() if title.startswith(f"ray::{kind}")]
 
 
 def engines() -> list[psutil.Process]:
-    children = [child for actor in actors_of("SamplerActor") for child in actor.children(recursive=True)]
-    return [child for child in children if "EngineCore" in _title(child)]
+    return [process for title, process in on_cluster() if "EngineCore" in title]
 
 
 def hosts() -> list[psutil.Process]:
-    children = [child for actor in actors_of("SamplerActor") for child in actor.children()]
-    return [child for child in children if "rlsys host of sampler 0" in _title(child)]
+    return [process for title, process in on_cluster() if "rlsys host of sampler 0" in title]
 
 
 def _title(process: psutil.Process | None) -> str:
@@ -209,9 +213,8 @@ def test_deaths_beyond_the_limit_end_the_run_with_the_first_cause_and_the_last_w
 def test_a_run_in_two_parts_equals_one_in_one_part_to_the_bit_and_in_its_figures(
     job: Job, undisturbed: JobConfig
 ) -> None:
-    first = job("rl.steps=3")
-    jobs.train(first, Progress())
-    second = job(f"rl.steps={STEPS}")
+    jobs.train(job("rl.steps=3", "tracking.wandb=offline"), Progress())
+    second = job(f"rl.steps={STEPS}", "tracking.wandb=offline")
     assert jobs.train(second, Progress()).steps == STEPS
     check_whole(second, undisturbed)
     timed = ("time", "sampler/tokens_per_s", "row", "system/")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rlsys.config import JobConfig, dump_config
+from tests.ray.conftest import rlsys
 from tests.waiting import run as run_to_end
 
 FORKED = "by itself"  # of the note about a process that was not forked
@@ -34,10 +35,9 @@ def trained(config: JobConfig, folder: Path) -> tuple[list[dict[str, Any]], byte
 def test_a_job_on_a_warm_cluster_ends_with_the_same_bits(
     ray_cluster: str, job: Callable[..., JobConfig], tmp_path: Path
 ) -> None:
-    plain, adapter, _ = trained(job("run.name=plain"), tmp_path)
-    warm = run_to_end([sys.executable, "-m", "rlsys", "warm"])
-    assert "is warm for 1 thread" in warm.stdout, warm.stderr
-    forked, same_adapter, output = trained(job("run.name=forked"), tmp_path)
-    run_to_end([sys.executable, "-m", "rlsys", "warm", "--stop"])
+    forked, adapter, output = trained(job("run.name=forked"), tmp_path)
+    rlsys("warm", "--stop")
+    plain, same_adapter, _ = trained(job("run.name=plain"), tmp_path)
+    assert "is warm for 1 thread" in rlsys("warm")
     assert FORKED not in output
     assert forked == plain and same_adapter == adapter

@@ -23,11 +23,11 @@ import pytest
 from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.learner.adapter_checkpoint import read_adapter
 from rlsys.run_state.jsonl import read_metrics
-from tests.ray.conftest import JOB, micro_base, ray_cluster
+from tests.ray.conftest import JOB, micro_base, ray_cluster, warm_cluster
 from tests.ray.test_recovery import actors_of, engines, hosts, ledger_of, steps, weights
 from tests.waiting import Sign, cpu_of, exit_code, size_of, until
 
-__all__ = ["micro_base", "ray_cluster"]  # fixtures
+__all__ = ["micro_base", "ray_cluster", "warm_cluster"]  # fixtures
 
 KILLS = int(os.environ.get("RLSYS_SOAK_KILLS", "50"))
 PER_RUN = 10
@@ -82,7 +82,6 @@ def _config(where: Path, base: Path) -> JobConfig:
             f"run.dir={where}",
             f"rl.steps={STEPS}",
             "rewards.function=tests.ray.graders:slow_variety",
-            "tracking.wandb=disabled",
         ],
     )
 
