@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 import pytest
 import ray
@@ -16,6 +15,7 @@ from rlsys.errors import ClusterError, StalledError
 
 JOB = "run: {name: a}\nmodel: {path: x}\nwatchdog: {stages: {start: 60}}\n"
 Ids = list[str]
+VISIBLE = ("3", "5")
 
 
 class Seen:
@@ -25,28 +25,36 @@ class Seen:
         return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
-@contextmanager
-def machine(gpus: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[list[Ids], list[Ids]]]]:
-    """A Ray cluster of one node with so many GPUs; yields what tells the devices of a job's learners and samplers."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=32,
-        num_gpus=gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        object_store_memory=100 * 2**20,
-    )
-    try:
-        yield placed
-    finally:
+@pytest.fixture(scope="module")
+def machine(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A Ray cluster of one node with so many GPUs; tests of one size share it. Where it has two, they are those that
+    the user left visible."""
+    gpus: int = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        if gpus == len(VISIBLE):
+            patch.setenv("CUDA_VISIBLE_DEVICES", ",".join(VISIBLE))
+        ray.init(
+            address="local",
+            num_cpus=32,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=100 * 2**20,
+        )
+        yield gpus
         ray.shutdown()
 
 
-def placed(*overrides: str) -> tuple[list[Ids], list[Ids]]:
+def of_gpus(count: int) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("machine", [count], indirect=True, ids=[f"{count} GPUs"])
+
+
+def of(*overrides: str) -> tuple[list[Ids], list[Ids]]:
+    """The devices of a job's learners and samplers."""
     placement = Placement(parse_config(JOB, list(overrides)), print)
     try:
         learners, samplers = placement.reserve()
@@ -82,58 +90,57 @@ def apart(*places: Ids) -> bool:
     return len(devices) == len(set(devices))
 
 
-def test_on_one_gpu_a_pair_shares_it_by_turns_or_by_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    with machine(1, monkeypatch) as of:
-        assert of(*on_cuda(1, 0.5, 1, 0.5, colocate=True)) == ([["0"]], [["0"]])
-        assert of(*on_cuda(1, 0.5, 1, 0.5, "sampler.gpu_memory_utilization=0.45")) == ([["0"]], [["0"]])
-        with pytest.raises(ClusterError, match=r"2 GPU needed, 1 found, 1 too few"):
-            of(*on_cuda(1, 1, 1, 1))
-        placement = Placement(parse_config(JOB, list(on_cuda(1, 0.5, 1, 0.5, colocate=True))), print)
-        with pytest.raises(ClusterError, match=r"another.*set sampler\.num_gpus=1"):
-            placement.another_sampler(1)  # of `rlsys scale`: it would land beside the first
+@of_gpus(1)
+def test_on_one_gpu_a_pair_shares_it_by_turns_or_by_halves(machine: int) -> None:
+    assert of(*on_cuda(1, 0.5, 1, 0.5, colocate=True)) == ([["0"]], [["0"]])
+    assert of(*on_cuda(1, 0.5, 1, 0.5, "sampler.gpu_memory_utilization=0.45")) == ([["0"]], [["0"]])
+    with pytest.raises(ClusterError, match=r"2 GPU needed, 1 found, 1 too few"):
+        of(*on_cuda(1, 1, 1, 1))
+    placement = Placement(parse_config(JOB, list(on_cuda(1, 0.5, 1, 0.5, colocate=True))), print)
+    with pytest.raises(ClusterError, match=r"another.*set sampler\.num_gpus=1"):
+        placement.another_sampler(1)  # of `rlsys scale`: it would land beside the first
 
 
+@of_gpus(2)
 def test_on_two_gpus_of_those_that_the_user_left_visible_ranks_and_pairs_have_one_each(
-    monkeypatch: pytest.MonkeyPatch,
+    machine: int,
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    with machine(2, monkeypatch) as of:
-        learners, samplers = of(*on_cuda(1, 1, 1, 1))
-        assert sorted([*learners[0], *samplers[0]]) == ["3", "5"]
-        for shares in ((0.5, 0.5), (0.3, 0.3)):
-            learners, samplers = of(*on_cuda(2, shares[0], 2, shares[1], colocate=True))
-            assert learners == samplers and sorted([*learners[0], *learners[1]]) == ["3", "5"]
-        learners, _ = of(*on_cuda(2, 0.6, 1, 0))
-        assert sorted([*learners[0], *learners[1]]) == ["3", "5"]
-        _, (engine,) = of("sampler.num_gpus=2", "sampler.tensor_parallel_size=2")
-        assert sorted(engine) == ["3", "5"]
+    learners, samplers = of(*on_cuda(1, 1, 1, 1))
+    assert sorted([*learners[0], *samplers[0]]) == list(VISIBLE)
+    for shares in ((0.5, 0.5), (0.3, 0.3)):
+        learners, samplers = of(*on_cuda(2, shares[0], 2, shares[1], colocate=True))
+        assert learners == samplers and sorted([*learners[0], *learners[1]]) == list(VISIBLE)
+    learners, _ = of(*on_cuda(2, 0.6, 1, 0))
+    assert sorted([*learners[0], *learners[1]]) == list(VISIBLE)
+    _, (engine,) = of("sampler.num_gpus=2", "sampler.tensor_parallel_size=2")
+    assert sorted(engine) == list(VISIBLE)
 
 
-def test_on_four_gpus_an_engine_of_two_stands_beside_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    with machine(4, monkeypatch) as of:
-        learners, samplers = of(*on_cuda(2, 1, 1, 2, "sampler.tensor_parallel_size=2"))
-        assert [len(place) for place in samplers] == [2] and apart(*learners, *samplers)
+@of_gpus(4)
+def test_on_four_gpus_an_engine_of_two_stands_beside_two_ranks(machine: int) -> None:
+    learners, samplers = of(*on_cuda(2, 1, 1, 2, "sampler.tensor_parallel_size=2"))
+    assert [len(place) for place in samplers] == [2] and apart(*learners, *samplers)
 
 
-def test_on_eight_gpus_every_rank_and_every_sampler_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    with machine(8, monkeypatch) as of:
-        learners, samplers = of(*on_cuda(2, 1, 6, 1))
-        assert apart(*learners, *samplers)
-        learners, samplers = of(*on_cuda(4, 0.5, 4, 0.5, colocate=True))
-        assert learners == samplers and apart(*learners)
+@of_gpus(8)
+def test_on_eight_gpus_every_rank_and_every_sampler_has_its_own(machine: int) -> None:
+    learners, samplers = of(*on_cuda(2, 1, 6, 1))
+    assert apart(*learners, *samplers)
+    learners, samplers = of(*on_cuda(4, 0.5, 4, 0.5, colocate=True))
+    assert learners == samplers and apart(*learners)
 
 
+@of_gpus(2)
 def test_shares_that_fit_in_total_but_not_on_single_gpus_end_the_wait_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch,
+    machine: int,
 ) -> None:
-    with machine(2, monkeypatch) as of:
-        for shares, who in (((3, 0.6, 1, 0), "learner ranks"), ((1, 0.6, 2, 0.6), "samplers")):
-            with pytest.raises(StalledError, match=rf"{who}: waited .* places .*No other job .*side by side"):
-                of(*on_cuda(*shares, "watchdog.stages.start=3"))
-        other = placement_group([{"CPU": 31.0}])
-        with pytest.raises(StalledError, match=r"samplers: waited .* 1 places .*Another job holds the rest"):
-            of("watchdog.stages.start=3")
-        remove_placement_group(other)
-        placement = Placement(parse_config(JOB), print)
-        with pytest.raises(ClusterError, match=r"3 places .* with placement STRICT_SPREAD do not fit on one node"):
-            placement._group([{"CPU": 1.0}] * 3, "STRICT_SPREAD", "ranks")  # as if two nodes left since the first check
+    for shares, who in (((3, 0.6, 1, 0), "learner ranks"), ((1, 0.6, 2, 0.6), "samplers")):
+        with pytest.raises(StalledError, match=rf"{who}: waited .* places .*No other job .*side by side"):
+            of(*on_cuda(*shares, "watchdog.stages.start=3"))
+    other = placement_group([{"CPU": 31.0}])
+    with pytest.raises(StalledError, match=r"samplers: waited .* 1 places .*Another job holds the rest"):
+        of("watchdog.stages.start=3")
+    remove_placement_group(other)
+    placement = Placement(parse_config(JOB), print)
+    with pytest.raises(ClusterError, match=r"3 places .* with placement STRICT_SPREAD do not fit on one node"):
+        placement._group([{"CPU": 1.0}] * 3, "STRICT_SPREAD", "ranks")  # as if two nodes left since the first check
