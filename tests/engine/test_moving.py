@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -66,10 +66,36 @@ async def sample_while_loading(
     return await met(attempt, sampler)
 
 
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Requests that moved on twice, and the engine right after them."""
+
+    rollouts: Rollouts
+    unfinished: int
+    running: int
+    live: tuple[tuple[str, int], ...]  # once two further versions were loaded
+
+
+@pytest.fixture(scope="module")
+def moved(engine: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]) -> Moved:
+    async def move() -> Moved:
+        rollouts = await sample_while_loading(engine, reference, adapters, LONG)
+        unfinished, running = engine.engine.llm.get_num_unfinished_requests(), engine.stats().running_requests
+        for key in (("a", 3), ("a", 4)):
+            await engine.load(reference.update(*key, adapters[0]), BOUND)
+        live = engine.stats().live
+        for key in live:
+            await engine.unload(*key)
+        return Moved(rollouts, unfinished, running, live)
+
+    made: Moved = run(move())
+    return made
+
+
 def test_versions_change_inside_a_completion_and_each_token_scores_as_under_its_own(
-    sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
+    moved: Moved, reference: Reference, adapters: list[dict[str, torch.Tensor]]
 ) -> None:
-    rollouts = run(sample_while_loading(sampler, reference, adapters, LONG))
+    rollouts = moved.rollouts
     assert (rollouts.lengths == 200).all() and (rollouts.stop_reasons == LENGTH).all()
     assert list(rollouts.group) == [0, 0, 0, 1, 1, 1]
     foreign, seen = [], []
@@ -88,19 +114,9 @@ def test_versions_change_inside_a_completion_and_each_token_scores_as_under_its_
     assert min(foreign) > 100 * BOUND, "the versions are too alike for this test to tell them apart"
 
 
-def test_nothing_is_left_running_and_the_versions_left_behind_make_room(
-    sampler: Sampler, reference: Reference, run: Run, adapters: list[dict[str, torch.Tensor]]
-) -> None:
-    async def check() -> None:
-        await sample_while_loading(sampler, reference, adapters, LONG)
-        assert sampler.engine.llm.get_num_unfinished_requests() == 0
-        assert sampler.stats().running_requests == 0
-        for key in (("a", 3), ("a", 4)):
-            await sampler.load(reference.update(*key, adapters[0]), BOUND)
-        assert sampler.stats().live == (("a", 1), ("a", 2), ("a", 3), ("a", 4))
-        await sampler.unload("a", 1)
-
-    run(check())
+def test_nothing_is_left_running_and_the_versions_left_behind_make_room(moved: Moved) -> None:
+    assert (moved.unfinished, moved.running) == (0, 0)
+    assert moved.live == (("a", 1), ("a", 2), ("a", 3), ("a", 4))
 
 
 def test_without_a_newer_version_the_same_is_drawn_as_by_group_requests(

@@ -22,7 +22,7 @@ CANARY = (np.arange(64) * 7 % VOCAB).astype(np.int32)
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 5e-2)])
 def test_learner_and_sampler_give_sampled_tokens_the_same_log_probability(
-    reference: Reference, run: Callable[..., Any], dtype: Any, bound: float
+    reference: Reference, run: Callable[..., Any], engine: Sampler, dtype: Any, bound: float
 ) -> None:
     model = ModelSection(path=str(reference.folder), max_length=MAX_LENGTH, dtype=dtype)
     learner = Learner(reference.folder, model, LearnerSection())
@@ -38,8 +38,10 @@ def test_learner_and_sampler_give_sampled_tokens_the_same_log_probability(
     lengths = random.integers(3, 40, 32)
     prompts = random.integers(2, VOCAB, lengths.sum()).astype(np.int32)
     params = SamplingParams(max_tokens=64, seed=1, stop=[])
-    sampler = Sampler(name="sampler-0", base=reference.folder, model=model, section=SECTION, seed=5)
-    run(sampler.start())
+    own = dtype != "float32"  # which the engine of the session has
+    sampler = Sampler(name="sampler-0", base=reference.folder, model=model, section=SECTION, seed=5) if own else engine
+    if own:
+        run(sampler.start())
     try:
         run(sampler.load(update, bound))
         for run_id, version in ((None, -1), ("run", 0)):
@@ -48,5 +50,7 @@ def test_learner_and_sampler_give_sampled_tokens_the_same_log_probability(
             gap = np.abs(learner.logprobs(run_id, tokens, offsets)[sampled] - rollouts.logprobs)
             print(f"{dtype}, {run_id or 'base'}: {len(gap)} tokens, mean {gap.mean():.2e}, max {gap.max():.2e}")
             assert gap.mean() <= bound
+        run(sampler.unload("run", 0))
     finally:
-        run(sampler.stop())
+        if own:
+            run(sampler.stop())

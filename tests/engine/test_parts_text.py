@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,20 +16,27 @@ from tests.real.known import KNOWN, load, model_folder
 SAID = "𓀀 Prost 🎉🏽 你好é! नमस्ते 👩‍👩‍👧 end. And then"
 
 
-@pytest.fixture(params=list(KNOWN))
-def name(request: pytest.FixtureRequest) -> str:
-    load(request.param)  # skips the test without the tokenizer
-    return str(request.param)
+@dataclass(frozen=True, slots=True)
+class Model:
+    name: str
+    about: BaseModel
 
 
-def deltas(name: str, folder: Path, text: str, **more: Any) -> list[str]:
+@pytest.fixture(scope="module", params=list(KNOWN))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    name = str(request.param)
+    load(name)  # skips the test without the tokenizer
+    return Model(name, BaseModel(model_folder(name, tmp_path_factory.mktemp(name) / "model")))
+
+
+def deltas(model: Model, text: str, **more: Any) -> list[str]:
     """Texts that come while a model writes `text`."""
     from vllm.v1.engine import EngineCoreRequest
     from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-    tokenizer = load(name)
+    tokenizer = load(model.name)
     asked = PartsRequest(np.array([5, 6], np.int32), 1, SamplingParams(max_tokens=999, seed=1), **more)
-    params = parts_params(asked, 1, 1, BaseModel(model_folder(name, folder / "model")), scored=False)
+    params = parts_params(asked, 1, 1, model.about, scored=False)
     request = EngineCoreRequest("1", [5, 6], None, params, None, 0.0, None, None, None)
     detokenizer, found = IncrementalDetokenizer.from_new_request(tokenizer, request), list[str]()
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -41,14 +48,14 @@ def deltas(name: str, folder: Path, text: str, **more: Any) -> list[str]:
     return found
 
 
-def test_no_part_holds_a_piece_of_a_character(name: str, tmp_path: Path) -> None:
-    found = deltas(name, tmp_path, SAID)
+def test_no_part_holds_a_piece_of_a_character(model: Model) -> None:
+    found = deltas(model, SAID)
     assert "".join(found) == SAID and not any("\ufffd" in text for text in found)
     assert "" in found, "some token is a piece of a character"
 
 
-def test_no_part_holds_what_may_become_a_stop_string(name: str, tmp_path: Path) -> None:
-    found = deltas(name, tmp_path, SAID, also_stop=("end. And now", "👩‍👧 e"))
+def test_no_part_holds_what_may_become_a_stop_string(model: Model) -> None:
+    found = deltas(model, SAID, also_stop=("end. And now", "👩‍👧 e"))
     assert "".join(found) == SAID.partition("👩‍👧 e")[0]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +50,7 @@ class Reference:
 
     def logits(self, tokens: Array, adapter: dict[str, torch.Tensor] | None) -> torch.Tensor:
         """(T, V)"""
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
-        if adapter is not None:
-            model = _with_peft(model, adapter)
+        model = _base(self.folder) if adapter is None else _with_peft(self.folder, adapter)
         with torch.no_grad():
             logits: torch.Tensor = model(torch.tensor(np.asarray(tokens), dtype=torch.long)[None]).logits[0]
         return logits
@@ -67,12 +66,9 @@ class Reference:
         self, rank: int, seed: int, *, targets: list[str] = LINEARS, size: float = 0.15
     ) -> dict[str, torch.Tensor]:
         """Random tensors in the names and shapes of a snapshot, scale folded in."""
-        from transformers import AutoModelForCausalLM
-
         draw = torch.Generator().manual_seed(seed)
-        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         tensors = {}
-        for name, module in model.named_modules():
+        for name, module in _base(self.folder).named_modules():
             if name.rpartition(".")[2] in targets:
                 out, inside = module.weight.shape
                 tensors[f"{name}.lora_A"] = torch.randn(rank, inside, generator=draw) * size
@@ -107,11 +103,27 @@ class Reference:
         )
 
 
-def _with_peft(model: Any, adapter: dict[str, torch.Tensor]) -> Any:
+@cache
+def _base(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+KEPT = 8  # adapters; the longest loops of these tests ask for the same few again and again
+_adapted: deque[tuple[Path, dict[str, torch.Tensor], Any]] = deque(maxlen=KEPT)
+
+
+def _with_peft(folder: Path, adapter: dict[str, torch.Tensor]) -> Any:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
+    for base, known, model in _adapted:
+        if base == folder and known is adapter:
+            return model
     rank = next(tensor.shape[0] for name, tensor in adapter.items() if name.endswith("lora_A"))
     targets = sorted({name.split(".")[-2] for name in adapter})
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    model = get_peft_model(deepcopy(_base(folder)), config)
     set_peft_model_state_dict(model, {f"base_model.model.{name}.weight": tensor for name, tensor in adapter.items()})
+    _adapted.append((folder, adapter, model))
     return model

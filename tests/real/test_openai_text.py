@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from rlsys.client.backend import About
@@ -16,15 +14,15 @@ from tests.real.known import KNOWN, load, model_folder
 TEXT = "Prost 🎉 你好é!  a\n\n\t\u00a0x"
 
 
-@pytest.fixture(params=list(KNOWN))
+@pytest.fixture(scope="module", params=list(KNOWN))
 def name(request: pytest.FixtureRequest) -> str:
     load(request.param)  # skips the test without the tokenizer
     return str(request.param)
 
 
-@pytest.fixture
-def codec(name: str, tmp_path: Path) -> TextCodec:
-    folder = model_folder(name, tmp_path / "model")
+@pytest.fixture(scope="module")
+def codec(name: str, tmp_path_factory: pytest.TempPathFactory) -> TextCodec:
+    folder = model_folder(name, tmp_path_factory.mktemp(name) / "model")
     files = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "config.json"}
     about = About(name, str(folder), "x", KNOWN[name].rows, 4096, 8, 8.0, True, files, None)
     return TextCodec(about)
