@@ -89,8 +89,9 @@ def test_without_a_seed_each_call_draws_anew_and_with_one_it_repeats(service: rl
     def drawn(params: types.SamplingParams) -> list[tuple[int, ...]]:
         return [tuple(one.tokens) for one in client.sample(PROMPT, 4, params).result(FAR_S).sequences]
 
-    unseeded = [one for _ in range(3) for one in drawn(replace(FEW, seed=None))]
-    assert len(set(unseeded)) == len(unseeded) == 12
+    unseeded = [drawn(replace(FEW, seed=None)) for _ in range(3)]
+    assert len(set(map(tuple, unseeded))) == 3
+    assert len({one for call in unseeded for one in call}) > 8, "of 12; few tokens are likely, so two may be alike"
     assert drawn(FEW) == drawn(FEW) and len(set(drawn(FEW))) == 4
     assert drawn(replace(FEW, temperature=0.0, seed=None)) == drawn(replace(FEW, temperature=0.0, seed=None))
 
