@@ -1,4 +1,7 @@
-"""Ctrl-C: the step in flight is finished or dropped whole, and nothing is left behind."""
+"""Ctrl-C: the step in flight is finished or dropped whole, and nothing is left behind.
+
+One job starts Ray and gets the SIGINT of a terminal; one joins the tests' cluster and gets a SIGTERM.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from actors.faults.interrupts import Interrupts
 from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.run_state.jsonl import read_metrics
 from tests.ray.conftest import JOB
+from tests.ray.test_recovery import actors_of, engines, hosts
 from tests.waiting import Sign, exit_code, size_of, until
 
 
@@ -34,7 +38,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 @dataclass
 class Interrupted:
-    """A job with a Ray of its own that got a signal after its second step."""
+    """A job that got a signal after its second step."""
 
     config: JobConfig
     folder: Path
@@ -54,12 +58,14 @@ class Interrupted:
         until(lambda: _steps(self.config) >= 2, "step 2", *self.signs, process=self.process, state=state)
 
 
-def started(folder: Path, short_tmp: Path, base: Path) -> Interrupted:
-    config = parse_config(JOB, [f"model.path={base}", f"run.dir={folder}", "rl.steps=100000"])
+def started(folder: Path, short_tmp: Path, base: Path, cluster: str | None) -> Interrupted:
+    """Without a cluster it starts Ray."""
+    config = parse_config(JOB, [f"model.path={base}", f"run.dir={folder}", "rl.steps=100000", "tracking.wandb=offline"])
     (folder / "job.yaml").write_text(dump_config(config))
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"HOME": str(folder), "RLSYS_TEST_MARK": str(folder)}
     env |= {"TMPDIR": str(short_tmp), "RAY_TMPDIR": tempfile.gettempdir()}
+    env |= {"RAY_ADDRESS": cluster} if cluster else {}
     command = [sys.executable, "-m", "rlsys", "train", str(folder / "job.yaml")]
     with (folder / "output").open("w") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
@@ -68,20 +74,20 @@ def started(folder: Path, short_tmp: Path, base: Path) -> Interrupted:
 
 @pytest.fixture(scope="module")
 def interrupted(
-    micro_base: Path, tmp_path_factory: pytest.TempPathFactory
+    ray_cluster: str, micro_base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[signal.Signals, Interrupted]]:
     """One job for each signal, side by side."""
     inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        short = dict(zip(SIGNALS, (Path(one), Path(other)), strict=True))
-        jobs = {number: started(tmp_path_factory.mktemp("job"), short[number], micro_base) for number in SIGNALS}
+        places = zip(SIGNALS, (Path(one), Path(other)), (None, ray_cluster), strict=True)
+        jobs = {
+            number: started(tmp_path_factory.mktemp("job"), short, micro_base, cluster)
+            for number, short, cluster in places
+        }
         try:
             for number, job in jobs.items():
                 job.wait_for_step_2()
-                if number == signal.SIGINT:
-                    os.killpg(job.process.pid, number)  # what a terminal does: the whole foreground group
-                else:
-                    job.process.send_signal(number)
+                interrupt(job, number)
             for job in jobs.values():
                 exit_code(job.process, "the job", *job.signs, state=job.output.read_text)
             yield jobs
@@ -92,11 +98,35 @@ def interrupted(
                     os.killpg(job.process.pid, signal.SIGKILL)
 
 
+def interrupt(job: Interrupted, number: signal.Signals) -> None:
+    if number == signal.SIGINT:
+        os.killpg(job.process.pid, number)  # what a terminal does: the whole foreground group
+    else:
+        job.process.send_signal(number)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     interrupted: dict[signal.Signals, Interrupted], number: signal.Signals
 ) -> None:
-    job = interrupted[number]
+    check_ended(interrupted[number])
+
+
+@pytest.mark.soak
+def test_a_signal_to_the_driver_ends_the_ray_that_it_started(micro_base: Path, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as short:
+        job = started(tmp_path, Path(short), micro_base, None)
+        try:
+            job.wait_for_step_2()
+            interrupt(job, signal.SIGTERM)
+            exit_code(job.process, "the job", *job.signs, state=job.output.read_text)
+            check_ended(job)
+        finally:
+            if job.process.poll() is None:
+                os.killpg(job.process.pid, signal.SIGKILL)
+
+
+def check_ended(job: Interrupted) -> None:
     text = job.output.read_text()
     assert job.process.returncode == 130, text
     assert "stopping after the current step" in text and "Traceback" not in text
@@ -107,7 +137,16 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     mark = str(job.folder)
     left = Sign("processes", lambda: len(_marked(mark)))
     until(lambda: not left.read(), "all processes of the job to end", left, state=lambda: _marked(mark))
+    until(lambda: not of_jobs(), "all processes of the job on the cluster to end", state=lambda: str(of_jobs()))
     assert not list(job.short_tmp.iterdir()), "temporary files stay behind"
+
+
+def of_jobs() -> list[psutil.Process]:
+    """On the tests' cluster."""
+    if "RAY_ADDRESS" not in os.environ:  # where no test has started it
+        return []
+    kinds = ("LearnerActor", "SamplerActor", "RewardActor", "GroupAdvantageActor")
+    return [*hosts(), *engines(), *(process for kind in kinds for process in actors_of(kind))]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
