@@ -1,4 +1,6 @@
-"""The same examples in every run; HYPOTHESIS_PROFILE=new draws others, for a soak run. What vLLM's build rules out."""
+"""The same examples in every run; HYPOTHESIS_PROFILE=new draws others, for a soak run. What vLLM's build rules out.
+Which files one process runs (pytest-xdist with `--dist loadfile`).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 from rlsys.sampler.vllm_build import vllm_build
 from tests.waiting import USUAL_PRIORITY
@@ -35,9 +38,49 @@ ENGINES_ON_CPU = (
     "soak",
 )
 NO_ENGINES = ("nodes/test_machines.py", "ray/test_columns.py")
+# Files and folders that share a cluster, a server, a deployment, or the import of vLLM: one process runs them. The
+# longest begin first, so that no process is left with one of them at the end. Other files go to whichever is free.
+SHARING = {
+    "the cluster": ("ray",),
+    "the server": ("serve",),
+    "engines": ("engine", "families/test_engine.py", "families/test_adapters.py"),
+    "tokenizers": ("real/test_tokenizers.py", "real/test_openai_text.py"),
+    "the deployment": ("client",),
+}
+# They start a Ray of their own, and use no cluster of their folder.
+OWN_RAY = (
+    "ray/test_command.py",
+    "ray/test_gpu_places.py",
+    "ray/test_visible_gpus.py",
+    "ray/test_wheel.py",
+    "serve/test_stop.py",
+)
+
+
+class Sharing(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
+    """All tests of a file in one process, and all that share what takes long to start."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0].removeprefix("tests/")
+        return shared_by(file) or file
+
+
+def shared_by(file: str) -> str | None:
+    """What this file, named from tests/, shares with others."""
+    if file in OWN_RAY:
+        return None
+    path = Path(file)
+    return next((what for what, places in SHARING.items() if any(path.is_relative_to(each) for each in places)), None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Sharing | None:
+    return Sharing(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {what: at for at, what in enumerate(SHARING)}
+    items.sort(key=lambda item: place.get(shared_by(item.path.relative_to(TESTS).as_posix()) or "", len(place)))
     build = vllm_build()
     if build is None or build.device == "cpu":
         return
