@@ -21,10 +21,11 @@ quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 
 # Unit tests share nothing. Three processes on two cores, since tests also wait; loadfile keeps the tests of a file, and what
-# they share, in one process, in the order of tests/unit/conftest.py. Bytecode is kept, whatever the environment says: without
-# it each of the many processes that tests start would compile its modules, and each of the three all tests. The other tests share a cluster, a server, a deployment and engines: tests/conftest.py says
-# which files one process runs. OMP_NUM_THREADS: jobs and engines choose their own count. With vLLM's CUDA build, tests that
-# start an engine on the CPU are skipped by name; without a GPU, so are the tests marked gpu.
+# they share, in one process, in the order of tests/unit/conftest.py. The other tests share a cluster, a server, a deployment
+# and engines: tests/conftest.py says which files one process runs. Bytecode is kept, whatever the environment says: without
+# it each of the many processes that tests start would compile its modules, and each of the three all tests. OMP_NUM_THREADS:
+# jobs and engines choose their own count. With vLLM's CUDA build, tests that start an engine on the CPU are skipped by name;
+# without a GPU, so are the tests marked gpu.
 TEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 UNIT = OMP_NUM_THREADS=1 $(TEST) tests/unit -n 3 --dist loadfile --no-loadscope-reorder --durations 20
 OTHERS = OMP_NUM_THREADS=1 $(TEST) tests --ignore tests/unit -n 3 --dist loadfile --no-loadscope-reorder --durations 20
