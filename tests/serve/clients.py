@@ -21,6 +21,8 @@ SDKS = tuple(f"tinker-{each}" for each in VERSIONS)
 # The first and the last, and the two after which the protocol changed most; `make soak` runs all.
 USUAL = ("tinker-0.6.0", "tinker-0.22.0", "tinker-0.24.1", "tinker-0.38.0")
 EACH_SDK = [pytest.param(each, marks=[] if each in USUAL else pytest.mark.soak) for each in SDKS]
+# For a program whose calls another program makes with each of the usual ones.
+ENDS = [pytest.param(each, marks=[] if each in (SDKS[0], SDKS[-1]) else pytest.mark.soak) for each in SDKS]
 MINT, COOKBOOK = "mint-0.2.0", "cookbook-0.6.1"
 NOWHERE = "http://127.0.0.1:9"  # a proxy that is not there: nothing of a client reaches another host
 
