@@ -28,6 +28,7 @@ CPU_STEP_S = 10.0  # an idle Ray node polls: less CPU time than this within STAL
 # Ray starts its workers at nice 15: beside the work of others a test would only wait for its share of the cores. Every
 # Ray that tests start has this in its environment. Not 0: what depends on that Ray lowers the priority shows in tests.
 USUAL_PRIORITY = {"RAY_worker_niceness": "1"}
+TOO_SLOW, UP_ATTEMPTS = "timed out during startup", 3  # Ray gives its own start 30 s, which a busy machine may exceed
 FAR_S = 1e5  # a sleep that outlasts every wait: what ends before it was ended
 
 

@@ -29,10 +29,20 @@ from typing import Self
 
 import psutil
 
-from tests.waiting import USUAL_PRIORITY, Sign, cpu_of_all, exit_code, family, size_of, until, until_gone
+from tests.waiting import (
+    TOO_SLOW,
+    UP_ATTEMPTS,
+    USUAL_PRIORITY,
+    Sign,
+    cpu_of_all,
+    exit_code,
+    family,
+    size_of,
+    until,
+    until_gone,
+)
 
 ROOT = Path(__file__).parents[2]
-UP_ATTEMPTS = 3  # Ray gives its own start 30 s and no more, which a busy machine may exceed
 SUBNET = "10.88.0"
 PORT = 6390
 # This machine runs all nodes at once, and maybe more: a live node may be silent for a minute, after which a dead
@@ -200,7 +210,7 @@ class Machines(ABC):
                 _until(process, log, "Ray runtime started")
                 break
             except AssertionError:
-                if attempt == UP_ATTEMPTS or "timed out during startup" not in log.read_text(errors="replace"):
+                if attempt == UP_ATTEMPTS or TOO_SLOW not in log.read_text(errors="replace"):
                     raise
         return machine
 

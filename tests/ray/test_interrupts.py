@@ -22,7 +22,7 @@ from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.run_state.jsonl import read_metrics
 from tests.ray.conftest import JOB
 from tests.ray.test_recovery import actors_of, engines, hosts
-from tests.waiting import Sign, exit_code, size_of, until
+from tests.waiting import TOO_SLOW, UP_ATTEMPTS, Sign, exit_code, size_of, until
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,16 @@ class Interrupted:
     config: JobConfig
     folder: Path
     short_tmp: Path  # its path leaves room for the names of sockets, which pytest's own does not
-    process: subprocess.Popen[bytes]
+    environment: dict[str, str]
+
+    def __post_init__(self) -> None:
+        (self.folder / "job.yaml").write_text(dump_config(self.config))
+        self.process = self.begin()
+
+    def begin(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "rlsys", "train", str(self.folder / "job.yaml")]
+        with self.output.open("w") as file:
+            return subprocess.Popen(command, env=self.environment, stdout=file, stderr=file, start_new_session=True)
 
     @property
     def output(self) -> Path:
@@ -54,22 +63,25 @@ class Interrupted:
         return size_of(self.output), Sign("steps", lambda: _steps(self.config))
 
     def wait_for_step_2(self) -> None:
-        state = self.output.read_text
-        until(lambda: _steps(self.config) >= 2, "step 2", *self.signs, process=self.process, state=state)
+        done, state = lambda: _steps(self.config) >= 2, self.output.read_text
+        for attempt in range(1, UP_ATTEMPTS + 1):
+            try:
+                until(done, "step 2", *self.signs, process=self.process, state=state)
+                return
+            except AssertionError:
+                if attempt == UP_ATTEMPTS or TOO_SLOW not in self.output.read_text():
+                    raise
+            self.process = self.begin()
 
 
 def started(folder: Path, short_tmp: Path, base: Path, cluster: str | None) -> Interrupted:
     """Without a cluster it starts Ray."""
     config = parse_config(JOB, [f"model.path={base}", f"run.dir={folder}", "rl.steps=100000", "tracking.wandb=offline"])
-    (folder / "job.yaml").write_text(dump_config(config))
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"HOME": str(folder), "RLSYS_TEST_MARK": str(folder)}
     env |= {"TMPDIR": str(short_tmp), "RAY_TMPDIR": tempfile.gettempdir()}
     env |= {"RAY_ADDRESS": cluster} if cluster else {}
-    command = [sys.executable, "-m", "rlsys", "train", str(folder / "job.yaml")]
-    with (folder / "output").open("w") as file:
-        process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-    return Interrupted(config, folder, short_tmp, process)
+    return Interrupted(config, folder, short_tmp, env)
 
 
 @pytest.fixture(scope="module")
