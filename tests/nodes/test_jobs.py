@@ -19,6 +19,7 @@ from rlsys.run_state.jsonl import read_metrics
 from rlsys.run_state.ledger import Ledger
 from tests.nodes.conftest import FORM, KIND, write_job
 from tests.nodes.machines import Driver, Machine, Machines
+from tests.waiting import USUAL_PRIORITY
 
 pytestmark = pytest.mark.timeout(5400)
 Job = Callable[..., Path]
@@ -116,7 +117,7 @@ def test_a_sampler_on_another_machine_gets_base_and_adapters_through_ray_alone(m
     run = Run(machines, job(model={"make": MAKE}, **(by_address if machines.own_files else by_resource)))
     run.driver.until(lambda: "SamplerActor" in actors_on(b) and "LearnerActor" in actors_on(a), "its actors")
     assert "LearnerActor" not in actors_on(b) and "SamplerActor" not in actors_on(a)
-    usual = {psutil.Process().nice()}
+    usual = {psutil.Process().nice() + int(USUAL_PRIORITY["RAY_worker_niceness"])}
     assert priorities_on(a) == priorities_on(b) == usual, "beside the work of others they would hardly run"
     run.finish()
     run.check_whole(steps=3)
