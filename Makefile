@@ -28,7 +28,7 @@ quickstart: $(READY)
 # without a GPU, so are the tests marked gpu.
 TEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 UNIT = OMP_NUM_THREADS=1 $(TEST) tests/unit -n 3 --dist loadfile --no-loadscope-reorder --durations 20
-OTHERS = OMP_NUM_THREADS=1 $(TEST) tests --ignore tests/unit -n 3 --dist loadfile --no-loadscope-reorder --durations 20
+OTHERS = OMP_NUM_THREADS=1 $(TEST) tests --ignore tests/unit -n $(or $(PROCESSES),3) --dist loadfile --no-loadscope-reorder --durations 20
 test: $(READY) check
 	$(UNIT)
 	$(OTHERS)
