@@ -136,17 +136,30 @@ def _knock(address: str) -> None:
 
 def _start(section: ClusterSection, scratch: str) -> str:
     set_default("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local",
-        num_cpus=section.num_cpus,
-        num_gpus=gpus_for_ray(),
-        object_store_memory=int(section.object_store_gb * 2**30),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="warning",
-        runtime_env={"env_vars": {"TMPDIR": scratch}},
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=section.num_cpus,
+            num_gpus=gpus_for_ray(),
+            object_store_memory=int(section.object_store_gb * 2**30),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            runtime_env={"env_vars": {"TMPDIR": scratch}},
+        )
+    except Exception as error:  # of many types: a bare one where Ray's processes are late
+        raise ClusterError(why_not_started(error)) from error
     return "a Ray cluster on this machine"
+
+
+def why_not_started(error: BaseException) -> str:
+    """Explain why Ray did not start here, and what to do."""
+    late = "timed out" in str(error)
+    remedy = "on a loaded machine Ray's own limit is short, so run the command again. " if late else ""
+    return (
+        f"Ray did not start on this machine: {_line(error)}; {remedy}Ray's logs are in session_latest/logs below "
+        "RAY_TMPDIR or /tmp/ray"
+    )
 
 
 def threads_env(threads: int | None) -> dict[str, dict[str, str]]:

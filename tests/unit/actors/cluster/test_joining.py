@@ -8,7 +8,7 @@ import pytest
 from ray._private.authentication import authentication_constants as messages
 from ray.exceptions import AuthenticationError
 
-from actors.cluster.ray_cluster import cluster, why_not_joined
+from actors.cluster.ray_cluster import cluster, why_not_joined, why_not_started
 from rlsys.config import ClusterSection
 from rlsys.errors import ClusterError
 
@@ -68,3 +68,17 @@ def test_a_port_where_nobody_listens_is_told_as_absent() -> None:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     with pytest.raises(ClusterError, match="no Ray cluster answers"), cluster(ClusterSection(address=address)):
         pass
+
+
+def test_a_ray_that_does_not_start_here_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with (
+        pytest.raises(ClusterError, match=r"^Ray did not start on this machine: .*object store.*; Ray's logs are in"),
+        cluster(ClusterSection(object_store_gb=1e5)),
+    ):
+        pass
+
+
+def test_a_ray_that_is_late_is_told_to_start_again() -> None:
+    late = Exception("The current node timed out during startup. This could happen because ...")
+    assert "timed out during startup; on a loaded machine" in why_not_started(late)
