@@ -23,6 +23,7 @@ from rlsys.utils.importing import without_collections
 PRELOAD = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
+    "vllm.model_executor.layers.quantization.online.base",  # imported by every loader of weights
     "rlsys.sampler.vllm.cpu_worker",
     "rlsys.sampler.vllm.adapter_worker",
 )
