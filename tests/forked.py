@@ -1,7 +1,7 @@
 """Programs in processes forked from one that has torch and the learner imported, which takes a new process seconds.
 
-The server is itself a fork of this process, made once the tests are collected (tests/unit/conftest.py): all that they
-import is there, and nothing has been computed yet, so that no thread of torch is lost.
+The server is an interpreter of its own, which starts with the first program: a fork of pytest's process would inherit open
+files, and objects that write to them.
 
 For claims about what a program computes. A claim about what a program imports, or about an environment that is read
 during an import, needs an interpreter of its own (tests/waiting.py).
@@ -9,15 +9,12 @@ during an import, needs an interpreter of its own (tests/waiting.py).
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import tempfile
-import traceback
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from multiprocessing import forkserver, resource_tracker
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.popen_forkserver import Popen
 from multiprocessing.process import BaseProcess
@@ -30,43 +27,12 @@ from tests.waiting import cpu_of, size_of, until
 # The learner's imports, and those that it makes once it loads a model.
 PRELOADED = ["rlsys.learner.learner", "rlsys.config", "transformers.models.qwen3.modeling_qwen3"]
 SERVER = forkserver.ForkServer()
-SERVER.set_forkserver_preload(PRELOADED)  # of an interpreter that takes the place of a server that ended
-
-
-def start_server() -> None:
-    """Once in a process, before its first test."""
-    for name in PRELOADED:
-        importlib.import_module(name)
-    resource_tracker.ensure_running()  # which the server would start as an interpreter too
-    with mock.patch.object(forkserver.util, "spawnv_passfds", _fork_server):  # type: ignore[attr-defined]
-        SERVER.ensure_running()
-
-
-def _fork_server(interpreter: bytes, arguments: list[str], kept: list[int]) -> int:
-    """In the place of an interpreter with these arguments: a fork that keeps these file descriptors, and the standard
-    ones. It would not notice the end of this process if it held the others."""
-    listener, alive = kept
-    if pid := os.fork():
-        return pid
-    try:
-        for fd in map(int, os.listdir("/proc/self/fd")):
-            if fd > 2 and fd not in kept:
-                with suppress(OSError):
-                    os.close(fd)
-        forkserver.main(listener, alive, [])
-    except Exception:
-        traceback.print_exc(file=sys.__stderr__)
-    finally:
-        os._exit(0)
+SERVER.set_forkserver_preload(PRELOADED)
 
 
 class _Process(ForkServerProcess):
     @staticmethod
     def _Popen(process_obj: BaseProcess) -> Popen:
-        pid = SERVER._forkserver_pid  # type: ignore[attr-defined]
-        assert pid is not None, "start_server() is called before the first test"
-        if (ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
-            warnings.warn(f"the server of forked programs ended, {ended}: an interpreter takes its place", stacklevel=2)
         with mock.patch.object(forkserver, "connect_to_new_process", SERVER.connect_to_new_process):
             return Popen(process_obj)
 

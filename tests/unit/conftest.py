@@ -1,8 +1,7 @@
-"""Tiny random Qwen3 models, made once per session. Which tests run first, and the server that they fork from."""
+"""Tiny random Qwen3 models, made once per session. Which tests run first."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,12 +33,6 @@ LONG = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(str(item.path.relative_to(UNIT.parent)).removeprefix("unit/"), len(LONG)))
-
-
-@pytest.hookimpl(trylast=True)  # after the frozen heap of tests/conftest.py, which the processes share
-def pytest_collection_finish(session: pytest.Session) -> None:
-    if "tests.forked" in sys.modules and not session.config.option.collectonly:
-        sys.modules["tests.forked"].start_server()
 
 
 @pytest.fixture(scope="session")
