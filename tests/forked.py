@@ -1,7 +1,7 @@
 """Programs in processes forked from one that has torch and the learner imported, which takes a new process seconds.
 
-The server is an interpreter of its own, which starts with the first program: a fork of pytest's process would inherit open
-files, and objects that write to them.
+The server is an interpreter of its own, which starts with the first program: a fork of pytest's process would inherit
+open files, and objects that write to them.
 
 For claims about what a program computes. A claim about what a program imports, or about an environment that is read
 during an import, needs an interpreter of its own (tests/waiting.py).
