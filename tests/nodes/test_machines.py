@@ -43,7 +43,7 @@ def test_machines_share_no_file_memory_port_or_process(machines: Machines) -> No
     assert run(b, "getent", "hosts", "b").stdout.split()[0] == b.address != a.address
     assert run(a, sys.executable, "-c", KNOCK).returncode == 0
     assert "ConnectionRefusedError" in run(b, sys.executable, "-c", KNOCK).stderr
-    assert SERVE in run(a, "ps", "-ef").stdout and SERVE not in run(b, "ps", "-ef").stdout
+    assert SERVE in run(a, "ps", "-efww").stdout and SERVE not in run(b, "ps", "-efww").stdout
 
 
 def test_nothing_is_left_of_machines_that_are_killed(machines: Machines) -> None:

@@ -36,6 +36,7 @@ def machine(request: pytest.FixtureRequest) -> Iterator[int]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         if gpus == len(VISIBLE):
             patch.setenv("CUDA_VISIBLE_DEVICES", ",".join(VISIBLE))
+        ray.shutdown()  # of whatever this process was connected to
         ray.init(
             address="local",
             num_cpus=32,
