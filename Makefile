@@ -20,7 +20,8 @@ ON_cuda := model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sample
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 
-# Unit tests share nothing. Three processes on two cores, since tests also wait; loadfile keeps the tests of a file, and what
+# Unit tests share nothing. Three processes on two cores, since tests also wait, and two for the others, whose Rays and
+# engines are processes too; loadfile keeps the tests of a file, and what
 # they share, in one process, in the order of tests/unit/conftest.py. The other tests share a cluster, a server, a deployment
 # and engines: tests/conftest.py says which files one process runs. Bytecode is kept, whatever the environment says: without
 # it each of the many processes that tests start would compile its modules, and each of the three all tests. OMP_NUM_THREADS:
@@ -28,7 +29,7 @@ quickstart: $(READY)
 # without a GPU, so are the tests marked gpu.
 TEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 UNIT = OMP_NUM_THREADS=1 $(TEST) tests/unit -n 3 --dist loadfile --no-loadscope-reorder --durations 20
-OTHERS = OMP_NUM_THREADS=1 $(TEST) tests --ignore tests/unit -n $(or $(PROCESSES),3) --dist loadfile --no-loadscope-reorder --durations 20
+OTHERS = OMP_NUM_THREADS=1 $(TEST) tests --ignore tests/unit -n $(or $(PROCESSES),2) --dist loadfile --no-loadscope-reorder --durations 20
 test: $(READY) check
 	$(UNIT)
 	$(OTHERS)
