@@ -105,7 +105,7 @@ def _start(actors: PolicyActors, base: BaseRef, trained: Sequence[str]) -> Probl
     actors.graders.start(base)
     problems: ProblemSet = ray.get(actors.graders.problems("eval").value)
     refuse_shared(trained, problems.prompts)
-    actors.start(base, engines_begun=False)
+    actors.start(base)
     return problems
 
 

@@ -183,13 +183,12 @@ def _run(
         policy = actors.policy
         observer = JobObserver(config, tracker, progress, failures, _accuracies(store), policy.graders, actors.pids)
         base = _base(config.model, policy.learner, store, observer, progress)
-        learner_first = may_share(config.learner, config.sampler)
         with progress.stage("starting engines", None):
-            if not learner_first:
+            if not may_share(config.learner, config.sampler):  # else engines start after the learner
                 policy.samplers.membership.begin(base)
             policy.graders.start(base)
             counts = _task_facts(policy.graders, store, observer)
-            policy.start(base, engines_begun=not learner_first)
+            policy.start(base)
         epochs = Epochs(counts["train"], config.rl.problems_per_step, config.run.seed)
         ledger = Ledger(epochs) if store.resume is None else Ledger.from_bytes(store.resume.ledger, epochs)
         stages = Stages(policy.samplers, policy.graders, actors.advantages, policy.learner, actors.checkpointer)

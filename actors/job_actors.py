@@ -35,13 +35,12 @@ class PolicyActors:
     samplers: SamplerPool
     graders: GraderActors
 
-    def start(self, base: BaseRef, engines_begun: bool) -> None:
+    def start(self, base: BaseRef) -> None:
         """Load the base on every actor, and have every sampler prove that adapters reach its forward pass. The graders
-        have been started. Engines that have not begun start after the learner has loaded its base."""
+        have been started. Engines that have not begun to start do so once the learner has loaded its base."""
         train, held_out = (self.graders.problems(split) for split in ("train", "eval"))
         self.learner.start(LearnerInit(base, train))
-        if not engines_begun:
-            self.samplers.membership.begin(base)
+        self.samplers.membership.begin(base)
         self.samplers.membership.start(SamplerInit(base, train, held_out, retry(self.learner.probe)))
 
     def ask_to_stop(self) -> None:

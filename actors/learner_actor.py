@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import ray
 
 from actors.cluster.meeting_point import meeting_point
 from actors.cluster.processors import pin
-from actors.forking.client import NOT_FORKED
+from actors.forking.client import why_not_forked
 from rlsys.config import JobConfig
 from rlsys.types import Array
 from rlsys.utils import gpu_memory
@@ -76,8 +75,7 @@ class LearnerActor:
         return len(self.supervised), self.started.learner.progress() if self.started else 0
 
     def not_forked(self) -> str:
-        """Why this process was not forked although its node has a fork server; else empty."""
-        return os.environ.get(NOT_FORKED, "")
+        return why_not_forked()
 
     def meeting_point(self) -> str:
         """An address on this node where the ranks can meet."""

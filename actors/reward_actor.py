@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from actors.cluster.column_refs import unpack_columns
-from actors.forking.client import NOT_FORKED
+from actors.forking.client import why_not_forked
 from rlsys.config import JobConfig
 from rlsys.metrics import Metrics
 from rlsys.types import Array
@@ -53,13 +52,13 @@ class RewardActor:
         self.started: Grader | None = None
 
     def start(self, base: Base) -> str:
-        """Returns why this process was not forked although its node has a fork server; else an empty text."""
+        """Returns `why_not_forked`."""
         from actors.cluster.base_folder import local_folder
         from rlsys.rewards.grader import Grader
 
         with local_folder(base) as folder:
             self.started = Grader.start(self.config, folder)
-        return os.environ.get(NOT_FORKED, "")
+        return why_not_forked()
 
     def problems(self, split: str) -> ProblemSet:
         return self._grader.problems[split]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import ray
 
 from actors.cluster.processors import pin
-from actors.forking.client import NOT_FORKED
+from actors.forking.client import why_not_forked
 from actors.hosting.host_process import HostProcess, start_host
 from actors.hosting.sampler_body import SamplerBody, SampleRequest
 from rlsys.config import JobConfig
@@ -35,7 +35,7 @@ class SamplerActor:
 
     async def process(self) -> tuple[int, str]:
         """Id of the host process, and why it or this process was not forked although its node has a fork server."""
-        why = os.environ.get(NOT_FORKED, "")
+        why = why_not_forked()
         return (
             (self.host.pid, self.host.not_forked or why) if isinstance(self.host, HostProcess) else (os.getpid(), why)
         )

@@ -34,6 +34,11 @@ LIMITS = ("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE
 NAMESPACES = ("ipc", "mnt", "net", "pid", "user", "uts", "cgroup")
 
 
+def why_not_forked() -> str:
+    """Why this process was not forked although its node has a fork server; else an empty text."""
+    return os.environ.get(NOT_FORKED, "")
+
+
 class NotForkedError(Exception):
     """The server gives no process; the message says why."""
 

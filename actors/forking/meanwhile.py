@@ -1,4 +1,8 @@
-"""A call in a fork of this process, while this process goes on: its imports take another core, and no memory here."""
+"""A call in a fork of this process, while this process goes on: its imports take another core, and no memory here.
+
+Not a pool of concurrent.futures, which keeps threads in a driver that starts other processes. The kernel ends the fork
+with the driver.
+"""
 
 from __future__ import annotations
 

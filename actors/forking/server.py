@@ -100,9 +100,8 @@ class Imports:
             return "the code has changed since the server imported it"
         if request["executable"] != sys.executable:
             return f"the server's Python is {sys.executable}, not {request['executable']}"
-        names = checks.differing(
-            self.environment, request["environment"], THREAD_COUNTS if self.role == "actor" else ()
-        )
+        free = THREAD_COUNTS if self.role == "actor" else ()  # actors compute nothing that these divide
+        names = checks.differing(self.environment, request["environment"], free)
         if names:
             return f"the environment differs from the server's: {', '.join(names)}"
         other = unreachable(request, self.surroundings)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -20,7 +20,7 @@ import pytest
 from actors.faults.interrupts import Interrupts
 from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.run_state.jsonl import read_metrics
-from tests.ray.conftest import JOB
+from tests.ray.conftest import JOB, WarmCluster
 from tests.ray.test_recovery import actors_of, engines, hosts
 from tests.waiting import TOO_SLOW, UP_ATTEMPTS, Sign, exit_code, size_of, until
 
@@ -34,6 +34,7 @@ def a_terminal_hangs_up() -> Iterator[None]:
 
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
+KINDS = ("LearnerActor", "SamplerActor", "RewardActor", "GroupAdvantageActor")
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Interrupted:
     folder: Path
     short_tmp: Path  # its path leaves room for the names of sockets, which pytest's own does not
     environment: dict[str, str]
+    parents: dict[str, set[int]] = field(default_factory=dict)  # of processes on the tests' cluster, after step 2
 
     def __post_init__(self) -> None:
         (self.folder / "job.yaml").write_text(dump_config(self.config))
@@ -99,6 +101,9 @@ def interrupted(
         try:
             for number, job in jobs.items():
                 job.wait_for_step_2()
+                if number == signal.SIGTERM:
+                    job.parents = {kind: {each.ppid() for each in actors_of(kind)} for kind in (*KINDS, "JobControl")}
+                    job.parents["host"] = {each.ppid() for each in hosts()}
                 interrupt(job, number)
             for job in jobs.values():
                 exit_code(job.process, "the job", *job.signs, state=job.output.read_text)
@@ -122,6 +127,14 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     interrupted: dict[signal.Signals, Interrupted], number: signal.Signals
 ) -> None:
     check_ended(interrupted[number])
+
+
+def test_every_process_of_a_job_on_a_warm_cluster_is_forked(
+    interrupted: dict[signal.Signals, Interrupted], warm_cluster: WarmCluster
+) -> None:
+    servers = {int(pid) for pid in warm_cluster.said.rpartition("processes ")[2].split(", ")}
+    for kind, parents in interrupted[signal.SIGTERM].parents.items():
+        assert parents and parents <= servers, kind
 
 
 @pytest.mark.soak
@@ -157,8 +170,7 @@ def of_jobs() -> list[psutil.Process]:
     """On the tests' cluster."""
     if "RAY_ADDRESS" not in os.environ:  # where no test has started it
         return []
-    kinds = ("LearnerActor", "SamplerActor", "RewardActor", "GroupAdvantageActor")
-    return [*hosts(), *engines(), *(process for kind in kinds for process in actors_of(kind))]
+    return [*hosts(), *engines(), *(process for kind in KINDS for process in actors_of(kind))]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -110,8 +110,8 @@ class Membership:
             member.actor.preload.remote()
 
     def begin(self, base: BaseRef) -> None:
-        """Start every engine, without waiting."""
-        for member in self.members:
+        """Start every engine that has not begun to start, without waiting."""
+        for member in [one for one in self.members if one.joining is None]:
             member.joining = pending_call(member, member.actor.start.remote(base_argument(base)), "starting vLLM")
             member.unproven = True
 
