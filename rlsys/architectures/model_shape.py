@@ -128,7 +128,7 @@ def model_shape(model: ModelSection) -> ModelShape:
         return _of_make(model.make, model.max_length, model.dtype)
     assert model.path is not None
     if Path(model.path).is_dir():
-        return _of_folder(Path(model.path))
+        return shape_of_folder(Path(model.path))
     config, problem = _from_hub(model.path)
     if config is not None:
         return of_config(config, f"config.json of {model.path} on the hub")
@@ -244,7 +244,8 @@ def _of_make(make: MakeSection, max_length: int, dtype: str) -> ModelShape:
     )
 
 
-def _of_folder(folder: Path) -> ModelShape:
+def shape_of_folder(folder: Path) -> ModelShape:
+    """Return the shape of the model in a folder. Raises as `read_config` and `of_config`."""
     return of_config(read_config(folder), str(folder / "config.json"))
 
 

@@ -28,7 +28,7 @@ class SamplerSection(Section):
         16, ge=1, le=MAX_LORA_RANK
     )  # a job's default is its lora.rank; rounded up to a slot width of vLLM
     max_live_adapters: int = Field(3, ge=2)  # 2 double-buffer one run's versions, 1 for the start-up probe
-    kv_cache_gb: float = Field(1.0, gt=0)  # CPU
+    kv_cache_gb: float = Field(1.0, gt=0)  # CPU; at most: less where max_num_seqs sequences of full length need less
     gpu_memory_utilization: float = Field(0.6, gt=0, le=1)
     enforce_eager: bool = False  # CPU engines are always eager
 

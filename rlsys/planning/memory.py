@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from rlsys.architectures.model_shape import SAVED_BYTES, ModelShape
 from rlsys.architectures.precision import computing_dtype
 from rlsys.architectures.support import unembedding_problem
-from rlsys.config import JobConfig, LoraSection, SamplerSection
+from rlsys.config import JobConfig, LoraSection, ModelSection, SamplerSection
 from rlsys.utils.env_variables import set_default
 
 MIB, GIB = 2**20, 2**30
@@ -26,6 +26,8 @@ LOGIT_BYTES = 64 * MIB  # largest chunk of logits, for any vocabulary
 LOGIT_BLOCK = 262_144  # softmax values per block of a CPU thread
 CANARY_TOKENS = 1536  # length of the long canary (rlsys/weight_sync/canary.py), scored by a learner in eager attention
 CANARY_ROWS = 80  # canary positions that a sampler scores in one step
+CPU_BLOCK_TOKENS = 32  # of the KV cache: the smallest block of vLLM's CPU attention; vLLM's own default is 128
+KV_CACHE_FILLS = 2  # sequences that run, and as many that ended, whose prefixes can be used again
 ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
 
 # Below a threshold glibc allocates blocks from a heap, which fragments; above it with mmap, whose pages are returned
@@ -130,7 +132,7 @@ def sampler_memory(config: JobConfig, dims: ModelShape) -> RoleMemory:
             "weights": weights,
             # vLLM packs the embedding and the output layer, tied or not
             "packed embeddings": 2 * dims.embedding_parameters * size,
-            "KV cache": int(config.sampler.kv_cache_gb * GIB),
+            "KV cache": kv_cache_bytes(config.sampler, config.model, dims),
             "LoRA slots": _slots(config, dims),
             **passing,
             "kernels": ENGINE_KERNELS if mmap_threshold(dims.hidden_size) < math.inf else 0,
@@ -224,8 +226,17 @@ def bound_growth(hidden_size: int, threshold: int = MMAP_THRESHOLD) -> None:
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold)
 
 
-def kv_bytes_per_token(config: JobConfig, dims: ModelShape) -> int:
-    return 2 * dims.num_layers * dims.kv_size * SAVED_BYTES[config.model.dtype]
+def kv_bytes_per_token(model: ModelSection, dims: ModelShape) -> int:
+    return 2 * dims.num_layers * dims.kv_size * SAVED_BYTES[model.dtype]
+
+
+def kv_cache_bytes(section: SamplerSection, model: ModelSection, dims: ModelShape) -> int:
+    """KV cache of an engine on a CPU, whose workers share it and fill it with zeros when they start. Beyond
+    KV_CACHE_FILLS times what `max_num_seqs` sequences of full length need, more would not be used."""
+    tokens = math.ceil((model.max_length + 1) / CPU_BLOCK_TOKENS) * CPU_BLOCK_TOKENS
+    copies = max(1, section.tensor_parallel_size // dims.num_kv_heads)  # of a head, on so many workers
+    needed = section.max_num_seqs * tokens * copies * kv_bytes_per_token(model, dims)
+    return min(int(section.kv_cache_gb * GIB), KV_CACHE_FILLS * needed)
 
 
 def slot_width(section: SamplerSection) -> int:

@@ -193,7 +193,7 @@ def _sampler_warnings(config: JobConfig, dims: ModelShape) -> Iterator[str]:
             f"so they are sampled in waves; sampler.max_num_seqs={each} samples them concurrently"
         )
     running = sampled_at_once(config)
-    wanted = running * config.model.max_length * kv_bytes_per_token(config, dims)
+    wanted = running * config.model.max_length * kv_bytes_per_token(config.model, dims)
     if config.sampler_device == "cpu" and wanted > sampler.kv_cache_gb * GIB:
         yield (
             f"sampler.kv_cache_gb {sampler.kv_cache_gb:g} does not hold {running} sequences of model.max_length "

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlsys.architectures.model_shape import read_config
+from rlsys.architectures.model_shape import read_config, shape_of_folder
 from rlsys.architectures.support import serves_unembedding
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.modeling.module_roles import names, roles_of, skeleton
 from rlsys.modeling.text_part import configuration, is_composite
+from rlsys.planning.memory import CPU_BLOCK_TOKENS, kv_cache_bytes, slot_width
 from rlsys.sampler.engine_start import Device
 from rlsys.sampler.vllm.text_only import text_only
-
-ENGINE_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # slot widths that vLLM offers
-CPU_BLOCK_TOKENS = 32  # of the prefix cache: the smallest that the CPU attention takes; vLLM's own default is 128
-GIB = 2**30
 
 
 def engine_arguments(
@@ -32,7 +29,8 @@ def engine_arguments(
             else "rlsys.sampler.vllm.cpu_tensor_parallel.CpuExecutor",
             "worker_cls": "rlsys.sampler.vllm.cpu_worker.CpuWorker",
             "block_size": CPU_BLOCK_TOKENS,
-            "kv_cache_memory_bytes": int(section.kv_cache_gb * GIB) // parallel,  # of each worker
+            "kv_cache_memory_bytes": kv_cache_bytes(section, model, shape_of_folder(base))
+            // parallel,  # of each worker
             # a seeded request whose prefill is cut in two kills the CPU engine ("does not use offset")
             "enable_chunked_prefill": False,
         }
@@ -61,7 +59,7 @@ def engine_arguments(
         "enable_lora": True,
         "max_loras": section.max_live_adapters,
         "max_cpu_loras": section.max_live_adapters,
-        "max_lora_rank": next(rank for rank in ENGINE_RANKS if rank >= section.max_lora_rank),
+        "max_lora_rank": slot_width(section),
         "lora_target_modules": target_modules(base, device),
         **({"hf_overrides": text_only} if is_composite(configuration(base)) else {}),
         "worker_extension_cls": "rlsys.sampler.vllm.adapter_worker.AdapterExtension",

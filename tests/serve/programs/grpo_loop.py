@@ -78,7 +78,7 @@ def one_step(trainer: Any, seed: int, done: int) -> dict[str, Any]:
             logprobs, advantages = zeros + list(each.logprobs), zeros + [reward - mean] * n
             data.append(datum(tokens[:-1], tokens[1:], logprobs=logprobs, advantages=advantages))
     passed = trainer.forward_backward(data, "importance_sampling")
-    stepped = trainer.optim_step(types.AdamParams(learning_rate=1e-3))
+    stepped = trainer.optim_step(types.AdamParams(learning_rate=1e-4))
     metrics = wait(stepped).metrics
     assert "failed_forward_backward" not in metrics, "a step without its gradient"
     return {"reward": total, "loss": wait(passed).metrics["loss:sum"], "grad_norm": metrics["grad_norm"]}

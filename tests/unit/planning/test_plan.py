@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import subprocess
@@ -22,6 +23,7 @@ from rlsys.planning.memory import (
     activations,
     adapter_parameters,
     engine_asleep,
+    kv_cache_bytes,
     learner_memory,
     micro_batch_tokens,
     sampler_memory,
@@ -149,9 +151,22 @@ def test_memory_grows_with_what_it_is_for() -> None:
         return sampler_memory(job(*overrides), dims).peak.total
 
     assert learner("learner.token_budget=8192") > learner() == learner_memory(small, dims).peak.total
-    assert sampler("sampler.kv_cache_gb=2") - sampler("sampler.kv_cache_gb=1") == GIB
+    assert sampler("sampler.kv_cache_gb=0.02") - sampler("sampler.kv_cache_gb=0.01") == GIB // 100
     assert sampler("sampler.max_live_adapters=9") > sampler()
     assert adapter_parameters(job("lora.rank=8").lora, dims) * 2 == adapter_parameters(small.lora, dims)
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 4])
+def test_a_kv_cache_is_at_most_twice_what_the_longest_sequences_need(parallel: int) -> None:
+    config = job("model.max_length=100", "sampler.max_num_seqs=10", "sampler.num_cpus=1")
+    dims = dataclasses.replace(model_shape(config.model), num_layers=3, num_kv_heads=2, head_dim=16)
+    section = config.sampler.model_copy(update={"tensor_parallel_size": parallel})
+    blocks = 10 * 4 * 32  # of 10 sequences, whose 101 tokens are in 4 blocks of 32
+    copies = {1: 1, 2: 1, 4: 2}[parallel]  # 2 heads on 4 workers
+    needed = blocks * copies * 3 * 2 * (2 * 16) * 4  # layers, key and value, their size, float32
+    assert kv_cache_bytes(section, config.model, dims) == 2 * needed
+    small = section.model_copy(update={"kv_cache_gb": needed / GIB})
+    assert kv_cache_bytes(small, config.model, dims) == needed
 
 
 def test_a_sharded_base_leaves_each_rank_a_share() -> None:
@@ -193,7 +208,11 @@ WRONG_PLACES = [
         [Node("a", {"CPU": 4.0}, GIB), Node("b", {"CPU": 4.0}, GIB)],
         ["enough resources in total, but the actors do not fit onto them"],
     ),
-    (["sampler.kv_cache_gb=100"], [BIG], ["memory:", "64.00 GiB found", "sampler.kv_cache_gb"]),
+    (
+        ["sampler.kv_cache_gb=100", "model.max_length=8192", "sampler.max_num_seqs=8192"],
+        [BIG],
+        ["memory:", "64.00 GiB found", "sampler.kv_cache_gb"],
+    ),
     (
         [*ON_CUDA, "model.make.vocab_size=150000", "sampler.gpu_memory_utilization=0.05"],
         [Node("a", {"CPU": 8.0, "GPU": 1.0}, 64 * GIB, GIB)],
@@ -267,7 +286,7 @@ def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library()
     assert done.returncode == 0, done.stdout + done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20
     assert "threads: learner 1, sampler 1 (a model of hidden size 96 gains" in done.stdout.replace("\n", " ")
-    assert "the job fits" in done.stdout and "KV cache 1,024" in done.stdout and "token budget" in done.stdout
+    assert "the job fits" in done.stdout and "KV cache 120" in done.stdout and "token budget" in done.stdout
     script = (
         "import sys; from actors.cli import app; app(['plan', 'configs/quickstart.yaml'], standalone_mode=False); "
         "print([name for name in ('torch', 'ray', 'vllm', 'transformers') if name in sys.modules])"
