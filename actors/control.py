@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import ray
 from ray.exceptions import RayActorError
 
 from actors.cluster.ray_cluster import cluster
+from actors.control_actor import JobControl
 from actors.faults.actor_calls import wait
-from actors.forking.servers import NO_SERVERS, ForkServers
+from actors.forking.servers import on_driver_node
 from rlsys.config import ClusterSection
 from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError, ConfigError, RlsysError
@@ -34,44 +33,16 @@ RELEASE_S, RELEASE_POLL_S = 15.0, 0.5
 ANSWER_TIMEOUT_S = 120.0  # the driver reads requests between its calls; only training a base from scratch takes longer
 
 
-class JobControl:
-    """Async actor: holds each request until the driver has answered it. `about`: what a request asks for, such as the
-    number of samplers."""
-
-    def __init__(self) -> None:
-        self.requests: asyncio.Queue[tuple[int, str, int | None]] = asyncio.Queue()
-        self.answers: dict[int, asyncio.Future[str]] = {}
-        self.numbers = itertools.count()
-
-    async def ask(self, kind: str, about: int | None) -> str:
-        number = next(self.numbers)
-        answer = self.answers[number] = asyncio.get_running_loop().create_future()
-        await self.requests.put((number, kind, about))
-        return await answer
-
-    async def next(self) -> tuple[int, str, int | None]:
-        return await self.requests.get()
-
-    async def answer(self, number: int, text: str, error: RlsysError | None) -> None:
-        future = self.answers.pop(number)
-        if error is None:
-            future.set_result(text)
-        else:
-            future.set_exception(error)
-
-
 class Control:
     """The driver's end of JobControl: reads requests and answers them with `handlers`."""
 
-    def __init__(
-        self, run: str, handlers: Mapping[str, Callable[[int | None], str]], servers: ForkServers = NO_SERVERS
-    ) -> None:
+    def __init__(self, run: str, handlers: Mapping[str, Callable[[int | None], str]]) -> None:
         """
         Raises:
             ClusterError: a job of this name is already running on the cluster.
         """
         self.handlers = handlers
-        self.actor = _register(run, servers.driver_node_options())
+        self.actor = _register(run)
         self._next = self.actor.next.remote()
 
     def listen(self) -> None:
@@ -94,13 +65,14 @@ class Control:
         ray.kill(self.actor)
 
 
-def _register(run: str, options: Mapping[str, Any]) -> ActorHandle:
-    """Create the named actor. Retries for RELEASE_S: the name of a killed driver's actor is freed with a delay."""
+def _register(run: str) -> ActorHandle:
+    """Create the named actor, in a worker that Ray keeps idle where there is one. Retries for RELEASE_S: the name of a
+    killed driver's actor is freed with a delay."""
     deadline = time.monotonic() + RELEASE_S
     while True:
         try:
-            named = ray.remote(JobControl).options(name=PREFIX + run, namespace=NAMESPACE, max_restarts=-1, **options)
-            return named.remote()
+            options = {"name": PREFIX + run, "namespace": NAMESPACE, "max_restarts": -1, **on_driver_node()}
+            return ray.remote(JobControl).options(**options).remote()
         except ValueError as error:
             if time.monotonic() > deadline:
                 raise ClusterError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,6 +57,8 @@ class RewardActor:
         from actors.cluster.base_folder import local_folder
         from rlsys.rewards.grader import Grader
 
+        # Its path: multiprocessing has each grader process run the main module, which here is Ray's worker program.
+        vars(sys.modules["__main__"]).pop("__file__", None)
         with local_folder(base) as folder:
             self.started = Grader.start(self.config, folder)
         return why_not_forked()

@@ -49,7 +49,8 @@ LEARNER = (
     "rlsys.learner.policy",
     "rlsys.learner.learner",
 )
-OF_RAY = (  # what Ray imports
+# What Ray imports, at its import and with the first call of an actor; not pyarrow, which starts a thread.
+OF_RAY = (
     "asyncio",
     "attr",
     "filelock",
@@ -61,8 +62,10 @@ OF_RAY = (  # what Ray imports
     "msgpack",
     "multiprocessing",
     "psutil",
+    "pydantic",
     "requests",
     "runpy",
+    "starlette.datastructures",
     "tarfile",
     "tqdm",
     "uvloop",

@@ -39,11 +39,9 @@ class ForkServers:
 
     def driver_node_options(self) -> dict[str, Any]:
         """Ray's options of an actor without a core on the driver's node: it works while learner and samplers wait, and
-        its results are needed as long as the driver lives. Its worker is forked if the node has a server. (Ray 2.60
-        ignores soft affinity for actors without a core.)"""
+        its results are needed as long as the driver lives. Its worker is forked if the node has a server."""
+        options = by_reference(on_driver_node())
         here = ray.get_runtime_context().get_node_id()
-        strategy = NodeAffinitySchedulingStrategy(here, soft=False)
-        options = by_reference({"num_cpus": 0, "scheduling_strategy": strategy})
         server = next((server for (node, _), server in self.servers.items() if node == here), None)
         return options if server is None else with_runtime(options, py_executable=server.worker_command("actor"))
 
@@ -58,6 +56,12 @@ class ForkServers:
 
 
 NO_SERVERS = ForkServers()
+
+
+def on_driver_node() -> dict[str, Any]:
+    """Ray's options of an actor without a core on the driver's node. (Ray 2.60 ignores soft affinity for these.)"""
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def fork_servers(own: ForkServer | None, config: JobConfig, note: Callable[[str], None]) -> ForkServers:

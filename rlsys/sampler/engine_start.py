@@ -26,6 +26,7 @@ PRELOAD = (
     "vllm.model_executor.layers.quantization.online.base",  # imported by every loader of weights
     "rlsys.sampler.vllm.cpu_worker",
     "rlsys.sampler.vllm.adapter_worker",
+    "rlsys.sampler.vllm.cpu_kernels",  # last: it looks through all modules
 )
 
 

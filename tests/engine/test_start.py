@@ -159,6 +159,19 @@ def test_another_vllm_is_refused_before_it_is_patched(monkeypatch: pytest.Monkey
         check_private_api()
 
 
+def test_kernels_that_are_registered_before_a_fork_are_not_looked_for_again() -> None:
+    from vllm.platforms import current_platform
+    from vllm.triton_utils.dispatcher import KernelOverride
+    from vllm.v1.worker.block_table import ComputeSlotMappingKernel
+
+    import rlsys.sampler.vllm.cpu_kernels  # noqa: F401  registers
+
+    registered = ComputeSlotMappingKernel.kernel
+    assert isinstance(registered, KernelOverride)
+    current_platform.register_triton_kernel_overrides()  # as each worker does
+    assert ComputeSlotMappingKernel.kernel is registered
+
+
 def test_a_model_s_class_is_inspected_here_and_not_in_a_process_that_imports_vllm_again(
     reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,9 @@ class Interrupted:
     folder: Path
     short_tmp: Path  # its path leaves room for the names of sockets, which pytest's own does not
     environment: dict[str, str]
-    parents: dict[str, set[int]] = field(default_factory=dict)  # of processes on the tests' cluster, after step 2
+    # Of processes on the tests' cluster, after step 2.
+    parents: dict[str, set[int]] = field(default_factory=dict)
+    grader_libraries: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         (self.folder / "job.yaml").write_text(dump_config(self.config))
@@ -102,8 +104,13 @@ def interrupted(
             for number, job in jobs.items():
                 job.wait_for_step_2()
                 if number == signal.SIGTERM:
-                    job.parents = {kind: {each.ppid() for each in actors_of(kind)} for kind in (*KINDS, "JobControl")}
+                    job.parents = {kind: {each.ppid() for each in actors_of(kind)} for kind in KINDS}
                     job.parents["host"] = {each.ppid() for each in hosts()}
+                    job.grader_libraries = [
+                        _libraries(each)
+                        for actor in actors_of("RewardActor")
+                        for each in actor.children(recursive=True)
+                    ]
                 interrupt(job, number)
             for job in jobs.values():
                 exit_code(job.process, "the job", *job.signs, state=job.output.read_text)
@@ -129,12 +136,19 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     check_ended(interrupted[number])
 
 
-def test_every_process_of_a_job_on_a_warm_cluster_is_forked(
+def test_every_process_with_large_imports_of_a_job_on_a_warm_cluster_is_forked(
     interrupted: dict[signal.Signals, Interrupted], warm_cluster: WarmCluster
 ) -> None:
     servers = {int(pid) for pid in warm_cluster.said.rpartition("processes ")[2].split(", ")}
     for kind, parents in interrupted[signal.SIGTERM].parents.items():
         assert parents and parents <= servers, kind
+
+
+def test_grader_processes_import_no_ray(interrupted: dict[signal.Signals, Interrupted]) -> None:
+    """multiprocessing would run Ray's worker program in each, as the main module of their parent."""
+    libraries = interrupted[signal.SIGTERM].grader_libraries
+    assert len(libraries) >= 2 and all("libpython" in each or "python" in each for each in libraries)
+    assert not any("_raylet" in each for each in libraries)
 
 
 @pytest.mark.soak
@@ -164,6 +178,10 @@ def check_ended(job: Interrupted) -> None:
     until(lambda: not left.read(), "all processes of the job to end", left, state=lambda: _marked(mark))
     until(lambda: not of_jobs(), "all processes of the job on the cluster to end", state=lambda: str(of_jobs()))
     assert not list(job.short_tmp.iterdir()), "temporary files stay behind"
+
+
+def _libraries(process: psutil.Process) -> str:
+    return " ".join(each.path for each in process.memory_maps())
 
 
 def of_jobs() -> list[psutil.Process]:
