@@ -27,15 +27,11 @@ class ForkServers:
 
     def learner_options(self, slot: Slot) -> dict[str, Any]:
         """Ray's options of a learner, whose worker is forked if the slot's node has a server."""
-        options, server = slot.ray_options(), self._server(slot)
-        return options if server is None else with_runtime(options, py_executable=server.worker_command("learner"))
+        return forked_learner(slot.ray_options(), self._server(slot))
 
     def sampler_options(self, slot: Slot) -> dict[str, Any]:
         """Ray's options of a sampler, whose worker and host process are forked if the slot's node has a server."""
-        options, server = by_reference(slot.ray_options()), self._server(slot)
-        if server is None:
-            return options
-        return with_runtime(options, env_vars=server.variables(), py_executable=server.worker_command("actor"))
+        return forked_sampler(by_reference(slot.ray_options()), self._server(slot))
 
     def driver_node_options(self) -> dict[str, Any]:
         """Ray's options of an actor without a core on the driver's node: it works while learner and samplers wait, and
@@ -49,7 +45,7 @@ class ForkServers:
         """Tell once per reason why processes started the ordinary, slower way."""
         for reason in sorted({*reasons} - {"", *self._noted}):
             self._noted.add(reason)
-            note(f"rlsys: a process was not forked from the node's fork server and imports by itself: {reason}")
+            note(imports_by_itself(reason))
 
     def _server(self, slot: Slot) -> ServerAddress | None:
         return self.servers.get((slot.node or "", slot.threads)) if self.servers else None
@@ -70,21 +66,42 @@ def fork_servers(own: ForkServer | None, config: JobConfig, note: Callable[[str]
         return ForkServers({(ray.get_runtime_context().get_node_id(), own.address.threads): own.address})
     if (config.learner.device, config.sampler_device) != ("cpu", "cpu"):
         return NO_SERVERS
+    return warm_servers(note)
+
+
+def warm_servers(note: Callable[[str], None]) -> ForkServers:
+    """Those of `rlsys warm` on the connected cluster that can be used from here; `note` says why others cannot."""
     found = running(note)
     if not found:
         return NO_SERVERS
     other = sorted({*ray.get_runtime_context().runtime_env} - PLAIN)
     if other:
-        note(f"rlsys: the cluster's warm servers are not used: the job has the runtime_env {', '.join(other)}")
+        note(f"rlsys: the cluster's warm servers are not used: this process has the runtime_env {', '.join(other)}")
         return NO_SERVERS
     code = fingerprint()
     same = {where: server for where, server in found.items() if server.fingerprint == code}
     if len(same) < len(found):
         note(
             f"rlsys: {len(found) - len(same)} of {len(found)} warm servers hold other code or another Python than this "
-            "job and are not used; renew them with `rlsys warm --stop` and `rlsys warm`"
+            "process and are not used; renew them with `rlsys warm --stop` and `rlsys warm`"
         )
     return ForkServers(same)
+
+
+def forked_learner(options: dict[str, Any], server: ServerAddress | None) -> dict[str, Any]:
+    """An actor's options, its worker forked with the learner's imports."""
+    return options if server is None else with_runtime(options, py_executable=server.worker_command("learner"))
+
+
+def forked_sampler(options: dict[str, Any], server: ServerAddress | None) -> dict[str, Any]:
+    """An actor's options, its worker and its host process forked."""
+    if server is None:
+        return options
+    return with_runtime(options, env_vars=server.variables(), py_executable=server.worker_command("actor"))
+
+
+def imports_by_itself(reason: str) -> str:
+    return f"rlsys: a process was not forked from the node's fork server and imports by itself: {reason}"
 
 
 def with_runtime(options: Mapping[str, Any], **more: Any) -> dict[str, Any]:

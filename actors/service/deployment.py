@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from actors.cluster.base_folder import local_folder
 from actors.cluster.ray_cluster import cluster, refuse_other_builds
 from actors.service.call_futures import future_of
+from actors.service.fork_servers import DeploymentServers, server_beside_ray
 from actors.service.launch import (
     ASK_TIMEOUT_S,
     brought_up,
@@ -58,7 +59,9 @@ class RayBackend:
         self._started: list[RayDeployment] = []
         self._cluster = ExitStack()
         if not ray.is_initialized():
+            self._cluster.enter_context(server_beside_ray(config))
             self._cluster.enter_context(cluster(config.cluster))
+        self._servers = DeploymentServers()
 
     def deployment(self, base_model: str) -> RayDeployment:
         source = self._source(base_model)
@@ -118,14 +121,14 @@ class RayBackend:
         joining = future_of(learner.described.remote(), f"deployment of {source}")
         about, spec = joining.result(self._config.start_timeout_s)
         samplers = [find(sampler_name(spec.key, i)) for i in range(spec.engine.section.num_workers)]
-        return RayDeployment(about, spec, learner, samplers, self._model_id, about.detached is not None)
+        return RayDeployment(about, spec, learner, samplers, self._model_id, about.detached is not None, self._servers)
 
     def _start(self, base_model: str, source: str) -> RayDeployment:
         spec = self._spec(base_model, source)
         end(running_samplers(spec.key))  # of a deployment whose learner died when nobody used it
         refuse_shortfall(spec.host.learner, spec.engine.section)
         try:
-            learner = launch_learner(spec, alone=True)
+            learner = launch_learner(spec, self._servers, alone=True)
         except ValueError:  # another client was faster
             joined = self._join(source)
             if joined is None:
@@ -134,12 +137,12 @@ class RayBackend:
         note_stop(spec.key, stopped=False)
         samplers: list[ActorHandle] = []
         try:
-            samplers += [launch_sampler(spec, i) for i in range(spec.engine.section.num_workers)]
-            about = brought_up(spec, learner, samplers)
+            samplers += [launch_sampler(spec, i, self._servers) for i in range(spec.engine.section.num_workers)]
+            about = brought_up(spec, learner, samplers, self._servers.note)
         except BaseException:
             end([*samplers, learner])
             raise
-        deployment = RayDeployment(about, spec, learner, samplers, self._model_id, True)
+        deployment = RayDeployment(about, spec, learner, samplers, self._model_id, True, self._servers)
         if self._config.detached is None:
             self._started.append(deployment)
         return deployment

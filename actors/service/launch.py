@@ -13,7 +13,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
+from actors.forking.servers import forked_learner, forked_sampler, imports_by_itself
 from actors.service.call_futures import future_of
+from actors.service.fork_servers import DeploymentServers
 from actors.service.learner_service import ServiceLearner
 from actors.service.placement import actor_options
 from actors.service.sampler_service import ServiceSampler
@@ -46,19 +48,22 @@ def sampler_name(key: str, index: int) -> str:
     return f"sampler/{key}/{index}"
 
 
-def launch_learner(spec: DeploymentSpec, *, alone: bool = False) -> ActorHandle:
+def launch_learner(spec: DeploymentSpec, servers: DeploymentServers, *, alone: bool = False) -> ActorHandle:
     """Get the learner actor of this name, or start it; `alone`: only start it. It starts the other ranks.
 
     Raises:
         ValueError: `alone`, and there is one.
     """
-    options = _named(spec, learner_name(spec.key)) | actor_options(spec.host.learner, 0)
+    server = servers.of(spec.host.learner)
+    options = _named(spec, learner_name(spec.key)) | forked_learner(actor_options(spec.host.learner, 0), server)
     options["get_if_exists"] = not alone
-    return ray.remote(ServiceLearner).options(**options).remote(spec)
+    return ray.remote(ServiceLearner).options(**options).remote(spec, server)
 
 
-def launch_sampler(spec: DeploymentSpec, index: int) -> ActorHandle:
-    options = _named(spec, sampler_name(spec.key, index)) | actor_options(spec.engine.section, index)
+def launch_sampler(spec: DeploymentSpec, index: int, servers: DeploymentServers) -> ActorHandle:
+    section = spec.engine.section
+    forked = forked_sampler(actor_options(section, index), servers.of(section))
+    options = _named(spec, sampler_name(spec.key, index)) | forked
     return ray.remote(ServiceSampler).options(**options).remote(spec.engine, index)
 
 
@@ -81,8 +86,11 @@ def another(name: str, dead: ActorHandle | None, launch: Callable[[], ActorHandl
         time.sleep(NAME_POLL_S)
 
 
-def brought_up(spec: DeploymentSpec, learner: ActorHandle, samplers: Sequence[ActorHandle]) -> About:
-    """Load the base in all actors, and have every sampler prove that adapters reach its forward pass."""
+def brought_up(
+    spec: DeploymentSpec, learner: ActorHandle, samplers: Sequence[ActorHandle], note: Callable[[str], None]
+) -> About:
+    """Load the base in all actors, and have every sampler prove that adapters reach its forward pass. `note` says why
+    an actor's process was not forked although its node has a fork server."""
     deadline = time.monotonic() + spec.start_timeout_s
     preloading = [(sampler, future_of(sampler.preload.remote(), "sampler: loading vLLM")) for sampler in samplers]
     loading = future_of(learner.start.remote(), "learner: loading the base")
@@ -102,7 +110,10 @@ def brought_up(spec: DeploymentSpec, learner: ActorHandle, samplers: Sequence[Ac
     proofs = [future_of(sampler.prove.remote(probe), "sampler: proving its adapters") for sampler in samplers]
     for proof in proofs:
         proof.result(deadline - time.monotonic())
+    unforked = [future_of(actor.not_forked.remote(), "actor: telling how it started") for actor in (learner, *samplers)]
     future_of(learner.announce.remote(), "learner: opening").result(ASK_TIMEOUT_S)
+    for why in {each.result(ASK_TIMEOUT_S) for each in unforked} - {""}:
+        note(imports_by_itself(why))
     return about
 
 

@@ -23,6 +23,7 @@ from ray.exceptions import RayError
 
 from actors.cluster.meeting_point import meeting_point
 from actors.faults.actor_calls import as_raised
+from actors.forking.servers import forked_learner
 from actors.service.placement import actor_options
 from rlsys.client.config import HostSpec
 from rlsys.client.requests import Request
@@ -31,6 +32,7 @@ from rlsys.service.host_turns import HostTurns, Turn, in_thread
 from rlsys.utils.text_files import first_line
 
 if TYPE_CHECKING:  # loaded with torch, in the actors
+    from actors.forking.job_server import ServerAddress
     from rlsys.distributed.ranks import Ranks
     from rlsys.service.learner_host import TrainingHost
 
@@ -79,8 +81,14 @@ class LearnerRank:
 class SeveralRanks:
     """`rlsys.service.turn_loop.TurnTaker` on rank 0. `broken`: called with an error after which no rank can go on."""
 
-    def __init__(self, spec: HostSpec, thread: ThreadPoolExecutor, broken: Callable[[Exception], None]) -> None:
-        self._spec, self._thread, self._broken = spec, thread, broken
+    def __init__(
+        self,
+        spec: HostSpec,
+        thread: ThreadPoolExecutor,
+        broken: Callable[[Exception], None],
+        server: ServerAddress | None,
+    ) -> None:
+        self._spec, self._thread, self._broken, self._server = spec, thread, broken, server
         self._limit_s = spec.rank_timeout_s
         self._followers: list[ActorHandle] = []
         self._last: dict[int, list[ray.ObjectRef]] = {}  # number of joint work -> the others' last turns
@@ -92,7 +100,8 @@ class SeveralRanks:
         Raises:
             RlsysError: what failed first.
         """
-        self._followers = [_launched(self._spec, rank, load) for rank in range(1, self._spec.learner.num_workers)]
+        others = range(1, self._spec.learner.num_workers)
+        self._followers = [_launched(self._spec, rank, load, self._server) for rank in others]
         address = meeting_point()
         started = [_answer(rank.start.remote(address), i) for i, rank in enumerate(self._followers, 1)]
 
@@ -190,10 +199,11 @@ def joined(spec: HostSpec, address: str, rank: int) -> Ranks:
     return Ranks.join(address, rank, spec.learner.num_workers, spec.learner.device, spec.rank_timeout_s)
 
 
-def _launched(spec: HostSpec, rank: int, load: Load) -> ActorHandle:
+def _launched(spec: HostSpec, rank: int, load: Load, server: ServerAddress | None) -> ActorHandle:
     """Owned by rank 0: Ray ends it when rank 0 dies."""
     remote = ray.remote(concurrency_groups={WATCH: 1})(LearnerRank)
-    return remote.options(**actor_options(spec.learner, rank)).remote(spec, rank, load)
+    options = forked_learner(actor_options(spec.learner, rank), server)
+    return remote.options(**options).remote(spec, rank, load)
 
 
 async def _answer(ref: ray.ObjectRef, rank: int) -> Any:  # of a handle's method, which has no type

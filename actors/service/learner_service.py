@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import ray
 
+from actors.forking.client import why_not_forked
 from actors.service.learner_ranks import SeveralRanks
 from rlsys.client.backend import About, Answer, ModelHandle, RunProgress, SnapshotHandle
 from rlsys.client.config import DeploymentSpec, HostSpec
@@ -25,6 +26,7 @@ from rlsys.service.turn_loop import TurnLoop, TurnTaker
 from rlsys.utils import gpu_memory
 
 if TYPE_CHECKING:  # loaded with torch, in the actor
+    from actors.forking.job_server import ServerAddress
     from rlsys.distributed.ranks import Ranks
     from rlsys.service.learner_host import TrainingHost
     from rlsys.weight_sync.canary import StartupProbe
@@ -43,8 +45,9 @@ class ServiceLearner:
     `tenant` of a call: who shares the learner with others, by default the holder, which is one client's process.
     """
 
-    def __init__(self, spec: DeploymentSpec) -> None:
-        self.deployment, self.spec = spec, spec.host
+    def __init__(self, spec: DeploymentSpec, server: ServerAddress | None) -> None:
+        """`server`: this node's, for other ranks of the learner."""
+        self.deployment, self.spec, self.server = spec, spec.host, server
         self.thread = ThreadPoolExecutor(1, "learner")
         self.turns: dict[str, CallOrder] = {}
         self.tenants: dict[str, str] = {}  # model id -> tenant
@@ -66,7 +69,7 @@ class ServiceLearner:
             host = await in_thread(self.thread, _load, self.spec, None)
             taker = ThreadRank(self.thread, HostTurns(host))
         else:
-            taker = self.ranks = SeveralRanks(self.spec, self.thread, self._broken)
+            taker = self.ranks = SeveralRanks(self.spec, self.thread, self._broken, self.server)
             host = await taker.start(_load)
         self.started = host.about, TurnLoop(taker, self.spec.learner.token_budget)
         return host.about
@@ -78,6 +81,9 @@ class ServiceLearner:
             self.is_broken = True
             self.loop.fail(ActorDiedError(str(error)))
             asyncio.get_running_loop().call_later(ANSWER_S, os._exit, 1)
+
+    async def not_forked(self) -> str:
+        return why_not_forked()
 
     async def bring_up(self) -> About:
         """Start in the place of a dead learner, and let clients join. Several clients may ask: it is done once."""

@@ -13,6 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.service.call_futures import failed, follow, future_of, gathered, together, values_of
+from actors.service.fork_servers import DeploymentServers
 from actors.service.function_shipping import ship
 from actors.service.supervisor import Member, Supervisor
 from rlsys.answer_parts import AnswerParts, PartsRequest
@@ -38,6 +39,7 @@ class RayDeployment:
         samplers: Sequence[ActorHandle | None],
         model_id: Callable[[], str],
         may_start: bool,
+        servers: DeploymentServers,
     ) -> None:
         self.about = about
         self._model_id = model_id
@@ -47,7 +49,7 @@ class RayDeployment:
         self._lost: dict[str, str] = {}  # model id -> how its learner died
         self._unneeded: deque[Callable[[], object]] = deque()
         self._supervisor = Supervisor(
-            spec, learner, samplers, self._holder, may_start, lambda: self._held, self._lose_runs
+            spec, learner, samplers, self._holder, may_start, lambda: self._held, self._lose_runs, servers
         )
 
     @property

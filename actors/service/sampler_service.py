@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from ray.exceptions import RayError
 
-from actors.hosting.host_process import start_host
+from actors.forking.client import why_not_forked
+from actors.hosting.host_process import HostProcess, start_host
 from actors.hosting.snapshot_body import SnapshotBody
 from rlsys.answer_parts import AnswerParts, PartsRequest
 from rlsys.client.backend import SampleAnswer
@@ -51,6 +52,10 @@ class ServiceSampler:
         await self.preload()
         await self.start()
         await self.prove(probe)
+
+    async def not_forked(self) -> str:
+        host = self.host.not_forked if isinstance(self.host, HostProcess) else ""
+        return host or why_not_forked()
 
     async def check(self) -> None:
         """

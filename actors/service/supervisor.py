@@ -25,6 +25,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.service.call_futures import future_of
+from actors.service.fork_servers import DeploymentServers
 from actors.service.launch import another, find, launch_learner, launch_sampler, learner_name, sampler_name, was_stopped
 from rlsys.client.config import DeploymentSpec
 from rlsys.errors import ActorDiedError, ClusterError
@@ -76,11 +77,14 @@ class Supervisor:
         may_start: bool,
         held: Callable[[], Held],
         learner_died: Callable[[str], None],
+        servers: DeploymentServers,
     ) -> None:
-        self._spec, self._holder, self._may_start = spec, holder, may_start
+        self._spec, self._holder, self._may_start, self._servers = spec, holder, may_start, servers
         self._held, self._learner_died = held, learner_died
         self.lock = threading.RLock()
-        self.learner = Member("learner", self._launching(learner_name(spec.key), lambda: launch_learner(spec)), learner)
+        self.learner = Member(
+            "learner", self._launching(learner_name(spec.key), lambda: launch_learner(spec, servers)), learner
+        )
         self.samplers = [self._sampler(i, handle) for i, handle in enumerate(samplers)]
         self._turns = itertools.count()
         self._stopped = threading.Event()
@@ -256,7 +260,7 @@ class Supervisor:
 
     def _sampler(self, index: int, handle: ActorHandle | None) -> Member:
         spec = self._spec
-        launch = self._launching(sampler_name(spec.key, index), lambda: launch_sampler(spec, index))
+        launch = self._launching(sampler_name(spec.key, index), lambda: launch_sampler(spec, index, self._servers))
         return Member(f"sampler {index}", launch, handle)
 
     def _launching(self, name: str, launch: Callable[[], ActorHandle]) -> Callable[[], ActorHandle]:

@@ -68,9 +68,10 @@ def other_ranks() -> list[psutil.Process]:
     return found
 
 
-def part_of(sampler: psutil.Process, name: str) -> psutil.Process:
-    below = [each for each in sampler.children(recursive=True) if name in " ".join(each.cmdline())]
-    return below[0]
+def host_of_sampler_0() -> psutil.Process:
+    """The newest: of the deployment of these tests."""
+    hosts = [each for each in family(os.getpid()) if "rlsys host of sampler 0" in " ".join(each.cmdline())]
+    return max(hosts, key=psutil.Process.create_time)
 
 
 def serves(client: rlsys.ServiceClient, number: int) -> Callable[[], bool]:
@@ -86,8 +87,8 @@ def serves(client: rlsys.ServiceClient, number: int) -> Callable[[], bool]:
 
 VICTIMS: dict[str, Callable[[psutil.Process], psutil.Process]] = {
     "actor": lambda sampler: sampler,
-    "host process": lambda sampler: part_of(sampler, "rlsys host of"),
-    "engine": lambda sampler: part_of(sampler, "rlsys host of").children(recursive=True)[-1],
+    "host process": lambda _: host_of_sampler_0(),
+    "engine": lambda _: host_of_sampler_0().children(recursive=True)[-1],
 }
 
 

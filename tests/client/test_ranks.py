@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 import rlsys
@@ -23,6 +24,7 @@ from tests.unit.serve.http_client import Http
 from tests.waiting import FAR_S
 
 RANK_TIMEOUT_S = 120.0  # also for two processes to import torch on a busy machine
+KINDS = ("ray::ServiceLearner", "ray::LearnerRank", "ray::ServiceSampler", "rlsys host of sampler")
 PROMPT = types.ModelInput.from_ints([5, 900, 31_000, 7])
 
 
@@ -99,6 +101,17 @@ def test_two_ranks_train_several_runs_as_one_rank_does(
     np.testing.assert_allclose(found[1][0], found[0][0], rtol=1e-4)
     np.testing.assert_allclose(found[1][1], found[0][1], atol=1e-3)
     assert len({tuple(score) for score in found[1][1]}) == 3
+
+
+def test_every_actor_of_a_deployment_and_every_host_is_forked(ranks: rlsys.ServiceClient) -> None:
+    here = psutil.Process().children(recursive=True)
+    servers = {each.pid for each in here if "actors.forking" in " ".join(each.cmdline())}
+    parents: dict[str, set[int]] = {kind: set() for kind in KINDS}
+    for each in here:
+        for kind in KINDS:
+            if " ".join(each.cmdline()).startswith(kind):
+                parents[kind].add(each.ppid())
+    assert all(found and found <= servers for found in parents.values()), (parents, servers)
 
 
 def test_states_are_saved_and_loaded_on_all_ranks(ranks: rlsys.ServiceClient) -> None:

@@ -13,6 +13,7 @@ from tests.serve.programs.seen import MODEL, check, say, step
 from tests.serve.programs.training import ADAM, CLOSE, EXACT, IDS, fresh, supervised
 
 PROMPT = types.ModelInput.from_ints(IDS)
+CONTEXT = 512  # positions of tests/serve/tiny_base.py
 AGREE = 1e-3  # learner against sampler, whose kernels differ; both compute in float32 here
 TOP = 5
 
@@ -124,8 +125,10 @@ def draws(sampler: Any) -> None:
                 check("one of several stop strings", list(listed.tokens), list(found.tokens))
     with step("no max_tokens"):
         params = types.SamplingParams(temperature=1.0, seed=1)
-        found = wait(sampler.sample(prompt=PROMPT, num_samples=1, sampling_params=params)).sequences[0]
-        say(saw="no max_tokens", tokens=len(found.tokens), reason=found.stop_reason)
+        prompt = types.ModelInput.from_ints((IDS * CONTEXT)[: CONTEXT - 12])
+        found = wait(sampler.sample(prompt=prompt, num_samples=1, sampling_params=params)).sequences[0]
+        whole = len(found.tokens) == 12 or found.stop_reason == "stop"
+        check("a sample ends with the context, or by itself", whole, True)
     with step("many requests at once"):
         futures = [sampler.sample(PROMPT, 2, types.SamplingParams(max_tokens=4, seed=index)) for index in range(40)]
         found = [list(wait(each).sequences) for each in futures]
