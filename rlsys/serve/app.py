@@ -41,7 +41,7 @@ def build_app(front: Front, keys: Keys) -> ASGIApp:
     app.state.front, app.state.readiness = front, Readiness(front)
     app.state.codecs = {base.name: TextCodec(base.about) for base in front.bases.values()}
     for router in ROUTERS:
-        app.include_router(router)
+        app.router.routes.extend(router.routes)  # include_router() would inspect every function and its models again
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(RlsysError, _failed)
     app.add_exception_handler(Exception, _broken)
