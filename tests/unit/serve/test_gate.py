@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,45 +235,47 @@ def many(text: bytes, number: int) -> bytes:
     return b",".join([text] * number)
 
 
-HOSTILE = {
-    "one key twice at the end": (
-        "create_session",
-        b"{" + b",".join(b'"%d":0' % n for n in range(300_000)) + b',"0":1}',
-    ),
-    "keys": ("create_session", b"{" + b",".join(b'"%d":0' % n for n in range(700_000)) + b"}"),
-    "tags": ("create_session", b'{"tags":[' + many(b"1", 3_900_000) + b"]}"),
-    "texts for tokens": ("asample", b'{"prompt":{"chunks":[{"tokens":[' + many(b'"a"', 2_000_000) + b"]}]}}"),
-    "numbers for chunks": ("asample", b'{"prompt":{"chunks":[' + many(b"1", 3_900_000) + b"]}}"),
-    "nulls for stops": ("asample", b'{"sampling_params":{"stop":[' + many(b"null", 1_600_000) + b"]}}"),
-    "objects": ("asample", b"[" + many(b"{}", 2_700_000) + b"]"),
-    "lists": ("asample", b"[" + many(b"[]", 2_700_000) + b"]"),
-    "brackets": ("asample", b"[" * 8_000_000),
-    "digits": ("asample", b'{"seq_id":' + b"9" * 8_000_000 + b"}"),
-    "exponents": ("asample", b"[" + many(b"1e9", 2_000_000) + b"]"),
-    "escapes": ("asample", b'{"a":"' + rb"\u0041" * 1_300_000 + b'"}'),
-    "statuses": ("sessions/search", b'{"statuses":[' + many(b"1", 3_900_000) + b"]}"),
-    "numbers for datums": (
-        "forward_backward",
-        b'{"model_id":"a","seq_id":1,"forward_backward_input":{"loss_fn":"a","data":[' + many(b"1", 4_000_000) + b"]}}",
-    ),
+PASS = b'{"model_id":"a","seq_id":1,"forward_backward_input":{"loss_fn":"a","data":'
+
+
+def numbered(value: bytes, number: int) -> bytes:
+    """Members of an object, each with a key of its own."""
+    return b",".join(b'"%d":%b' % (n, value) for n in range(number))
+
+
+# Made by the test: together they have 100 MB.
+HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "one key twice at the end": ("create_session", lambda: b"{" + numbered(b"0", 300_000) + b',"0":1}'),
+    "keys": ("create_session", lambda: b"{" + numbered(b"0", 700_000) + b"}"),
+    "tags": ("create_session", lambda: b'{"tags":[' + many(b"1", 3_900_000) + b"]}"),
+    "texts for tokens": ("asample", lambda: b'{"prompt":{"chunks":[{"tokens":[' + many(b'"a"', 2_000_000) + b"]}]}}"),
+    "numbers for chunks": ("asample", lambda: b'{"prompt":{"chunks":[' + many(b"1", 3_900_000) + b"]}}"),
+    "nulls for stops": ("asample", lambda: b'{"sampling_params":{"stop":[' + many(b"null", 1_600_000) + b"]}}"),
+    "objects": ("asample", lambda: b"[" + many(b"{}", 2_700_000) + b"]"),
+    "lists": ("asample", lambda: b"[" + many(b"[]", 2_700_000) + b"]"),
+    "brackets": ("asample", lambda: b"[" * 8_000_000),
+    "digits": ("asample", lambda: b'{"seq_id":' + b"9" * 8_000_000 + b"}"),
+    "exponents": ("asample", lambda: b"[" + many(b"1e9", 2_000_000) + b"]"),
+    "escapes": ("asample", lambda: b'{"a":"' + rb"\u0041" * 1_300_000 + b'"}'),
+    "statuses": ("sessions/search", lambda: b'{"statuses":[' + many(b"1", 3_900_000) + b"]}"),
+    "numbers for datums": ("forward_backward", lambda: PASS + b"[" + many(b"1", 4_000_000) + b"]}}"),
     "inputs": (
         "forward_backward",
-        b'{"model_id":"a","seq_id":1,"forward_backward_input":{"loss_fn":"a","data":[{"model_input":{"chunks":[]},'
-        b'"loss_fn_inputs":{' + b",".join(b'"%d":0' % n for n in range(290_000)) + b"}}]}}",
+        lambda: PASS + b'[{"model_input":{"chunks":[]},"loss_fn_inputs":{' + numbered(b"0", 290_000) + b"}}]}}",
     ),
     "configuration": (
         "forward_backward",
-        b'{"model_id":"a","seq_id":1,"forward_backward_input":{"loss_fn":"a","data":[],"loss_fn_config":{'
-        + b",".join(b'"%d":[]' % n for n in range(290_000))
-        + b"}}}",
+        lambda: PASS + b'[],"loss_fn_config":{' + numbered(b"[]", 290_000) + b"}}}",
     ),
 }
 
 
-@pytest.mark.parametrize(("call", "body"), HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(("call", "hostile"), HOSTILE.values(), ids=HOSTILE)
 def test_a_body_that_is_costly_to_read_is_refused_within_a_second(
-    call: str, body: bytes, backend: LearnerBackend, store: CheckpointStore
+    call: str, hostile: Callable[[], bytes], backend: LearnerBackend, store: CheckpointStore
 ) -> None:
+    body = hostile()
+
     async def main() -> None:
         async with Http(backend, store) as http:
             began = time.process_time()
@@ -280,11 +283,8 @@ def test_a_body_that_is_costly_to_read_is_refused_within_a_second(
             assert time.process_time() - began < 1.0 and response.status_code == 400, response.text
 
     gc.collect()
-    gc.freeze()  # a collection would search the objects of all other tests
-    try:
-        asyncio.run(main())
-    finally:
-        gc.unfreeze()
+    gc.freeze()  # a collection would search the objects of all other tests; nor need later ones do so
+    asyncio.run(main())
 
 
 METADATA = {
