@@ -46,6 +46,15 @@ SHARING = {
     "engines": ("engine", "families/test_engine.py", "families/test_adapters.py"),
     "tokenizers": ("real/test_tokenizers.py", "real/test_openai_text.py"),
     "the deployment": ("client",),
+    "forked programs": (  # the server of tests/forked.py imports the learner, which takes seconds
+        "unit/serve/test_slow_clients.py",
+        "unit/distributed",
+        "unit/learner/test_token_budget.py",
+        "unit/tracking/test_tensorboard.py",
+        "unit/test_forked.py",
+        "unit/planning/test_growth.py",
+        "unit/benchmarks/test_killed_gpu_check.py",
+    ),
 }
 # They start a Ray of their own, and use no cluster of their folder.
 OWN_RAY = (

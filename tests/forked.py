@@ -27,7 +27,7 @@ from tests.waiting import cpu_of, size_of, until
 # The learner's imports, and those that it makes once it loads a model.
 PRELOADED = ["rlsys.learner.learner", "rlsys.config", "transformers.models.qwen3.modeling_qwen3"]
 SERVER = forkserver.ForkServer()
-SERVER.set_forkserver_preload(PRELOADED)
+SERVER.set_forkserver_preload(["tests.preloaded"])
 
 
 class _Process(ForkServerProcess):

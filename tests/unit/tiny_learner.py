@@ -55,8 +55,17 @@ class Lender:
     def lend(self, path: Path, *args: Any, **kwargs: Any) -> Learner:
         """As `make`, until the end of the test; two calls in one test give two learners."""
         key = (path, args, tuple(sorted(kwargs.items())))
+        return self._one(key, lambda: make(path, *args, **kwargs))
+
+    def lend_for(self, path: Path, model: ModelSection, section: LearnerSection) -> Learner:
+        """The learner of a job with these sections."""
+        return self._one(
+            (path, model.model_dump_json(), section.model_dump_json()), lambda: Learner(path, model, section)
+        )
+
+    def _one(self, key: tuple[Any, ...], new: Callable[[], Learner]) -> Learner:
         idle = self._idle.setdefault(key, [])
-        learner = idle.pop() if idle else make(path, *args, **kwargs)
+        learner = idle.pop() if idle else new()
         self._lent.append((key, learner, learner._forward.section))
         return learner
 
@@ -70,7 +79,7 @@ class Lender:
 
 
 LENDER = Lender()
-lend = LENDER.lend
+lend, lend_for = LENDER.lend, LENDER.lend_for
 
 
 def draw(datums: int = 8, seed: int = 0) -> DatumBatch:

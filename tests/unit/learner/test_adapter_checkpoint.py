@@ -31,6 +31,7 @@ from tests.unit.tiny_learner import (
     Models,
     assert_same_bits,
     draw,
+    lend,
     make,
     reference,
     run_bytes,
@@ -73,10 +74,10 @@ def loader(tiny_model: Models) -> Learner:
 
 
 def test_three_steps_saved_and_three_more_are_six_to_the_bit(tiny_model: Models, tmp_path: Path) -> None:
-    straight = train(with_run(make(tiny_model(True))), range(6))
-    first = train(with_run(make(tiny_model(True))), range(3))
+    straight = train(with_run(lend(tiny_model(True))), range(6))
+    first = train(with_run(lend(tiny_model(True))), range(3))
     save_run(first, "run", tmp_path / "half", with_optimizer=True)
-    second = make(tiny_model(True))
+    second = lend(tiny_model(True))
     info = restore_run(second, "resumed", tmp_path / "half", with_optimizer=True)
     assert (info.version, info.lora, info.has_optimizer, info.run_id) == (3, ALL_TARGETS, True, "run")
     assert_same_bits(state(second, "resumed"), state(first, "run"))
@@ -86,11 +87,11 @@ def test_three_steps_saved_and_three_more_are_six_to_the_bit(tiny_model: Models,
 
 
 def test_weights_alone_start_the_moments_anew(tiny_model: Models, saved: Path) -> None:
-    learner = train(with_run(make(tiny_model(True))), range(5))
+    learner = train(with_run(lend(tiny_model(True))), range(5))
     learner.forward_backward("run", draw(), LOSS)
     load_run(learner, "run", saved, with_optimizer=False)
     assert not learner.runs.has_gradient("run")
-    fresh = make(tiny_model(True))
+    fresh = lend(tiny_model(True))
     restore_run(fresh, "run", saved, with_optimizer=False)
     train(learner, range(7, 8))
     assert_same_bits(state(learner, "run"), state(train(fresh, range(7, 8)), "run"))
@@ -98,7 +99,7 @@ def test_weights_alone_start_the_moments_anew(tiny_model: Models, saved: Path) -
 
 
 def test_a_run_without_steps_comes_back_without_moments(tiny_model: Models, tmp_path: Path) -> None:
-    learner = make(tiny_model(True))
+    learner = lend(tiny_model(True))
     learner.runs.create("new", SMALL, 3)
     save_run(learner, "new", tmp_path / "new", with_optimizer=True)
     restore_run(learner, "again", tmp_path / "new", with_optimizer=True)
@@ -106,7 +107,7 @@ def test_a_run_without_steps_comes_back_without_moments(tiny_model: Models, tmp_
 
 
 def test_saving_changes_nothing_and_leaves_accumulated_gradients_out(tiny_model: Models, tmp_path: Path) -> None:
-    learner = train(with_run(make(tiny_model(True))), range(1))
+    learner = train(with_run(lend(tiny_model(True))), range(1))
     save_run(learner, "run", tmp_path / "before", with_optimizer=True)
     learner.forward_backward("run", draw(seed=4), LOSS)
     owned = state(learner, "run")
@@ -118,7 +119,7 @@ def test_saving_changes_nothing_and_leaves_accumulated_gradients_out(tiny_model:
 
 
 def test_loading_one_run_leaves_the_others(tiny_model: Models, saved: Path) -> None:
-    learner = with_run(make(tiny_model(True)), run="run")
+    learner = with_run(lend(tiny_model(True)), run="run")
     with_run(learner, SMALL, run="other", seed=5)
     train(learner, range(2), "other")
     before = state(learner, "other")
@@ -152,7 +153,7 @@ def test_a_folder_holds_safetensors_and_json_and_says_what_it_is(tiny_model: Mod
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_peft_gives_a_checkpoint_the_same_logprobs(tiny_model: Models, tied: bool, tmp_path: Path) -> None:
-    learner = train(with_run(make(tiny_model(tied))), range(2))
+    learner = train(with_run(lend(tiny_model(tied))), range(2))
     batch = take(draw(), [0])
     wanted = learner.forward("run", batch, losses.resolve("cross_entropy")).logprobs
     save_run(learner, "run", tmp_path / "saved", with_optimizer=True)
@@ -164,11 +165,11 @@ def test_peft_gives_a_checkpoint_the_same_logprobs(tiny_model: Models, tied: boo
 
 
 def test_a_half_precision_base_is_the_same_base(tiny_model: Models, saved: Path) -> None:
-    restore_run(make(tiny_model(True), torch.bfloat16), "run", saved, with_optimizer=True)
+    restore_run(lend(tiny_model(True), torch.bfloat16), "run", saved, with_optimizer=True)
 
 
 def test_a_checkpoint_is_overwritten_only_where_asked_and_only_a_checkpoint(tiny_model: Models, saved: Path) -> None:
-    learner = train(with_run(make(tiny_model(True))), range(3))
+    learner = train(with_run(lend(tiny_model(True))), range(3))
     with pytest.raises(CheckpointError, match="already there"):
         save_run(learner, "run", saved, with_optimizer=True)
     assert read_info(saved).version == 2
@@ -185,7 +186,7 @@ def test_a_checkpoint_is_overwritten_only_where_asked_and_only_a_checkpoint(tiny
 def test_a_save_that_fails_leaves_what_was_there(
     tiny_model: Models, saved: Path, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learner = train(with_run(make(tiny_model(True))), range(3))
+    learner = train(with_run(lend(tiny_model(True))), range(3))
     real, calls = getattr(os, call), []
 
     def failing(*args: object) -> object:
@@ -219,7 +220,7 @@ def test_every_file_and_the_folder_are_on_disk_before_the_name_appears(
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "rename", renamed)
-    save_run(with_run(make(tiny_model(True))), "run", tmp_path / "saved", with_optimizer=True)
+    save_run(with_run(lend(tiny_model(True))), "run", tmp_path / "saved", with_optimizer=True)
     at = events.index("rename")
     assert set(events[: at - 1]) == {file.name for file in (tmp_path / "saved").iterdir()}
     assert events[at - 1].startswith(".saved.")  # the temporary folder
@@ -338,20 +339,20 @@ def test_a_checkpoint_of_another_base_or_another_section_is_refused(
     tiny_model: Models, saved: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match="of a base of another shape: found qwen3, vocabulary 64"):
-        restore_run(make(tiny_model(False)), "run", saved, with_optimizer=True)
+        restore_run(lend(tiny_model(False)), "run", saved, with_optimizer=True)
     model = AutoModelForCausalLM.from_pretrained(tiny_model(True))
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1.01)
     model.save_pretrained(tmp_path / "trained on")
     with pytest.raises(CheckpointError, match=r"same shape .* with other weights"):
         restore_run(make(tmp_path / "trained on"), "run", saved, with_optimizer=True)
-    learner = make(tiny_model(True))
+    learner = lend(tiny_model(True))
     learner.runs.create("run", SMALL, 0)
     with pytest.raises(CheckpointError, match=r"found rank 4, alpha 8.0.*; wanted the run's rank 2, alpha 3.0"):
         load_run(learner, "run", saved, with_optimizer=True)
 
 
 def test_an_optimizer_that_was_not_saved_is_not_made_up(tiny_model: Models, tmp_path: Path) -> None:
-    learner = train(with_run(make(tiny_model(True))), range(1))
+    learner = train(with_run(lend(tiny_model(True))), range(1))
     save_run(learner, "run", tmp_path / "weights", with_optimizer=False)
     with pytest.raises(CheckpointError, match="saved without optimizer state"):
         load_run(learner, "run", tmp_path / "weights", with_optimizer=True)
@@ -383,7 +384,7 @@ def test_an_exported_adapter_is_what_peft_takes_and_nothing_else(saved: Path, tm
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_exported_model_is_base_and_adapter(tiny_model: Models, tied: bool, tmp_path: Path) -> None:
-    learner = train(with_run(make(tiny_model(tied))), range(2))
+    learner = train(with_run(lend(tiny_model(tied))), range(2))
     save_run(learner, "run", tmp_path / "saved", with_optimizer=False)
     base = tmp_path / "base"
     shutil.copytree(tiny_model(tied), base)

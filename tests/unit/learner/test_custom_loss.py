@@ -81,7 +81,7 @@ def test_the_more_graphs_fit_the_fewer_forward_passes_and_no_bit_differs(
     learner = with_run(lend(tiny_model(True), budget=25, gradient_checkpointing=checkpointing))
     micros = len(learner._forward.micro_batches(batch))
     moved, found = [], []
-    for kib in (0, 16, 64, 128, 256, 512, 1024, 2048, 2**30):
+    for kib in (0, 32, 64, 256, 512, 2**30):
         learner._forward.section = learner._forward.section.model_copy(update={"custom_graph_gb": kib / 2**20})
         before = learner.progress()
         result = learner.forward_backward_custom("run", batch, datums_of(batch), preference)

@@ -43,7 +43,8 @@ from tests.unit.tiny_learner import (
 
 CUSTOM = "custom"
 EVERY_LOSS = [*LOSSES, CUSTOM]
-PAIRS = np.arange(8).reshape(4, 2)
+DATUMS = 4
+PAIRS = np.arange(DATUMS).reshape(-1, 2)
 
 
 def slope_of_preference(batch: DatumBatch, p_T: Array) -> Array:
@@ -126,15 +127,15 @@ def test_gradients_do_not_depend_on_how_a_batch_is_submitted(
     trainable: Literal["lora", "all"],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    batch, run = draw(), "run" if trainable == "lora" else BASE_RUN
+    batch, run = draw(DATUMS), "run" if trainable == "lora" else BASE_RUN
     gradient = gradient_by(learner_of(tiny_model(True), dtype, trainable), run, loss)
     whole = gradient(1000, [batch])
     random = np.random.default_rng(3)
-    order = random.permutation(PAIRS).reshape(-1) if loss == CUSTOM else random.permutation(8)
+    order = random.permutation(PAIRS).reshape(-1) if loss == CUSTOM else random.permutation(DATUMS)
     assert_close(gradient(1, [batch]), whole, bound)  # each sequence by itself
     assert_close(gradient(25, [batch], chunk=4), whole, bound)  # packed, in chunks
     assert_close(gradient(40, [take(batch, order)]), whole, bound)  # permuted
-    assert_close(gradient(1000, [take(batch, range(4)), take(batch, range(4, 8))]), whole, bound)  # 8 = 4 + 4
+    assert_close(gradient(1000, [take(batch, range(2)), take(batch, range(2, DATUMS))]), whole, bound)  # 4 = 2 + 2
     assert_close(gradient(30, [take(batch, pair) for pair in PAIRS]), whole, bound)
     assert_close(gradient(1000, [padded(batch, 7)]), whole, bound)  # tokens of weight 0
     monkeypatch.setattr(prefix_layout, "SHORTEST_SHARE", 0.0)  # all rows in one rectangle, mostly padding

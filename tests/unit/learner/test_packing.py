@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rlsys.datums import DatumBatch
 from rlsys.learner.packing import MicroBatch, bins, filler, micro_batch, prefix_groups
 from rlsys.modeling.prefix_layout import ALONE, SHORTEST_SHARE, Segments, alone
+from tests.examples import examples
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 
@@ -60,7 +61,7 @@ def contexts(micro: MicroBatch) -> list[list[int]]:
     return found
 
 
-@settings(deadline=None, max_examples=60)
+@examples(25)
 @given(st.one_of(groups(), LENGTHS.map(apart)), st.integers(1, 80), st.booleans(), st.randoms(use_true_random=False))
 def test_every_wanted_position_is_predicted_once_from_exactly_what_stands_before_it(
     batch: DatumBatch, budget: int, share: bool, random: Any

@@ -12,11 +12,10 @@ import pytest
 from rlsys.config import JobConfig, parse_config
 from rlsys.datums import DatumBatch, concatenate
 from rlsys.errors import CheckpointError, DivergedError, MismatchError
-from rlsys.learner.learner import Learner
 from rlsys.learner.policy import Policy, cap_importance, join_prompts
 from rlsys.rollouts import Rollouts
 from rlsys.types import Array
-from tests.unit.tiny_learner import assert_close, assert_same_bits, run_bytes, state
+from tests.unit.tiny_learner import assert_close, assert_same_bits, lend_for, run_bytes, state
 
 CANARY = np.arange(1, 17, dtype=np.int32)
 LENGTH = 12
@@ -29,7 +28,7 @@ def job(base: Path, *overrides: str) -> JobConfig:
 
 def policy_of(base: Path, *overrides: str) -> Policy:
     config = job(base, *overrides)
-    return Policy(Learner(base, config.model, config.learner), config, CANARY)
+    return Policy(lend_for(base, config.model, config.learner), config, CANARY)
 
 
 def learned(policy: Policy, batch: DatumBatch, step: int) -> dict[str, float]:

@@ -96,7 +96,7 @@ def assert_close(found: dict[str, Tensor], wanted: dict[str, Tensor], bound: flo
         assert norm([found[name] - gradient]) <= bound * max(norm([gradient]), whole / 10), name
 
 
-@examples(4, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@examples(3, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(groups(), st.integers(20, 120), st.integers(3, 40))
 @pytest.mark.parametrize("loss", [*LOSSES, CUSTOM])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])

@@ -27,7 +27,7 @@ from tests.unit.tiny_learner import (
     with_run,
 )
 
-BUDGET = 24  # about four micro-batches of `draw`
+BUDGET, DATUMS = 24, 6  # three micro-batches or more
 KINDS = ["importance_sampling", "ppo", "gspo", "forward", "custom in one pass", "custom in two passes"]
 Begin = Callable[[Learner, str, DatumBatch], Turns[BatchResult]]
 
@@ -64,9 +64,9 @@ def others(learner: Learner) -> Iterator[object]:
     while True:
         seed += 1
         yield with_run(learner, LoraSection(rank=2, alpha=3.0, train_mlp=False), run=f"other {seed}", seed=seed)
-        yield learner.forward_backward(f"other {seed}", draw(seed=seed), loss)
+        yield learner.forward_backward(f"other {seed}", draw(datums=2, seed=seed), loss)
         yield learner.optim_step(f"other {seed}", AdamParams(1e-1))
-        yield learner.forward(f"other {seed}", draw(seed=seed), loss)
+        yield learner.forward(f"other {seed}", draw(datums=2, seed=seed), loss)
         yield learner.logprobs(None, draw().tokens[:9], np.array([0, 9]))
         yield learner.probe(f"other {seed}", "float32", draw().tokens[:9])
         learner.runs.drop(f"other {seed}")
@@ -85,7 +85,7 @@ def test_a_pass_among_passes_and_steps_of_other_runs_has_the_bits_of_an_undistur
     between = others(among)
     for seed in range(2):
         for part in (seed, seed + 10):
-            batch = draw(seed=part)
+            batch = draw(DATUMS, seed=part)
             found = disturbed(begin(among, "run", batch, kind), between)
             assert_same_result(found, finish(begin(alone, "run", batch, kind)))
         if kind != "forward":
@@ -100,7 +100,7 @@ def test_passes_of_several_runs_turn_by_turn_end_as_each_alone(tiny_model: Model
     among = learner_of(tiny_model(True), kind)
     for seed, run in enumerate(runs):
         with_run(among, ALL_TARGETS, run=run, seed=seed)
-    passes = {run: begin(among, run, draw(seed=seed), kind) for seed, run in enumerate(runs)}
+    passes = {run: begin(among, run, draw(DATUMS, seed=seed), kind) for seed, run in enumerate(runs)}
     results: dict[str, BatchResult] = {}
     while passes:
         for run, turns in list(passes.items()):
@@ -111,7 +111,7 @@ def test_passes_of_several_runs_turn_by_turn_end_as_each_alone(tiny_model: Model
                 del passes[run]
     for seed, run in enumerate(runs):
         alone = with_run(learner_of(tiny_model(True), kind), ALL_TARGETS, run=run, seed=seed)
-        assert_same_result(results[run], finish(begin(alone, run, draw(seed=seed), kind)))
+        assert_same_result(results[run], finish(begin(alone, run, draw(DATUMS, seed=seed), kind)))
         assert_same_bits(state(among, run), state(alone, run))
 
 

@@ -39,10 +39,11 @@ from rlsys.run_state.jsonl import (
     write_problems,
 )
 from rlsys.tracking.tracker import Tracker
-from tests.forked import run_forked
+from tests import waiting
 from tests.unit.rollout_rows import in_tokens, rollout
 from tests.waiting import FAR_S, times
 
+ROOT = Path(__file__).parents[3]
 DISABLED = TrackingSection(wandb="disabled")
 OFFLINE = TrackingSection(wandb="offline", tags=["tested"], log_adapter=True)
 CONFIG = {"run": {"name": "tracked"}, "rl": {"steps": 2}}
@@ -373,7 +374,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_a_killed_run_that_goes_on_is_one_wandb_run_with_every_step_once(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}  # a wandb of its own
-    assert run_forked(KILLED, str(tmp_path), environment=env).returncode == -9
+    assert waiting.run([sys.executable, "-c", KILLED, str(tmp_path)], env=env, cwd=ROOT).returncode == -9
     (before,) = (tmp_path / "wandb").glob("offline-run-*")
     notes: list[str] = []
     more = {"note": notes.append, "wandb_id": ID, "keep_supervised": True}
@@ -405,7 +406,7 @@ def test_a_killed_run_that_goes_on_is_one_wandb_run_with_every_step_once(tmp_pat
 
 
 def test_every_metric_that_the_report_draws_is_documented_once() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text()
+    page = (ROOT / "docs" / "metrics.md").read_text()
     documented = re.findall(r"^\| `([a-z]+/[a-zA-Z_0-9]+)` \|", page, re.MULTILINE)
     assert len(documented) == len(set(documented)) > 60
     specs = [spec for some in SECTIONS.values() for spec in some]
@@ -420,6 +421,7 @@ from rlsys.tracking import tracker as tracking
 from rlsys.config import TrackingSection
 from rlsys.tracking.tracker import Tracker
 sys.path.insert(0, sys.argv[3])
+from tests import waiting
 from tests.unit.rollout_rows import rollout
 
 tracking.FINISH_TIMEOUT_S = 3.0
@@ -479,16 +481,21 @@ def troubled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tro
             # without unshare the address is one that leads nowhere, which is nearly as good
             "no network": tracked(folder / "2", 9, limit_s, key, isolate if can_isolate else []),
         }
+        before_s = 2 * limit_s  # within which that one has to get online first
+        children["stops answering"] = tracked(folder / "3", fading.server_port, before_s, key)
         outputs = {name: child.communicate()[0] for name, child in children.items()}
     assert all(child.returncode == 0 for child in children.values()), outputs
-    found = {name: Troubled(folder / str(i), text, limit_s) for i, (name, text) in enumerate(outputs.items())}
-    for longer_s in (limit_s, 4 * limit_s, 16 * limit_s):  # it has to get online first
+    found = {
+        name: Troubled(folder / str(i), text, before_s if name == "stops answering" else limit_s)
+        for i, (name, text) in enumerate(outputs.items())
+    }
+    for longer_s in (4 * limit_s, 16 * limit_s):
+        if "wandb: online" in found["stops answering"].output:
+            break
         run_dir = folder / f"fading-{longer_s:.0f}"
         child = tracked(run_dir, fading.server_port, longer_s, key)
         found["stops answering"] = Troubled(run_dir, child.communicate()[0], longer_s)
         assert child.returncode == 0, found["stops answering"]
-        if "wandb: online" in found["stops answering"].output:
-            break
     yield found
     fading.shutdown()
 
@@ -498,8 +505,7 @@ def tracked(
 ) -> subprocess.Popen[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     env |= {"WANDB_BASE_URL": f"http://127.0.0.1:{port}", "NETRC": str(run_dir / "none"), **extra}
-    here = str(Path(__file__).parents[3])
-    command = [*isolate, sys.executable, "-c", TRACKED, str(run_dir), str(limit_s), here]
+    command = [*isolate, sys.executable, "-c", TRACKED, str(run_dir), str(limit_s), str(ROOT)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
 
 
