@@ -52,7 +52,7 @@ from benchmarks.rows import machine
 OUT = Path("runs/gpu-check")
 MINUTES = {"cuda": 6.0, "cpu": 45.0}  # the default; limits of parts below are for 6 and grow with the total
 ROWS = (("1.7b", 4096), ("8b", 4096), ("8b", 16_384), ("1.7b", 16_384))  # 8b stays loaded between its two sizes
-TINY_SIZES = {4096: 256, 16_384: 1024}
+TINY_SIZES = {4096: 128, 16_384: 512}
 NEEDS = {"1.7b": 25.0, "8b": 60.0}
 LIMITS = {"1.7b": 75.0, "8b": 120.0}
 NUMERICS_NEED, NUMERICS_LIMIT = 5.0, 60.0

@@ -31,8 +31,8 @@ def either(completion: str, answer: str) -> float:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[GraderPool]:
-    """For both graders, since a process of it imports both in seconds."""
-    pool = GraderPool(RewardSection(timeout_s=60, max_failed_share=1.0), either)
+    """For both graders, in one process: it imports both in seconds, and sympy fills its caches in more."""
+    pool = GraderPool(RewardSection(workers=1, timeout_s=60, max_failed_share=1.0), either)
     yield pool
     pool.close()
 
