@@ -4,6 +4,8 @@ Which files one process runs (pytest-xdist with `--dist loadfile`).
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 import os
 from pathlib import Path
@@ -70,12 +72,18 @@ class Sharing(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
     """All tests of a file in one process, and all that share what takes long to start."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0].removeprefix("tests/")
+        file = file_of(nodeid)
         return shared_by(file) or file
 
 
+def file_of(nodeid: str) -> str:
+    """Named from tests/."""
+    return nodeid.partition("::")[0].removeprefix("tests/")
+
+
+@functools.cache
 def shared_by(file: str) -> str | None:
-    """What this file, named from tests/, shares with others."""
+    """What this file shares with others."""
     if file in OWN_RAY:
         return None
     path = Path(file)
@@ -89,7 +97,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Sharing |
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {what: at for at, what in enumerate(SHARING)}
-    items.sort(key=lambda item: place.get(shared_by(item.path.relative_to(TESTS).as_posix()) or "", len(place)))
+    items.sort(key=lambda item: place.get(shared_by(file_of(item.nodeid)) or "", len(place)))
     build = vllm_build()
     if build is None or build.device == "cpu":
         return
@@ -101,18 +109,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    atexit.register(os._exit, 0)  # the last to be called; to take all modules apart costs an interpreter four seconds
+else:
+    atexit.register(gc.unfreeze)  # triton would complain of what is never taken apart
 gc.disable()  # until the modules are imported, which makes hardly any garbage
 
 
 def pytest_collection_finish() -> None:
-    """What is there now stays, so that the collector of garbage need not look through it at each turn."""
-    gc.collect()
+    """What is there now stays: no collection of garbage, pytest's last ones included, looks through it."""
     gc.freeze()
     gc.enable()
-
-
-def pytest_sessionfinish() -> None:
-    gc.unfreeze()
 
 
 def starts_engines_on_cpu(path: Path) -> bool:

@@ -55,7 +55,11 @@ def examine_gpus(job: JobConfig | None, elsewhere: bool) -> Iterator[Check]:
         yield _none(found, job, elsewhere)
         return
     yield from examine_nvml(found, job)
-    torch = _torch()
+    yield from examine_torch(_torch(), found, job)
+
+
+def examine_torch(torch: TorchFacts | str, found: Gpus, job: JobConfig | None) -> Iterator[Check]:
+    """`torch`: what it tells of itself, or why it does not."""
     if isinstance(torch, str):
         yield Check("torch and CUDA", "fail", torch, "`pip check`, and set up again")
     elif torch["cuda"] is None:  # well enough for jobs on the CPU

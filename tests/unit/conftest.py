@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-UNIT = Path(__file__).parent
 # The files that take longest, the first to begin: no process is left with one of them at the end.
 LONG = (
     "serve/test_slow_clients.py",
@@ -32,7 +31,7 @@ LONG = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: i for i, name in enumerate(LONG)}
-    items.sort(key=lambda item: place.get(str(item.path.relative_to(UNIT.parent)).removeprefix("unit/"), len(LONG)))
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0].removeprefix("tests/unit/"), len(LONG)))
 
 
 @pytest.fixture(scope="session")

@@ -38,11 +38,11 @@ def test_a_core_on_which_another_process_computes_is_not_free() -> None:
     core = min(os.sched_getaffinity(0))
     burning = subprocess.Popen([sys.executable, "-c", f"import os; os.sched_setaffinity(0, [{core}])\n{BURN}"])
     try:
-        shares = [sample_cores().busy[core] for _ in range(10)]  # the process starts within the first samples
+        # The process starts within the first samples.
+        assert any(sample_cores().busy[core] > 0.9 for _ in range(10))
     finally:
         burning.kill()
         burning.wait()
-    assert max(shares) > 0.9, shares
 
 
 def test_the_cores_are_those_that_this_process_may_use() -> None:

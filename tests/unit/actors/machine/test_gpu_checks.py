@@ -15,6 +15,7 @@ from actors.machine.gpu_checks import (
     TorchFacts,
     examine_gpus,
     examine_nvml,
+    examine_torch,
     kernels,
     serving_device,
     torch_and_driver,
@@ -137,10 +138,16 @@ def test_a_job_in_bfloat16_fails_on_a_gpu_without_it(tmp_path: Path, monkeypatch
     assert status(parse_config(ON_GPU, ["model.dtype=float16"])) == "ok"
 
 
-def test_torch_tells_what_it_was_built_for() -> None:
+@pytest.fixture(scope="module")
+def facts() -> TorchFacts:
+    """Of the installed torch."""
     done = apart(TORCH, 180)
     assert isinstance(done, list), done
-    facts = json.loads(done[0])
+    found: TorchFacts = json.loads(done[0])
+    return found
+
+
+def test_torch_tells_what_it_was_built_for(facts: TorchFacts) -> None:
     import torch
 
     assert (facts["version"], facts["cuda"]) == (torch.__version__, torch.version.cuda)
@@ -148,17 +155,19 @@ def test_torch_tells_what_it_was_built_for() -> None:
 
 @needs_gcc
 def test_a_cpu_build_beside_a_gpu_is_told_and_fails_a_job_on_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    facts: TorchFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
     if torch.version.cuda is not None:
         pytest.skip("torch is a CUDA build here")
     install(Machine(cards(1)), tmp_path, monkeypatch)
-    found = named(list(examine_gpus(None, elsewhere=False)))["torch and CUDA"]
-    assert found.status == "warn" and "driver 580.159.04, which serves CUDA 13.0" in found.found
+    found = named(list(examine_gpus(parse_config(ON_GPU), elsewhere=False)))["torch and CUDA"]
+    assert found.status == "fail" and "driver 580.159.04, which serves CUDA 13.0" in found.found
     assert "CPU build" in found.found and "requirements/gpu.txt" in found.remedy
-    assert named(list(examine_gpus(parse_config(ON_GPU), elsewhere=False)))["torch and CUDA"].status == "fail"
+    machine = gpus()
+    assert machine is not None
+    assert [check.status for check in examine_torch(facts, machine, None)] == ["warn"]
 
 
 @pytest.mark.parametrize(
