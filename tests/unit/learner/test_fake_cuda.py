@@ -19,6 +19,15 @@ from tests.waiting import run
 HERE = Path(__file__).parent / "fake_cuda"
 TORCH = Path(torch.__file__).parent
 VARLEN, VARLEN_BACKWARD = "torch_attn._varlen_attn.default", "torch_attn._varlen_attn_backward.default"
+# Collections of garbage during the imports, and the interpreter's end, would take two seconds.
+PROGRAM = """
+import gc, os, sys
+gc.disable()
+from tests.unit.learner.fake_cuda import program
+program.main()
+sys.stdout.flush()
+os._exit(0)
+"""
 FUSED_ADAMW, PRODUCTS = "aten._fused_adamw_.default", "aten.bmm.default"
 
 Seen = Mapping[str, Mapping[str, int]]
@@ -39,7 +48,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
         "LD_LIBRARY_PATH": str(TORCH / "lib"),
         "PYTHONPATH": str(Path(__file__).parents[3]),
     }
-    done = run([sys.executable, str(HERE / "program.py")], env=environment)
+    done = run([sys.executable, "-c", PROGRAM], env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     return {result.get("attention") or result["learner"]: result["seen"] for result in results}

@@ -185,6 +185,3 @@ LEARNERS: tuple[tuple[str, tuple[tuple[str, str], ...], dict[str, Any]], ...] = 
     ("bfloat16", BOTH_WAYS, {"train_unembed": True}),
     ("float32", BOTH_WAYS, {}),
 )
-
-if __name__ == "__main__":
-    main()
