@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
+from actors.cli import app
 from rlsys.architectures.model_shape import known_models, model_shape, of_config
 from rlsys.config import JobConfig, parse_config
 from rlsys.errors import ConfigError
@@ -270,9 +272,15 @@ def test_a_machine_that_is_too_small_gets_no_budget() -> None:
     assert planned(nodes=[Node("here", {"CPU": 8.0}, 100 * MIB)]).token_budget is None
 
 
-def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rlsys", "plan", *arguments]
-    return run(command, cwd=ROOT, env=without_a_cluster())
+Command = Callable[..., Result]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command in this process; an error of rlsys is the result's exception."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(ROOT)
+    return lambda *arguments: CliRunner().invoke(app, ["plan", *arguments])
 
 
 def without_a_cluster() -> dict[str, str]:
@@ -282,7 +290,8 @@ def without_a_cluster() -> dict[str, str]:
 
 def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = run_plan("configs/quickstart.yaml")
+    command = [sys.executable, "-m", "rlsys", "plan", "configs/quickstart.yaml"]
+    done = run(command, cwd=ROOT, env=without_a_cluster())
     assert done.returncode == 0, done.stdout + done.stderr
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 20
     assert "threads: learner 1, sampler 1 (a model of hidden size 96 gains" in done.stdout.replace("\n", " ")
@@ -295,15 +304,15 @@ def test_the_command_says_what_fits_within_its_time_and_loads_no_heavy_library()
     assert loaded.stdout.strip().endswith("[]"), loaded.stdout + loaded.stderr
 
 
-def test_the_command_ends_with_code_1_where_the_job_does_not_fit() -> None:
-    done = run_plan("configs/quickstart.yaml", "sampler.num_cpus=4000")
-    assert done.returncode == 1
+def test_the_command_ends_with_code_1_where_the_job_does_not_fit(command: Command) -> None:
+    done = command("configs/quickstart.yaml", "sampler.num_cpus=4000")
+    assert done.exit_code == 1
     assert "4001 CPU needed" in done.stdout.replace("\n", " ")
 
 
-def test_predictions_for_a_gpu_are_marked_as_unmeasured() -> None:
-    done = run_plan("configs/quickstart.yaml", "learner.num_gpus=1", *ON_CUDA)
-    assert "UNMEASURED" in done.stdout and done.returncode == 1
+def test_predictions_for_a_gpu_are_marked_as_unmeasured(command: Command) -> None:
+    done = command("configs/quickstart.yaml", "learner.num_gpus=1", *ON_CUDA)
+    assert "UNMEASURED" in done.stdout and done.exit_code == 1
 
 
 IN_TURNS = [
@@ -351,14 +360,14 @@ def test_a_kv_cache_for_few_of_the_sequences_is_warned_of() -> None:
     assert not [one for one in planned(*IN_TURNS, nodes=[node]).warnings if "KV" in one]
 
 
-def test_a_machine_that_somebody_has_in_mind_can_be_planned_for() -> None:
+def test_a_machine_that_somebody_has_in_mind_can_be_planned_for(command: Command) -> None:
     there = ["configs/gsm8k-qwen2.5-0.5b.yaml", "--cpus", "8", "--memory-gb", "32"]
-    done = run_plan(*there, "--gpu-memory-gb", "24")
-    assert done.returncode == 0 and "8 CPU, 1 GPU" in done.stdout, done.stdout + done.stderr
-    done = run_plan(*there, "--gpu-memory-gb", "8")
-    assert done.returncode == 1 and "unmeasured prediction" in done.stdout
-    done = run_plan(*there, "--gpus", "2")
-    assert done.returncode == 1 and "without --gpu-memory-gb" in done.stderr
+    done = command(*there, "--gpu-memory-gb", "24")
+    assert done.exit_code == 0 and "8 CPU, 1 GPU" in done.stdout, done.output
+    done = command(*there, "--gpu-memory-gb", "8")
+    assert done.exit_code == 1 and "unmeasured prediction" in done.stdout
+    done = command(*there, "--gpus", "2")
+    assert isinstance(done.exception, ConfigError) and "without --gpu-memory-gb" in str(done.exception)
 
 
 def test_every_kept_model_has_a_source() -> None:
