@@ -47,6 +47,7 @@ class Adapters:
         self._model = model
         self._tuner: LoraModel | None = None
         self._layers: dict[str, LoraLayer] = {}  # module path in the complete checkpoint's model -> layer
+        self._targets: dict[tuple[bool, ...], tuple[list[str], list[str]]] = {}  # by the section's options: see _found
         self._active: str | None = None
         self._count = 0
 
@@ -56,52 +57,64 @@ class Adapters:
         Raises:
             ConfigError: the model has no target modules for this section.
         """
+        paths, named = self._found(section)
         config = LoraConfig(
             r=section.rank,
             lora_alpha=section.alpha,  # PEFT's annotation is int, but any number works
-            target_modules=_shortest(self._model, target_paths(self._model, section)),
+            target_modules=named,
             lora_dropout=0.0,
             bias="none",
             task_type="CAUSAL_LM",
         )
         name = f"a{self._count}"
         self._count += 1
+        self.activate(None)
         # PEFT's initial weights are replaced below, and must not advance the global random state. PEFT warns that an
         # adapter on a tied output layer cannot be merged; here it applies only to the output, not to the embedding.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
             if self._tuner is None:
                 self._tuner = LoraModel(self._model, config, name)
+                self._note_layers()
+            elif all(whole_name(self._model, path) in self._layers for path in paths):
+                self._add_to_layers(self._tuner, config, name, paths)
             else:
                 self._tuner.peft_config[name] = config
                 self._tuner.inject_adapter(self._model, name)
-        earlier = self._layers
-        self._layers = {
-            whole_name(self._model, path): layer
-            for path, layer in self._model.named_modules()
-            if isinstance(layer, LoraLayer)
-        }
-        _fuse({path: layer for path, layer in self._layers.items() if path not in earlier})
+                self._note_layers()
         for path, layer in self._of(name).items():
             a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
             bound = 1.0 / math.sqrt(a.shape[1])
             values = torch.empty(a.shape, dtype=torch.float32).uniform_(-bound, bound, generator=_generator(seed, path))
             a.data = values.to(a.device, dtype)
             b.data = torch.zeros_like(b, dtype=dtype)
-        self._active = name  # PEFT activates a new adapter
+        self._active = name  # a new adapter is trained, and the first one active
         self.activate(None)
         return name
 
     def drop(self, name: str) -> None:
         assert self._tuner is not None
         self.activate(None)
-        self._tuner.delete_adapter(name)
+        for layer in self._of(name).values():
+            layer.delete_adapter(name)
+        del self._tuner.peft_config[name]
 
     def activate(self, name: str | None) -> None:
-        """Use this adapter in subsequent forward passes; None: the base without an adapter."""
-        if self._tuner is not None and name != self._active:
-            self._tuner.set_adapter([] if name is None else name)
-            self._active = name
+        """Use this adapter in subsequent forward passes; None: the base without an adapter.
+
+        PEFT's set_adapter() visits the modules of all adapters; this visits those of the two that change.
+        """
+        if self._tuner is None or name == self._active:
+            return
+        active = [] if name is None else [name]
+        for layer in self._layers.values():
+            for changed in filter(None, (self._active, name)):
+                if changed in layer.lora_A:
+                    for part in (layer.lora_A[changed], layer.lora_B[changed]):
+                        part.weight.requires_grad_(changed == name)
+            layer._active_adapter = active
+        self._tuner.active_adapter = active
+        self._active = name
 
     def head(self) -> nn.Module:
         """The output layer with the active adapter; without an adapter on it, the base's module."""
@@ -149,6 +162,31 @@ class Adapters:
             for key, weight in self.parameters(name).items()
         }
         save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def _found(self, section: LoraSection) -> tuple[list[str], list[str]]:
+        """Paths of the target modules, and how PEFT's configuration names them."""
+        options = tuple(getattr(section, option) for option in TARGETS)
+        if options not in self._targets:
+            paths = target_paths(self._model, section)
+            self._targets[options] = paths, _shortest(self._model, paths)
+        return self._targets[options]
+
+    def _note_layers(self) -> None:
+        earlier = self._layers
+        self._layers = {
+            whole_name(self._model, path): layer
+            for path, layer in self._model.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
+        _fuse({path: layer for path, layer in self._layers.items() if path not in earlier})
+
+    def _add_to_layers(self, tuner: LoraModel, config: LoraConfig, name: str, paths: Sequence[str]) -> None:
+        """As PEFT's inject_adapter() does it at modules that have adapters, without its searches of the model, which
+        take longer with each adapter."""
+        tuner.peft_config[name] = config
+        for path in paths:
+            layer, (parent, _, last) = self._layers[whole_name(self._model, path)], path.rpartition(".")
+            tuner._create_and_replace(config, name, layer, last, self._model.get_submodule(parent), current_key=path)
 
     def _of(self, name: str) -> dict[str, LoraLayer]:
         return {path: layer for path, layer in self._layers.items() if name in layer.lora_A}

@@ -23,6 +23,7 @@ def backend(shared_backend: LearnerBackend) -> Iterator[LearnerBackend]:
         record.clear()
     yield shared_backend
     shared_backend.open.set()
+    shared_backend.forget()
 
 
 @pytest.fixture

@@ -133,6 +133,15 @@ class LearnerBackend:
         finally:
             self.running -= 1
 
+    def forget(self) -> None:
+        """Drop every run, once what was asked for is done: runs of earlier tests would slow down the later ones."""
+
+        def drop_all() -> None:
+            for run in self.host.learner.runs.ids:
+                self.host.learner.runs.drop(run)
+
+        self._thread.submit(drop_all).result()
+
     def _part(self, base: Base, request: PartsRequest, answer: SampleAnswer, at: int) -> tuple[CompletionPart, ...]:
         found = []
         for index in range(request.n):
