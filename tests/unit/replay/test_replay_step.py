@@ -18,7 +18,6 @@ from rlsys.advantages import to_minibatches
 from rlsys.config import JobConfig, parse_config
 from rlsys.data.problems import Epochs
 from rlsys.errors import CheckpointError, ConfigError
-from rlsys.learner.learner import Learner
 from rlsys.learner.policy import Policy, join_prompts
 from rlsys.metrics import reduce_metrics
 from rlsys.replay.replay_step import ALWAYS, TOLERANCE, replay, replayable
@@ -27,6 +26,7 @@ from rlsys.run_state.ledger import TRAINED, Ledger
 from rlsys.run_state.run_dir import RunStore
 from rlsys.run_state.saved_rollouts import STEPS, SavedStep, load_step, save_step
 from rlsys.tracking.tracker import Tracker
+from tests.unit.tiny_learner import LENDER, lend_for
 
 STEP_COUNT, PROBLEMS, SAMPLES = 4, 4, 4
 
@@ -109,7 +109,7 @@ def train(
 ) -> Path:
     """A run of real parts, with all in its directory that replaying a step could look at."""
     config = job(base, folder, *overrides)
-    learner = Learner(base, config.model, config.learner)
+    learner = lend_for(base, config.model, config.learner)
     policy = Policy(learner, config, np.arange(1, 17, dtype=np.int32))
     ledger = Ledger(Epochs(40, PROBLEMS, config.run.seed))
     random = np.random.default_rng(5)
@@ -124,7 +124,7 @@ def train(
                 version = learner.runs.version(policy.run_id)
                 parts = []
                 for i, share in enumerate(np.array_split(np.arange(PROBLEMS), pieces if overlapped else 1)):
-                    rollouts = sample(policy, len(share), (step, i), lag=(step + i) % 2 if overlapped else 0)
+                    rollouts = sample(policy, len(share), (step, i), lag=(step + i + 1) % 2 if overlapped else 0)
                     R = len(rollouts.group)
                     grades = random.integers(0, 2, R).astype(float) if rewards is None else np.full(R, rewards(step))
                     reference = policy.reference(rollouts) if config.rl.advantages.kl_coef > 0 else None
@@ -134,6 +134,7 @@ def train(
                 ledger.settle(step, np.full(PROBLEMS, TRAINED))
                 if step % config.checkpoint.every_steps == 0:
                     store.save(step, policy.state_files(), ledger)
+    LENDER.take_back()
     return store.run_dir
 
 
@@ -179,7 +180,7 @@ def test_a_step_is_the_same_to_the_bit(finished: Path, step: int) -> None:
     "overrides",
     [
         ["rl.advantages={baseline: leave_one_out, normalise: std}", "rl.loss={name: ppo}"],
-        ["rl.advantages={kl_coef: 0.1, kl_discount: 0.9, reference_refresh_steps: 2}"],
+        ["rl.advantages={kl_coef: 0.1, kl_discount: 0.9, reference_refresh_steps: 1}"],
         ["learner.token_budget=32", "rl.loss={name: cispo, importance_cap: 1.5}", "rl.substeps=2"],
         ["rl.overlong.handling=mask", "rl.advantages.aggregate=length", "rl.optim.schedule=cosine"],
         ["overlap.max_policy_lag=1", "sampler.max_live_adapters=3"],
@@ -187,15 +188,15 @@ def test_a_step_is_the_same_to_the_bit(finished: Path, step: int) -> None:
         ["overlap={max_policy_lag: 1, minibatches: 3}", "rl.loss={name: ppo}"],
     ],
 )
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("every", [1, 2])
 def test_a_step_of_any_algorithm_is_the_same_to_the_bit(
     base: Path, tmp_path: Path, overrides: list[str], every: int
 ) -> None:
-    run = train(base, tmp_path, f"checkpoint.every_steps={every}", *overrides, steps=3)
-    found = replay(run, 3)
+    run = train(base, tmp_path, f"checkpoint.every_steps={every}", *overrides, steps=2)
+    found = replay(run, 2)
     assert [figure.name for figure in found.figures if figure.difference != 0] == []
     assert {figure.name for figure in found.figures} >= {*ALWAYS, "advantages/mean_abs", "policy/learning_rate"}
-    assert found.started == (2 if every == 1 else 0)
+    assert found.started == (1 if every == 1 else 0)
 
 
 def test_a_penalty_is_computed_with_the_recorded_reference_which_is_said(base: Path, tmp_path: Path) -> None:
