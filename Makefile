@@ -20,7 +20,7 @@ ON_cuda := model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sample
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 
-# Unit tests share nothing. Three processes on two cores, since tests also wait, and two for the others, whose Rays and
+# Unit tests share one server of forked programs. Three processes on two cores, since tests also wait, and two for the others, whose Rays and
 # engines are processes too; loadfile keeps the tests of a file, and what
 # they share, in one process, in the order of tests/unit/conftest.py. The other tests share a cluster, a server, a deployment
 # and engines: tests/conftest.py says which files one process runs. Bytecode is kept, whatever the environment says: without

@@ -7,25 +7,30 @@ from pathlib import Path
 
 import pytest
 
-# The files that take longest, the first to begin: no process is left with one of them at the end.
+# The files that take longest begin after the forked programs of tests/conftest.py: no process is left with one of them
+# at the end.
 LONG = (
-    "serve/test_slow_clients.py",
-    "math_grading/test_grading_table.py",
     "benchmarks/test_gpu_check.py",
     "learner/test_fake_cuda.py",
+    "rewards/test_grader_pool.py",
     "tracking/test_tracker.py",
-    "serve/test_gate.py",
+    "actors/forking/test_fork_server.py",
+    "math_grading/test_grading_table.py",
     "replay/test_replay_step.py",
+    "benchmarks/test_gpu_loop.py",
+    "test_waiting.py",
+    "sandbox/test_run_python.py",
+    "actors/hosting/test_host_process.py",
+    "environments/test_environment_pool.py",
+    "environments/test_multi_turn.py",
+    "sandbox/test_process_pool.py",
+    "actors/machine/test_gpu_checks.py",
+    "learner/test_learner.py",
     "learner/test_turns.py",
     "learner/test_invariance.py",
     "learner/test_custom_loss.py",
-    "learner/test_learner.py",
-    "rewards/test_grader_pool.py",
-    "test_waiting.py",
-    "test_loop.py",
-    "learner/test_token_budget.py",
-    "distributed/test_ranks.py",
-    "distributed/test_sharding.py",
+    "serve/test_gate.py",
+    "serve/test_fuzz.py",
 )
 
 
