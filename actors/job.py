@@ -22,7 +22,7 @@ from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
 from actors.forking.job_server import ForkServer
 from actors.forking.servers import ForkServers, fork_servers
-from actors.job_actors import PolicyActors, job_actors
+from actors.job_actors import PolicyActors, advantage_actors, job_actors
 from actors.job_observer import JobObserver
 from actors.stages.learner_group import LearnerGroup
 from actors.stages.restarting_actors import GraderActors
@@ -189,9 +189,10 @@ def _run(
             policy.graders.start(base)
             counts = _task_facts(policy.graders, store, observer)
             policy.start(base)
+        advantages = stack.enter_context(advantage_actors(config, failures, progress.note, servers))
         epochs = Epochs(counts["train"], config.rl.problems_per_step, config.run.seed)
         ledger = Ledger(epochs) if store.resume is None else Ledger.from_bytes(store.resume.ledger, epochs)
-        stages = Stages(policy.samplers, policy.graders, actors.advantages, policy.learner, actors.checkpointer)
+        stages = Stages(policy.samplers, policy.graders, advantages, policy.learner, actors.checkpointer)
         held_out = np.arange(counts["eval"])
         run = loop.run if config.overlap.max_policy_lag is None else async_loop.run
         with progress.stage("reinforcement learning", config.rl.steps), interrupts.between_steps() as requested:

@@ -54,7 +54,6 @@ class JobActors:
     """The stages of a training job."""
 
     policy: PolicyActors
-    advantages: AdvantageActors
     checkpointer: BackgroundCheckpointer
 
     def pids(self) -> dict[str, list[int]]:
@@ -117,16 +116,26 @@ def job_actors(
     resampled: Callable[[Array], None],
     servers: ForkServers,
 ) -> Iterator[JobActors]:
-    """As `policy_actors`, with advantages and checkpoints."""
+    """As `policy_actors`, with checkpoints."""
     with ExitStack() as stack:
         learner = LearnerGroup(config, store, failures, note, servers)
         checkpointer = BackgroundCheckpointer(config.rl.steps, config.watchdog, store, learner)
         stack.callback(checkpointer.close)  # after the learner is gone
         policy = stack.enter_context(policy_actors(config, learner, failures, note, between, resampled, servers))
-        advantages = AdvantageActors(config.rl, config.watchdog, config.cluster.max_restarts, failures, note, servers)
-        stack.callback(advantages.close)
         stack.callback(checkpointer.finish)
-        yield JobActors(policy, advantages, checkpointer)
+        yield JobActors(policy, checkpointer)
+
+
+@contextmanager
+def advantage_actors(
+    config: JobConfig, failures: Failures, note: Note, servers: ForkServers
+) -> Iterator[AdvantageActors]:
+    """The actor starts during the first evaluation, or while the first step is sampled."""
+    actors = AdvantageActors(config.rl, config.watchdog, config.cluster.max_restarts, failures, note, servers)
+    try:
+        yield actors
+    finally:
+        actors.close()
 
 
 def retry(act: Callable[[], T]) -> T:

@@ -196,7 +196,7 @@ def bench(config: JobConfig, recording: Recording) -> Iterator[Bench]:
         learner.start(LearnerInit(base, nothing))
         samplers.membership.start(SamplerInit(base, nothing, nothing, learner.probe()))
         ray.get([member.actor.set.remote(1, PACE_S) for member in samplers.members])
-        cast = JobActors(PolicyActors(learner, samplers, graders), advantages, keeper)
+        cast = JobActors(PolicyActors(learner, samplers, graders), keeper)
         observer = Watching(config, tracker, progress, failures, {}, graders, cast.pids)
         observer.meter = Meter()
         stages = Stages(samplers, graders, advantages, learner, keeper)

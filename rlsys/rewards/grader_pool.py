@@ -14,14 +14,17 @@ import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlsys.config import RewardSection
 from rlsys.errors import ConfigError, GradingError, StalledError
 from rlsys.sandbox.process_pool import Call, Ending, ProcessPool, Worker, pickled
 from rlsys.types import Array
 from rlsys.utils.import_path import import_by_path
+
+if TYPE_CHECKING:
+    from rlsys.config import RewardSection
 
 RIGHT, WRONG, TIMEOUT, ERROR = 0, 1, 2, 3  # values of Grades.outcome
 KILLED = 4  # internal: the process was killed; the grade is repeated once, and a second KILLED becomes ERROR

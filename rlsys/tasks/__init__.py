@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from rlsys.config import TaskSection
 from rlsys.data.problems import Problem
 from rlsys.errors import ConfigError, did_you_mean
 from rlsys.utils.import_path import import_by_path
+
+if TYPE_CHECKING:  # grader processes import this module, and no configuration
+    from rlsys.config import TaskSection
 
 Split = Literal["train", "eval"]
 

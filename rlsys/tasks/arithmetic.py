@@ -16,12 +16,14 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from rlsys.config import TaskSection
 from rlsys.data.problems import EVAL_SEED, Problem, distinct
 from rlsys.errors import ConfigError
 from rlsys.math_grading.extraction import extract, plain_number
+
+if TYPE_CHECKING:  # grader processes import this module, and no configuration
+    from rlsys.config import TaskSection
 
 NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
 ITEMS = ("books", "apples", "coins", "pens")

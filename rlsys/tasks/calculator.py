@@ -16,12 +16,14 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from rlsys.config import TaskSection
 from rlsys.data.problems import EVAL_SEED, Problem, distinct
 from rlsys.errors import ConfigError
 from rlsys.tasks.arithmetic import ITEMS, NAMES, Arithmetic, Part, part_of
+
+if TYPE_CHECKING:  # grader processes import this module, and no configuration
+    from rlsys.config import TaskSection
 
 GAINS, LOSSES = ("finds {} more", "buys {} more"), ("loses {}", "gives away {}")
 MAX_CHARACTERS = 60  # in an expression
