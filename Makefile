@@ -20,10 +20,10 @@ ON_cuda := model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sample
 quickstart: $(READY)
 	$(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 
-# Unit tests share one server of forked programs. Three processes on two cores, since tests also wait, and two for the others, whose Rays and
-# engines are processes too; loadfile keeps the tests of a file, and what
-# they share, in one process, in the order of tests/unit/conftest.py. The other tests share a cluster, a server, a deployment
-# and engines: tests/conftest.py says which files one process runs. Bytecode is kept, whatever the environment says: without
+# Unit tests share one server of forked programs. Three processes on two cores, since tests also wait, and two for the
+# others, whose Rays and engines are processes too; loadfile keeps the tests of a file, and what they share, in one process,
+# in the order of tests/unit/conftest.py. The other tests share a cluster, a server, a deployment and engines:
+# tests/conftest.py says which files one process runs. Bytecode is kept, whatever the environment says: without
 # it each of the many processes that tests start would compile its modules, and each of the three all tests. OMP_NUM_THREADS:
 # jobs and engines choose their own count. With vLLM's CUDA build, tests that start an engine on the CPU are skipped by name;
 # without a GPU, so are the tests marked gpu.

@@ -12,7 +12,9 @@ from types import ModuleType
 
 PACKAGES = ("actors", "rlsys")
 OURS = ("RLSYS_FORKED_BY", "RLSYS_FORK_SERVER", "RLSYS_NOT_FORKED")
-# No preloaded module reads these at import: Ray, which reads its own, is imported after the fork.
+# No preloaded module reads these at import, nor variables that begin with LATE: Ray and wandb read their own, and are
+# imported after the fork. wandb sets some in a driver before Ray starts.
+LATE = ("RAY_", "WANDB_")
 FREE = ("TMPDIR", "PWD", "OLDPWD", "SHLVL", "_", "PYTHONBREAKPOINT", "SPT_NOENV", *OURS)
 
 
@@ -61,12 +63,12 @@ def changed_file(files: Mapping[str, tuple[int, int]]) -> str | None:
 
 
 def differing(environment: Mapping[str, str], other: Mapping[str, str], free: Sequence[str]) -> list[str]:
-    """Variables that differ and that an import may have read: none of those in FREE, in `free`, or of Ray."""
+    """Variables that differ and that an import may have read: none of those in FREE and LATE, or in `free`."""
     names = {*environment, *other}
     return sorted(
         name
         for name in names
-        if environment.get(name) != other.get(name) and name not in (*FREE, *free) and not name.startswith("RAY_")
+        if environment.get(name) != other.get(name) and name not in (*FREE, *free) and not name.startswith(LATE)
     )
 
 

@@ -73,7 +73,7 @@ class ForkServer:
         with Path(folder, LOG).open("w") as log:  # of the imports; an error there comes again in the ordinary process
             self._process = subprocess.Popen(
                 [sys.executable, "-c", program, json.dumps(given)],
-                env=environment,
+                env={client.FORKED: "", **environment},  # see server.find_title
                 pass_fds=[ours, *(listener.fileno() for listener in listeners.values())],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

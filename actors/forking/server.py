@@ -270,8 +270,8 @@ def _inherit(request: Mapping[str, Any]) -> None:
 
 
 def find_title() -> None:
-    """Look where this process's title is in memory, which the environment tells until it changes. Not in the learner's
-    server: Ray's own code for titles looks there later."""
+    """Look where this process's title is in memory, which its first environment variable tells until that changes: the
+    first is one that nobody sets here. Not in the learner's server: Ray's own code for titles looks there later."""
     os.environ["SPT_NOENV"] = "1"
     setproctitle.getproctitle()
     del os.environ["SPT_NOENV"]

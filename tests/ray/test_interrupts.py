@@ -144,6 +144,13 @@ def test_every_process_with_large_imports_of_a_job_on_a_warm_cluster_is_forked(
         assert parents and parents <= servers, kind
 
 
+def test_processes_of_a_job_that_starts_ray_and_wandb_are_forked(
+    interrupted: dict[signal.Signals, Interrupted],
+) -> None:
+    output = interrupted[signal.SIGINT].output.read_text()
+    assert "wandb: offline" in output and "was not forked" not in output, output
+
+
 def test_grader_processes_import_no_ray(interrupted: dict[signal.Signals, Interrupted]) -> None:
     """multiprocessing would run Ray's worker program in each, as the main module of their parent."""
     libraries = interrupted[signal.SIGTERM].grader_libraries

@@ -71,10 +71,10 @@ def test_rl_loop_finds_the_answer_that_is_rewarded(loss: str, server: Server, fo
         learning_rate=4e-3,
         loss_fn=loss,
         save_every=0,
-        max_steps=8,
+        max_steps=6,
     )
     rewards = values(found, "reward/total")
-    assert len(rewards) == 8
+    assert len(rewards) == 6
     assert sum(rewards[-2:]) / 2 > rewards[0] + 0.2, rewards
 
 

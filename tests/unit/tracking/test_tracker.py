@@ -166,7 +166,24 @@ def test_disabled_wandb_is_said_and_never_imported(tmp_path: Path) -> None:
     assert "wandb: off" in done.stdout
 
 
-def test_an_offline_run_read_back_holds_config_metrics_table_and_artifact(tmp_path: Path) -> None:
+class Watch:
+    """The first to be asked for a module that is not imported yet."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        self.names.append(name)
+
+
+def test_an_offline_run_read_back_holds_config_metrics_table_and_artifact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb  # noqa: F401  which looks whether there is a pandas
+
+    found_by_import = Watch()
+    monkeypatch.delitem(sys.modules, "pandas", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [found_by_import, *sys.meta_path])
     notes: list[str] = []
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -187,6 +204,7 @@ def test_an_offline_run_read_back_holds_config_metrics_table_and_artifact(tmp_pa
     assert tracker.wandb_dir.is_relative_to(tmp_path)
     assert tracker.wandb_url is None
     assert any(f"wandb sync {tracker.wandb_dir}" in note for note in notes)
+    assert "pandas" not in found_by_import.names, "a table needs none"
 
     found = list(wandb_records(tracker.wandb_dir))
     rows = [history_row(record) for kind, record in found if kind == "history"]

@@ -56,8 +56,9 @@ def threads() -> Iterator[None]:
 
 
 def clean() -> dict[str, str]:
-    """The environment without the variable that pytest changes at each test."""
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    """The environment without the variable that pytest changes at each test; the first is one that a server sets."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+    return {"OMP_NUM_THREADS": "1", **kept}
 
 
 @contextmanager
