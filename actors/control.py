@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
@@ -16,7 +16,7 @@ from ray.exceptions import RayActorError
 from actors.cluster.ray_cluster import cluster
 from actors.control_actor import JobControl
 from actors.faults.actor_calls import wait
-from actors.forking.servers import on_driver_node
+from actors.forking.servers import NO_SERVERS, ForkServers, on_driver_node
 from rlsys.config import ClusterSection
 from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError, ConfigError, RlsysError
@@ -36,13 +36,17 @@ ANSWER_TIMEOUT_S = 120.0  # the driver reads requests between its calls; only tr
 class Control:
     """The driver's end of JobControl: reads requests and answers them with `handlers`."""
 
-    def __init__(self, run: str, handlers: Mapping[str, Callable[[int | None], str]]) -> None:
+    def __init__(
+        self, run: str, handlers: Mapping[str, Callable[[int | None], str]], servers: ForkServers = NO_SERVERS
+    ) -> None:
         """
         Raises:
             ClusterError: a job of this name is already running on the cluster.
         """
         self.handlers = handlers
-        self.actor = _register(run)
+        # Without a runtime_env the actor takes a worker that Ray keeps idle, where there is one.
+        has_environment = bool(ray.get_runtime_context().runtime_env)
+        self.actor = _register(run, servers.driver_node_options() if has_environment else on_driver_node())
         self._next = self.actor.next.remote()
 
     def listen(self) -> None:
@@ -65,14 +69,13 @@ class Control:
         ray.kill(self.actor)
 
 
-def _register(run: str) -> ActorHandle:
-    """Create the named actor, in a worker that Ray keeps idle where there is one. Retries for RELEASE_S: the name of a
-    killed driver's actor is freed with a delay."""
+def _register(run: str, options: Mapping[str, Any]) -> ActorHandle:
+    """Create the named actor. Retries for RELEASE_S: the name of a killed driver's actor is freed with a delay."""
     deadline = time.monotonic() + RELEASE_S
     while True:
         try:
-            options = {"name": PREFIX + run, "namespace": NAMESPACE, "max_restarts": -1, **on_driver_node()}
-            return ray.remote(JobControl).options(**options).remote()
+            named = ray.remote(JobControl).options(name=PREFIX + run, namespace=NAMESPACE, max_restarts=-1, **options)
+            return named.remote()
         except ValueError as error:
             if time.monotonic() > deadline:
                 raise ClusterError(

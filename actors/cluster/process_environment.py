@@ -50,7 +50,7 @@ def faults(starts_ray: bool) -> Iterator[Fault]:
     """Yield all faults. `starts_ray`: the job starts Ray in this environment instead of joining a cluster."""
     rays = _first_set("RAY_TMPDIR", "TMPDIR") or "RAY_TMPDIR"
     if starts_ray:
-        yield from _folder_faults(rays, ray_tmpdir(), RAY_BELOW, "Ray's sockets")
+        yield from _folder_faults(rays, env_variable(rays) or "/tmp", RAY_BELOW, "Ray's sockets")
     own = _first_set("TMPDIR", "TEMP", "TMP")
     if own is None:
         yield from _folder_faults("TMPDIR (unset)", "/tmp", OWN_BELOW, "sockets of the graders' processes")
@@ -58,11 +58,6 @@ def faults(starts_ray: bool) -> Iterator[Fault]:
         yield from _folder_faults(own, os.environ[own], OWN_BELOW, "sockets of the graders' processes")
     yield from _home_faults()
     yield from _user_faults()
-
-
-def ray_tmpdir() -> str:
-    """Folder below which a Ray that is started here keeps its sessions."""
-    return env_variable("RAY_TMPDIR") or env_variable("TMPDIR") or "/tmp"
 
 
 def _first_set(*names: str) -> str | None:

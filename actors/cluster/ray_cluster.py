@@ -12,13 +12,13 @@ import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import AuthenticationError, RayError
 
-from actors.cluster.process_environment import check_process_environment, ray_tmpdir
+from actors.cluster.process_environment import check_process_environment
 from actors.machine.gpus import gpus_for_ray
 from rlsys.config import ClusterSection
 from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError
 from rlsys.sampler.vllm_build import Device, refuse_other_torch, refuse_other_vllm
-from rlsys.utils.env_variables import changed_variables, env_variable, set_default
+from rlsys.utils.env_variables import env_variable, set_default
 
 KNOCK_TIMEOUT_S = 10.0
 START = "Start one with `ray start --head`, or unset RAY_ADDRESS: the job then starts Ray on this machine"
@@ -138,17 +138,16 @@ def _start(section: ClusterSection, scratch: str) -> str:
     set_default("RAY_USAGE_STATS_ENABLED", "0")
     set_default("RAY_prestart_worker_first_driver", "0")  # most workers are forked, which these are not
     try:
-        # For Ray's processes. A runtime_env would cost each worker a second import of Ray.
-        with changed_variables(TMPDIR=scratch, RAY_TMPDIR=ray_tmpdir()):
-            ray.init(
-                address="local",
-                num_cpus=section.num_cpus,
-                num_gpus=gpus_for_ray(),
-                object_store_memory=int(section.object_store_gb * 2**30),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="warning",
-            )
+        ray.init(
+            address="local",
+            num_cpus=section.num_cpus,
+            num_gpus=gpus_for_ray(),
+            object_store_memory=int(section.object_store_gb * 2**30),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="warning",
+            runtime_env={"env_vars": {"TMPDIR": scratch}},
+        )
     except Exception as error:  # of many types: a bare one where Ray's processes are late
         raise ClusterError(why_not_started(error)) from error
     return "a Ray cluster on this machine"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 _READ = re.compile(  # variables of libraries and of the system that have no meaning when empty
     r"(RAY|RLSYS|WANDB|HF|HUGGING_?FACE|TRANSFORMERS|DATASETS|VLLM|TORCH|PYTORCH|TORCHINDUCTOR|TRITON|GLOO|NCCL|OMP|MKL|XDG)_"
@@ -22,21 +20,6 @@ def set_default(name: str, value: str) -> None:
     """Set an environment variable that is unset or empty."""
     if env_variable(name) is None:
         os.environ[name] = value
-
-
-@contextmanager
-def changed_variables(**values: str) -> Iterator[None]:
-    """Environment variables for the processes that the block starts."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def drop_empty_variables() -> None:
