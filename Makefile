@@ -18,7 +18,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 # Learner and sampler use one GPU alternately. bfloat16: vLLM's LoRA kernels for CUDA support only half precision.
 ON_cuda := model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sampler.colocate=true
 quickstart: $(READY)
-	$(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
+	PYTHONDONTWRITEBYTECODE= $(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 
 # Unit tests share one server of forked programs. Three processes on two cores, since tests also wait, and two for the
 # others, whose Rays and engines are processes too; loadfile keeps the tests of a file, and what they share, in one process,
@@ -98,14 +98,14 @@ gpu-check:
 gpu-loop:
 	$(GPU_PYTHON) -m benchmarks.gpu_loop $(OUT) $(ARGS)
 
-# Installs wheels without dependency resolution: the lists are complete, and no compiler is needed.
+# Installs wheels without dependency resolution, several at a time: the lists are complete, and no compiler is needed.
 LISTS_cpu  := requirements/torch-cpu.txt requirements/cpu.txt
 LISTS_cuda := requirements/gpu.txt
 LISTS      := $(LISTS_$(DEVICE))
 
 $(READY): $(LISTS) pyproject.toml | machine
 	$(PYTHON) -m venv $(VENV)
-	for list in $(LISTS); do $(PIP) --retries 2 -r $$list || exit 1; done
+	$(BIN)/python requirements/install.py $(LISTS)
 	$(PIP) --no-build-isolation --editable .
 	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m pip check --quiet --disable-pip-version-check)
 	touch $(READY)

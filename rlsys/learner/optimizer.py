@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rlsys.errors import CheckpointError
+from rlsys.learner.muon import Muon
 from rlsys.types import AdamParams
 
 Kind = Literal["adamw", "muon"]
 
-_MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
-
-MUON_MOMENTUM = 0.95  # the value of Jordan et al. 2024; AdamParams has no name for it
+_MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}
 
 
 class Stepper:
@@ -33,7 +32,7 @@ class Stepper:
         if by_adamw:
             self.parts.append(torch.optim.AdamW(by_adamw, fused=True))
         if by_muon:
-            self.parts.append(torch.optim.Muon(by_muon, momentum=MUON_MOMENTUM, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(by_muon))
         self._homes = {name: (p, self.parts[-1 if id(p) in muon_ids else 0]) for name, p in parameters.items()}
 
     def step(self, adam: AdamParams) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import platform
@@ -81,7 +82,7 @@ def test_the_device_may_come_from_the_environment_and_each_has_an_environment_of
     on_cpu, on_cuda = make(*ALL, "quickstart"), make(*ALL, "quickstart", DEVICE="cuda")
     assert ".venv/bin/rlsys train" in on_cpu.stdout and "gpu.txt" not in on_cpu.stdout
     assert ".venv-cuda/bin/rlsys train" in on_cuda.stdout and "cpu.txt" not in on_cuda.stdout
-    assert "--no-deps" in on_cuda.stdout and "-m pip check" in on_cuda.stdout
+    assert "install.py requirements/gpu.txt" in on_cuda.stdout and "-m pip check" in on_cuda.stdout
 
 
 @pytest.mark.parametrize("found", ["3.10", "3.13"])
@@ -240,3 +241,24 @@ def test_what_moves_a_job_to_a_gpu_is_the_same_everywhere() -> None:
 def test_the_set_up_that_errors_name_is_one_that_make_knows(command: str) -> None:
     done = make(*ALL, *command.split()[1:])
     assert done.returncode == 0 and "pip install" in done.stdout, done
+
+
+def test_each_package_of_a_list_is_installed_by_one_pip_that_has_the_lists_options(tmp_path: Path) -> None:
+    (tmp_path / "some.txt").write_text("# why\n--only-binary :all:\n\na==1\nb==2\nc==3\nd==4  # and why\n")
+    program = "import install, pathlib; print(repr(install.parts(pathlib.Path('some.txt'), 3)))"
+    environment = {**os.environ, "PYTHONPATH": str(LISTS)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    parts = [part.splitlines() for part in ast.literal_eval(done.stdout)]
+    assert [part[0] for part in parts] == ["--only-binary :all:"] * 3
+    assert sorted(line for part in parts for line in part[1:]) == ["a==1", "b==2", "c==3", "d==4  # and why"]
+
+
+def test_a_package_that_cannot_be_installed_ends_the_set_up_with_pips_message(tmp_path: Path) -> None:
+    """The others are installed, so that the next try has less to do."""
+    (tmp_path / "some.txt").write_text("--no-index\nno-such-package==1\n")
+    done = subprocess.run(
+        [sys.executable, LISTS / "install.py", tmp_path / "some.txt"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and "no-such-package==1" in done.stderr, done
