@@ -11,6 +11,7 @@ from actors.cluster.processors import pin
 from actors.forking.client import why_not_forked
 from actors.hosting.host_process import HostProcess, start_host
 from actors.hosting.sampler_body import SamplerBody, SampleRequest
+from rlsys.architectures.precision import computing_dtype
 from rlsys.config import JobConfig
 from rlsys.sampler.engine_start import prepare_environment
 
@@ -33,12 +34,13 @@ class SamplerActor:
         self.config, self.index = config, index
         self.host = start_host(f"sampler {index}", config.sampler_device, self.body, config, index)
 
-    async def process(self) -> tuple[int, str]:
-        """Id of the host process, and why it or this process was not forked although its node has a fork server."""
-        why = why_not_forked()
-        return (
-            (self.host.pid, self.host.not_forked or why) if isinstance(self.host, HostProcess) else (os.getpid(), why)
-        )
+    async def process(self) -> tuple[int, str, str]:
+        """Id of the host process, why it or this process was not forked although its node has a fork server, and the dtype
+        in which the engine computes."""
+        pid, why = os.getpid(), why_not_forked()
+        if isinstance(self.host, HostProcess):
+            pid, why = self.host.pid, self.host.not_forked or why
+        return pid, why, computing_dtype(self.config.model.dtype, self.config.sampler_device)
 
     async def preload(self) -> None:
         await self.host.call("preload")

@@ -139,7 +139,7 @@ class Loop:
         snapshot = update.snapshot
         adapter = self.sampler.slots.get(RUN, snapshot.version)
         layout = [(slot.name, list(slot.shape), slot.offset, slot.nbytes) for slot in snapshot.layout]
-        (held,) = await self.sampler.engine.call_workers("rlsys_read_back", adapter.id, layout)
+        (held,) = await self.sampler.engine.call_workers("rlsys_read_back", adapter.id, layout, snapshot.dtype)
         self.notes.check("after sleep and wake: adapter slots have the same hash", held == snapshot.digest, 1, ">=")
         gap = np.abs(await self._canary(update) - before)
         bound = 0.0 if self.device == "cpu" else update.bound

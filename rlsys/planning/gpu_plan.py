@@ -36,7 +36,7 @@ def gpu_shortfalls(
         )
     share = int(config.sampler.gpu_memory_utilization * total)
     if sampler_on_gpu:
-        needed = sampler.peak.total + (config.model.max_length + 1) * kv_bytes_per_token(config.model, dims)
+        needed = sampler.peak.total + (config.model.max_length + 1) * kv_bytes_per_token(config.model, dims, "cuda")
         if needed > share:
             yield (
                 f"{_UNMEASURED}: a sampler needs {gib(needed)} with the KV cache of one sequence of full length, and "
@@ -86,7 +86,9 @@ def gpu_warnings(config: JobConfig, dims: ModelShape, total: int | None) -> Iter
     if config.sampler_device != "cuda" or total is None:
         return
     cache = int(config.sampler.gpu_memory_utilization * total) - sampler_memory(config, dims).peak.total
-    each = config.model.max_length * kv_bytes_per_token(config.model, dims) // config.sampler.tensor_parallel_size
+    each = (
+        config.model.max_length * kv_bytes_per_token(config.model, dims, "cuda") // config.sampler.tensor_parallel_size
+    )
     running, held = sampled_at_once(config), cache // each
     if 0 < held < running * LEAST_HELD:
         yield (

@@ -113,7 +113,7 @@ def _with_fragmentation(phase: Phase) -> Phase:
 
 def sampler_memory(config: JobConfig, dims: ModelShape) -> RoleMemory:
     """Memory of one sampler; on a GPU without its KV cache, which takes the rest of gpu_memory_utilization."""
-    size = SAVED_BYTES[config.model.dtype]
+    size = _engine_bytes(config)
     weights = dims.parameters * size
     passing = {"activations": _engine_activations(config, dims), "logits": _engine_logits(config, dims)}
     if config.sampler_device == "cuda":
@@ -144,7 +144,7 @@ def sampler_memory(config: JobConfig, dims: ModelShape) -> RoleMemory:
 
 def _kept_by_engine(config: JobConfig, dims: ModelShape) -> dict[str, int]:
     """GPU memory that one engine worker always holds, by part."""
-    weights = dims.parameters * SAVED_BYTES[config.model.dtype] // config.sampler.tensor_parallel_size
+    weights = dims.parameters * _engine_bytes(config) // config.sampler.tensor_parallel_size
     graphs = {} if config.sampler.enforce_eager else {"CUDA graphs": CUDA_GRAPHS}
     return {"weights": weights, "LoRA slots": _slots(config, dims), **graphs, "CUDA context": CUDA_CONTEXT}
 
@@ -226,8 +226,8 @@ def bound_growth(hidden_size: int, threshold: int = MMAP_THRESHOLD) -> None:
             ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold)
 
 
-def kv_bytes_per_token(model: ModelSection, dims: ModelShape) -> int:
-    return 2 * dims.num_layers * dims.kv_size * SAVED_BYTES[model.dtype]
+def kv_bytes_per_token(model: ModelSection, dims: ModelShape, device: str) -> int:
+    return 2 * dims.num_layers * dims.kv_size * SAVED_BYTES[computing_dtype(model.dtype, device)]
 
 
 def kv_cache_bytes(section: SamplerSection, model: ModelSection, dims: ModelShape) -> int:
@@ -235,7 +235,7 @@ def kv_cache_bytes(section: SamplerSection, model: ModelSection, dims: ModelShap
     KV_CACHE_FILLS times what `max_num_seqs` sequences of full length need, more would not be used."""
     tokens = math.ceil((model.max_length + 1) / CPU_BLOCK_TOKENS) * CPU_BLOCK_TOKENS
     copies = max(1, section.tensor_parallel_size // dims.num_kv_heads)  # of a head, on so many workers
-    needed = section.max_num_seqs * tokens * copies * kv_bytes_per_token(model, dims)
+    needed = section.max_num_seqs * tokens * copies * kv_bytes_per_token(model, dims, "cpu")
     return min(int(section.kv_cache_gb * GIB), KV_CACHE_FILLS * needed)
 
 
@@ -249,6 +249,11 @@ def _resident(config: JobConfig, dims: ModelShape, blocks: Blocks, tokens: int) 
     threshold = mmap_threshold(dims.hidden_size)
     limit = threshold if config.learner.device == "cpu" and threshold < math.inf else 0
     return int(sum(count * tokens * width * (HEAP_SLACK if tokens * width < limit else 1.0) for count, width in blocks))
+
+
+def _engine_bytes(config: JobConfig) -> int:
+    """Bytes per value in a sampler's engine."""
+    return SAVED_BYTES[computing_dtype(config.model.dtype, config.sampler_device)]
 
 
 def _computed_bytes(config: JobConfig) -> int:
@@ -405,7 +410,7 @@ def _supervised(config: JobConfig, dims: ModelShape) -> Phase:
 
 def _slots(config: JobConfig, dims: ModelShape) -> int:
     """The engine's LoRA slots: they have the largest rank allowed and cover every linear module, trained or not."""
-    section, size = config.sampler, SAVED_BYTES[config.model.dtype]
+    section, size = config.sampler, _engine_bytes(config)
     layers = dims.num_layers * _sides(dims.attention) + (dims.num_layers - dims.mixture_layers) * _sides(dims.mlp)
     on_output = unembedding_problem(dims.vocab_size, dims.family, config.sampler_device) is None
     ends = dims.hidden_size + dims.vocab_size if on_output else 0
@@ -425,11 +430,11 @@ def _engine_activations(config: JobConfig, dims: ModelShape) -> int:
     """Activations of one layer during a prefill; without a backward pass only one layer's exist at a time."""
     tokens = max(config.sampler.max_num_batched_tokens, config.model.max_length + 1)
     widest = 3 * dims.intermediate_size + 4 * dims.hidden_size
-    return SAVED_BYTES[config.model.dtype] * tokens * widest
+    return _engine_bytes(config) * tokens * widest
 
 
 def _engine_logits(config: JobConfig, dims: ModelShape) -> int:
     """Logits, their fp32 log-softmax, and one byte per value for computing ranks; on a GPU also sampling noise."""
-    copies = 2 * FP32 + 1 + (0 if config.model.dtype == "float32" else 2)
+    copies = 2 * FP32 + 1 + (0 if _engine_bytes(config) == FP32 else 2)
     copies += 2 * FP32 if config.sampler_device == "cuda" else 0
     return max(sampled_at_once(config), min(CANARY_ROWS, config.sampler.max_num_seqs)) * dims.vocab_size * copies

@@ -193,7 +193,7 @@ def _sampler_warnings(config: JobConfig, dims: ModelShape) -> Iterator[str]:
             f"so they are sampled in waves; sampler.max_num_seqs={each} samples them concurrently"
         )
     running = sampled_at_once(config)
-    wanted = running * config.model.max_length * kv_bytes_per_token(config.model, dims)
+    wanted = running * config.model.max_length * kv_bytes_per_token(config.model, dims, config.sampler_device)
     if config.sampler_device == "cpu" and wanted > sampler.kv_cache_gb * GIB:
         yield (
             f"sampler.kv_cache_gb {sampler.kv_cache_gb:g} does not hold {running} sequences of model.max_length "
@@ -225,10 +225,15 @@ def _adapter_warnings(config: JobConfig, dims: ModelShape) -> Iterator[str]:
 
 def _learner_warnings(config: JobConfig) -> Iterator[str]:
     learner, sampler = config.learner, config.sampler
-    if computing_dtype(config.model.dtype, learner.device) != config.model.dtype:
+    devices = {"learner": learner.device, "sampler": config.sampler_device}
+    rounding = [
+        who for who, device in devices.items() if computing_dtype(config.model.dtype, device) != config.model.dtype
+    ]
+    if rounding:
         yield (
-            f"model.dtype {config.model.dtype}: torch has no fast kernels for it on this CPU, so the learner rounds "
-            "the weights to it and computes in float32; with model.dtype=float32 the learner is equally fast"
+            f"model.dtype {config.model.dtype}: torch has no fast kernels for it on this CPU, so the "
+            f"{' and the '.join(rounding)} round the weights to it and compute in float32; model.dtype=float32 is "
+            "equally fast"
         )
     if sampler.enforce_eager and config.sampler_device == "cuda":
         yield "sampler.enforce_eager on a GPU: decoding without CUDA graphs is slow; set sampler.enforce_eager=false"

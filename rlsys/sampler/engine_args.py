@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlsys.architectures.model_shape import read_config, shape_of_folder
+from rlsys.architectures.precision import computing_dtype
 from rlsys.architectures.support import serves_unembedding
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.modeling.module_roles import names, roles_of, skeleton
@@ -22,6 +23,7 @@ def engine_arguments(
     # One position more than promised: vLLM wants to generate a token even where a full-length sequence is only
     # scored. That token is never fed back, so its position is never computed.
     max_model_len = model.max_length + 1
+    computing = computing_dtype(model.dtype, device)
     by_device: dict[str, object] = (
         {
             "distributed_executor_backend": "uni"
@@ -45,7 +47,9 @@ def engine_arguments(
     )
     return {
         "model": str(base),
-        "dtype": model.dtype,
+        "dtype": computing,
+        # a loader of rlsys.sampler.vllm.rounded_weights
+        **({} if computing == model.dtype else {"load_format": f"rlsys-{model.dtype}"}),
         "seed": numpy_seed(seed),
         "tensor_parallel_size": parallel,
         "max_model_len": max_model_len,

@@ -33,6 +33,7 @@ PRIVATE_API = {
     "vllm.platforms.cpu:CpuPlatform.get_punica_wrapper": "",
     "vllm.platforms.cpu:CpuPlatform.register_triton_kernel_overrides": "",
     "vllm.v1.worker.cpu_model_runner:CPUModelRunner._get_prompt_logprobs_dict": "hidden_states num_scheduled_tokens",
+    "vllm.model_executor.model_loader.default_loader:DefaultModelLoader.get_all_weights": "model_config model",
     "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method:select_unquantized_moe_backend": "moe_config",
     "vllm.lora.utils:parse_fine_tuned_lora_name": "name weights_mapper",
     "vllm.model_executor.models.utils:WeightsMapper.get_rename_mapper": "",

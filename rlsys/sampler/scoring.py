@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from rlsys.architectures.precision import computing_dtype
 from rlsys.sampler.adapter_slots import Adapter
 from rlsys.sampler.request_runner import RequestRunner, together
 from rlsys.sampler.requests import (
@@ -27,7 +28,8 @@ class Scorer:
 
     def __init__(self, engine: VllmEngine, runner: RequestRunner, about: BaseModel) -> None:
         self._engine, self._runner, self._about = engine, runner, about
-        self._max_length, self._dtype = engine.model.max_length, engine.model.dtype
+        self._max_length = engine.model.max_length
+        self._dtype = computing_dtype(engine.model.dtype, engine.device)
         self.noise = 0.0  # nats; 0 until it is measured
 
     async def logprobs(self, tokens: Array, offsets: Array, run_id: str | None, version: int) -> Array:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlsys.architectures.precision import computing_dtype
 from rlsys.config import LearnerSection, LoraSection, ModelSection
 from rlsys.learner.learner import Learner
 from rlsys.learner.policy import join_prompts
@@ -20,10 +21,18 @@ from tests.engine.tiny_engine import MAX_LENGTH, SECTION, VOCAB, Reference
 CANARY = (np.arange(64) * 7 % VOCAB).astype(np.int32)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+# Of means, in nats.
+BOUNDS = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-2}
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
 def test_learner_and_sampler_give_sampled_tokens_the_same_log_probability(
-    reference: Reference, run: Callable[..., Any], engine: Sampler, dtype: Any, bound: float
+    reference: Reference, run: Callable[..., Any], engine: Sampler, dtype: Any
 ) -> None:
+    """Nearly all CPUs lack kernels for float16, and many for bfloat16. Both programs then compute in float32 with
+    weights of that dtype, and only the sampler's adapter is rounded to it."""
+    computing = computing_dtype(dtype, "cpu")
+    bound = BOUNDS[dtype] if computing == dtype else 2e-3
     model = ModelSection(path=str(reference.folder), max_length=MAX_LENGTH, dtype=dtype)
     learner = Learner(reference.folder, model, LearnerSection())
 
@@ -49,7 +58,7 @@ def test_learner_and_sampler_give_sampled_tokens_the_same_log_probability(
             tokens, offsets, sampled = join_prompts(rollouts)
             gap = np.abs(learner.logprobs(run_id, tokens, offsets)[sampled] - rollouts.logprobs)
             print(f"{dtype}, {run_id or 'base'}: {len(gap)} tokens, mean {gap.mean():.2e}, max {gap.max():.2e}")
-            assert gap.mean() <= bound
+            assert gap.mean() <= (bound if run_id else BOUNDS[computing])
         run(sampler.unload("run", 0))
     finally:
         if own:

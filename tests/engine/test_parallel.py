@@ -90,7 +90,7 @@ def test_each_worker_holds_its_half_of_what_is_split_and_all_of_the_rest(
     update = reference.update("a", 1, reference.adapter(4, 1, targets=["k_proj", "down_proj", "lm_head"]))
     run(two.load(update, BOUND))
     layout = [(slot.name, list(slot.shape), slot.offset, slot.nbytes) for slot in update.snapshot.layout]
-    held = run(two.engine.call_workers("rlsys_read_part", two.slots.get("a", 1).id, layout))
+    held = run(two.engine.call_workers("rlsys_read_part", two.slots.get("a", 1).id, layout, update.snapshot.dtype))
     found = {slot.name: [places[i] for _, places in held] for i, slot in enumerate(update.snapshot.layout)}
     layer = "model.layers.1"
     assert found[f"{layer}.self_attn.k_proj.lora_A"] == [[[0, 4, 0, 64]]] * 2

@@ -150,11 +150,19 @@ def test_greedy_decoding_takes_the_likeliest_token_past_the_window(folders: Fold
 
 
 @pytest.mark.parametrize("name", ["llama3", "smollm2", "qwen3", "mistral", "gemma3"])
-def test_in_bfloat16_the_distance_to_transformers_does_not_grow_with_the_position(folders: Folders, name: str) -> None:
+def test_in_bfloat16_the_distance_to_transformers_does_not_grow_with_the_position(
+    folders: Folders, name: str, tmp_path: Path
+) -> None:
     """Frequencies of a rotary embedding that are rounded to bfloat16 put late tokens elsewhere. Two kernels of
     transformers' own say how far apart the same bfloat16 model may be."""
     path, tokens = folders(name), draw(LONG)
-    found = learner_in(path, "bfloat16").logprobs(None, tokens, np.array([0, LONG]))[1:]
+    learner = learner_in(path, "bfloat16")
+    found = learner.logprobs(None, tokens, np.array([0, LONG]))[1:]
+    if learner.computing_dtype == "float32":  # this CPU has no kernels for bfloat16: its values, exactly
+        values = tmp_path / "values"
+        FAMILIES[name].make().to(torch.bfloat16).save_pretrained(values)
+        assert np.abs(found - by_transformers(values, tokens, torch.float32)).max() < 3e-4
+        return
     kernels = {kernel: by_transformers(path, tokens, torch.bfloat16, kernel) for kernel in ("sdpa", "eager")}
     away, theirs = np.abs(found - kernels["sdpa"]), np.abs(kernels["eager"] - kernels["sdpa"])
     for band in (slice(0, 64), slice(64, 512), slice(512, 1024), slice(1024, None)):

@@ -74,4 +74,5 @@ def test_a_job_in_bfloat16_runs_as_it_comes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = read_metrics(tmp_path / "calculator-smollm2-135m")
     (step,) = [line for line in lines if "reward/mean" in line]
-    assert 0.0 < step["policy/logprob_diff_mean"] < 0.15
+    assert 0.0 < step["policy/logprob_diff_mean"] < (0.15 if multiplies_bfloat16() else 1e-3)
+    assert ("the CPU of sampler 0 has no kernels for bfloat16" in done.stdout) is not multiplies_bfloat16()

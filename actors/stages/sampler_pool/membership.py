@@ -98,6 +98,7 @@ class Membership:
         self.current: PublishedAdapter | None = None
         self.deaths = 0  # since the last version that was loaded
         self._stopping: list[ObjectRef] = []
+        self._rounding_noted = False
         self._starts = Watchdog("start", config.watchdog.limit_of("start"), failures)
 
     # start and end of the job
@@ -230,8 +231,17 @@ class Membership:
     def _know_host(self, member: Member) -> None:
         assert member.host is not None
         if member.host_pid is None and ray.wait([member.host], timeout=0)[0]:
-            member.host_pid, why = ray.get(member.host)
+            member.host_pid, why, computing = ray.get(member.host)
             self.servers.note_unforked([why], self.note)
+            self._note_rounding(member, computing)
+
+    def _note_rounding(self, member: Member, computing: str) -> None:
+        wanted = self.config.model.dtype
+        if computing != wanted and not self._rounding_noted:
+            self._rounding_noted = True
+            self.note(
+                f"the CPU of {member.name} has no kernels for {wanted}: {computing} is computed with {wanted}'s weights"
+            )
 
     # restarts
 

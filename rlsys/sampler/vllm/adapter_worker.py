@@ -68,7 +68,8 @@ class AdapterExtension:
         for other in leaving:
             self.rlsys_remove_adapter(other)
         self.rlsys_add_adapter(adapter, rank, dtype, layout, path)
-        return self.rlsys_read_back(adapter, layout) if is_alone else self.rlsys_read_part(adapter, layout)
+        read = self.rlsys_read_back if is_alone else self.rlsys_read_part
+        return read(adapter, layout, dtype)
 
     def rlsys_add_adapter(self, adapter: int, rank: int, dtype: str, layout: Layout, path: str) -> None:
         """Put an adapter into a free slot."""
@@ -106,17 +107,20 @@ class AdapterExtension:
                 punica.unembedding.discard(adapter)
                 punica.zero.discard(adapter)
 
-    def rlsys_read_back(self, adapter: int, layout: Layout) -> str:
-        """Digest, in layout order, of what the forward pass multiplies by; anything beyond the layout must be zero."""
-        whole = {name: [(0, shape[0], 0, shape[1])] for name, shape, _, _ in layout}
-        return self._rlsys_digest(adapter, layout, whole)
+    def rlsys_read_back(self, adapter: int, layout: Layout, dtype: str) -> str:
+        """Digest, in layout order, of what the forward pass multiplies by; anything beyond the layout must be zero.
 
-    def rlsys_read_part(self, adapter: int, layout: Layout) -> Held:
+        `dtype` is that in which the adapter came. Slots may be wider, but must hold its values.
+        """
+        whole = {name: [(0, shape[0], 0, shape[1])] for name, shape, _, _ in layout}
+        return self._rlsys_digest(adapter, layout, dtype, whole)
+
+    def rlsys_read_part(self, adapter: int, layout: Layout, dtype: str) -> Held:
         """The same of a worker that holds a part of each tensor, and which part that is."""
         mine = _parts(self._rlsys_manager(), layout)
-        return self._rlsys_digest(adapter, layout, mine), [mine[name] for name, *_ in layout]
+        return self._rlsys_digest(adapter, layout, dtype, mine), [mine[name] for name, *_ in layout]
 
-    def _rlsys_digest(self, adapter: int, layout: Layout, mine: Mapping[str, Sequence[Region]]) -> str:
+    def _rlsys_digest(self, adapter: int, layout: Layout, dtype: str, mine: Mapping[str, Sequence[Region]]) -> str:
         manager = self._rlsys_manager()
         number = manager.lora_index_to_id.index(adapter)
         read: set[int] = set()  # data pointers
@@ -148,7 +152,8 @@ class AdapterExtension:
             for stacked in (slot.a, slot.b):
                 if stacked.data_ptr() not in read and not _all_zero(stacked[number]):
                     raise ValueError(f"the engine's slot of {slot.module} holds values outside of shape (0, 0)")
-        return digest_tensors(found.items())
+        came = getattr(torch, dtype)
+        return digest_tensors((name, _narrowed(name, tensor, came)) for name, tensor in found.items())
 
     def _rlsys_manager(self) -> LoRAModelManager:
         return self.model_runner.lora_manager._adapter_manager
@@ -223,6 +228,14 @@ def _whole(shapes: Sequence[tuple[Shape, Shape] | None]) -> list[tuple[list[Regi
     return [
         ([], []) if shape is None else tuple([(0, rows, 0, columns)] for rows, columns in shape) for shape in shapes
     ]
+
+
+def _narrowed(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a slot in the dtype in which they came."""
+    narrow = tensor.to(dtype)
+    if narrow.dtype != tensor.dtype and not torch.equal(narrow.to(tensor.dtype), tensor):
+        raise ValueError(f"the engine's slot of {name} holds values that are not of {dtype}")
+    return narrow
 
 
 def _all_zero(tensor: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rlsys.planning.memory import ENGINE_MMAP_THRESHOLD, bound_growth
+from rlsys.sampler.vllm import rounded_weights  # noqa: F401  # registers its loaders
 from rlsys.sampler.vllm.batch_invariance import batch_invariant_matmul
 from rlsys.sampler.vllm.cpu_lora import SegmentedPunica
 from rlsys.sampler.vllm.parent_process import die_with_parent
