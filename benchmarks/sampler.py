@@ -37,6 +37,7 @@ import ray
 
 from actors.cluster.ray_cluster import cluster, threads_env
 from actors.faults.actor_calls import wait
+from actors.hosting.sampler_body import SampleRequest
 from actors.sampler_actor import SamplerActor
 from benchmarks.adapters import random_problems, random_snapshot, write_adapter
 from benchmarks.real import described, prompts_of, real_model
@@ -140,7 +141,8 @@ class Measuring:
         from vllm.lora.request import LoRARequest
 
         sampler = Sampler(name=RUN, base=self.base, model=self.config.model, section=self.config.sampler, seed=0)
-        ours = ("worker_cls", "worker_extension_cls")
+        # a base in bfloat16 loads as float32 without a rounding of its weights
+        ours = ("worker_cls", "worker_extension_cls", "load_format")
         self.engine_arguments = sampler.engine.arguments()
         slots = {name: value for name, value in self.engine_arguments.items() if name not in ours}
         plain = {name: value for name, value in slots.items() if "lora" not in name}
@@ -184,7 +186,9 @@ class Measuring:
 
     def ours(self, version: int) -> Callable[[Array], int]:
         def sample(ids: Array) -> int:
-            _, counts = self.actor.sample.remote("train", ids, np.zeros_like(ids), N, self.params, version)
+            _, counts = self.actor.sample.remote(
+                SampleRequest("train", ids, np.zeros_like(ids), N, self.params, version)
+            )
             return int(wait(counts, LIMIT_S, "sampler: sampling")["tokens"])
 
         return sample
