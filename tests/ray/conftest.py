@@ -67,6 +67,7 @@ def warm_cluster() -> Iterator[WarmCluster]:
             "num_cpus": 4,
             "object_store_memory": 300 * 2**20,
             "include_dashboard": True,
+            "include_log_monitor": False,  # copies workers' output to drivers that ask for it, which no job does
             "dashboard_host": "127.0.0.1",
             "dashboard_port": DASHBOARD_PORT,
             "dashboard_agent_listen_port": free_port(),  # another Ray on this machine may hold the usual one
