@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Awaitable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -54,6 +55,8 @@ class VllmEngine:
         self._asleep = False
         self._llm: AsyncLLM | None = None
         self._log: EngineLog
+        # Until the end: the engine's process reads its configuration once more when it has told that it is ready.
+        self._folder = ExitStack()
 
     @property
     def llm(self) -> AsyncLLM:
@@ -83,8 +86,9 @@ class VllmEngine:
         if self.device == "cpu":
             register_classes(self._base)
         self._log = EngineLog()
+        folder = self._folder.enter_context(plain_path(self._base))  # vLLM globs for the weights
         try:
-            with engine_processes(self.device), plain_path(self._base) as folder:  # vLLM globs for the weights
+            with engine_processes(self.device):
                 arguments = {**self.arguments(), "model": str(folder)}
                 self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except RuntimeError as error:  # of the engine's process, which vLLM does not hand over
@@ -115,49 +119,47 @@ class VllmEngine:
         """Answers of the tensor-parallel workers to `method` of rlsys.sampler.vllm.adapter_worker, by rank."""
         number = next(self._calls)
         asked = self.llm.collective_rpc("rlsys_answer", args=(number, method, args))
-        answers = await self.guarded(self._unless_dead(asked))
+        answers = await self.guarded(asked)
         self.heartbeat.answered += 1
         return values(self.where, method, number, answers, self.section.tensor_parallel_size)
 
     async def guarded(self, work: Awaitable[T]) -> T:
-        """The result of work on this engine.
+        """The result of work on this engine, which is cancelled if the engine dies.
+
+        vLLM fails the requests that it knows when an engine dies. It never answers a request that it takes in at that
+        moment, nor a call of the engine's workers.
 
         Raises:
             ActorDiedError: the engine died or failed meanwhile; the message has the cause.
         """
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+        answer = asyncio.ensure_future(work)
         try:
-            return await work
+            while not (await asyncio.wait([answer], timeout=DEATH_POLL_S))[0]:
+                if self.is_dead:
+                    raise EngineDeadError
+            return answer.result()
         except (EngineDeadError, EngineGenerateError) as error:
             cause = self._log.cause() if isinstance(error, EngineDeadError) else error.__cause__ or error
             raise ActorDiedError(f"{self.where}: the vLLM engine failed: {cause}") from error
-
-    async def _unless_dead(self, call: Awaitable[T]) -> T:
-        """Await a call of the engine's worker. When an engine dies, vLLM fails its requests but never answers these."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        answer = asyncio.ensure_future(call)
-        try:
-            while not (await asyncio.wait([answer], timeout=DEATH_POLL_S))[0]:
-                if self.llm.errored:
-                    raise EngineDeadError
-            return answer.result()
         finally:
-            answer.cancel()
+            if not answer.done():
+                answer.cancel()
+                await asyncio.wait([answer], timeout=DEATH_POLL_S)
 
     async def sleep(self) -> None:
         """Free the GPU's memory until `wake`. Does nothing on a CPU, or if the engine sleeps."""
         if self.device == "cpu" or self._asleep:
             return
         self._asleep = True
-        await self.guarded(self._unless_dead(self.llm.sleep(level=1, mode="abort")))
+        await self.guarded(self.llm.sleep(level=1, mode="abort"))
         self.heartbeat.answered += 1
 
     async def wake(self) -> None:
         """Take the memory back. Does nothing if the engine is awake."""
         if self._asleep:
-            await self.guarded(self._unless_dead(self.llm.wake_up()))
+            await self.guarded(self.llm.wake_up())
             self.heartbeat.answered += 1
             self._asleep = False
 
@@ -170,3 +172,4 @@ class VllmEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.shutdown()
+        self._folder.close()

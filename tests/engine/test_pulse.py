@@ -103,6 +103,8 @@ def test_a_dead_engine_is_a_death_with_its_cause_for_whatever_is_asked(reference
         tasks += [
             asyncio.create_task(sampler.sample(**PROMPT, n=1, params=long, run_id=None, version=-1)),
             asyncio.create_task(sampler.load(reference.update("a", 2, reference.adapter(4, 2)), BOUND)),
+            # as a request that vLLM takes in while it fails those that it knows: it was seen to wait for ever
+            asyncio.create_task(sampler.engine.guarded(asyncio.Event().wait())),
         ]
         for task in tasks:
             with pytest.raises(ActorDiedError, match=r"^sampler 9.*the vLLM engine failed: "):

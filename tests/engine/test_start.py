@@ -139,8 +139,11 @@ def test_a_path_of_a_model_is_no_pattern_and_no_address(
         one = np.array([0]), np.arange(4, dtype=np.int32), np.array([0, 4])
         rollouts = run(sampler.sample(*one, 2, SamplingParams(max_tokens=8, stop=[]), None, -1))
         assert len(rollouts.tokens) == 16
+        read = Path(sampler.engine.llm.model_config.model)
+        assert read.samefile(folder) and read != folder  # still there: the engine reads it again when it is ready
     finally:
         run(sampler.stop())
+    assert not os.path.lexists(read)
 
 
 def test_another_vllm_is_refused_before_it_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:
