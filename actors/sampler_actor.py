@@ -35,8 +35,8 @@ class SamplerActor:
         self.host = start_host(f"sampler {index}", config.sampler_device, self.body, config, index)
 
     async def process(self) -> tuple[int, str, str]:
-        """Id of the host process, why it or this process was not forked although its node has a fork server, and the dtype
-        in which the engine computes."""
+        """Id of the host process, why it or this process was not forked although its node has a fork server, and the
+        dtype in which the engine computes."""
         pid, why = os.getpid(), why_not_forked()
         if isinstance(self.host, HostProcess):
             pid, why = self.host.pid, self.host.not_forked or why

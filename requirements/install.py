@@ -20,7 +20,8 @@ from pathlib import Path
 
 AT_ONCE = min(4, os.cpu_count() or 1)
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile")
-# Two fifths of all bytes: tests of packages, and models, clients and libraries of which a job imports at most a few modules.
+# Two fifths of all bytes: tests of packages, and models, clients and libraries of which a job imports at most a few
+# modules.
 SELDOM_IMPORTED = re.compile(
     r"/(tests?|testing|transformers/models|vllm/models|vllm/model_executor/models|ray/(data|rllib|serve|train|tune)"
     r"|anthropic/types|numba|playwright|pip|setuptools|pygments)/"
