@@ -62,7 +62,7 @@ initial_model(shape, tokenizer, max_length=96, seed=3, out=Path(sys.argv[1]))
 """
 FLOOR = """
 import os, psutil, ray
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
 @ray.remote
 class Empty:
     def pid(self):
