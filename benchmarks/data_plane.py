@@ -1,6 +1,6 @@
 """Driver cost per group, with 64 sampler actors, 4,096 groups in flight, and answers replayed from a real run.
 
-    python -m benchmarks.data_plane [--recorded RUN_DIR] [--samplers 64] [--groups 4096] [--repeats 5]
+    python -m benchmarks.data_plane [--recorded RUN_DIR] [--samplers 64] [--groups 4096] [--repeats 5] [--trace]
 
 Without --recorded the quickstart runs for two steps first, and its saved rollouts (steps/*.npz) are replayed.
 
@@ -11,7 +11,8 @@ texts, the learner's model; completions in the rollouts table; wandb.
 
 A turn of each side is `--steps` steps of the loop with `--groups` groups each. Measured is the CPU time of the driver
 process per group, including Ray's threads. Also reported: bytes over all TCP connections of the driver, bytes that it
-deserialised, and its memory after every step. "10x longer" repeats every completion ten times end to end.
+deserialised, and its memory after every step. --trace: memory without what is free, and what Python holds of it; times
+mean nothing then. "10x longer" repeats every completion ten times end to end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import cProfile
 import pstats
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -92,7 +94,7 @@ class ReplayedGraders(GraderActors):
             failures,
             note,
         )
-        self.config = config
+        self.config, self.servers = config, NO_SERVERS
         self.base = None
         self.reported_failures = set()
 
@@ -102,7 +104,8 @@ class ReplayedLearner(LearnerGroup):
         self.slots = slots
         self.lives += 1
         remote = ray.remote(concurrency_groups={WATCH: 1})(ReplayingLearner)
-        self.ranks = [remote.options(**slot.ray_options()).remote(ADAPTER_BYTES, LEARN_S) for slot in slots]
+        given = self.config.model.dtype, ADAPTER_BYTES, LEARN_S
+        self.ranks = [remote.options(**slot.ray_options()).remote(*given) for slot in slots]
 
 
 class Watching(JobObserver):
@@ -262,8 +265,11 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--trace", action="store_true")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
+    if arguments.trace:
+        tracemalloc.start()
     with tempfile.TemporaryDirectory(prefix="rlsys-plane-") as scratch:
         recording = recorded(arguments.recorded or quickstart(Path(scratch)))
         lengths = recording.rollouts.lengths

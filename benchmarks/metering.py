@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import socket
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,7 @@ class Reading:
     tcp_out: int
     deserialised: int  # bytes of every object and argument that Ray unpacked
     memory: int  # bytes of its own (anonymous) memory
+    traced: int  # bytes that Python's allocator has given out; 0 where tracemalloc does not run
     store: int  # bytes in Ray's store of small objects within the process
 
     def since(self, before: Reading) -> dict[str, float]:
@@ -52,6 +56,9 @@ class Meter:
         ray_worker.Worker.deserialize_objects = counting
 
     def read(self) -> Reading:
+        if tracemalloc.is_tracing():  # then what is free counts as little as what is garbage
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         received, sent = tcp_bytes()
         return Reading(
@@ -62,6 +69,7 @@ class Meter:
             tcp_out=sent,
             deserialised=self.deserialised,
             memory=int(status["RssAnon"].split()[0]) * 1024,
+            traced=tracemalloc.get_traced_memory()[0],
             store=int(ray_worker.global_worker.core_worker.get_local_memory_store_bytes_used()),
         )
 
@@ -86,14 +94,15 @@ def tcp_bytes() -> tuple[int, int]:
 
 def growth(readings: Sequence[Reading], groups: int) -> dict[str, float]:
     """Of the process's own memory over the steps, by least squares: of all of them, and of their second half."""
-    memory = np.array([one.memory for one in readings], np.float64)
-    second = memory[len(memory) // 2 :]
+    memory, traced = (np.array([getattr(one, name) for one in readings], np.float64) for name in ("memory", "traced"))
+    second = slice(len(memory) // 2, None)
     return {
         "steps": len(memory),
         "first_mib": memory[0] / 2**20,
         "last_mib": memory[-1] / 2**20,
         "bytes_per_group": _slope(memory) / groups,
-        "bytes_per_group_second_half": _slope(second) / groups,
+        "bytes_per_group_second_half": _slope(memory[second]) / groups,
+        "python_bytes_per_group_second_half": _slope(traced[second]) / groups,
         "small_objects_bytes": readings[-1].store,
     }
 

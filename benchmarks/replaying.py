@@ -7,6 +7,7 @@ them fit on a small machine. A sampler's call takes the length of its longest co
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,6 +93,11 @@ class ReplayingSampler:
 
     def __init__(self, config: JobConfig, index: int) -> None:
         self.run_id, self.longer, self.pace, self.done = config.run.name, 1, 0.0, 0
+        self.dtype = config.model.dtype
+
+    async def process(self) -> tuple[int, str, str]:
+        """There is no host process beside this one."""
+        return os.getpid(), "", self.dtype
 
     async def preload(self) -> None:
         """There is nothing to import."""
@@ -173,12 +179,17 @@ class RecordedGrades:
 class ReplayingLearner:
     """Replay actor with the methods of LearnerActor, for one rank."""
 
-    def __init__(self, adapter_bytes: int, seconds: float) -> None:
-        self.version, self.seconds = 0, seconds
+    def __init__(self, dtype: str, adapter_bytes: int, seconds: float) -> None:
+        self.dtype, self.version, self.seconds = dtype, 0, seconds
         self.buffer = np.random.default_rng(0).integers(0, 256, adapter_bytes, np.uint8)
 
-    def start(self, base: Any, train: Any, meeting_point: str | None, files: Any) -> None:
+    def start(self, base: Any, train: Any, meeting_point: str | None, files: Any) -> str:
         """There is no model to load."""
+        return self.dtype
+
+    def not_forked(self) -> str:
+        """Nobody expected it to be."""
+        return ""
 
     def probe(self) -> Weights:
         return Weights(-1, self.buffer)
