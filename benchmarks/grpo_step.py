@@ -121,7 +121,7 @@ def folder_of_model(case: Case, folder: Path) -> Path:
     write_model(folder, case.shape, case.dtype)
     size = case.shape["vocab_size"]
     numbers = {str(i): i for i in range(1, size)}
-    words = Tokenizer(models.WordLevel({"<pad>": 0, **numbers, "</s>": size}, unk_token="<pad>"))
+    words = Tokenizer(models.WordLevel({"<pad>": 0, **numbers, "</s>": size}, unk_token="1"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
     for name in ("config.json", "generation_config.json"):
