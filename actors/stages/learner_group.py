@@ -16,6 +16,7 @@ from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
 from actors.forking.servers import NO_SERVERS, ForkServers
 from actors.learner_actor import WATCH, LearnerActor
+from rlsys.architectures.precision import rounding_note
 from rlsys.config import JobConfig, Stage
 from rlsys.data.problems import ProblemSet
 from rlsys.datums import DatumBatch
@@ -201,7 +202,7 @@ class LearnerGroup:
             self._results([rank.not_forked.remote() for rank in self.ranks], "start", "a fork"), self.note
         )
         for computed in {*self._results(refs, "start", "loading the base")} - {wanted}:
-            self.note(f"the learner's CPU has no kernels for {wanted}: {computed} is computed with {wanted}'s weights")
+            self.note(rounding_note("the learner's CPU", wanted, computed))
 
     def _relaunch(self, error: ActorDiedError | DataLostError) -> None:
         if self.ended:

@@ -29,6 +29,11 @@ def computing_dtype(dtype: str, device: str) -> str:
     return dtype if fast is None or fast() else "float32"
 
 
+def rounding_note(cpu: str, dtype: str, computing: str) -> str:
+    """Return what to tell the user where `computing` is not the model's `dtype`; `cpu` names the CPU."""
+    return f"{cpu} has no kernels for {dtype}: {computing} is computed with {dtype}'s weights"
+
+
 def bfloat16_problem(dtype: str, capability: tuple[int, int], who: str) -> str | None:
     """Return why a GPU cannot compute in `dtype`, None if it can; `who` names the GPU.
 

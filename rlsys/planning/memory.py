@@ -227,7 +227,7 @@ def bound_growth(hidden_size: int, threshold: int = MMAP_THRESHOLD) -> None:
 
 
 def kv_bytes_per_token(model: ModelSection, dims: ModelShape, device: str) -> int:
-    return 2 * dims.num_layers * dims.kv_size * SAVED_BYTES[computing_dtype(model.dtype, device)]
+    return 2 * dims.num_layers * dims.kv_size * _bytes_on(device, model)
 
 
 def kv_cache_bytes(section: SamplerSection, model: ModelSection, dims: ModelShape) -> int:
@@ -253,12 +253,16 @@ def _resident(config: JobConfig, dims: ModelShape, blocks: Blocks, tokens: int) 
 
 def _engine_bytes(config: JobConfig) -> int:
     """Bytes per value in a sampler's engine."""
-    return SAVED_BYTES[computing_dtype(config.model.dtype, config.sampler_device)]
+    return _bytes_on(config.sampler_device, config.model)
 
 
 def _computed_bytes(config: JobConfig) -> int:
     """Bytes per value of the base's layers in the learner."""
-    return SAVED_BYTES[computing_dtype(config.model.dtype, config.learner.device)]
+    return _bytes_on(config.learner.device, config.model)
+
+
+def _bytes_on(device: str, model: ModelSection) -> int:
+    return SAVED_BYTES[computing_dtype(model.dtype, device)]
 
 
 def _attention_blocks(config: JobConfig, dims: ModelShape) -> Blocks:

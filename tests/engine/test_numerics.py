@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rlsys.architectures.precision import computing_dtype
 from rlsys.config import LearnerSection, LoraSection, ModelSection
@@ -14,6 +15,7 @@ from rlsys.learner.learner import Learner
 from rlsys.learner.policy import join_prompts
 from rlsys.rollouts import offsets_of
 from rlsys.sampler.engine import Sampler
+from rlsys.sampler.vllm.adapter_worker import _narrowed
 from rlsys.types import SamplingParams
 from rlsys.weight_sync.update import WeightUpdate
 from tests.engine.tiny_engine import MAX_LENGTH, SECTION, VOCAB, Reference
@@ -63,3 +65,10 @@ def test_learner_and_sampler_give_sampled_tokens_the_same_log_probability(
     finally:
         if own:
             run(sampler.stop())
+
+
+def test_a_slot_wider_than_the_adapter_that_came_must_hold_its_values() -> None:
+    came = torch.tensor([[1.0, -0.5], [3.0, 2.0**-7]])
+    assert torch.equal(_narrowed("a", came, torch.bfloat16), came.bfloat16())
+    with pytest.raises(ValueError, match=r"slot of a holds values that are not of torch\.bfloat16"):
+        _narrowed("a", came * (1 + 2.0**-12), torch.bfloat16)

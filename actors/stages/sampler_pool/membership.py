@@ -19,6 +19,7 @@ from actors.faults.actor_logs import Failures
 from actors.faults.watchdog import Waiting, Watchdog, value
 from actors.forking.servers import NO_SERVERS, ForkServers
 from actors.sampler_actor import SamplerActor
+from rlsys.architectures.precision import rounding_note
 from rlsys.config import JobConfig
 from rlsys.data.problems import ProblemSet
 from rlsys.errors import ActorDiedError, ClusterError, DataLostError, RlsysError, StalledError
@@ -239,9 +240,7 @@ class Membership:
         wanted = self.config.model.dtype
         if computing != wanted and not self._rounding_noted:
             self._rounding_noted = True
-            self.note(
-                f"the CPU of {member.name} has no kernels for {wanted}: {computing} is computed with {wanted}'s weights"
-            )
+            self.note(rounding_note(f"the CPU of {member.name}", wanted, computing))
 
     # restarts
 

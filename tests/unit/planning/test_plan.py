@@ -25,6 +25,7 @@ from rlsys.planning.memory import (
     activations,
     adapter_parameters,
     engine_asleep,
+    kv_bytes_per_token,
     kv_cache_bytes,
     learner_memory,
     micro_batch_tokens,
@@ -169,6 +170,21 @@ def test_a_kv_cache_is_at_most_twice_what_the_longest_sequences_need(parallel: i
     assert kv_cache_bytes(section, config.model, dims) == 2 * needed
     small = section.model_copy(update={"kv_cache_gb": needed / GIB})
     assert kv_cache_bytes(small, config.model, dims) == needed
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_an_engine_on_a_cpu_without_kernels_for_bfloat16_is_planned_in_float32(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlsys.architectures.precision.multiplies_bfloat16", lambda: kernels)
+    half, full = job("model.dtype=bfloat16"), job("model.dtype=float32")
+    dims = model_shape(half.model)
+    parts = {name: sampler_memory(config, dims).peak.parts for name, config in (("half", half), ("full", full))}
+    for part in ("weights", "packed embeddings", "KV cache", "LoRA slots", "activations"):
+        assert parts["half"][part] * (2 if kernels else 1) == parts["full"][part], part
+    assert kv_bytes_per_token(half.model, dims, "cuda") * 2 == kv_bytes_per_token(full.model, dims, "cuda")
+    said = [one for one in planned("model.dtype=bfloat16").warnings if "no fast kernels" in one]
+    assert ["the learner and the sampler round the weights" in one for one in said] == ([] if kernels else [True])
 
 
 def test_a_sharded_base_leaves_each_rank_a_share() -> None:
