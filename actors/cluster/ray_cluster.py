@@ -12,8 +12,8 @@ import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import AuthenticationError, RayError
 
+from actors.cluster.local_ray import first_sentence, start
 from actors.cluster.process_environment import check_process_environment
-from actors.machine.gpus import gpus_for_ray
 from rlsys.config import ClusterSection
 from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError
@@ -41,7 +41,7 @@ def cluster(section: ClusterSection) -> Iterator[str]:
     set_default("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls whose result is no longer needed
     # Ray kills actors, which would leave the sockets of engines and the folders of fork servers behind.
     with tempfile.TemporaryDirectory(prefix="rlsys-", ignore_cleanup_errors=True) as scratch:
-        where = _join(address) if address else _start(section, scratch)
+        where = _join(address) if address else start(section, scratch)
         try:
             yield where
         finally:
@@ -84,7 +84,7 @@ def _join(address: str) -> str:
     try:
         _knock(address)
     except OSError as error:
-        raise ClusterError(f"no Ray cluster answers at {where}: {_line(error)}. {START}") from error
+        raise ClusterError(f"no Ray cluster answers at {where}: {first_sentence(error)}. {START}") from error
     try:
         ray.init(address=address, log_to_driver=False, logging_level="warning")
     except (OSError, RuntimeError, ValueError, RayError) as error:
@@ -102,9 +102,9 @@ def why_not_joined(where: str, error: BaseException) -> str:
         mode = env_variable("RAY_AUTH_MODE")
         now = f"RAY_AUTH_MODE is {mode!r} here" if mode else "RAY_AUTH_MODE is not set here"
         return (
-            f"the Ray cluster at {where} refuses this process's token: {_line(error)}. {now}. Set RAY_AUTH_MODE to "
-            "the mode that the cluster was started with: disabled, or token with the cluster's token in "
-            "RAY_AUTH_TOKEN, in the file RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token"
+            f"the Ray cluster at {where} refuses this process's token: {first_sentence(error)}. {now}. Set "
+            "RAY_AUTH_MODE to the mode that the cluster was started with: disabled, or token with the cluster's token "
+            "in RAY_AUTH_TOKEN, in the file RAY_AUTH_TOKEN_PATH or in ~/.ray/auth_token"
         )
     if "version mismatch" in low or "versions don't match" in low:
         return (
@@ -112,19 +112,13 @@ def why_not_joined(where: str, error: BaseException) -> str:
             "Python on both sides (pip install 'ray[default]==VERSION'), or start a cluster from this environment"
         )
     if "could not find any running ray instance" in low or "'auto'" in low:
-        return f"no Ray cluster answers at {where}: {_line(error)}. {START}"
+        return f"no Ray cluster answers at {where}: {first_sentence(error)}. {START}"
     tls = env_variable("RAY_USE_TLS") or "0"
     return (
-        f"a process listens at {where}, but it does not answer like a Ray cluster: {_line(error)}. Check the port "
-        "(6379 unless changed with `ray start --head --port`; 8265 is the dashboard, which drivers cannot join), "
+        f"a process listens at {where}, but it does not answer like a Ray cluster: {first_sentence(error)}. Check the "
+        "port (6379 unless changed with `ray start --head --port`; 8265 is the dashboard, which drivers cannot join), "
         f"TLS (RAY_USE_TLS is {tls!r} here, and must be the same on both sides), RAY_AUTH_MODE and the token"
     )
-
-
-def _line(error: BaseException) -> str:
-    """First sentence of an error message; Ray appends several lines of advice."""
-    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return said.partition(". ")[0].strip().rstrip(".")
 
 
 def _knock(address: str) -> None:
@@ -132,35 +126,6 @@ def _knock(address: str) -> None:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host, int(port)), timeout=KNOCK_TIMEOUT_S).close()
-
-
-def _start(section: ClusterSection, scratch: str) -> str:
-    set_default("RAY_USAGE_STATS_ENABLED", "0")
-    set_default("RAY_prestart_worker_first_driver", "0")  # most workers are forked, which these are not
-    try:
-        ray.init(
-            address="local",
-            num_cpus=section.num_cpus,
-            num_gpus=gpus_for_ray(),
-            object_store_memory=int(section.object_store_gb * 2**30),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="warning",
-            runtime_env={"env_vars": {"TMPDIR": scratch}},
-        )
-    except Exception as error:  # of many types: a bare one where Ray's processes are late
-        raise ClusterError(why_not_started(error)) from error
-    return "a Ray cluster on this machine"
-
-
-def why_not_started(error: BaseException) -> str:
-    """Explain why Ray did not start here, and what to do."""
-    late = "timed out" in str(error)
-    remedy = "on a loaded machine Ray's own limit is short, so run the command again. " if late else ""
-    return (
-        f"Ray did not start on this machine: {_line(error)}; {remedy}Ray's logs are in session_latest/logs below "
-        "RAY_TMPDIR or /tmp/ray"
-    )
 
 
 def threads_env(threads: int | None) -> dict[str, dict[str, str]]:

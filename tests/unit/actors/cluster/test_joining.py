@@ -8,7 +8,8 @@ import pytest
 from ray._private.authentication import authentication_constants as messages
 from ray.exceptions import AuthenticationError
 
-from actors.cluster.ray_cluster import cluster, why_not_joined, why_not_started
+from actors.cluster.local_ray import why_not_started
+from actors.cluster.ray_cluster import cluster, why_not_joined
 from rlsys.config import ClusterSection
 from rlsys.errors import ClusterError
 
