@@ -24,6 +24,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from actors.cluster.connection import connection
 from actors.service.call_futures import future_of
 from actors.service.fork_servers import DeploymentServers
 from actors.service.launch import another, find, launch_learner, launch_sampler, learner_name, sampler_name, was_stopped
@@ -87,6 +88,7 @@ class Supervisor:
         )
         self.samplers = [self._sampler(i, handle) for i, handle in enumerate(samplers)]
         self._turns = itertools.count()
+        self._connection = connection()
         self._stopped = threading.Event()
         for sampler in self.samplers:
             if sampler.handle is None:
@@ -94,7 +96,15 @@ class Supervisor:
         threading.Thread(target=self._check_all, name="rlsys-supervisor", daemon=True).start()
 
     def stop(self) -> None:
-        self._stopped.set()
+        """No actor is asked or replaced after this returns."""
+        with self.lock:
+            self._stopped.set()
+
+    @property
+    def _connected(self) -> bool:
+        """False after the end of the connection in which the actors are known, for which this client need not have been
+        closed. In another one these actors are none of this client's."""
+        return connection() is self._connection
 
     @property
     def actors(self) -> list[ActorHandle]:
@@ -177,6 +187,9 @@ class Supervisor:
         while member.deaths and time.monotonic() - member.deaths[0] > WINDOW_S:
             member.deaths.popleft()
         limit = self._spec.max_restarts
+        if not self._connected:
+            member.why = "this process has left the Ray cluster of the deployment"
+            return
         if was_stopped(self._spec.key):
             member.why = "the deployment was stopped"
             return
@@ -242,9 +255,11 @@ class Supervisor:
 
     def _check_all(self) -> None:
         """Renew this client's lease with every actor, and replace those that are dead."""
-        while not self._stopped.wait(CHECK_S) and ray.is_initialized():
+        while not self._stopped.wait(CHECK_S) and self._connected:
             for member in (self.learner, *self.samplers):
                 with self.lock, suppress(RayError, RuntimeError):  # the connection may end at this moment
+                    if self._stopped.is_set():
+                        return
                     if not member.serves and not member.recovering:
                         self._recover(member)
                     elif member.serves and member.handle is not None:

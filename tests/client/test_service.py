@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 
 import rlsys
+from actors.cluster import setup_worker
 from actors.service.deployment import RayBackend
 from rlsys import types
 from rlsys.client.backend import Adopted, RunProgress
@@ -34,6 +36,15 @@ def test_a_second_service_client_joins_what_runs_and_leaves_it_running(
     assert own.forward([datum], "cross_entropy").result(FAR_S).loss == losses[0]
 
 
+def test_a_ray_of_its_own_has_no_dashboard_log_monitor_or_autoscaler(service: rlsys.ServiceClient) -> None:
+    """Nor a program that imports Ray to read a worker's environment."""
+    commands = [each.cmdline() for each in psutil.Process().children(recursive=True)]
+    of_ray = {Path(part).name: command for command in commands for part in command[:3] if "/ray/" in part}
+    assert of_ray.keys() >= {"gcs_server", "raylet"}
+    assert not of_ray.keys() & {"dashboard.py", "log_monitor.py", "monitor.py"}
+    assert setup_worker.__file__ in " ".join(of_ray["raylet"])
+
+
 def test_another_process_joins_what_runs(service: rlsys.ServiceClient, base: str, datum: types.Datum) -> None:
     code = f"""
 import rlsys
@@ -44,11 +55,25 @@ with rlsys.ServiceClient(config) as service:
     client = service.create_lora_training_client({base!r}, rank=4, seed=3)
     datum = rlsys.Datum(rlsys.ModelInput.from_ints({datum.model_input.to_ints()}), {dict(datum.loss_fn_inputs)})
     print("loss", repr(client.forward([datum], "cross_entropy").result(1e5).loss))
+
+import threading, time
+import ray
+from actors.service import supervisor
+
+supervisor.CHECK_S = 0.1
+left_open = rlsys.ServiceClient(config)
+left_open.create_lora_training_client({base!r}, rank=4)
+[watching] = [each for each in threading.enumerate() if each.name == "rlsys-supervisor"]
+ray.shutdown()
+ray.init(address=config.cluster.address, log_to_driver=False)
+watching.join(60)
+print("watching", watching.is_alive())
 """
     found = run([sys.executable, "-c", code], signs=[cpu_of(os.getpid())])
     assert found.returncode == 0, found.stderr
     own = service.create_lora_training_client("tiny", rank=4, seed=3)
     assert f"loss {own.forward([datum], 'cross_entropy').result(FAR_S).loss!r}" in found.stdout
+    assert "watching False" in found.stdout, "a client that was not closed still calls Ray after its connection ended"
 
 
 def test_runs_and_snapshots_of_a_client_that_was_killed_are_adopted(service: rlsys.ServiceClient, base: str) -> None:
