@@ -88,6 +88,7 @@ def policy_actors(
         placement = Placement(config, note)
         stack.callback(placement.release)
         rank_slots, sampler_slots = placement.reserve()
+        stack.enter_context(servers.for_slots([*rank_slots, *sampler_slots], note))
 
         def renew() -> tuple[SamplerInit, PublishedAdapter]:
             assert graders.base is not None

@@ -4,9 +4,11 @@
        |  fork
        +-> server of actors      graders, tokenizers; no torch
        |
-    learner's server             torch, transformers, PEFT, the learner
+    a process with torch and transformers
        |  fork
        +-> sampler's server      and vLLM, with the environment of an engine
+       |
+    learner's server             and PEFT, the learner
 
 Three servers: most actors need no torch, and an import of vLLM changes what a learner computes with: it registers
 models with transformers and sets variables. Each has one thread and no CUDA. A request that came during the imports
@@ -40,15 +42,16 @@ from rlsys.config import SamplerSection
 from rlsys.sampler.vllm.parent_process import end_with
 from rlsys.utils.importing import without_collections
 
-LEARNER = (
+# What PEFT and vLLM both import. The engine is what a job waits for, so vLLM comes next, and the rest at the same time.
+SHARED = (
     "numpy",
     "torch",
     "transformers",
     "transformers.utils.logging",
-    "peft",
-    "rlsys.learner.policy",
-    "rlsys.learner.learner",
+    "transformers.modeling_utils",
+    "transformers.models.auto.auto_factory",
 )
+LEARNER = ("peft", "rlsys.learner.policy", "rlsys.learner.learner")
 # What Ray imports, at its import and with the first call of an actor; not pyarrow, which starts a thread.
 OF_RAY = (
     "asyncio",
@@ -320,7 +323,7 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
     else:
         os.environ.update(dict.fromkeys(THREAD_COUNTS, str(threads)))
         before = dict(os.environ)
-        import_all(LEARNER)
+        import_all(SHARED)
         gc.freeze()
         role = "sampler" if _forked(folder) else "learner"
         if role == "sampler":
@@ -328,7 +331,7 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
             before |= prepare()
             import_vllm()
         else:
-            import_all(OF_RAY)
+            import_all((*LEARNER, *OF_RAY))
     gc.freeze()
     for name, descriptor in listeners.items():
         if name != role:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +15,7 @@ from actors.cluster.column_refs import by_reference
 from actors.cluster.placement import Slot
 from actors.forking.checks import fingerprint
 from actors.forking.job_server import ForkServer, ServerAddress
-from actors.forking.warm import running
+from actors.forking.warm import Addresses, addresses, end, launch, running
 from rlsys.config import JobConfig
 
 # Of a runtime_env: these leave the node's Python as it is.
@@ -22,8 +24,26 @@ PLAIN = {"env_vars", "working_dir", "py_modules", "excludes", "config", "_ray_co
 
 @dataclass(frozen=True, slots=True)
 class ForkServers:
-    servers: Mapping[tuple[str, int], ServerAddress] = field(default_factory=dict)  # by hex id of the node, and threads
+    """`may_start`: whether the job can have servers of its own beside these."""
+
+    servers: Addresses = field(default_factory=dict)
+    may_start: bool = False
     _noted: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def for_slots(self, slots: Sequence[Slot], note: Callable[[str], None]) -> Iterator[None]:
+        """Start servers for the block, one on each node that has none and holds two or more of the slots: actors there
+        would import the same modules, each by itself."""
+        wanted = Counter((slot.node, slot.threads) for slot in slots) if self.may_start else Counter()
+        places = [(node, threads) for (node, threads), count in wanted.items() if node and count > 1]
+        started = {place: launch(*place) for place in places if place not in self.servers}
+        try:
+            self.servers.update(_of_this_code(addresses(started, START_S, note), note))
+            yield
+        finally:
+            for place in started:
+                self.servers.pop(place, None)
+            end(list(started.values()))
 
     def learner_options(self, slot: Slot) -> dict[str, Any]:
         """Ray's options of a learner, whose worker is forked if the slot's node has a server."""
@@ -51,6 +71,7 @@ class ForkServers:
         return self.servers.get((slot.node or "", slot.threads)) if self.servers else None
 
 
+START_S = 60.0  # for Ray's worker that starts a server; without it the job's actors import by themselves
 NO_SERVERS = ForkServers()
 
 
@@ -66,7 +87,8 @@ def fork_servers(own: ForkServer | None, config: JobConfig, note: Callable[[str]
         return ForkServers({(ray.get_runtime_context().get_node_id(), own.address.threads): own.address})
     if (config.learner.device, config.sampler_device) != ("cpu", "cpu"):
         return NO_SERVERS
-    return warm_servers(note)
+    found = warm_servers(note)
+    return ForkServers(found.servers, may_start=not _other_environment())
 
 
 def warm_servers(note: Callable[[str], None]) -> ForkServers:
@@ -74,18 +96,26 @@ def warm_servers(note: Callable[[str], None]) -> ForkServers:
     found = running(note)
     if not found:
         return NO_SERVERS
-    other = sorted({*ray.get_runtime_context().runtime_env} - PLAIN)
-    if other:
+    if other := _other_environment():
         note(f"rlsys: the cluster's warm servers are not used: this process has the runtime_env {', '.join(other)}")
         return NO_SERVERS
+    return ForkServers(_of_this_code(found, note, "; renew them with `rlsys warm --stop` and `rlsys warm`"))
+
+
+def _of_this_code(found: Addresses, note: Callable[[str], None], remedy: str = "") -> Addresses:
     code = fingerprint()
     same = {where: server for where, server in found.items() if server.fingerprint == code}
     if len(same) < len(found):
         note(
-            f"rlsys: {len(found) - len(same)} of {len(found)} warm servers hold other code or another Python than this "
-            "process and are not used; renew them with `rlsys warm --stop` and `rlsys warm`"
+            f"rlsys: {len(found) - len(same)} of {len(found)} fork servers hold other code or another Python than this "
+            f"process and are not used{remedy}"
         )
-    return ForkServers(same)
+    return same
+
+
+def _other_environment() -> list[str]:
+    """What of this process's runtime_env changes the Python of its actors."""
+    return sorted({*ray.get_runtime_context().runtime_env} - PLAIN)
 
 
 def forked_learner(options: dict[str, Any], server: ServerAddress | None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Fork servers that a Ray cluster keeps for the jobs that join it (`rlsys warm`): one detached actor per node."""
+"""Fork servers on the nodes of a Ray cluster, an actor for each: those that it keeps for the jobs that join it (`rlsys
+warm`), and those that a job starts for itself."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,9 @@ ASK_S = 2.0  # a job does without servers that do not say in time where they are
 STOP_S = 10.0
 # Ray's workers lower their priority once they run, and ask for what they are forked to be before that.
 USUAL_PRIORITY = {"RAY_worker_niceness": "0"}
+
+
+Addresses = dict[tuple[str, int], ServerAddress]  # by hex id of the node, and threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,41 +82,60 @@ def start(threads: int, idle_s: float) -> Iterator[Held]:
     for node in ray.nodes():
         if node["Alive"]:
             name = f"{PREFIX}{node['NodeID']}:{threads}"
-            options: dict[str, Any] = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "num_cpus": 0}
-            options["runtime_env"] = {"env_vars": USUAL_PRIORITY}
-            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            actor = ray.remote(WarmServer).options(get_if_exists=True, **options).remote(threads, idle_s)
-            actors.append((name, node["NodeManagerAddress"], actor))
+            kept = {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True}
+            actors.append((name, node["NodeManagerAddress"], launch(node["NodeID"], threads, idle_s, **kept)))
     for name, address, actor in actors:
         held: Held = wait(actor.held.remote(), READY_S, f"warm server on {address}: importing")
         yield Held(held.node, held.threads, held.processes, held.memory_bytes, name in before)
 
 
+def launch(node: str, threads: int, idle_s: float = 0.0, **options: object) -> ActorHandle:
+    """The actor of a server on a node. `options`: Ray's."""
+    where = NodeAffinitySchedulingStrategy(node, soft=False)
+    place: dict[str, Any] = {"num_cpus": 0, "runtime_env": {"env_vars": USUAL_PRIORITY}, "scheduling_strategy": where}
+    return ray.remote(WarmServer).options(**place, **options).remote(threads, idle_s)
+
+
 def stop() -> int:
     """End all servers of the connected cluster; processes that they forked live on. Returns how many there were."""
-    found = list(_named())
-    stopping = [actor.stop.remote() for _, actor in found]
-    ray.wait(stopping, num_returns=len(stopping), timeout=STOP_S) if stopping else None
-    for _, actor in found:
-        ray.kill(actor)
+    found = [actor for _, actor in _named()]
+    end(found)
     return len(found)
 
 
-def running(note: Callable[[str], None]) -> dict[tuple[str, int], ServerAddress]:
-    """Addresses of the connected cluster's servers, by node and thread count."""
-    asked = {actor.address.remote(): name for name, actor in _named()}
+def end(actors: Sequence[ActorHandle]) -> None:
+    """End servers and their actors; processes that they forked live on."""
+    stopping = [actor.stop.remote() for actor in actors]
+    ray.wait(stopping, num_returns=len(stopping), timeout=STOP_S) if stopping else None
+    for actor in actors:
+        ray.kill(actor)
+
+
+def running(note: Callable[[str], None]) -> Addresses:
+    """Addresses of the connected cluster's servers."""
+    actors = {}
+    for name, actor in _named():
+        node, threads = name.removeprefix(PREFIX).split(":")
+        actors[node, int(threads)] = actor
+    return addresses(actors, ASK_S, note)
+
+
+def addresses(
+    actors: Mapping[tuple[str, int], ActorHandle], timeout_s: float, note: Callable[[str], None]
+) -> Addresses:
+    """Addresses of the servers of these actors; `note` says which have none."""
+    asked = {actor.address.remote(): where for where, actor in actors.items()}
     if not asked:
         return {}
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ASK_S)
+    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
     found = {}
     for ref in ready:
-        node, threads = asked[ref].removeprefix(PREFIX).split(":")
         try:
-            found[node, int(threads)] = ray.get(ref)
+            found[asked[ref]] = ray.get(ref)
         except RayError as error:
-            note(f"rlsys: the warm server of node {node[:8]} is not used: {str(error).splitlines()[0]}")
+            note(f"rlsys: the fork server of node {asked[ref][0][:8]} is not used: {str(error).splitlines()[0]}")
     for ref in late:
-        note(f"rlsys: {asked[ref]} has not answered within {ASK_S:g} s and is not used")
+        note(f"rlsys: the fork server of node {asked[ref][0][:8]} has not answered within {timeout_s:g} s, so not used")
     return found
 
 

@@ -13,11 +13,13 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayActorError
 
+from actors.cluster.placement import Placement
 from actors.cluster.ray_cluster import threads_env
 from actors.faults import actor_logs
 from actors.forking import warm
-from actors.forking.servers import with_runtime
-from tests.ray.conftest import WarmCluster, rlsys
+from actors.forking.servers import fork_servers, with_runtime
+from rlsys.config import parse_config
+from tests.ray.conftest import JOB, WarmCluster, rlsys
 from tests.waiting import until_gone
 
 
@@ -111,6 +113,25 @@ def test_a_forked_worker_whose_first_process_is_killed_ends_and_ray_sees_it(opti
     until_gone([facts["pid"]], "the worker")
     with pytest.raises(RayActorError):
         ray.get(actor.facts.remote(), timeout=60)
+
+
+def test_a_job_has_a_server_of_its_own_where_two_of_its_actors_start_and_none_is_warm(options: dict[str, Any]) -> None:
+    config = parse_config(JOB, ["model.path=x", "learner.threads=2", "sampler.threads=2"])
+    servers = fork_servers(None, config, print)
+    placement = Placement(config, print)
+    try:
+        [rank], [sampler] = placement.reserve()
+        with servers.for_slots([rank], print):
+            assert "py_executable" not in servers.learner_options(rank)["runtime_env"]
+        with servers.for_slots([rank, sampler], print):
+            actor = ray.remote(Watched).options(**servers.learner_options(rank)).remote()
+            facts = ray.get(actor.facts.remote())
+            assert facts["by"] and facts["not forked"] is None and facts["same"]["threads"] == 2
+        until_gone([int(facts["by"])], "the server")
+        assert ray.get(actor.facts.remote())["pid"] == facts["pid"], "what it forked lives on"
+        assert "py_executable" not in servers.learner_options(rank)["runtime_env"]
+    finally:
+        placement.release()
 
 
 def test_a_cluster_that_is_warm_is_left_as_it_is(warm_cluster: WarmCluster) -> None:
