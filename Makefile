@@ -27,9 +27,10 @@ quickstart: $(READY)
 # it each of the many processes that tests start would compile its modules, and each of the three all tests. OMP_NUM_THREADS:
 # jobs and engines choose their own count. With vLLM's CUDA build, tests that start an engine on the CPU are skipped by name;
 # without a GPU, so are the tests marked gpu.
+CRASHED = --max-worker-restart 0  # a crash ends the run: with a process in the place of the crashed one pytest-xdist can hang
 TEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
-UNIT = OMP_NUM_THREADS=1 $(TEST) tests/unit -n 3 --dist loadfile --no-loadscope-reorder --durations 20
-OTHERS = OMP_NUM_THREADS=1 $(TEST) tests --ignore tests/unit -n $(or $(PROCESSES),2) --dist loadfile --no-loadscope-reorder --durations 20
+UNIT = OMP_NUM_THREADS=1 $(TEST) tests/unit -n 3 --dist loadfile --no-loadscope-reorder $(CRASHED) --durations 20
+OTHERS = OMP_NUM_THREADS=1 $(TEST) tests --ignore tests/unit -n $(or $(PROCESSES),2) --dist loadfile --no-loadscope-reorder $(CRASHED) --durations 20
 test: $(READY) check
 	$(UNIT)
 	$(OTHERS)
