@@ -114,6 +114,7 @@ class Sampler:
         """Start the engine, warm it up, and measure its noise."""
         began = time.perf_counter()
         self.engine.start()
+        await self.engine.started()
         await self.engine.guarded(self.scorer.measure_noise())
         self._start_s = time.perf_counter() - began
 

@@ -99,6 +99,12 @@ class VllmEngine:
             raise ActorFailedError(f"{self.where}: vLLM refused {self._base}: {refusal(error)}") from error
         self.heartbeat.watch(self.llm)
 
+    async def started(self) -> None:
+        """Ask the engine, which is up, for what `stop` has to delete."""
+        for path in await self.call_workers("rlsys_meeting_file"):
+            if path:
+                self._folder.callback(Path(str(path)).unlink, missing_ok=True)
+
     def generate(
         self, prompt: list[int], params: vllm.SamplingParams, request_id: str, lora: LoRARequest | None
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -168,8 +174,12 @@ class VllmEngine:
             raise SamplingError(f"{self.where}: is asleep; wanted wake() first")
 
     def stop(self) -> None:
-        """End the engine and its processes. Call on the thread of the engine's event loop: it cancels a task of it."""
+        """End the engine and its processes. Call on the thread of the engine's event loop: it cancels a task of it.
+
+        An engine of one process on a CPU is killed: it has nothing to save, and would collect its garbage for a second.
+        The processes of others share memory and devices, which they give back.
+        """
         llm, self._llm = self._llm, None
         if llm is not None:
-            llm.shutdown()
+            llm.shutdown(timeout=0 if self.device == "cpu" and self.section.tensor_parallel_size == 1 else None)
         self._folder.close()

@@ -127,7 +127,7 @@ def test_an_engine_starts_with_no_compiler_and_ends_when_its_parent_is_killed(
     until_gone([engine], "the engine of a killed process to end")
 
 
-def test_a_path_of_a_model_is_no_pattern_and_no_address(
+def test_a_path_of_a_model_is_no_pattern_and_no_address_and_an_engine_leaves_nothing(
     reference: Reference, tmp_path: Path, run: Callable[..., Any]
 ) -> None:
     folder = tmp_path / "exp[1] *? {a,b} 100% #1 a::b w\xf6rld"
@@ -141,9 +141,13 @@ def test_a_path_of_a_model_is_no_pattern_and_no_address(
         assert len(rollouts.tokens) == 16
         read = Path(sampler.engine.llm.model_config.model)
         assert read.samefile(folder) and read != folder  # still there: the engine reads it again when it is ready
+        [met_in] = run(sampler.engine.call_workers("rlsys_meeting_file"))
+        assert Path(met_in).is_file()
+        (process,) = sampler.engine.llm.engine_core.resources.engine_manager.processes
     finally:
         run(sampler.stop())
-    assert not os.path.lexists(read)
+    assert not os.path.lexists(read) and not os.path.lexists(met_in)
+    until_gone([process.pid], "the engine of a stopped sampler to end")
 
 
 def test_another_vllm_is_refused_before_it_is_patched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,11 +52,17 @@ class Slots:
 class AdapterExtension:
     """Mixed into vLLM's worker (`worker_extension_cls`), so that `collective_rpc` reaches these."""
 
-    rank: int  # an attribute of the worker, as the next one
+    rank: int  # an attribute of the worker, as the next two
     model_runner: LoRAModelRunnerMixin
+    distributed_init_method: str
 
     def rlsys_answer(self, number: int, method: str, arguments: list[object]) -> Answer:
         return answer(self, number, method, arguments)
+
+    def rlsys_meeting_file(self) -> str:
+        """The file in which the engine's processes found one another; empty if they did not need one."""
+        how, _, path = self.distributed_init_method.partition("://")
+        return path if how == "file" else ""
 
     def rlsys_install(
         self, adapter: int, rank: int, dtype: str, layout: Layout, path: str, leaving: Sequence[int], is_alone: bool
