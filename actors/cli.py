@@ -19,6 +19,8 @@ from rlsys.utils.shell_paths import expand, expanded
 if TYPE_CHECKING:
     from actors.forking.job_server import ForkServer
     from rlsys.config import ClusterSection, JobConfig
+    from rlsys.evaluation.policy_source import PolicySource
+    from rlsys.evaluation.record import EvalRecord
     from rlsys.planning.fit import Node
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -137,18 +139,30 @@ def evaluate(
 
     policy = find_policy(job, checkpoint)
 
-    from actors.evaluation import evaluate as run_evaluation  # Ray is imported only if the policy exists
+    from actors.forking.job_server import job_server
+
+    check = _model_check(policy.config)
+    with job_server(policy.config) as server:
+        record = _evaluate(job, policy, server, check)
+
     from rlsys.evaluation.record import text, write
+
+    data, table = write(record, out or job.run_dir / "eval")
+    print(f"\n{text(record)}\n{data}\n{table}")
+
+
+def _evaluate(
+    job: JobConfig, policy: PolicySource, server: ForkServer | None, check: Callable[[], tuple[str, ...]]
+) -> EvalRecord:
+    from actors.evaluation import evaluate as run_evaluation  # Ray is imported only if the policy exists
     from rlsys.tracking.progress import Progress
 
     progress = Progress()
     try:
-        record = run_evaluation(job, policy, progress)
+        return run_evaluation(job, policy, progress, server, check)
     except KeyboardInterrupt:
         progress.note("Interrupted. Nothing was written")
         raise typer.Exit(INTERRUPTED) from None
-    data, table = write(record, out or job.run_dir / "eval")
-    print(f"\n{text(record)}\n{data}\n{table}")
 
 
 @app.command()

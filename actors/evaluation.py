@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from actors.cluster.processors import refuse_absent_cores
 from actors.cluster.ray_cluster import cluster, refuse_other_builds
 from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
+from actors.forking.job_server import ForkServer
 from actors.forking.servers import fork_servers
 from actors.job_actors import PolicyActors, policy_actors, retry
 from actors.stages.learner_group import LearnerGroup
@@ -45,8 +46,15 @@ class Loaded:
         return self.resume
 
 
-def evaluate(config: JobConfig, policy: PolicySource, progress: Progress) -> EvalRecord:
-    """Whatever this raises, the actors are gone, and nothing has been written.
+def evaluate(
+    config: JobConfig,
+    policy: PolicySource,
+    progress: Progress,
+    server: ForkServer | None = None,
+    check: Callable[[], tuple[str, ...]] | None = None,
+) -> EvalRecord:
+    """Whatever this raises, the actors are gone, and nothing has been written. `server`: forks the actors where Ray
+    starts here. `check`: `check_job` of the policy's configuration, where it has begun already.
 
     Raises:
         CheckpointError, ConfigError: the adapter is of another base, or its run trains on held-out problems; no engine
@@ -57,7 +65,7 @@ def evaluate(config: JobConfig, policy: PolicySource, progress: Progress) -> Eva
     refuse_other_builds(config.cluster, config.sampler_device, config.learner.device)
     refuse_unsupported_job(policy.config)
     refuse_absent_cores(config.cluster.address, None, policy.config.sampler)
-    for note in check_job(policy.config):
+    for note in check() if check else check_job(policy.config):
         progress.note(f"rlsys: {note}")
     failures, own, interrupts = Failures(), _renamed(policy.config), Interrupts(progress.note)
     try:
@@ -65,7 +73,7 @@ def evaluate(config: JobConfig, policy: PolicySource, progress: Progress) -> Eva
         with interrupts.watched(), cluster(config.cluster) as where, interrupts.watched():
             progress.note(f"rlsys: evaluating {policy.kind} {policy.path} on {where}")
             resume = Resume(Path(policy.path), 0, b"", policy.files) if policy.files else None
-            servers = fork_servers(None, own, progress.note)
+            servers = fork_servers(server, own, progress.note)
             learner = LearnerGroup(own, Loaded(resume), failures, progress.note, servers)
             with policy_actors(own, learner, failures, progress.note, servers=servers) as actors:
                 base = policy.base

@@ -1,7 +1,7 @@
 """Seconds from a command to its first result: `rlsys --help`, a refused config, a job alone, on a Ray cluster and on
-one after `rlsys warm`, and a client of a running deployment.
+one after `rlsys warm`, an evaluation there, and a client of a running deployment.
 
-    python -m benchmarks.startup [--repeats 5] [--only help refused job joined warm client]
+    python -m benchmarks.startup [--repeats 5] [--only help refused job joined warm eval client]
 
 Each repetition starts new processes; the files are in the page cache after a first round that is not counted. A job is
 the quickstart's model with random weights and 8 problems of 8 completions in a step; its first step is read from
@@ -60,7 +60,7 @@ print(sampling.sample(ModelInput.from_ints(tokens), 1, SamplingParams(max_tokens
 """
 PHASES = {"on a Ray cluster on": "ray", "on the Ray cluster at": "ray", "starting engines: started": "actors"}
 LOOK_S = 0.25  # between two readings of the process table
-LIMITS = {"help": 0.3, "refused": 0.3, "job": 12.0, "joined": 12.0, "warm": 5.0, "client": 5.0}
+LIMITS = {"help": 0.3, "refused": 0.3, "job": 12.0, "joined": 12.0, "warm": 5.0, "eval": 5.0, "client": 5.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,8 @@ def main() -> None:
 
 def measure(name: str, folder: Path, base: Path, repeats: int) -> None:
     side: Callable[[], Start]
-    with cluster() if name in ("joined", "warm", "client") else nothing() as environment:
-        if name == "warm":
+    with cluster() if name in ("joined", "warm", "eval", "client") else nothing() as environment:
+        if name in ("warm", "eval"):
             timed([*RLSYS, "warm"], 0, environment)
         match name:
             case "help":
@@ -96,6 +96,12 @@ def measure(name: str, folder: Path, base: Path, repeats: int) -> None:
                 bad = folder / "bad.yaml"
                 bad.write_text(JOB.format(where=folder, base=base) + "rll: {}\n")
                 side = lambda: timed([*RLSYS, "train", str(bad)], 1)  # noqa: E731
+            case "eval":
+                trained = folder / "trained.yaml"
+                trained.write_text(JOB.format(where=folder, base=base))
+                timed([*RLSYS, "train", str(trained)], 0, environment)
+                command = [*RLSYS, "eval", str(trained), "--checkpoint", str(folder / "job")]
+                side = lambda: timed(command, 0, environment)  # noqa: E731
             case "client":
                 side = lambda: timed([sys.executable, "-c", CLIENT, str(base)], 0, environment)  # noqa: E731
             case _:
@@ -126,6 +132,7 @@ TITLES = {
     "job": "start: `rlsys train` on an existing base of 0.4M parameters, command to the end of the first RL step",
     "joined": "start: the same on a Ray cluster that is up",
     "warm": "start: the same on such a cluster after `rlsys warm`",
+    "eval": "start: `rlsys eval` of 32 problems on such a cluster, command to exit",
     "client": "start: a second client of a detached deployment, to its first update and its first completion",
 }
 

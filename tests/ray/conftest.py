@@ -13,6 +13,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from actors import job as jobs
+from actors.cluster import setup_worker
 from rlsys import tasks
 from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
 from rlsys.config import JobConfig, MakeSection, parse_config
@@ -71,6 +72,9 @@ def warm_cluster() -> Iterator[WarmCluster]:
             "dashboard_host": "127.0.0.1",
             "dashboard_port": DASHBOARD_PORT,
             "dashboard_agent_listen_port": free_port(),  # another Ray on this machine may hold the usual one
+            "no_monitor": True,  # of an autoscaler
+            # As in a Ray of rlsys's own; tests/nodes and tests/deploy have that of Ray.
+            "setup_worker_path": setup_worker.__file__,
         },
     )
     os.environ["RAY_ADDRESS"] = cluster.address

@@ -18,7 +18,9 @@ from tests import waiting
 JOB = "run: {name: a}\nmodel: {path: x}\nwatchdog: {stages: {start: 60}}\n"
 Ids = list[str]
 VISIBLE = ("3", "5")
-PLAIN = {"object_store_memory": 100 * 2**20, "include_dashboard": False, "include_log_monitor": False}
+PLAIN = {
+    "object_store_memory": 100 * 2**20, "include_dashboard": False, "include_log_monitor": False, "no_monitor": True
+}  # fmt: skip
 
 
 class Seen:
