@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from actors.cluster.joined_address import joined_address
 from rlsys.config import LearnerSection, SamplerSection
-from rlsys.config.key_types import checked_address
 from rlsys.errors import ConfigError
-from rlsys.utils.env_variables import env_variable
 
 
 def pin(cores: Sequence[int], key: str) -> None:
@@ -24,7 +23,7 @@ def pin(cores: Sequence[int], key: str) -> None:
 
 def refuse_absent_cores(address: str | None, learner: LearnerSection | None, sampler: SamplerSection) -> None:
     """Check the keys before anything starts if the job joins no cluster: then its actors run on this machine."""
-    if checked_address(address or env_variable("RAY_ADDRESS")):
+    if joined_address(address):
         return
     if learner is not None:
         _refuse_absent(learner.cores, "learner.cores")

@@ -12,10 +12,10 @@ import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import AuthenticationError, RayError
 
+from actors.cluster.joined_address import joined_address
 from actors.cluster.local_ray import first_sentence, start
 from actors.cluster.process_environment import check_process_environment
 from rlsys.config import ClusterSection
-from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError
 from rlsys.sampler.vllm_build import Device, refuse_other_torch, refuse_other_vllm
 from rlsys.utils.env_variables import env_variable, set_default
@@ -33,7 +33,7 @@ def cluster(section: ClusterSection) -> Iterator[str]:
     Raises:
         ClusterError: the environment is unusable, or the cluster cannot be joined.
     """
-    address = checked_address(section.address or env_variable("RAY_ADDRESS"))
+    address = joined_address(section.address)
     check_process_environment(starts_ray=not address)
     # Ray prints a message for every dead worker; rlsys reports each failure once, with its cause
     # (actors/faults/actor_logs.py).
@@ -55,7 +55,7 @@ def refuse_other_builds(section: ClusterSection, sampler: Device, learner: Devic
     Raises:
         ClusterError: vLLM or torch is built for another device.
     """
-    if section.address or env_variable("RAY_ADDRESS"):
+    if joined_address(section.address):
         return
     refuse_other_vllm(sampler)
     refuse_other_torch(learner)

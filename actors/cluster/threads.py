@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from actors.cluster.joined_address import joined_address
 from rlsys.architectures.model_shape import hidden_size
 from rlsys.architectures.support import local_config
 from rlsys.config import JobConfig, ModelSection
-from rlsys.config.key_types import checked_address
 from rlsys.planning.threads import Threads, choose_threads
-from rlsys.utils.env_variables import env_variable
 from rlsys.utils.free_cores import Cores, sample_cores
 
 
 def with_chosen_threads(config: JobConfig, note: Callable[[str], None]) -> JobConfig:
     """The job with both thread counts; `note` says which were chosen, and why."""
-    joined = checked_address(config.cluster.address or env_variable("RAY_ADDRESS")) is not None
+    joined = joined_address(config.cluster.address) is not None
     threads = choose_threads(config, _hidden_size(config.model), joined, sample_cores)
     if threads.reasons:
         note(f"rlsys: threads: {threads}")

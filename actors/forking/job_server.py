@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from actors.cluster.joined_address import joined_address
 from actors.cluster.threads import threads_known_early
 from actors.forking import checks, client
 from actors.forking.client import PROCESSES
 from rlsys.config import JobConfig
-from rlsys.config.key_types import checked_address
 from rlsys.errors import ClusterError
-from rlsys.utils.env_variables import env_variable
 
 ROLES = ("actor", "learner", "sampler")
 LOG = "log"
@@ -165,7 +164,7 @@ def job_server(config: JobConfig) -> Iterator[ForkServer | None]:
 
 
 def _threads(config: JobConfig) -> int | None:
-    joins = checked_address(config.cluster.address or env_variable("RAY_ADDRESS")) is not None
+    joins = joined_address(config.cluster.address) is not None
     if joins or (config.learner.device, config.sampler_device) != ("cpu", "cpu"):
         return None
     return threads_known_early(config)

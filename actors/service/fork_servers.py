@@ -9,15 +9,14 @@ from contextlib import contextmanager, suppress
 import ray
 from ray._private.utils import get_num_cpus
 
+from actors.cluster.joined_address import joined_address
 from actors.forking.job_server import ForkServer, ServerAddress
 from actors.forking.servers import warm_servers
 from actors.machine.gpus import gpus_for_ray
 from actors.service.placement import sections
 from rlsys.client.config import ServiceConfig
 from rlsys.config import LearnerSection, SamplerSection
-from rlsys.config.key_types import checked_address
 from rlsys.errors import RlsysError
-from rlsys.utils.env_variables import env_variable
 
 _beside: list[ForkServer] = []  # the server of the Ray that this process started, if it has one
 
@@ -50,7 +49,7 @@ class DeploymentServers:
 def server_beside_ray(config: ServiceConfig) -> Iterator[None]:
     """Have a server for the block, which imports while Ray starts here, unless a cluster is joined, or actors have GPUs
     or different thread counts."""
-    threads = None if checked_address(config.cluster.address or env_variable("RAY_ADDRESS")) else _threads(config)
+    threads = None if joined_address(config.cluster.address) else _threads(config)
     if threads is not None:
         with suppress(OSError):  # of a temporary folder, which the start of Ray refuses by name
             _beside.append(ForkServer(threads))

@@ -8,6 +8,7 @@ import pytest
 from ray._private.authentication import authentication_constants as messages
 from ray.exceptions import AuthenticationError
 
+from actors.cluster.joined_address import joined_address
 from actors.cluster.local_ray import why_not_started
 from actors.cluster.ray_cluster import cluster, why_not_joined
 from rlsys.config import ClusterSection
@@ -83,3 +84,20 @@ def test_a_ray_that_does_not_start_here_is_an_error_with_its_reason(monkeypatch:
 def test_a_ray_that_is_late_is_told_to_start_again() -> None:
     late = Exception("The current node timed out during startup. This could happen because ...")
     assert "timed out during startup; on a loaded machine" in why_not_started(late)
+
+
+@pytest.mark.parametrize(
+    ("given", "variable", "joined"),
+    [
+        (None, "", None),
+        (None, "local", None),
+        ("local", "head:6379", None),
+        (None, "head:6379", "head:6379"),
+        ("auto", "head:6379", "auto"),
+    ],
+)
+def test_local_starts_ray_here_and_a_configuration_comes_before_ray_address(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, variable: str, joined: str | None
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert joined_address(given) == joined
