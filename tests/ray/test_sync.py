@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from actors import job as jobs
+from actors.hosting.host_process import HostProcess
 from actors.sampler_actor import SamplerActor
 from actors.stages.sampler_pool import membership
 from actors.stages.sampler_pool.pool import refuse_unattested
@@ -50,9 +51,13 @@ class DyingSampler(SamplerActor):
 
     async def load(self, update: Any, bound: float | None, reload: bool = False) -> Attestation:
         if update.snapshot.version == 1:
-            for process in psutil.Process().children(recursive=True):
-                if "EngineCore" in process.name() + "".join(process.cmdline()):
-                    process.kill()
+            assert isinstance(self.host, HostProcess)
+            [engine] = [
+                each
+                for each in psutil.Process(self.host.pid).children(recursive=True)
+                if "EngineCore" in each.name() + "".join(each.cmdline())
+            ]
+            engine.kill()
         return await super().load(update, bound, reload)
 
 
