@@ -1,4 +1,4 @@
-"""Starts Ray on this machine for the deployment or job of this process, with the processes that they use.
+"""Starts Ray on this machine for a job or a deployment of this process, with the processes that these use.
 
 `ray.init` also starts a dashboard (`include_dashboard=False` leaves out its page alone), a log monitor, which copies
 workers' output to drivers that ask for it, and an autoscaler. Each of these imports Ray, and so does each worker with a
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -68,9 +67,7 @@ class SmallNode(ray_node.Node):  # type: ignore[misc]  # Ray has no types
     """A head node of this process's own Ray. `ray.init` has no options for these (Ray 2.60)."""
 
     def __init__(self, ray_params: RayParams, **options: Any) -> None:
-        ray_params.update(
-            no_monitor=True, include_log_monitor=False, setup_worker_path=str(Path(setup_worker.__file__))
-        )
+        ray_params.update(no_monitor=True, include_log_monitor=False, setup_worker_path=setup_worker.__file__)
         super().__init__(ray_params, **options)
 
     def start_api_server(self, **options: Any) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,9 +16,13 @@ from ray.exceptions import ActorDiedError, RayActorError
 
 from actors.cluster.placement import Placement
 from actors.cluster.ray_cluster import threads_env
+from actors.evaluation import Loaded
 from actors.faults import actor_logs
+from actors.faults.actor_logs import Failures
 from actors.forking import warm
 from actors.forking.servers import fork_servers, with_runtime
+from actors.job_actors import policy_actors
+from actors.stages.learner_group import LearnerGroup
 from rlsys.config import parse_config
 from tests.ray.conftest import JOB, WarmCluster, rlsys
 from tests.waiting import until_gone
@@ -132,6 +137,17 @@ def test_a_job_has_a_server_of_its_own_where_two_of_its_actors_start_and_none_is
         assert "py_executable" not in servers.learner_options(rank)["runtime_env"]
     finally:
         placement.release()
+
+
+def test_the_actors_of_a_job_are_launched_where_it_has_its_own_server(
+    options: dict[str, Any], micro_base: Path
+) -> None:
+    config = parse_config(JOB, [f"model.path={micro_base}", "learner.threads=2", "sampler.threads=2"])
+    servers = fork_servers(None, config, print)
+    learner = LearnerGroup(config, Loaded(None), Failures(), print, servers)
+    with policy_actors(config, learner, Failures(), print, servers=servers):
+        assert [threads for _, threads in servers.servers] == [1, 2]  # the first is the cluster's
+    assert [threads for _, threads in servers.servers] == [1]
 
 
 def test_a_cluster_that_is_warm_is_left_as_it_is(warm_cluster: WarmCluster) -> None:

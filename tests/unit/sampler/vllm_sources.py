@@ -40,6 +40,7 @@ REACHED = (
 # Attributes that AdapterExtension reads from objects of these modules; assigned to `self` there.
 ATTRIBUTES = {
     "vllm.v1.worker.gpu_worker": ("model_runner",),
+    "vllm.v1.worker.worker_base": ("distributed_init_method",),
     "vllm.v1.worker.lora_model_runner_mixin": ("lora_manager",),
     "vllm.lora.worker_manager": ("_adapter_manager",),
     "vllm.lora.model_manager": (
