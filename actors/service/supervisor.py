@@ -35,6 +35,7 @@ from rlsys.utils.text_files import first_line
 CHECK_S = 5.0
 VERIFY_S = 10.0  # for an actor that is suspected to be dead to answer
 WINDOW_S = 600.0  # in which cluster.max_restarts deaths of an actor are replaced
+LEFT = "this process has left the Ray cluster of the deployment"
 Held = Mapping[str, tuple[object, int]]  # snapshot key -> (its reference, how often this client holds it)
 
 
@@ -188,7 +189,7 @@ class Supervisor:
             member.deaths.popleft()
         limit = self._spec.max_restarts
         if not self._connected:
-            member.why = "this process has left the Ray cluster of the deployment"
+            member.why = LEFT
             return
         if was_stopped(self._spec.key):
             member.why = "the deployment was stopped"
@@ -210,7 +211,7 @@ class Supervisor:
                     ray.kill(dead)  # where only its host process or engine died
             limit_s = self._spec.start_timeout_s
             deadline = time.monotonic() + limit_s
-            found = another(member.name, dead, member.launch, limit_s)
+            found = another(member.name, dead, lambda: self._launched(member), limit_s)
             with self.lock:
                 member.starting = found
                 ended = was_stopped(self._spec.key)
@@ -229,6 +230,11 @@ class Supervisor:
             member.handle, member.serves, member.recovering = found, True, False
             member.joining = member.starting = None
         member.returned.set_result(found)
+
+    def _launched(self, member: Member) -> ActorHandle:
+        if not self._connected:
+            raise ClusterError(LEFT)
+        return member.launch()
 
     def _bring_up_sampler(self, member: Member, found: ActorHandle, deadline: float) -> None:
         """Start the engine, have it prove its adapters, and give it the snapshots that this client holds."""

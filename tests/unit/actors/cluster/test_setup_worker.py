@@ -40,13 +40,14 @@ def started(setup: Path | str, worker: Path, *arguments: str) -> Any:
     "context",
     [
         {},
-        {"env_vars": {"B": "with ' and \" and $ and a space", "TMPDIR": "/x"}},
+        {"env_vars": {"B": "with ' and \" and a space", "TMPDIR": "/x"}},
+        {"env_vars": {"B": "5 $ and more"}},
         {"env_vars": {"A": "${A}:more", "C": "${UNSET}"}},
         {"env_vars": {"A": "1"}, "py_executable": shlex.join([sys.executable, "-I"])},
         {"command_prefix": ["export D=4 &&"], "env_vars": {"A": "1"}},
         {"override_worker_entrypoint": "another.py"},
     ],
-    ids=["empty", "variables", "expanded", "another Python", "a prefix", "another program"],
+    ids=["empty", "variables", "a dollar", "expanded", "another Python", "a prefix", "another program"],
 )
 def test_the_worker_starts_as_rays_program_starts_it(worker: Path, context: dict[str, Any]) -> None:
     (worker.parent / "another.py").write_text(SEEN)
