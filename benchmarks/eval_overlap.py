@@ -2,8 +2,9 @@
 
     python -m benchmarks.eval_overlap RUN_DIR...
 
-Read from the run's metrics.jsonl. An evaluation of step s could run during the update of step s + 1 only, since the
-samplers are busy before it and serve other weights after it. It is assumed to slow neither that update nor itself.
+Read from the run's metrics.jsonl. An evaluation of step s runs beside the sampling of step s + 1. It could also run
+during the update of step s + 1, but not later, when the samplers serve other weights. It is assumed to slow neither
+that update nor itself.
 """
 
 from __future__ import annotations

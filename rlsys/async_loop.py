@@ -131,9 +131,20 @@ class Pipeline:
         self.stages.samplers.load(published)
         self.version = published.version
         if self.done < 0:
-            evaluate(self.config, self.stages, self.held_out, 0, self.observer)
-            self.done = 0
+            self.done, lost = 0, list[RolledBack]()
+
+            def admit() -> None:  # the first steps sample with the weights that are evaluated
+                try:
+                    self._admit()
+                except RolledBack as back:
+                    if back.step is not None:
+                        raise
+                    lost.append(back)  # heard once the evaluation has been told
+
+            evaluate(self.config, self.stages, self.held_out, 0, self.observer, admit)
             self._save(self.stages.learner.state())
+            if lost:
+                raise lost[0]
         self.step_at = self.ready_at = time.perf_counter()
         while self.done < self.config.rl.steps and not (self.stopping and not self._is_learning()):
             self.stopping = self.stopping or self.should_stop()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -24,6 +26,7 @@ from rlsys.protocols import (
     RewardsRef,
     RolledBack,
     RolloutsRef,
+    Samplers,
     Stages,
     TrainedStep,
     concatenate_rewards,
@@ -43,9 +46,22 @@ def run(
 ) -> int:
     """From the last checkpoint to ``rl.steps``, or until ``should_stop``. Returns the last step; each is whole."""
     done, loaded = stages.checkpointer.done, False
+    ahead: SampledAhead | None = None
 
     def over() -> bool:
         return done >= 0 and (done >= config.rl.steps or should_stop())
+
+    def sample_ahead(step: int) -> None:
+        """The next step samples with the weights that are evaluated, so it begins meanwhile."""
+        nonlocal ahead
+        if ahead is not None or step >= config.rl.steps or should_stop():
+            return
+        try:
+            ahead = begin_sampling(config, stages.samplers, ledger, step + 1)
+        except RolledBack as back:
+            if back.step is not None:
+                raise
+            ledger.roll_back(step)
 
     while not over() or done != stages.checkpointer.done:
         try:
@@ -55,24 +71,42 @@ def run(
             if not loaded:
                 stages.samplers.load(stages.learner.publish())
                 loaded = True
-            if done < 0:
-                evaluate(config, stages, held_out, 0, observer)
-            else:
-                train(config, stages, ledger, held_out, observer, done + 1)
+            if done >= 0:
+                train(config, stages, ledger, observer, done + 1, ahead)
+                ahead = None
+            if done < 0 or is_eval_step(config.eval, done + 1, config.rl.steps):
+                evaluate(config, stages, held_out, done + 1, observer, partial(sample_ahead, done + 1))
             done += 1
             if done % config.checkpoint.every_steps == 0:
                 stages.checkpointer.save(done, ledger, stages.learner.state())
         except RolledBack as back:
             done, loaded = (done, loaded) if back.step is None else (back.step, False)
+            stages.samplers.forget()
+            ahead = None
             ledger.roll_back(max(done, 0))
             observer.on_rollback(done)
+    stages.samplers.forget()
     return done
 
 
-def train(config: JobConfig, stages: Stages, ledger: Ledger, held_out: Array, observer: Observer, step: int) -> None:
-    """One step, from problems to an adapter that every sampler serves."""
+@dataclass(frozen=True, slots=True)
+class SampledAhead:
+    """A step's first groups, whose sampling has begun."""
+
+    step: int
+    problems: Array  # (P,) ids
+    ticket: int
+    since: float  # time.perf_counter()
+
+
+def train(
+    config: JobConfig, stages: Stages, ledger: Ledger, observer: Observer, step: int, ahead: SampledAhead | None
+) -> None:
+    """One step, from problems to an adapter that every sampler serves. `ahead`: its first groups, if they are being
+    sampled."""
     learner, clock, version = stages.learner, Clock(), stages.samplers.version
-    problems, rollouts, rewards = sample_groups(config.rl, config.run.seed, stages, ledger, step, clock)
+    groups = sample_groups(config, stages, ledger, step, ahead, clock)
+    rollouts, rewards = groups.rollouts, groups.rewards
     with clock("reference"):
         reference = learner.reference(rollouts) if config.rl.advantages.kl_coef > 0 else None
     with clock("advantage"):
@@ -82,34 +116,62 @@ def train(config: JobConfig, stages: Stages, ledger: Ledger, held_out: Array, ob
         ledger.settle(step, datums.outcomes)
     with clock("sync"):
         synced = stages.samplers.load(learner.publish())
-    speed = {"sampler/tokens_per_s": rollouts.metrics["sampler/completion_tokens"] / clock.seconds["sample"]}
+    speed = {"sampler/tokens_per_s": rollouts.metrics["sampler/completion_tokens"] / groups.sampling_s}
     updated = reduce_metrics([minibatch.metrics for minibatch in learned])
     metrics = {**rollouts.metrics, **speed, **rewards.metrics, **datums.metrics, **updated, **synced, **clock.metrics()}
-    observer.on_step(step, metrics, TrainedStep(version, problems, rollouts, rewards, reference, [datums], learned))
-    if is_eval_step(config.eval, step, config.rl.steps):
-        evaluate(config, stages, held_out, step, observer)
+    trained = TrainedStep(version, groups.problems, rollouts, rewards, reference, [datums], learned)
+    observer.on_step(step, metrics, trained)
+
+
+@dataclass(frozen=True, slots=True)
+class GradedGroups:
+    """A step's batch. `sampling_s`: from the request for the groups to their completions, of all rounds."""
+
+    problems: Array  # (P,) ids
+    rollouts: RolloutsRef
+    rewards: RewardsRef
+    sampling_s: float
 
 
 def sample_groups(
-    rl: RlSection, seed: int, stages: Stages, ledger: Ledger, step: int, clock: Clock
-) -> tuple[Array, RolloutsRef, RewardsRef]:
+    config: JobConfig, stages: Stages, ledger: Ledger, step: int, ahead: SampledAhead | None, clock: Clock
+) -> GradedGroups:
     """A batch of groups with their rewards; up to ``rl.refill_rounds`` rounds more replace those that teach nothing."""
     problems, rollouts, rewards = list[Array](), list[RolloutsRef](), list[RewardsRef]()
-    wanted, nothing = rl.problems_per_step, np.empty(0, np.int64)
-    while wanted and len(rollouts) <= rl.refill_rounds:
+    wanted, sampling_s = config.rl.problems_per_step, 0.0
+    while wanted and len(rollouts) <= config.rl.refill_rounds:
         with clock("sample"):
-            before, drawn = np.concatenate([nothing, *problems]), ledger.draw(step, wanted)
-            problems.append(drawn)
-            count, params = rl.samples_per_problem, training_params(rl.sampling, seed, step)
-            rollouts.append(stages.samplers.sample("train", drawn, count, params, occurrences(drawn, before)))
+            begun = ahead or begin_sampling(config, stages.samplers, ledger, step, wanted, problems)
+            ahead = None
+            rollouts.append(stages.samplers.wait(begun.ticket))
+            problems.append(begun.problems)
+            sampling_s += time.perf_counter() - begun.since
         with clock("grade"):
             rewards.append(stages.graders.grade("train", rollouts[-1]))
         wanted = int(rewards[-1].idle.sum())
-    return (
+    return GradedGroups(
         np.concatenate(problems),
-        with_refill_metrics(rl, rollouts, len(rollouts) - 1),
+        with_refill_metrics(config.rl, rollouts, len(rollouts) - 1),
         concatenate_rewards(rewards),
+        sampling_s,
     )
+
+
+def begin_sampling(
+    config: JobConfig,
+    samplers: Samplers,
+    ledger: Ledger,
+    step: int,
+    count: int | None = None,
+    before: Sequence[Array] = (),
+) -> SampledAhead:
+    """Draw problems of a step and have their groups sampled. `count`: default: all of the step's. `before`: problems
+    that the step has drawn."""
+    rl, since = config.rl, time.perf_counter()
+    drawn = ledger.draw(step, count or rl.problems_per_step)
+    nth = occurrences(drawn, np.concatenate([np.empty(0, np.int64), *before]))
+    params = training_params(rl.sampling, config.run.seed, step)
+    return SampledAhead(step, drawn, samplers.submit("train", drawn, rl.samples_per_problem, params, nth), since)
 
 
 def with_refill_metrics(rl: RlSection, parts: Sequence[RolloutsRef], refills: int) -> RolloutsRef:
@@ -145,11 +207,19 @@ def is_eval_step(section: EvalSection, step: int, last_step: int) -> bool:
     return step == last_step or bool(every and step % every == 0)
 
 
-def evaluate(config: JobConfig, stages: Stages, held_out: Array, step: int, observer: Observer) -> None:
-    """On the held-out problems; nothing here is trained on, so what is lost is only repeated."""
+def evaluate(
+    config: JobConfig,
+    stages: Stages,
+    held_out: Array,
+    step: int,
+    observer: Observer,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """On the held-out problems; nothing here is trained on, so what is lost is only repeated. `meanwhile`: called once
+    the samplers have the problems."""
     while True:
         try:
-            found = evaluate_policy(config, stages.samplers, stages.graders, held_out)
+            found = evaluate_policy(config, stages.samplers, stages.graders, held_out, meanwhile)
             break
         except RolledBack as back:
             if back.step is not None:

@@ -112,9 +112,19 @@ class Samplers(Protocol):
         sampler attests it."""
 
     def submit(
-        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+        self,
+        split: str,
+        problems: Array,
+        n: int,
+        params: SamplingParams,
+        occurrence: Array | None = None,
+        urgent: bool = False,
     ) -> int:
-        """As `sample`, without waiting: a ticket. Each group starts on the version that is loaded when it starts."""
+        """As `sample`, without waiting: a ticket. Each group starts on the version that is loaded when it starts.
+        `urgent`: before groups that no sampler has yet."""
+
+    def wait(self, ticket: int) -> RolloutsRef:
+        """What `sample` returns, once the ticket is done."""
 
     def collect(self, timeout_s: float) -> list[tuple[int, RolloutsRef]]:
         """Tickets that are done; waits for the first one up to `timeout_s`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +16,13 @@ from rlsys.types import Array, SamplingParams
 
 
 class Sampling(Protocol):
-    """Method of ``Samplers`` that an evaluation uses."""
+    """Methods of ``Samplers`` that an evaluation uses."""
 
     def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> RolloutsRef: ...
+
+    def submit(self, split: str, problems: Array, n: int, params: SamplingParams, *, urgent: bool) -> int: ...
+
+    def wait(self, ticket: int) -> RolloutsRef: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +36,15 @@ class EvalResult:
     passed: Array | None  # (P,) int64, correct ones among eval.samples sampled completions; None: none were sampled
 
 
-def evaluate_policy(config: JobConfig, samplers: Sampling, graders: Graders, held_out: Array) -> EvalResult:
-    """Evaluate the policy version that the samplers have loaded, on the ids `held_out`.
+def evaluate_policy(
+    config: JobConfig,
+    samplers: Sampling,
+    graders: Graders,
+    held_out: Array,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> EvalResult:
+    """Evaluate the policy version that the samplers have loaded, on the ids `held_out`. `meanwhile`: called once the
+    samplers have the problems.
 
     The seed is the same at every step, so that results of two versions differ only because of the policy.
 
@@ -41,7 +53,9 @@ def evaluate_policy(config: JobConfig, samplers: Sampling, graders: Graders, hel
     """
     start, section, stop = time.perf_counter(), config.eval, config.rl.sampling.stop or None
     greedy = SamplingParams(section.max_tokens, temperature=0.0, stop=stop)
-    rollouts = samplers.sample("eval", held_out, 1, greedy)
+    ticket = samplers.submit("eval", held_out, 1, greedy, urgent=True)
+    meanwhile()
+    rollouts = samplers.wait(ticket)
     grades = graders.grade("eval", rollouts)
     passed = None
     if section.samples:

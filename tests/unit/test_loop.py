@@ -109,7 +109,13 @@ class World:
         return RolloutsRef((Ref(drawn),), metrics)
 
     def submit(
-        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
+        self,
+        split: str,
+        problems: Array,
+        n: int,
+        params: SamplingParams,
+        occurrence: Array | None = None,
+        urgent: bool = False,
     ) -> int:
         ticket = max(self.tickets, default=-1) + 1
         self.tickets[ticket] = self.sample(split, problems, n, params, occurrence)
@@ -119,6 +125,9 @@ class World:
         if not self.tickets:
             time.sleep(timeout_s / 20)  # the cores are for the threads of graders and learner
         return [(first := min(self.tickets), self.tickets.pop(first))] if self.tickets else []
+
+    def wait(self, ticket: int) -> RolloutsRef:
+        return self.tickets.pop(ticket)
 
     def forget(self) -> None:
         self.tickets = {}
@@ -240,6 +249,52 @@ def test_a_run_that_is_stopped_and_gone_on_with_equals_one_that_never_was(
     second.run(Ledger.from_bytes(content, Epochs(num_problems=7, batch=BATCH, seed=4)))
     assert second.state_hash == undisturbed.state_hash
     assert second.lines == undisturbed.lines
+
+
+@pytest.mark.parametrize("lag", [None, 1])
+def test_the_next_step_is_sampled_while_its_weights_are_evaluated(lag: int | None) -> None:
+    class Watched(World):
+        """Requests and their ends, in order."""
+
+        seen: list[str]
+
+        def submit(self, split: str, *rest: Any, **options: Any) -> int:
+            self.seen.append(f"{split}{' first' if options.get('urgent') else ''}")
+            return super().submit(split, *rest, **options)
+
+        def wait(self, ticket: int) -> RolloutsRef:
+            found = super().wait(ticket)
+            self.seen.append(f"{found.refs[0].value[0]} done")
+            return found
+
+    world = Watched(job(lag=lag), [])
+    world.seen = []
+    assert world.run(ledger()) == STEPS
+    steps = ["eval first", "train"] * (lag is None) + ["eval first", "train", "train"] * (lag is not None)
+    assert world.seen[: len(steps) + 1] == [*steps, "eval done"]
+    evaluations = [i for i, what in enumerate(world.seen) if what == "eval first"]
+    assert len(evaluations) == 4 and world.seen[evaluations[-1] :] == ["eval first", "eval done"], "no step follows"
+    if lag is None:
+        assert world.seen.count("train") == STEPS
+        assert all(world.seen[i + 1] == "train" for i in evaluations[:-1])
+
+
+def test_a_steps_rate_counts_from_the_request_for_its_groups() -> None:
+    rates: list[float] = []
+
+    class Slow(World):
+        def grade(self, split: str, rollouts: RolloutsRef) -> RewardsRef:
+            time.sleep(0.2 if split == "eval" else 0)
+            return super().grade(split, rollouts)
+
+        def on_step(self, step: int, metrics: Metrics, trained: TrainedStep) -> None:
+            rates.append(metrics["sampler/tokens_per_s"])
+            assert metrics["time/sample_s"] < 0.2, "what a step waited for"
+            super().on_step(step, metrics, trained)
+
+    assert Slow(job(), []).run(ledger()) == STEPS
+    beside = [8 / rate for rate in rates[0::2]]  # every other step follows an evaluation
+    assert min(beside) >= 0.2, "its groups were being sampled since"
 
 
 def test_without_a_step_to_make_the_base_is_evaluated_and_saved_once() -> None:
@@ -438,13 +493,11 @@ def test_a_step_is_told_and_evaluated_though_something_is_lost_when_the_next_one
     class Loses(World):
         lost = False
 
-        def submit(
-            self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
-        ) -> int:
+        def submit(self, *arguments: Any, **options: Any) -> int:
             if self.version == 2 and not self.lost:
                 self.lost = True
                 raise RolledBack(None)
-            return super().submit(split, problems, n, params, occurrence)
+            return super().submit(*arguments, **options)
 
     world = Loses(job(lag=0), [])
     assert world.run(ledger()) == STEPS

@@ -70,14 +70,16 @@ class SamplerPool:
     def sample(
         self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
     ) -> RolloutsRef:
-        ticket = self.submit(split, problems, n, params, occurrence, urgent=True)
+        return self.wait(self.submit(split, problems, n, params, occurrence, urgent=True))
+
+    def wait(self, ticket: int) -> RolloutsRef:
         try:
             while ticket in self.dispatcher.batches:
                 self._advance(POLL_S)
         finally:
             self.dispatcher.batches.pop(ticket, None)  # after an error: no longer waited for
         rollouts = self.dispatcher.finished.pop(ticket)
-        if self._shares_gpus:
+        if self._shares_gpus and not self.dispatcher.batches:
             self._all("sleep", "giving the GPU's memory to the learner")
             self.asleep = True
         return rollouts
