@@ -57,8 +57,8 @@ def evaluate(
     starts here. `check`: `check_job` of the policy's configuration, where it has begun already.
 
     Raises:
-        CheckpointError, ConfigError: the adapter is of another base, or its run trains on held-out problems; no engine
-            has been started.
+        CheckpointError, ConfigError: the adapter is of another base, or its run trains on held-out problems; nothing
+            has been sampled.
         RlsysError: the error that stopped the evaluation.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
@@ -109,7 +109,8 @@ def _renamed(config: JobConfig) -> JobConfig:
 
 def _start(actors: PolicyActors, base: BaseRef, trained: Sequence[str]) -> ProblemSet:
     """Returns the held-out problems. An adapter of another base, or one that was trained on these problems, is refused
-    before any engine starts."""
+    while engines start."""
+    actors.begin(base)
     actors.graders.start(base)
     problems: ProblemSet = ray.get(actors.graders.problems("eval").value)
     refuse_shared(trained, problems.prompts)

@@ -29,7 +29,6 @@ from actors.stages.restarting_actors import GraderActors
 from rlsys import async_loop, loop, losses
 from rlsys.architectures.support import refuse_unsupported_job
 from rlsys.config import JobConfig, ModelSection
-from rlsys.config.gpu_shares import may_share
 from rlsys.config.relative_paths import resolve_paths
 from rlsys.data.problems import Epochs
 from rlsys.errors import RlsysError, RunExistsError, StorageError
@@ -184,8 +183,7 @@ def _run(
         observer = JobObserver(config, tracker, progress, failures, _accuracies(store), policy.graders, actors.pids)
         base = _base(config.model, policy.learner, store, observer, progress)
         with progress.stage("starting engines", None):
-            if not may_share(config.learner, config.sampler):  # else engines start after the learner
-                policy.samplers.membership.begin(base)
+            policy.begin(base)
             policy.graders.start(base)
             counts = _task_facts(policy.graders, store, observer)
             policy.start(base)
@@ -233,7 +231,7 @@ def _base(
 
 
 def _task_facts(graders: GraderActors, store: RunStore, observer: JobObserver) -> dict[str, int]:
-    """Number of problems of each split; noted in the run directory, and compared on resume, before the learner starts.
+    """Number of problems of each split; noted in the run directory, and compared on resume, before the run goes on.
 
     Raises:
         RunExistsError: the run began with other problems.

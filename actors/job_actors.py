@@ -19,6 +19,7 @@ from actors.stages.restarting_actors import AdvantageActors, GraderActors
 from actors.stages.sampler_pool.membership import SamplerInit
 from actors.stages.sampler_pool.pool import SamplerPool
 from rlsys.config import JobConfig
+from rlsys.config.gpu_shares import may_share
 from rlsys.protocols import PublishedAdapter, RolledBack
 from rlsys.run_state.run_dir import RunStore
 from rlsys.types import Array
@@ -34,6 +35,13 @@ class PolicyActors:
     learner: LearnerGroup
     samplers: SamplerPool
     graders: GraderActors
+
+    def begin(self, base: BaseRef) -> None:
+        """Have the learner load the base and the engines start, without waiting. Engines that share its GPUs start
+        later."""
+        self.learner.begin(base)
+        if not may_share(self.learner.config.learner, self.learner.config.sampler):
+            self.samplers.membership.begin(base)
 
     def start(self, base: BaseRef) -> None:
         """Load the base on every actor, and have every sampler prove that adapters reach its forward pass. The graders

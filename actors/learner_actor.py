@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # the driver loads this module without torch
     from actors.cluster.base_folder import Base
     from rlsys.data.problems import ProblemSet
     from rlsys.datums import DatumBatch
+    from rlsys.learner.learner import Learner
     from rlsys.learner.policy import Policy
     from rlsys.protocols import MinibatchPosition
     from rlsys.rollouts import Rollouts
@@ -44,6 +45,7 @@ class LearnerActor:
         logging.disable_progress_bar()  # the job shows its own progress
         self.config, self.rank = config, rank
         self.supervised: list[Metrics] = []
+        self.loaded: Learner | None = None
         self.started: Policy | None = None
 
     @property
@@ -81,25 +83,34 @@ class LearnerActor:
         """An address on this node where the ranks can meet."""
         return meeting_point()
 
-    def start(self, base: Base, train: ProblemSet, meeting_point: str | None, files: Mapping[str, bytes] | None) -> str:
-        """Load the base, meet the other ranks, and begin the run or resume it from `files`. Returns the dtype in which
-        the base computes."""
+    def load(self, base: Base, meeting_point: str | None) -> str:
+        """Load the base, and meet the other ranks. Returns the dtype in which the base computes."""
+        assert self.loaded is None, "a base is loaded once"
         with self._on_its_share():
-            return self._start(base, train, meeting_point, files)
+            self.loaded = self._load(base, meeting_point)
+            return self.loaded.computing_dtype
 
-    def _start(
-        self, base: Base, train: ProblemSet, meeting_point: str | None, files: Mapping[str, bytes] | None
-    ) -> str:
+    def start(self, train: ProblemSet, files: Mapping[str, bytes] | None) -> None:
+        """Begin the run on the loaded base, or resume it from `files`."""
+        from rlsys.learner.policy import Policy
+        from rlsys.weight_sync.canary import canary_tokens
+
+        with self._on_its_share():
+            assert self.loaded is not None, "the learner group calls load() first"
+            policy = Policy(self.loaded, self.config, canary_tokens(train))
+            if files is not None:
+                policy.restore(files)
+            self.started = policy
+
+    def _load(self, base: Base, meeting_point: str | None) -> Learner:
         from actors.cluster.base_folder import local_folder
         from actors.machine.gpus import refuse_dtype
         from rlsys.architectures.model_shape import hidden_size, read_config
         from rlsys.architectures.support import refuse_unsupported
         from rlsys.distributed.ranks import ALONE, Ranks
         from rlsys.learner.learner import Learner
-        from rlsys.learner.policy import Policy
         from rlsys.planning.memory import bound_growth
         from rlsys.sampler.vllm_build import refuse_other_torch
-        from rlsys.weight_sync.canary import canary_tokens
 
         section = self.config.learner
         refuse_other_torch(section.device)
@@ -127,12 +138,7 @@ class LearnerActor:
             name = self.config.model.path or str(
                 (self.config.run_dir / "base").absolute()
             )  # as adapter_config.json says
-            learner = Learner(folder, self.config.model, section, base_name=name, ranks=ranks)
-        policy = Policy(learner, self.config, canary_tokens(train))
-        if files is not None:
-            policy.restore(files)
-        self.started = policy
-        return learner.computing_dtype
+            return Learner(folder, self.config.model, section, base_name=name, ranks=ranks)
 
     def probe(self) -> StartupProbe:
         with self._on_its_share():

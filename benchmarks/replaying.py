@@ -183,9 +183,12 @@ class ReplayingLearner:
         self.dtype, self.version, self.seconds = dtype, 0, seconds
         self.buffer = np.random.default_rng(0).integers(0, 256, adapter_bytes, np.uint8)
 
-    def start(self, base: Any, train: Any, meeting_point: str | None, files: Any) -> str:
+    def load(self, base: Any, meeting_point: str | None) -> str:
         """There is no model to load."""
         return self.dtype
+
+    def start(self, train: Any, files: Any) -> None:
+        """There is no run to resume."""
 
     def not_forked(self) -> str:
         """Nobody expected it to be."""

@@ -70,6 +70,7 @@ class LearnerGroup:
         self.deaths = 0  # since the last finished step
         self.flush: Callable[[], None] = lambda: None
         self.lives = 0  # number of launches
+        self._loading: list[ObjectRef] = []  # answers of `LearnerActor.load`
         self.ended = False
         self._one_at_a_time = threading.RLock()
 
@@ -78,6 +79,7 @@ class LearnerGroup:
     def launch(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
         self.lives += 1
+        self._loading = []
         remote = ray.remote(concurrency_groups={WATCH: 1})(LearnerActor)
         options = [self.servers.learner_options(slot) for slot in slots]
         self.ranks = [remote.options(**each).remote(self.config, i) for i, each in enumerate(options)]
@@ -101,8 +103,13 @@ class LearnerGroup:
             except ActorDiedError as error:
                 self._relaunch(error)
 
+    def begin(self, base: BaseRef) -> None:
+        """Have every rank load the base, without waiting. `start` reports what goes wrong."""
+        if len(self.ranks) == 1:  # several have to ask the first one where they meet
+            self._load(base, None)
+
     def start(self, init: LearnerInit) -> None:
-        """Load the base on every rank, and the run's last checkpoint if there is one."""
+        """Load the base on every rank, unless that has begun, and the run's last checkpoint if there is one."""
         self.init = init
         while True:
             try:
@@ -192,17 +199,22 @@ class LearnerGroup:
         assert self.init is not None
         resume = self.store.latest()
         files = None if resume is None else ray.put(dict(resume.files))
-        meeting_point = None
-        if len(self.ranks) > 1:
-            meeting_point = self._ask(self.ranks[0].meeting_point.remote(), "start", "finding a free port")
-        base, train = base_argument(self.init.base), self.init.train.value
-        refs = [rank.start.remote(base, train, meeting_point, files) for rank in self.ranks]
+        if not self._loading:
+            meeting_point = None
+            if len(self.ranks) > 1:
+                meeting_point = self._ask(self.ranks[0].meeting_point.remote(), "start", "finding a free port")
+            self._load(self.init.base, meeting_point)
+        refs = [rank.start.remote(self.init.train.value, files) for rank in self.ranks]
         wanted = self.config.model.dtype
         self.servers.note_unforked(
             self._results([rank.not_forked.remote() for rank in self.ranks], "start", "a fork"), self.note
         )
-        for computed in {*self._results(refs, "start", "loading the base")} - {wanted}:
+        for computed in {*self._results(self._loading, "start", "loading the base")} - {wanted}:
             self.note(rounding_note("the learner's CPU", wanted, computed))
+        self._results(refs, "start", "starting the run")
+
+    def _load(self, base: BaseRef, meeting_point: str | None) -> None:
+        self._loading = [rank.load.remote(base_argument(base), meeting_point) for rank in self.ranks]
 
     def _relaunch(self, error: ActorDiedError | DataLostError) -> None:
         if self.ended:

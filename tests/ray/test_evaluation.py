@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from actors import job as jobs
 from actors.cli import app
 from actors.evaluation import evaluate
-from actors.stages.sampler_pool.membership import Membership
+from actors.stages.sampler_pool.pool import SamplerPool
 from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
 from rlsys.evaluation.policy_source import find_policy
@@ -113,13 +113,13 @@ def test_a_run_is_as_it_was_but_for_its_evaluations(
     }
 
 
-def test_an_adapter_of_another_base_is_refused_before_any_engine_starts(
+def test_an_adapter_of_another_base_is_refused_before_anything_is_sampled(
     trained: JobConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def begin(*_: object) -> None:
-        pytest.fail("an engine was started")
+    def load(*_: object) -> None:
+        pytest.fail("a sampler was given the adapter")
 
-    monkeypatch.setattr(Membership, "begin", begin)
+    monkeypatch.setattr(SamplerPool, "load", load)
     other = tmp_path / "other"
     initial_model(MICRO, AutoTokenizer.from_pretrained(trained.model.path), max_length=96, seed=4, out=other)
     config = trained.model_copy(update={"model": trained.model.model_copy(update={"path": str(other)})})

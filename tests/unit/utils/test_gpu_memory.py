@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from actors.learner_actor import LearnerActor
-from rlsys.config import JobConfig, LearnerSection
+from rlsys.config import LearnerSection
 from rlsys.config.gpu_shares import may_share, start_in_order
 from rlsys.errors import GradientError
+from rlsys.learner.learner import Learner
 from rlsys.utils import gpu_memory
-from tests.unit.learner.test_policy import CANARY, LENGTH, job, on_policy, policy_of
+from tests.unit.learner.test_policy import LENGTH, job, on_policy, policy_of
 
 GIB = 2**30
 
@@ -65,19 +66,18 @@ def test_who_shares_no_gpu_keeps_its_memory(
     assert asked == []
 
 
-def test_start_loads_within_the_share_and_gives_back(
+def test_the_base_is_loaded_within_the_share_and_the_rest_given_back(
     tiny_model: Callable[[bool], Path], asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     door = actor(tiny_model(True), num_gpus=0.5)
-    loaded: list[JobConfig] = []
+    learner = door.policy.learner
 
-    def load(*arguments: object) -> str:
+    def load(*arguments: object) -> Learner:
         asked.append("load")
-        loaded.append(door.config)
-        return "bfloat16"
+        return learner
 
-    monkeypatch.setattr(door, "_start", load)
-    assert door.start(None, CANARY, None, None) == "bfloat16"  # type: ignore[arg-type]
+    monkeypatch.setattr(door, "_load", load)
+    assert door.load("base", None) == learner.computing_dtype
     assert asked == ["limit 0.5", "load", "empty"]
 
 
