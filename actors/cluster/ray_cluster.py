@@ -12,6 +12,7 @@ import ray
 from ray._private import worker as ray_worker
 from ray.exceptions import AuthenticationError, RayError
 
+from actors.cluster.connection import disconnect
 from actors.cluster.joined_address import joined_address
 from actors.cluster.local_ray import first_sentence, start
 from actors.cluster.process_environment import check_process_environment
@@ -70,7 +71,7 @@ def _leave() -> None:
     gc.collect()
     gc.disable()
     try:
-        ray.shutdown()
+        disconnect()
     finally:
         gc.enable()
 

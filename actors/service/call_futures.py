@@ -34,7 +34,7 @@ def future_of(ref: ray.ObjectRef, what: str) -> Future[Any]:
             answer.set_exception(as_raised(error, what) if isinstance(error, RayError) else error)
 
     def cancel(done: Future[object]) -> None:
-        if done.cancelled():
+        if done.cancelled() and ray.is_initialized():  # else it would be by this call
             ray.cancel(ref)
 
     answer.add_done_callback(cancel)

@@ -24,7 +24,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from actors.cluster.connection import connection
+from actors.cluster.connection import LEFT, connection, kept
 from actors.service.call_futures import future_of
 from actors.service.fork_servers import DeploymentServers
 from actors.service.launch import another, find, launch_learner, launch_sampler, learner_name, sampler_name, was_stopped
@@ -35,7 +35,6 @@ from rlsys.utils.text_files import first_line
 CHECK_S = 5.0
 VERIFY_S = 10.0  # for an actor that is suspected to be dead to answer
 WINDOW_S = 600.0  # in which cluster.max_restarts deaths of an actor are replaced
-LEFT = "this process has left the Ray cluster of the deployment"
 Held = Mapping[str, tuple[object, int]]  # snapshot key -> (its reference, how often this client holds it)
 
 
@@ -191,10 +190,12 @@ class Supervisor:
         if not self._connected:
             member.why = LEFT
             return
+        if self._stopped.is_set():
+            return
         if was_stopped(self._spec.key):
             member.why = "the deployment was stopped"
             return
-        if self._stopped.is_set() or len(member.deaths) > limit:
+        if len(member.deaths) > limit:
             if "cluster.max_restarts" not in member.why:
                 member.why += (
                     f"; {len(member.deaths)} deaths within {WINDOW_S:g} s, and cluster.max_restarts is {limit}"
@@ -207,18 +208,19 @@ class Supervisor:
         dead = member.handle
         try:
             if dead is not None:
-                with suppress(RayError, ValueError):
+                with kept(self._connection), suppress(RayError, ValueError):
                     ray.kill(dead)  # where only its host process or engine died
             limit_s = self._spec.start_timeout_s
             deadline = time.monotonic() + limit_s
             found = another(member.name, dead, lambda: self._launched(member), limit_s)
             with self.lock:
                 member.starting = found
-                ended = was_stopped(self._spec.key)
-                if ended or self._stopped.is_set():
-                    if self._may_start and (ended or self._spec.host.detached is None):
+                ended, closed = was_stopped(self._spec.key), self._stopped.is_set()
+            if ended or closed:
+                if self._may_start and (ended or self._spec.host.detached is None):
+                    with kept(self._connection):
                         ray.kill(found)
-                    raise ClusterError("the deployment was stopped, or this client closed")
+                raise ClusterError("the deployment was stopped, or this client closed")
             if member is self.learner:
                 future_of(found.bring_up.remote(), f"{member.name}: starting again").result(limit_s)
             else:
@@ -232,9 +234,8 @@ class Supervisor:
         member.returned.set_result(found)
 
     def _launched(self, member: Member) -> ActorHandle:
-        if not self._connected:
-            raise ClusterError(LEFT)
-        return member.launch()
+        with kept(self._connection):
+            return member.launch()
 
     def _bring_up_sampler(self, member: Member, found: ActorHandle, deadline: float) -> None:
         """Start the engine, have it prove its adapters, and give it the snapshots that this client holds."""
