@@ -63,21 +63,10 @@ def train(
 
     from actors.forking.job_server import job_server
 
-    check = _model_check(job)
     with job_server(job) as server:  # it imports on another core while Ray is imported and started here
-        _train(job, fresh, server, check)
+        from actors.forking.model_check import model_check
 
-
-def _model_check(job: JobConfig) -> Callable[[], tuple[str, ...]]:
-    """`check_job`, in another process from now on: its import of transformers takes a second."""
-    from actors.forking.meanwhile import Meanwhile
-
-    def check() -> tuple[str, ...]:
-        from rlsys.planning.model_folder import check_job
-
-        return check_job(job)
-
-    return check if job.model.path is None else Meanwhile(check).result
+        _train(job, fresh, server, model_check(job, server))
 
 
 def _train(job: JobConfig, fresh: bool, server: ForkServer | None, check: Callable[[], tuple[str, ...]]) -> None:
@@ -141,9 +130,10 @@ def evaluate(
 
     from actors.forking.job_server import job_server
 
-    check = _model_check(policy.config)
     with job_server(policy.config) as server:
-        record = _evaluate(job, policy, server, check)
+        from actors.forking.model_check import model_check
+
+        record = _evaluate(job, policy, server, model_check(policy.config, server))
 
     from rlsys.evaluation.record import text, write
 

@@ -29,6 +29,7 @@ SERVER = "RLSYS_FORK_SERVER"  # in a sampler actor: where it asks for its host p
 PROCESSES = (
     "processes"  # file with the ids of the server's processes; its modification time is that of the last request
 )
+READY = "ready"  # file that is there once the server of actors answers at once
 UNKNOWN_EXIT = 255  # of a process whose server ended first
 LIMITS = ("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_NOFILE", "RLIMIT_STACK")
 NAMESPACES = ("ipc", "mnt", "net", "pid", "user", "uts", "cgroup")

@@ -77,7 +77,6 @@ class ForkServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,
             )
         Path(folder, PROCESSES).write_text(f"{self._process.pid}\n")
         os.close(ours)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from rlsys.sampler.vllm.parent_process import end_with
@@ -28,7 +29,7 @@ class Meanwhile(Generic[T]):
             try:
                 end_with(here)
                 os.close(self._answer)
-                _answer(theirs, call)
+                send_answer(theirs, call)
             finally:
                 os._exit(0)
         os.close(theirs)
@@ -36,22 +37,31 @@ class Meanwhile(Generic[T]):
     def result(self) -> T:
         """What the call returned; raises what it raised. A call whose fork ended without an answer, or has one that
         cannot be sent, is repeated here."""
-        with open(self._answer, "rb") as pipe:
-            answer = pipe.read()
-        os.waitpid(self._child, 0)
-        if not answer:
-            return self._call()
-        returned, value = pickle.loads(answer)
-        if not returned:
-            raise value
-        result: T = value
-        return result
+        try:
+            return answer_of(self._answer, self._call)
+        finally:
+            os.waitpid(self._child, 0)
 
 
-def _answer(pipe: int, call: Callable[[], T]) -> None:
+def send_answer(pipe: int, call: Callable[[], object]) -> None:
+    """Make the call, and send what it returns or raises; the pipe is closed."""
     try:
-        answer: tuple[bool, T | Exception] = (True, call())
+        answer: tuple[bool, object] = (True, call())
     except Exception as error:
         answer = (False, error)
     with open(pipe, "wb") as file:
         file.write(pickle.dumps(answer))
+
+
+def answer_of(pipe: int, call: Callable[[], T]) -> T:
+    """What `send_answer` sent to the other end; without that the call is made here."""
+    answer = b""
+    with open(pipe, "rb") as file, suppress(ConnectionResetError):  # of a socket whose other end has not read all
+        answer = file.read()
+    if not answer:
+        return call()
+    returned, value = pickle.loads(answer)
+    if not returned:
+        raise value
+    result: T = value
+    return result

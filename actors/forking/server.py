@@ -152,6 +152,8 @@ class Server:
         """Answer requests; returns in a forked child alone, with what the child runs."""
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.alive, selectors.EVENT_READ)
+        if self.imports.role == "actor":
+            open(os.path.join(self.folder, client.READY), "w").close()
         while True:
             for key, _ in self.selector.select(self._patience()):
                 if key.fileobj is self.listener:
@@ -317,16 +319,19 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
     began_ns, code = time.time_ns(), checks.fingerprint()
     if _forked(folder):
         role = "actor"
+        os.setpgid(0, 0)  # a terminal's signals are for the driver
         os.environ.update(dict.fromkeys(THREAD_COUNTS, "1"))
         before = dict(os.environ)
         import_for_actors()
     else:
+        os.setsid()  # Linux divides cores among sessions: these imports are what a job waits for, not the driver's
         os.environ.update(dict.fromkeys(THREAD_COUNTS, str(threads)))
         before = dict(os.environ)
         import_all(SHARED)
         gc.freeze()
         role = "sampler" if _forked(folder) else "learner"
         if role == "sampler":
+            os.setsid()
             find_title()
             before |= prepare()
             import_vllm()

@@ -17,15 +17,18 @@ from typing import Any
 
 import psutil
 import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from actors.forking import checks, client
+from actors.forking import checks, client, model_check
 from actors.forking.job_server import ForkServer, ServerAddress, delete_abandoned
 from actors.forking.server import unreachable
 from actors.hosting.host_process import HostProcess
-from rlsys.config import SamplerSection
-from rlsys.errors import ActorDiedError
+from rlsys.config import SamplerSection, parse_config
+from rlsys.errors import ActorDiedError, ConfigError
+from rlsys.planning.model_folder import check_job
 from rlsys.sampler.engine_start import prepare_environment
 from tests.unit.actors.hosting.bodies import Body
+from tests.unit.tokenization.test_renderer import END, tokenizer_of
 from tests.waiting import is_alive, until_gone
 
 REPORT = """
@@ -152,6 +155,65 @@ def test_the_process_that_ray_knows_ends_as_its_worker(server: ForkServer, tmp_p
     with asleep(server.address, tmp_path) as (process, pid, _):
         os.kill(pid, signal.SIGTERM)
         assert process.wait(60) == -signal.SIGTERM
+
+
+def test_the_imports_of_an_engine_and_of_a_learner_have_sessions_of_their_own_and_those_of_actors_the_drivers(
+    server: ForkServer,
+) -> None:
+    sessions = [os.getsid(pid) for pid in server.processes()]
+    assert len(sessions) == len({*sessions}) == 3 and os.getsid(0) in sessions
+    for pid in server.processes():
+        assert os.getpgid(pid) == pid, "a terminal's Ctrl-C would reach it"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose check has something to note."""
+    folder = tmp_path_factory.mktemp("model")
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1, "head_dim": 32, "eos_token_id": END}
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=264, num_hidden_layers=1, **shape)).save_pretrained(folder)
+    tokenizer_of(None).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("whose", ["the job's", "the cluster's"])
+def test_a_server_checks_a_model_as_the_driver_does(
+    server: ForkServer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    own, address = (server, "") if whose == "the job's" else (None, "127.0.0.1:1")
+    good, bad = (
+        parse_config("run: {name: toy}", [f"model.path={folder}", f"cluster.address={address}"][: 1 + bool(address)])
+        for folder in (model, tmp_path)
+    )
+    notes = check_job(good)
+    assert len(notes) == 1
+    with pytest.raises(ConfigError) as error:
+        check_job(bad)
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # which the server has not, and an import may read
+    monkeypatch.setattr(model_check, "check_job", lambda _: pytest.fail("the driver checks"))
+    open_files = len(os.listdir("/proc/self/fd"))
+    assert model_check.model_check(good, own)() == notes
+    with pytest.raises(ConfigError) as there:
+        model_check.model_check(bad, own)()
+    assert str(there.value) == str(error.value)
+    assert len(os.listdir("/proc/self/fd")) == open_files
+
+
+def test_a_model_is_checked_here_if_no_server_can_or_its_process_ends(
+    server: ForkServer, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_check, "check_job", lambda _: ("here",))
+    job = parse_config("run: {name: toy}", [f"model.path={model}"])
+    monkeypatch.setenv("HF_HOME", "elsewhere")  # which the server has not
+    assert model_check.model_check(job, server)() == ("here",)
+    joins = parse_config("run: {name: toy}", [f"model.path={model}", "cluster.address=127.0.0.1:1"])
+    assert model_check.model_check(joins, None)() == ("here",)
+    monkeypatch.delenv("HF_HOME")
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    monkeypatch.setattr(model_check, "ENTRY", "os:abort")
+    check = model_check.ForkedCheck(server.address.folder, job, lambda: ("here",))
+    assert check.result() == ("here",)
 
 
 def ordinary(address: ServerAddress, folder: Path, environment: Mapping[str, str] | None = None) -> str:
