@@ -90,10 +90,11 @@ def fork(
     entry: str = "",
     descriptors: Sequence[int] = (),
     path: Sequence[str] = (),
+    oom: int | None = None,
 ) -> Forked:
     """A process like one that this process would start now: with its environment, folder, limits and output files. It
     runs the program `arguments[0]`, or calls `entry`, written module:function, with `descriptors` and `path` as its
-    search path.
+    search path. `oom`: its OOM score, instead of this process's.
 
     Raises:
         NotForkedError: no server, another one than expected, one that hangs, or one whose imports do not fit here.
@@ -106,6 +107,7 @@ def fork(
         "environment": {name: value for name, value in os.environ.items() if name != SERVER or not entry},
         "executable": sys.executable,
         **surroundings(),
+        **({} if oom is None else {"oom": oom}),
     }
     try:
         connection = _connect(folder, role)

@@ -26,6 +26,9 @@ from rlsys.planning.model_folder import check_job
 
 Check = Callable[[], tuple[str, ...]]
 ENTRY = f"{__name__}:serve"
+MOST_OOM = (
+    1000  # that of Ray's workers, one of which a server of `rlsys warm` comes from; a check that is killed is repeated
+)
 
 
 def model_check(job: JobConfig, server: ForkServer | None) -> Check:
@@ -53,7 +56,7 @@ class ForkedCheck:
         with theirs:
             try:
                 self._process: Forked = client.fork(
-                    folder, "actor", checks.fingerprint(), ["rlsys check"], ENTRY, [theirs.fileno()], sys.path
+                    folder, "actor", checks.fingerprint(), ["rlsys check"], ENTRY, [theirs.fileno()], sys.path, MOST_OOM
                 )
             except NotForkedError:
                 self._socket.close()

@@ -19,11 +19,12 @@ from actors.cluster.ray_cluster import threads_env
 from actors.evaluation import Loaded
 from actors.faults import actor_logs
 from actors.faults.actor_logs import Failures
-from actors.forking import warm
+from actors.forking import model_check, warm
 from actors.forking.servers import fork_servers, with_runtime
 from actors.job_actors import policy_actors
 from actors.stages.learner_group import LearnerGroup
 from rlsys.config import parse_config
+from rlsys.planning.model_folder import check_job
 from tests.ray.conftest import JOB, WarmCluster, rlsys
 from tests.waiting import until_gone
 
@@ -88,6 +89,19 @@ def test_a_forked_worker_is_one_that_ray_starts(options: dict[str, Any], warm_cl
     for actor, pid in ((forked, facts["pid"]), (own, expected["pid"])):
         ray.kill(actor)
         until_gone([pid], "the worker")
+
+
+def test_the_model_of_a_job_that_joins_is_checked_by_the_clusters_server(
+    warm_cluster: WarmCluster, micro_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = parse_config(JOB, [f"model.path={micro_base}", f"cluster.address={warm_cluster.address}"])
+    notes = check_job(job)
+    assert notes
+    # pytest's variable, which an import may read, is in the server that of the test that started it
+    of_server = psutil.Process(int(warm_cluster.said.split()[-1])).environ()
+    monkeypatch.setenv("PYTEST_CURRENT_TEST", of_server.get("PYTEST_CURRENT_TEST", ""))
+    monkeypatch.setattr(model_check, "check_job", lambda _: pytest.fail("the driver checks"))
+    assert model_check.model_check(job, None)() == notes
 
 
 def first_processes() -> set[psutil.Process]:
