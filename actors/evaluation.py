@@ -109,7 +109,7 @@ def _renamed(config: JobConfig) -> JobConfig:
 
 def _start(actors: PolicyActors, base: BaseRef, trained: Sequence[str]) -> ProblemSet:
     """Returns the held-out problems. An adapter of another base, or one that was trained on these problems, is refused
-    while engines start."""
+    before anything is sampled."""
     actors.begin(base)
     actors.graders.start(base)
     problems: ProblemSet = ray.get(actors.graders.problems("eval").value)

@@ -130,6 +130,7 @@ class Pipeline:
         published = self.stages.learner.publish()
         self.stages.samplers.load(published)
         self.version = published.version
+        self.step_at = self.ready_at = time.perf_counter()  # the first step is sampled beside its evaluation
         if self.done < 0:
             self.done, lost = 0, list[RolledBack]()
 
@@ -145,7 +146,6 @@ class Pipeline:
             self._save(self.stages.learner.state())
             if lost:
                 raise lost[0]
-        self.step_at = self.ready_at = time.perf_counter()
         while self.done < self.config.rl.steps and not (self.stopping and not self._is_learning()):
             self.stopping = self.stopping or self.should_stop()
             self._admit()

@@ -1,7 +1,7 @@
 """Tells one connection of this process to Ray from the next, and keeps it for a thread that uses it.
 
-Threads can outlive a connection. Without one, many of Ray's functions start Ray or join the cluster at RAY_ADDRESS, and
-with another one they reach other actors.
+Threads can outlive a connection. Without one, many of Ray's functions, and every call of an actor, start Ray or join
+the cluster at RAY_ADDRESS; with another one they reach other actors.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import ray
 from ray._private import worker as ray_worker
@@ -17,7 +18,18 @@ from rlsys.errors import ClusterError
 
 LEFT = "this process has left the Ray cluster of the deployment"
 PATIENCE_S = 10.0  # of the end of a connection, for threads that use it
-_used = threading.Lock()
+
+
+@dataclass
+class _Uses:
+    """Guarded by `changed`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    users: int = 0
+    ending: bool = False
+
+
+_uses = _Uses()
 
 
 def connection() -> object | None:
@@ -27,22 +39,30 @@ def connection() -> object | None:
 
 @contextmanager
 def kept(expected: object | None) -> Iterator[None]:
-    """The connection does not end within the block, which is short and in a thread of its own.
+    """`disconnect` waits for the end of the block, which is short. (The user's own `ray.shutdown` does not.)
 
     Raises:
-        ClusterError: the present connection is not the expected one.
+        ClusterError: the present connection is not the expected one, or it is ending.
     """
-    with _used:
-        if connection() is not expected:
+    with _uses.changed:
+        if _uses.ending or connection() is not expected:
             raise ClusterError(LEFT)
+        _uses.users += 1
+    try:
         yield
+    finally:
+        with _uses.changed:
+            _uses.users -= 1
+            _uses.changed.notify_all()
 
 
 def disconnect() -> None:
-    """`ray.shutdown`, once no thread keeps the connection."""
-    free = _used.acquire(timeout=PATIENCE_S)
+    """`ray.shutdown`, once no thread keeps the connection, or after PATIENCE_S."""
+    with _uses.changed:
+        _uses.ending = True
+        _uses.changed.wait_for(lambda: not _uses.users, PATIENCE_S)
     try:
         ray.shutdown()
     finally:
-        if free:
-            _used.release()
+        with _uses.changed:
+            _uses.ending = False

@@ -1,7 +1,8 @@
-"""The check of a job's model, which needs transformers, beside the imports of the job's driver.
+"""The check of a job's model, which needs transformers, outside of the job's driver.
 
-The import takes a second. A fork server of this machine has made it: the job's own, or one of `rlsys warm`. Without one
-a fork of the driver makes it.
+The import takes a second. A fork server of this machine has made it: the job's own, or for a job that joins a cluster
+any other of this user, such as that of `rlsys warm`. Without one a fork of the driver makes it, beside the driver's own
+imports. If the job's own server gives no process, the driver makes it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ MOST_OOM = (
 
 
 def model_check(job: JobConfig, server: ForkServer | None) -> Check:
-    """`check_job` of the job, to be called once. It begins now if a process can begin it. `server`: the job's own."""
+    """`check_job` of the job, to be called once. It begins now, or with `server`, the job's own, at the call: a server
+    that has just started still imports."""
     here = partial(check_job, job)
     if job.model.path is None:
         return here
-    if server is not None:  # it still imports
+    if server is not None:
         return lambda: _in_server(server.address.folder, job, here)
     if joined_address(job.cluster.address) is not None:
         for folder in _ready_servers():
@@ -69,6 +71,8 @@ class ForkedCheck:
         try:
             return answer_of(self._socket.detach(), self._here)
         finally:
+            with suppress(ProcessLookupError):
+                self._process.kill()  # after Ctrl-C it may still check
             self._process.wait()
 
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -149,7 +151,11 @@ class Supervisor:
     def suspect(self, member: Member, handle: ActorHandle) -> Future[bool]:
         """Ask the actor whether it is dead, as a call of it said. If so, it is replaced."""
         verdict: Future[bool] = Future()
-        answer = future_of(handle.check.remote(), member.name)
+        try:
+            answer = self._asked(lambda: handle.check.remote(), member.name)
+        except ClusterError:  # nothing can be asked any more
+            verdict.set_result(False)
+            return verdict
 
         def judge(done: Future[None]) -> None:
             error = done.exception()
@@ -222,7 +228,7 @@ class Supervisor:
                         ray.kill(found)
                 raise ClusterError("the deployment was stopped, or this client closed")
             if member is self.learner:
-                future_of(found.bring_up.remote(), f"{member.name}: starting again").result(limit_s)
+                self._asked(lambda: found.bring_up.remote(), f"{member.name}: starting again").result(limit_s)
             else:
                 self._bring_up_sampler(member, found, deadline)
         except Exception as error:  # edge of a thread: whoever waits for the actor gets it
@@ -233,6 +239,15 @@ class Supervisor:
             member.joining = member.starting = None
         member.returned.set_result(found)
 
+    def _asked(self, call: Callable[[], ray.ObjectRef], what: str) -> Future[Any]:
+        """`future_of` a call of an actor. Any: as there.
+
+        Raises:
+            ClusterError: the connection has ended.
+        """
+        with kept(self._connection):
+            return future_of(call(), what)
+
     def _launched(self, member: Member) -> ActorHandle:
         with kept(self._connection):
             return member.launch()
@@ -240,13 +255,15 @@ class Supervisor:
     def _bring_up_sampler(self, member: Member, found: ActorHandle, deadline: float) -> None:
         """Start the engine, have it prove its adapters, and give it the snapshots that this client holds."""
         learner = self.when_learner_serves().result(deadline - time.monotonic())
-        probe = learner.probe.remote()
-        future_of(found.bring_up.remote(probe), f"{member.name}: starting again").result(deadline - time.monotonic())
+        what = f"{member.name}: starting again"
+        self._asked(lambda: found.bring_up.remote(learner.probe.remote()), what).result(deadline - time.monotonic())
         with self.lock:  # from here on `found` is told of new snapshots and of releases
             member.joining = found
             held = dict(self._held())
         given = [
-            future_of(found.register.remote(key, ref, self._holder, count), f"{member.name}: registering {key}")
+            self._asked(
+                partial(found.register.remote, key, ref, self._holder, count), f"{member.name}: registering {key}"
+            )
             for key, (ref, count) in held.items()
         ]
         for each in given:
@@ -264,7 +281,7 @@ class Supervisor:
         """Renew this client's lease with every actor, and replace those that are dead."""
         while not self._stopped.wait(CHECK_S) and self._connected:
             for member in (self.learner, *self.samplers):
-                with self.lock, suppress(RayError, RuntimeError):  # the connection may end at this moment
+                with self.lock, suppress(RayError, RuntimeError, ClusterError):  # the connection may end at this moment
                     if self._stopped.is_set():
                         return
                     if not member.serves and not member.recovering:
@@ -278,7 +295,7 @@ class Supervisor:
             if isinstance(error, ActorDiedError) and not self._stopped.is_set():
                 self.dead(member, handle, _reason(member, error))
 
-        future_of(handle.renew.remote(self._holder), member.name).add_done_callback(judge)
+        self._asked(lambda: handle.renew.remote(self._holder), member.name).add_done_callback(judge)
 
     def _sampler(self, index: int, handle: ActorHandle | None) -> Member:
         spec = self._spec

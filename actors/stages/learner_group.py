@@ -104,8 +104,9 @@ class LearnerGroup:
                 self._relaunch(error)
 
     def begin(self, base: BaseRef) -> None:
-        """Have every rank load the base, without waiting. `start` reports what goes wrong."""
-        if len(self.ranks) == 1:  # several have to ask the first one where they meet
+        """Have the only rank load the base, without waiting; several begin with `start`, since the first one has to
+        tell where they meet. `start` reports what goes wrong."""
+        if len(self.ranks) == 1:
             self._load(base, None)
 
     def start(self, init: LearnerInit) -> None:

@@ -426,7 +426,7 @@ def sampled_at_once(config: JobConfig) -> int:
     """Sequences in one decoding step of one sampler, at most: an evaluation runs beside the next step's sampling."""
     completions = config.rl.problems_per_step * config.rl.samples_per_problem
     held_out = config.task.eval_problems or config.sampler.max_num_seqs  # None: all of the split, of unknown size
-    wanted = completions + held_out
+    wanted = completions + held_out * max(1, config.eval.samples)
     return min(config.sampler.max_num_seqs, math.ceil(wanted / config.sampler.num_workers))
 
 

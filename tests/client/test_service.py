@@ -66,8 +66,16 @@ left_open.create_lora_training_client({base!r}, rank=4)
 [watching] = [each for each in threading.enumerate() if each.name == "rlsys-supervisor"]
 beside = left_open._backend.deployment({base!r})._supervisor
 ray.shutdown()
-beside._replace(beside.samplers[0])  # as it does in a thread, where the connection ends before the thread begins
-print("why", beside.samplers[0].why)
+member, suspected = beside.samplers[0], beside.samplers[0].handle
+for dead in (suspected, None):  # as a thread does that begins or goes on after the end of the connection
+    member.handle, member.returned = dead, type(member.returned)()
+    beside._replace(member)
+    print("why", member.why)
+print("verdict", beside.suspect(member, suspected).result(10))
+try:
+    beside._bring_up_sampler(member, suspected, time.monotonic() + 10)
+except Exception as error:
+    print("not brought up:", error)
 print("connected", ray.is_initialized())
 ray.init(address=config.cluster.address, log_to_driver=False)
 watching.join(60)
@@ -77,10 +85,9 @@ print("watching", watching.is_alive())
     assert found.returncode == 0, found.stderr
     own = service.create_lora_training_client("tiny", rank=4, seed=3)
     assert f"loss {own.forward([datum], 'cross_entropy').result(FAR_S).loss!r}" in found.stdout
-    assert "why it could not be started again: this process has left the Ray cluster" in found.stdout
-    assert "connected False" in found.stdout, (
-        "to kill the dead actor, or to find another, started Ray or joined another"
-    )
+    assert found.stdout.count("why it could not be started again: this process has left the Ray cluster") == 2
+    assert "verdict False" in found.stdout and "not brought up: this process has left the Ray cluster" in found.stdout
+    assert "connected False" in found.stdout, "a call of Ray without a connection makes one"
     assert "watching False" in found.stdout, "a client that was not closed still calls Ray after its connection ended"
 
 

@@ -127,7 +127,9 @@ class World:
         return [(first := min(self.tickets), self.tickets.pop(first))] if self.tickets else []
 
     def wait(self, ticket: int) -> RolloutsRef:
-        return self.tickets.pop(ticket)
+        found = self.tickets.pop(ticket)
+        self.loses()
+        return found
 
     def forget(self) -> None:
         self.tickets = {}
@@ -207,9 +209,11 @@ class World:
     def run(self, book: Ledger, stop_after: int = STEPS) -> int:
         stages = Stages(self, self, self, self, self)
         run = loop.run if self.config.overlap.max_policy_lag is None else async_loop.run
-        return run(
+        last = run(
             self.config, stages, book, np.arange(2), self, lambda: self.version >= stop_after * self.config.rl.substeps
         )
+        assert self.config.overlap.max_policy_lag is not None or not self.tickets, "groups that nobody waits for"
+        return last
 
 
 @pytest.fixture(scope="module")

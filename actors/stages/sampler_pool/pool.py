@@ -79,7 +79,7 @@ class SamplerPool:
         finally:
             self.dispatcher.batches.pop(ticket, None)  # after an error: no longer waited for
         rollouts = self.dispatcher.finished.pop(ticket)
-        if self._shares_gpus and not self.dispatcher.batches:
+        if self._shares_gpus and not (self.dispatcher.batches or self.dispatcher.in_flight):
             self._all("sleep", "giving the GPU's memory to the learner")
             self.asleep = True
         return rollouts
@@ -95,8 +95,8 @@ class SamplerPool:
     ) -> int:
         self._wake()
         counted = occurrences(problems) if occurrence is None else occurrence
+        self.membership.tend()  # first: what it raises leaves no ticket behind
         ticket = self.dispatcher.add(split, problems, counted, n, params, urgent)
-        self.membership.tend()
         self.dispatcher.dispatch()
         return ticket
 
