@@ -197,6 +197,7 @@ class World:
 
     # observer
     def on_rollback(self, step: int) -> None:
+        assert not self.tickets or self.config.overlap.max_policy_lag is not None, "groups that nobody waits for"
         self.lines = [line for line in self.lines if line[1] <= step]
 
     def on_step(self, step: int, metrics: Metrics, trained: TrainedStep) -> None:
