@@ -17,6 +17,7 @@ from rlsys.errors import ClusterError, StalledError
 from rlsys.planning.fit import Resources, amounts, fits, groups, job_shortfalls, needs, shortages, sum_resources
 
 POLL_S = 0.2
+SETTLE_S = 2.0  # for Ray to give back the places of a removed group
 NOTED_AFTER_S = 5.0  # of waiting for resources that others hold
 ROOM_S = 10.0  # limit for one more sampler, whose resources are free already
 
@@ -93,9 +94,19 @@ class Placement:
             return None
         return f"{amounts(table['bundles'][slot.bundle])} on {_has()}"
 
-    def _who_holds(self, free: Resources) -> str:
+    def _free(self) -> Resources:
+        """What is free, once Ray has given back the places of a group that was removed."""
+        ends = time.monotonic() + SETTLE_S
+        while not self._is_alone(free := ray.available_resources()) and time.monotonic() < ends:
+            time.sleep(POLL_S)
+        return free
+
+    def _is_alone(self, free: Resources) -> bool:
         own = [bundle for group in self._groups for bundle in group.bundle_specs]
-        if fits(sum_resources(node.resources for node in alive_nodes()), sum_resources([free, *own])):
+        return fits(sum_resources(node.resources for node in alive_nodes()), sum_resources([free, *own]))
+
+    def _who_holds(self, free: Resources) -> str:
+        if self._is_alone(free):
             why = "Ray cannot put this job's places side by side on single nodes and GPUs"
             return f"No other job holds resources: {why}; request less for each"
         return "Another job holds the rest"
@@ -122,7 +133,7 @@ class Placement:
                 limit = f"{limit_s:g}" if limit_s else "watchdog.stages.start"
                 self._groups.remove(group)
                 remove_placement_group(group)
-                free = ray.available_resources()
+                free = self._free()
                 raise StalledError(
                     f"{what}: waited {waited:.0f} s ({limit}) for {len(bundles)} places ({asked}) on {_has()}"
                     f"; free now: {amounts(free)}. {self._who_holds(free)}"
