@@ -212,7 +212,7 @@ def once(learner: LearnerGroup, samplers: SamplerPool, folder: Path, number: int
     samplers.load(published)
     done = time.perf_counter()
     first = SamplingParams(max_tokens=1, seed=number, stop=[])
-    samplers.sample("train", np.array([number % 8]), 1, first)
+    samplers.wait(samplers.submit("train", np.array([number % 8]), 1, first))
     token = time.perf_counter()
     update = ray.get(published.ref.value)
     write_adapter(update.snapshot, folder)

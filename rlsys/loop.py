@@ -46,7 +46,7 @@ def run(
 ) -> int:
     """From the last checkpoint to ``rl.steps``, or until ``should_stop``. Returns the last step; each is whole."""
     done, loaded = stages.checkpointer.done, False
-    ahead: SampledAhead | None = None
+    ahead: RequestedGroups | None = None
 
     def over() -> bool:
         return done >= 0 and (done >= config.rl.steps or should_stop())
@@ -57,7 +57,7 @@ def run(
         if ahead is not None or step >= config.rl.steps or should_stop():
             return
         try:
-            ahead = begin_sampling(config, stages.samplers, ledger, step + 1)
+            ahead = request_groups(config, stages.samplers, ledger, step + 1, config.rl.problems_per_step)
         except RolledBack as back:
             if back.step is not None:
                 raise
@@ -90,17 +90,16 @@ def run(
 
 
 @dataclass(frozen=True, slots=True)
-class SampledAhead:
-    """A step's first groups, whose sampling has begun."""
+class RequestedGroups:
+    """Groups of a step that the samplers were asked for."""
 
-    step: int
     problems: Array  # (P,) ids
     ticket: int
     since: float  # time.perf_counter()
 
 
 def train(
-    config: JobConfig, stages: Stages, ledger: Ledger, observer: Observer, step: int, ahead: SampledAhead | None
+    config: JobConfig, stages: Stages, ledger: Ledger, observer: Observer, step: int, ahead: RequestedGroups | None
 ) -> None:
     """One step, from problems to an adapter that every sampler serves. `ahead`: its first groups, if they are being
     sampled."""
@@ -125,7 +124,7 @@ def train(
 
 @dataclass(frozen=True, slots=True)
 class GradedGroups:
-    """A step's batch. `sampling_s`: from the request for the groups to their completions, of all rounds."""
+    """A step's batch. `sampling_s`: from the request for the groups until they were taken, of all rounds."""
 
     problems: Array  # (P,) ids
     rollouts: RolloutsRef
@@ -134,18 +133,18 @@ class GradedGroups:
 
 
 def sample_groups(
-    config: JobConfig, stages: Stages, ledger: Ledger, step: int, ahead: SampledAhead | None, clock: Clock
+    config: JobConfig, stages: Stages, ledger: Ledger, step: int, ahead: RequestedGroups | None, clock: Clock
 ) -> GradedGroups:
     """A batch of groups with their rewards; up to ``rl.refill_rounds`` rounds more replace those that teach nothing."""
     problems, rollouts, rewards = list[Array](), list[RolloutsRef](), list[RewardsRef]()
     wanted, sampling_s = config.rl.problems_per_step, 0.0
     while wanted and len(rollouts) <= config.rl.refill_rounds:
         with clock("sample"):
-            begun = ahead or begin_sampling(config, stages.samplers, ledger, step, wanted, problems)
+            asked = ahead or request_groups(config, stages.samplers, ledger, step, wanted, problems)
             ahead = None
-            rollouts.append(stages.samplers.wait(begun.ticket))
-            problems.append(begun.problems)
-            sampling_s += time.perf_counter() - begun.since
+            rollouts.append(stages.samplers.wait(asked.ticket))
+            problems.append(asked.problems)
+            sampling_s += time.perf_counter() - asked.since
         with clock("grade"):
             rewards.append(stages.graders.grade("train", rollouts[-1]))
         wanted = int(rewards[-1].idle.sum())
@@ -157,21 +156,15 @@ def sample_groups(
     )
 
 
-def begin_sampling(
-    config: JobConfig,
-    samplers: Samplers,
-    ledger: Ledger,
-    step: int,
-    count: int | None = None,
-    before: Sequence[Array] = (),
-) -> SampledAhead:
-    """Draw problems of a step and have their groups sampled. `count`: default: all of the step's. `before`: problems
-    that the step has drawn."""
+def request_groups(
+    config: JobConfig, samplers: Samplers, ledger: Ledger, step: int, count: int, before: Sequence[Array] = ()
+) -> RequestedGroups:
+    """Draw problems of a step and ask for their groups. `before`: problems that the step has drawn already."""
     rl, since = config.rl, time.perf_counter()
-    drawn = ledger.draw(step, count or rl.problems_per_step)
+    drawn = ledger.draw(step, count)
     nth = occurrences(drawn, np.concatenate([np.empty(0, np.int64), *before]))
     params = training_params(rl.sampling, config.run.seed, step)
-    return SampledAhead(step, drawn, samplers.submit("train", drawn, rl.samples_per_problem, params, nth), since)
+    return RequestedGroups(drawn, samplers.submit("train", drawn, rl.samples_per_problem, params, nth), since)
 
 
 def with_refill_metrics(rl: RlSection, parts: Sequence[RolloutsRef], refills: int) -> RolloutsRef:

@@ -98,15 +98,6 @@ class Samplers(Protocol):
     def version(self) -> int:
         """The version that is loaded."""
 
-    def sample(
-        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
-    ) -> RolloutsRef:
-        """(P,) problem ids -> Rollouts, n completions each, under the version that is loaded.
-
-        A completion is a function of `params.seed`, the problem and its occurrence. `occurrence` (P,) counts how often
-        each problem was sampled before under this seed. None: never before, so only repeats in `problems` count.
-        """
-
     def load(self, update: PublishedAdapter) -> Metrics:
         """Serve the update's version from now on; running requests continue. Raises WeightSyncError unless every
         sampler attests it."""
@@ -120,11 +111,15 @@ class Samplers(Protocol):
         occurrence: Array | None = None,
         urgent: bool = False,
     ) -> int:
-        """As `sample`, without waiting: a ticket. Each group starts on the version that is loaded when it starts.
-        `urgent`: before groups that no sampler has yet."""
+        """(P,) problem ids: have n completions of each sampled, without waiting for them. Returns a ticket.
+
+        A completion is a function of `params.seed`, the problem, its occurrence and the version that is loaded when its
+        group starts. `occurrence` (P,) counts how often each problem was sampled before under this seed. None: never
+        before, so only repeats in `problems` count. `urgent`: before groups that no sampler has yet.
+        """
 
     def wait(self, ticket: int) -> RolloutsRef:
-        """What `sample` returns, once the ticket is done."""
+        """The completions of a ticket."""
 
     def collect(self, timeout_s: float) -> list[tuple[int, RolloutsRef]]:
         """Tickets that are done; waits for the first one up to `timeout_s`."""

@@ -12,7 +12,7 @@ import pickle
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,9 @@ from rlsys.planning.model_folder import check_job
 
 Check = Callable[[], tuple[str, ...]]
 ENTRY = f"{__name__}:serve"
-MOST_OOM = (
-    1000  # that of Ray's workers, one of which a server of `rlsys warm` comes from; a check that is killed is repeated
-)
+# OOM score of Ray's workers: a server of `rlsys warm` is a child of one, and can give its processes none that is lower.
+# A check that is killed is repeated.
+MOST_OOM = 1000
 
 
 def model_check(job: JobConfig, server: ForkServer | None) -> Check:
@@ -41,9 +41,9 @@ def model_check(job: JobConfig, server: ForkServer | None) -> Check:
     if server is not None:
         return lambda: _in_server(server.address.folder, job, here)
     if joined_address(job.cluster.address) is not None:
-        for folder in _ready_servers():
+        for file in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{client.READY}"):
             try:
-                return ForkedCheck(folder, job, here).result
+                return ForkedCheck(str(file.parent), job, here).result
             except NotForkedError:
                 continue  # of other code, or another environment
     return Meanwhile(here).result
@@ -90,9 +90,3 @@ def _in_server(folder: str, job: JobConfig, here: Check) -> tuple[str, ...]:
     except NotForkedError:
         return here()
     return check.result()
-
-
-def _ready_servers() -> Iterator[str]:
-    """Folders of this machine's fork servers that have imported."""
-    for file in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{client.READY}"):
-        yield str(file.parent)

@@ -18,8 +18,6 @@ from rlsys.types import Array, SamplingParams
 class Sampling(Protocol):
     """Methods of ``Samplers`` that an evaluation uses."""
 
-    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> RolloutsRef: ...
-
     def submit(self, split: str, problems: Array, n: int, params: SamplingParams, *, urgent: bool) -> int: ...
 
     def wait(self, ticket: int) -> RolloutsRef: ...
@@ -60,8 +58,8 @@ def evaluate_policy(
     passed = None
     if section.samples:
         params = SamplingParams(section.max_tokens, section.temperature, seed=EVAL_SEED, stop=stop)
-        sampled = samplers.sample("eval", held_out, section.samples, params)
-        passed = graders.grade("eval", sampled).passed
+        ticket = samplers.submit("eval", held_out, section.samples, params, urgent=True)
+        passed = graders.grade("eval", samplers.wait(ticket)).passed
     evaluation = evaluation_of(
         grades.grade, passed, section.samples, section.pass_k, CONFIDENCE, config.rewards.solved_at
     )

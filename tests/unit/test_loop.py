@@ -93,9 +93,15 @@ class World:
             raise RolledBack(None)
 
     # samplers
-    def sample(
-        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
-    ) -> RolloutsRef:
+    def submit(
+        self,
+        split: str,
+        problems: Array,
+        n: int,
+        params: SamplingParams,
+        occurrence: Array | None = None,
+        urgent: bool = False,
+    ) -> int:
         self.loses()
         if split == "train" and self.config.overlap.max_policy_lag is None:
             assert self.loaded == self.state_hash, "samplers serve something else than the learner's weights"
@@ -106,19 +112,8 @@ class World:
         }
         nth = () if occurrence is None else tuple(occurrence.tolist())
         drawn = (split, tuple(problems), params.seed, self.loaded, self.version, nth)
-        return RolloutsRef((Ref(drawn),), metrics)
-
-    def submit(
-        self,
-        split: str,
-        problems: Array,
-        n: int,
-        params: SamplingParams,
-        occurrence: Array | None = None,
-        urgent: bool = False,
-    ) -> int:
         ticket = max(self.tickets, default=-1) + 1
-        self.tickets[ticket] = self.sample(split, problems, n, params, occurrence)
+        self.tickets[ticket] = RolloutsRef((Ref(drawn),), metrics)
         return ticket
 
     def collect(self, timeout_s: float) -> list[tuple[int, RolloutsRef]]:

@@ -67,11 +67,6 @@ class SamplerPool:
 
     # completions
 
-    def sample(
-        self, split: str, problems: Array, n: int, params: SamplingParams, occurrence: Array | None = None
-    ) -> RolloutsRef:
-        return self.wait(self.submit(split, problems, n, params, occurrence, urgent=True))
-
     def wait(self, ticket: int) -> RolloutsRef:
         try:
             while ticket in self.dispatcher.batches:

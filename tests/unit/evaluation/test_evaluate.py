@@ -20,14 +20,11 @@ class Policy:
     asked: list[tuple[str, int, SamplingParams]] = field(default_factory=list)
     tickets: list[RolloutsRef] = field(default_factory=list)
 
-    def sample(self, split: str, problems: Array, n: int, params: SamplingParams) -> RolloutsRef:
-        self.asked.append((split, n, params))
-        metrics = {"sampler/completion_tokens_mean": 5.0 * n, "sampler/truncated_share": 0.25 * n}
-        return RolloutsRef((Ref((problems, n, params)),), metrics)
-
     def submit(self, split: str, problems: Array, n: int, params: SamplingParams, *, urgent: bool) -> int:
         assert urgent, "groups that no sampler has begun would come first"
-        self.tickets.append(self.sample(split, problems, n, params))
+        self.asked.append((split, n, params))
+        metrics = {"sampler/completion_tokens_mean": 5.0 * n, "sampler/truncated_share": 0.25 * n}
+        self.tickets.append(RolloutsRef((Ref((problems, n, params)),), metrics))
         return len(self.tickets) - 1
 
     def wait(self, ticket: int) -> RolloutsRef:

@@ -181,11 +181,8 @@ def test_a_server_checks_a_model_as_the_driver_does(
     server: ForkServer, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
 ) -> None:
     (tmp_path / "config.json").write_text("{}")
-    own, address = (server, "") if whose == "the job's" else (None, "127.0.0.1:1")
-    good, bad = (
-        parse_config("run: {name: toy}", [f"model.path={folder}", f"cluster.address={address}"][: 1 + bool(address)])
-        for folder in (model, tmp_path)
-    )
+    own, more = (server, []) if whose == "the job's" else (None, ["cluster.address=127.0.0.1:1"])
+    good, bad = (parse_config("run: {name: toy}", [f"model.path={folder}", *more]) for folder in (model, tmp_path))
     notes = check_job(good)
     assert len(notes) == 1
     with pytest.raises(ConfigError) as error:
