@@ -20,6 +20,7 @@ from rlsys.config import ClusterSection
 from rlsys.errors import ClusterError
 from rlsys.sampler.vllm_build import Device, refuse_other_torch, refuse_other_vllm
 from rlsys.utils.env_variables import env_variable, set_default
+from rlsys.utils.openmp import openmp_variables
 
 KNOCK_TIMEOUT_S = 10.0
 START = "Start one with `ray start --head`, or unset RAY_ADDRESS: the job then starts Ray on this machine"
@@ -131,4 +132,4 @@ def _knock(address: str) -> None:
 
 def threads_env(threads: int | None) -> dict[str, dict[str, str]]:
     """Ray runtime_env that sets the thread count of numerical libraries before they are imported. None: 1."""
-    return {"env_vars": {"OMP_NUM_THREADS": str(threads or 1), "MKL_NUM_THREADS": str(threads or 1)}}
+    return {"env_vars": openmp_variables(threads or 1)}

@@ -41,6 +41,7 @@ from actors.forking import checks, client
 from rlsys.config import SamplerSection
 from rlsys.sampler.vllm.parent_process import end_with
 from rlsys.utils.importing import without_collections
+from rlsys.utils.openmp import VARIABLES, openmp_variables
 
 # What PEFT and vLLM both import. The engine is what a job waits for, so vLLM comes next, and the rest at the same time.
 SHARED = (
@@ -106,7 +107,7 @@ class Imports:
             return "the code has changed since the server imported it"
         if request["executable"] != sys.executable:
             return f"the server's Python is {sys.executable}, not {request['executable']}"
-        free = THREAD_COUNTS if self.role == "actor" else ()  # actors compute nothing that these divide
+        free = VARIABLES if self.role == "actor" else ()  # actors compute nothing that these divide
         names = checks.differing(self.environment, request["environment"], free)
         if names:
             return f"the environment differs from the server's: {', '.join(names)}"
@@ -134,7 +135,6 @@ def unreachable(wanted: Mapping[str, Any], own: Mapping[str, Any]) -> str | None
     return None
 
 
-THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 REQUEST_S = 10.0  # for a request to be complete: its sender may get no core for a while
 
 
@@ -320,12 +320,12 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
     if _forked(folder):
         role = "actor"
         os.setpgid(0, 0)  # a terminal's signals are for the driver
-        os.environ.update(dict.fromkeys(THREAD_COUNTS, "1"))
+        os.environ.update(openmp_variables(1))
         before = dict(os.environ)
         import_for_actors()
     else:
         os.setsid()  # Linux divides cores among sessions: these imports are what a job waits for, not the driver's
-        os.environ.update(dict.fromkeys(THREAD_COUNTS, str(threads)))
+        os.environ.update(openmp_variables(threads))
         before = dict(os.environ)
         import_all(SHARED)
         gc.freeze()

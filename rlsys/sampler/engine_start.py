@@ -19,6 +19,7 @@ from rlsys.sampler.vllm_build import Device as Device
 from rlsys.sampler.vllm_build import refuse_other_vllm
 from rlsys.utils.env_variables import set_default
 from rlsys.utils.importing import without_collections
+from rlsys.utils.openmp import openmp_variables
 
 PRELOAD = (
     "vllm.v1.engine.async_llm",
@@ -32,7 +33,7 @@ PRELOAD = (
 
 def prepare_environment(section: SamplerSection, device: Device = "cpu") -> None:
     """Set what vLLM and torch read once. Call before either is imported; child processes inherit it."""
-    os.environ["OMP_NUM_THREADS"] = str(section.threads or 1)
+    os.environ |= openmp_variables(section.threads or 1)
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = (
         "1"  # see rlsys.sampler.engine_args: one position is allotted and never computed
