@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,9 @@ from transformers import AutoTokenizer
 from actors import job as jobs
 from actors.cli import app
 from actors.evaluation import evaluate
+from actors.stages.learner_group import LearnerGroup
+from actors.stages.restarting_actors import GraderActors
+from actors.stages.sampler_pool.membership import Membership
 from actors.stages.sampler_pool.pool import SamplerPool
 from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.errors import CheckpointError, ConfigError
@@ -55,8 +58,26 @@ def before(trained: JobConfig) -> Files:
 
 
 @pytest.fixture(scope="module")
+def starts() -> Iterator[list[str]]:
+    """Who is asked to start in the evaluations of `records`, in order."""
+    asked: list[str] = []
+
+    def telling(who: str, method: Callable[..., object]) -> Callable[..., object]:
+        def told(*arguments: object) -> object:
+            asked.append(who)
+            return method(*arguments)
+
+        return told
+
+    with pytest.MonkeyPatch.context() as patch:
+        for stage, method in ((LearnerGroup, "_load"), (Membership, "begin"), (GraderActors, "start")):
+            patch.setattr(stage, method, telling(stage.__name__, getattr(stage, method)))
+        yield asked
+
+
+@pytest.fixture(scope="module")
 def records(
-    trained: JobConfig, before: Files, micro_base: Path, tmp_path_factory: pytest.TempPathFactory
+    trained: JobConfig, before: Files, micro_base: Path, tmp_path_factory: pytest.TempPathFactory, starts: list[str]
 ) -> Mapping[str, EvalRecord]:
     """Of the command, once for each."""
     out = tmp_path_factory.mktemp("out")
@@ -76,6 +97,13 @@ def grades(record: EvalRecord) -> list[float]:
 def test_the_adapter_and_the_merged_model_say_the_same_to_every_problem(records: Mapping[str, EvalRecord]) -> None:
     assert grades(records["adapter"]) == grades(records["merged"])
     assert (records["adapter"].version, records["merged"].version) == (STEPS, None)
+
+
+def test_learner_and_engines_are_asked_to_start_before_anyone_waits_for_the_graders(
+    records: Mapping[str, EvalRecord], starts: list[str]
+) -> None:
+    assert starts[:3] == ["LearnerGroup", "Membership", "GraderActors"]
+    assert starts.count("LearnerGroup") == len(records), "the base is loaded once in each"
 
 
 def test_the_command_finds_what_the_run_itself_found_and_not_what_its_base_did(
