@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import sys
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rlsys.evaluation.policy_source import PolicySource
     from rlsys.evaluation.record import EvalRecord
     from rlsys.planning.fit import Node
+    from rlsys.utils.free_cores import Cores
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
@@ -62,20 +64,30 @@ def train(
     job = _load(config, overrides)
 
     from actors.forking.job_server import job_server
+    from rlsys.run_state.saved_config import with_threads_of
+    from rlsys.utils.free_cores import sample_cores
 
-    with job_server(job) as server:  # it imports on another core while Ray is imported and started here
+    sample = functools.cache(sample_cores)  # before this command has processes that keep cores busy
+    asked = job if fresh else with_threads_of(job.run_dir, job)
+    with job_server(asked, sample) as server:  # it imports on another core while Ray is imported and started here
         from actors.forking.model_check import model_check
 
-        _train(job, fresh, server, model_check(job, server))
+        _train(job, fresh, server, model_check(job, server), sample)
 
 
-def _train(job: JobConfig, fresh: bool, server: ForkServer | None, check: Callable[[], tuple[str, ...]]) -> None:
+def _train(
+    job: JobConfig,
+    fresh: bool,
+    server: ForkServer | None,
+    check: Callable[[], tuple[str, ...]],
+    sample: Callable[[], Cores],
+) -> None:
     from actors.job import train as run_job  # Ray is imported only for a valid configuration
     from rlsys.tracking.progress import Progress, closing_rows
 
     progress = Progress()
     try:
-        outcome = run_job(job, progress, fresh, server, check)
+        outcome = run_job(job, progress, fresh, server, check, sample)
     except KeyboardInterrupt:
         progress.note(
             f"Interrupted. The current step was discarded; run the command again to resume from {job.run_dir}"
@@ -129,8 +141,9 @@ def evaluate(
     policy = find_policy(job, checkpoint)
 
     from actors.forking.job_server import job_server
+    from rlsys.utils.free_cores import sample_cores
 
-    with job_server(policy.config) as server:
+    with job_server(policy.config.with_threads(1, 1), sample_cores) as server:  # unset counts are 1 in an evaluation
         from actors.forking.model_check import model_check
 
         record = _evaluate(job, policy, server, model_check(policy.config, server))

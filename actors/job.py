@@ -44,6 +44,7 @@ from rlsys.tracking.progress import Progress
 from rlsys.tracking.tracker import Tracker
 from rlsys.utils.atomic_files import refusal
 from rlsys.utils.env_variables import env_variable
+from rlsys.utils.free_cores import Cores, sample_cores
 from rlsys.utils.packed_folder import pack_folder
 from rlsys.utils.text_files import first_line
 
@@ -68,10 +69,11 @@ def train(
     fresh: bool = False,
     server: ForkServer | None = None,
     check: Callable[[], tuple[str, ...]] | None = None,
+    sample: Callable[[], Cores] = sample_cores,
 ) -> Outcome:
     """Start a run or resume it. Whatever this raises, wandb is closed, actors are gone, and adapter and report are
     those of the last finished step. `server`: forks the job's processes where Ray starts here. `check`: `check_job`,
-    where it has begun already.
+    where it has begun already. `sample`: measures the cores that are free for the run.
 
     Raises:
         RunExistsError: the run directory holds something else, or another driver uses it.
@@ -85,7 +87,8 @@ def train(
     refuse_absent_cores(config.cluster.address, config.learner, config.sampler)
     for note in check() if check else check_job(config):
         progress.note(f"rlsys: {note}")
-    with RunStore.open(config, fresh, progress.note, partial(with_chosen_threads, note=progress.note)) as store:
+    complete = partial(with_chosen_threads, note=progress.note, sample=sample)
+    with RunStore.open(config, fresh, progress.note, complete) as store:
         config = resolve_paths(store.config)  # which has the run's own date
         if store.finished:
             return _outcome_of_finished(store, progress)

@@ -12,10 +12,15 @@ from rlsys.planning.threads import Threads, choose_threads
 from rlsys.utils.free_cores import Cores, sample_cores
 
 
-def with_chosen_threads(config: JobConfig, note: Callable[[str], None]) -> JobConfig:
-    """The job with both thread counts; `note` says which were chosen, and why."""
+def threads_of(config: JobConfig, sample: Callable[[], Cores]) -> Threads:
+    """Thread counts of a job that starts now."""
     joined = joined_address(config.cluster.address) is not None
-    threads = choose_threads(config, _hidden_size(config.model), joined, sample_cores)
+    return choose_threads(config, _hidden_size(config.model), joined, sample)
+
+
+def with_chosen_threads(config: JobConfig, note: Callable[[str], None], sample: Callable[[], Cores]) -> JobConfig:
+    """The job with both thread counts; `note` says which were chosen, and why."""
+    threads = threads_of(config, sample)
     if threads.reasons:
         note(f"rlsys: threads: {threads}")
     return config.with_threads(threads.learner, threads.sampler)
@@ -28,23 +33,6 @@ def threads_on(config: JobConfig, joined: bool, described_cores: int | None) -> 
         return Cores(frozenset(range(described_cores or 0)), {})
 
     return choose_threads(config, _hidden_size(config.model), joined, described if described_cores else sample_cores)
-
-
-def threads_known_early(config: JobConfig) -> int | None:
-    """Threads of learner and sampler of a job that starts Ray on this machine; None where they differ, or depend on
-    the cores that are free when the run starts."""
-
-    class Unknown(Exception):
-        pass
-
-    def unknown() -> Cores:
-        raise Unknown
-
-    try:
-        threads = choose_threads(config, _hidden_size(config.model), False, unknown)
-    except Unknown:
-        return None
-    return threads.learner if threads.learner == threads.sampler else None
 
 
 def _hidden_size(model: ModelSection) -> int | None:

@@ -11,18 +11,19 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from actors.cluster.joined_address import joined_address
-from actors.cluster.threads import threads_known_early
+from actors.cluster.threads import threads_of
 from actors.forking import checks, client
 from actors.forking.client import PROCESSES
 from rlsys.config import JobConfig
 from rlsys.errors import ClusterError
+from rlsys.utils.free_cores import Cores
 
 ROLES = ("actor", "learner", "sampler")
 LOG = "log"
@@ -145,9 +146,10 @@ def _listener(path: Path) -> socket.socket:
 
 
 @contextmanager
-def job_server(config: JobConfig) -> Iterator[ForkServer | None]:
-    """The server of a job for the block, where the job can use one: on CPU, with its Ray on this machine."""
-    threads = _threads(config)
+def job_server(config: JobConfig, sample: Callable[[], Cores]) -> Iterator[ForkServer | None]:
+    """The server of a job for the block, where the job can use one: on CPU, with its Ray on this machine, and as many
+    threads for learner and sampler. `sample`: called before the server starts, which keeps a core busy."""
+    threads = _threads(config, sample)
     if threads is None:
         yield None
         return
@@ -162,8 +164,9 @@ def job_server(config: JobConfig) -> Iterator[ForkServer | None]:
         server.close()
 
 
-def _threads(config: JobConfig) -> int | None:
+def _threads(config: JobConfig, sample: Callable[[], Cores]) -> int | None:
     joins = joined_address(config.cluster.address) is not None
     if joins or (config.learner.device, config.sampler_device) != ("cpu", "cpu"):
         return None
-    return threads_known_early(config)
+    threads = threads_of(config, sample)
+    return threads.learner if threads.learner == threads.sampler else None
