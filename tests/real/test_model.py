@@ -66,7 +66,7 @@ def test_a_job_in_bfloat16_runs_as_it_comes(tmp_path: Path) -> None:
     command = [
         str(Path(sys.executable).with_name("rlsys")), "train", "configs/calculator-smollm2-135m.yaml",
         f"run.dir={tmp_path}", f"model.path={FOLDER}", "rl.steps=1", "rl.problems_per_step=2",
-        "rl.samples_per_problem=4", "task.eval_problems=2", "rl.sampling.max_tokens=24", "eval.max_tokens=24",
+        "rl.samples_per_problem=4", "task.eval_problems=2", "rl.sampling.max_tokens=8", "eval.max_tokens=8",
         "tracking.wandb=disabled", "rewards.function=tests.ray.graders:variety",
     ]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
