@@ -72,6 +72,7 @@ def test_a_job_in_bfloat16_runs_as_it_comes(tmp_path: Path) -> None:
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"PYTHONPATH": str(ROOT)}
     done = run(command, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "was not forked" not in done.stdout, "learner and sampler of two threads"
     lines = read_metrics(tmp_path / "calculator-smollm2-135m")
     (step,) = [line for line in lines if "reward/mean" in line]
     assert 0.0 < step["policy/logprob_diff_mean"] < (0.15 if multiplies_bfloat16() else 1e-3)
