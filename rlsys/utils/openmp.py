@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlsys.utils.env_variables import env_variable
 
-# Rounds that a thread polls for the others before it sleeps, a few microseconds. libgomp's own are 300,000 wherever the
+# Rounds that a thread polls for the others before it sleeps, about 0.1 ms. libgomp's own are 300,000 wherever the
 # process alone has no more threads than cores: beside other busy processes a thread then polls on the core that the
 # awaited one needs. Measured by benchmarks/threads.py.
 SPINS = "5000"
