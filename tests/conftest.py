@@ -9,7 +9,6 @@ import functools
 import gc
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -43,11 +42,10 @@ ENGINES_ON_CPU = (
 NO_ENGINES = ("nodes/test_machines.py", "ray/test_columns.py")
 # Files and folders that share a cluster, a server, a deployment, or the import of vLLM: one process runs them. The
 # longest begin first, so that no process is left with one of them at the end. Other files go to whichever is free.
-ENGINES = "engines"
 SHARING = {
     "the cluster": ("ray",),
     "the server": ("serve",),
-    ENGINES: ("engine", "families/test_engine.py", "families/test_adapters.py"),
+    "engines": ("engine", "families/test_engine.py", "families/test_adapters.py"),
     "tokenizers": ("real/test_tokenizers.py", "real/test_openai_text.py"),
     "the deployment": ("client",),
     "forked programs": (  # the server of tests/forked.py imports the learner, which takes seconds
@@ -71,25 +69,11 @@ OWN_RAY = (
 
 
 class Sharing(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
-    """All tests of a file in one process, and all that share what takes long to start. Unit tests run in processes that
-    have not imported vLLM, whose imports a pool of processes that they start would have."""
+    """All tests of a file in one process, and all that share what takes long to start."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = file_of(nodeid)
         return shared_by(file) or file
-
-    def _assign_work_unit(self, node: Any) -> None:
-        units = {scope for scope, tests in self.workqueue.items() if file_of(next(iter(tests))).startswith("unit/")}
-        allowed = list(self.workqueue)
-        if ENGINES in self.assigned_work[node]:
-            allowed = [scope for scope in allowed if scope not in units]
-        elif self.numnodes == 1 and units:
-            allowed = [scope for scope in allowed if scope in units]
-        if allowed:
-            self.workqueue.move_to_end(allowed[0], last=False)
-            super()._assign_work_unit(node)
-        else:
-            node.shutdown()  # the other processes take what is left
 
 
 def file_of(nodeid: str) -> str:
