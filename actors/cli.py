@@ -141,9 +141,8 @@ def evaluate(
     policy = find_policy(job, checkpoint)
 
     from actors.forking.job_server import job_server
-    from rlsys.utils.free_cores import sample_cores
 
-    with job_server(policy.config.with_threads(1, 1), sample_cores) as server:  # unset counts are 1 in an evaluation
+    with job_server(policy.config.with_threads(1, 1)) as server:  # unset counts are 1 in an evaluation
         from actors.forking.model_check import model_check
 
         record = _evaluate(job, policy, server, model_check(policy.config, server))

@@ -121,15 +121,15 @@ def measure(name: str, folder: Path, base: Path, repeats: int) -> None:
             starts.append(side())
             print(f"{repeat + 1:>8}  {name}: {starts[-1]}", file=sys.stderr, flush=True)
     names, cpu = starts[0].phases, [start.cpu for start in starts]
+    limit = {"limit": [LIMITS[name]] * repeats} if name in LIMITS else {}
     finish(
         Row(
             name=f"startup-{name}",
             title=TITLES[name],
             command=f"startup --repeats {repeats} --only {name}",
             unit="s",
-            sides={"start": [start.first_step for start in starts]}
-            | ({"limit": [LIMITS[name]] * repeats} if name in LIMITS else {}),
-            targets=[Target("start", "limit", 1.0, "<=")] if name in LIMITS else [],
+            sides={"start": [start.first_step for start in starts], **limit},
+            targets=[Target("start", each, 1.0, "<=") for each in limit],
             more={"phases, median": {each: statistics.median(s.phases[each] for s in starts) for each in names}}
             | ({"cpu s": cpu} if any(cpu) else {}),
         )

@@ -23,7 +23,7 @@ from actors.forking import checks, client
 from actors.forking.client import PROCESSES
 from rlsys.config import JobConfig
 from rlsys.errors import ClusterError
-from rlsys.utils.free_cores import Cores
+from rlsys.utils.free_cores import Cores, sample_cores
 
 ROLES = ("actor", "learner", "sampler")
 LOG = "log"
@@ -146,7 +146,7 @@ def _listener(path: Path) -> socket.socket:
 
 
 @contextmanager
-def job_server(config: JobConfig, sample: Callable[[], Cores]) -> Iterator[ForkServer | None]:
+def job_server(config: JobConfig, sample: Callable[[], Cores] = sample_cores) -> Iterator[ForkServer | None]:
     """The server of a job for the block, where the job can use one: on CPU, with its Ray on this machine, and as many
     threads for learner and sampler. `sample`: called before the server starts, which keeps a core busy."""
     threads = _threads(config, sample)

@@ -84,6 +84,9 @@ def on_driver_node() -> dict[str, Any]:
 def fork_servers(own: ForkServer | None, config: JobConfig, note: Callable[[str], None]) -> ForkServers:
     """Of the connected cluster: the job's own server, or those of `rlsys warm`. Jobs on CUDA use none."""
     if own is not None:
+        threads = {config.learner.threads or 1, config.sampler.threads or 1}
+        if threads != {own.address.threads}:
+            note(imports_by_itself(f"threads: {sorted(threads)} in the run, {own.address.threads} in the server"))
         return ForkServers({(ray.get_runtime_context().get_node_id(), own.address.threads): own.address})
     if (config.learner.device, config.sampler_device) != ("cpu", "cpu"):
         return NO_SERVERS

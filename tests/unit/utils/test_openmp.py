@@ -27,6 +27,12 @@ print(cpu_s(1), cpu_s(2))
 """
 
 
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_a_thread_gives_its_core_to_the_one_that_it_waits_for() -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
     done = run([sys.executable, "-c", PROGRAM], env={**kept, **openmp_variables(2)})
@@ -37,8 +43,6 @@ def test_a_thread_gives_its_core_to_the_one_that_it_waits_for() -> None:
 
 @pytest.mark.parametrize("users", [{"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
 def test_what_a_user_has_set_is_left_as_it_is(users: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-        monkeypatch.delenv(name, raising=False)
     counts = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     assert openmp_variables(2).keys() - counts == {"GOMP_SPINCOUNT"}
     for name, value in users.items():

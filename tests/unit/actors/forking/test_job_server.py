@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
+from actors.cluster.threads import with_chosen_threads
 from actors.forking.job_server import job_server
 from rlsys.config import JobConfig, parse_config
 from rlsys.utils.free_cores import Cores
@@ -23,18 +25,21 @@ def job(tmp_path: Path) -> Callable[..., JobConfig]:
     return lambda *given: parse_config("run: {name: one}", [f"model.path={tmp_path}", *given])
 
 
-def test_a_server_has_as_many_threads_as_the_cores_that_were_free_before_it_started(
+def test_server_and_run_have_as_many_threads_as_the_cores_that_were_free_before_the_server_started(
     job: Callable[..., JobConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     calls: list[Cores] = []
 
+    @functools.cache  # as the command's
     def sample() -> Cores:
         calls.append(Cores(frozenset(range(3)), {0: 1.0}))
         return calls[-1]
 
     with job_server(job(), sample) as server:
         assert server is not None and server.address.threads == 2
+        run = with_chosen_threads(job(), lambda _: None, sample)
+        assert (run.learner.threads, run.sampler.threads) == (2, 2)
     assert len(calls) == 1
     with job_server(job("learner.threads=3", "sampler.threads=3"), never) as server:
         assert server is not None and server.address.threads == 3
