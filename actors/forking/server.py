@@ -42,6 +42,7 @@ from rlsys.config import SamplerSection
 from rlsys.sampler.vllm.parent_process import end_with
 from rlsys.utils.importing import without_collections
 from rlsys.utils.openmp import VARIABLES, openmp_variables
+from rlsys.utils.process_title import find_title
 
 # What PEFT and vLLM both import. The engine is what a job waits for, so vLLM comes next, and the rest at the same time.
 SHARED = (
@@ -274,14 +275,6 @@ def _inherit(request: Mapping[str, Any]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
 
 
-def find_title() -> None:
-    """Look where this process's title is in memory, which its first environment variable tells until that changes: the
-    first is one that nobody sets here. Not in the learner's server: Ray's own code for titles looks there later."""
-    os.environ["SPT_NOENV"] = "1"
-    setproctitle.getproctitle()
-    del os.environ["SPT_NOENV"]
-
-
 def import_all(modules: tuple[str, ...]) -> None:
     with without_collections():
         for module in modules:
@@ -332,7 +325,7 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
         role = "sampler" if _forked(folder) else "learner"
         if role == "sampler":
             os.setsid()
-            find_title()
+            find_title()  # not in the learner's server: Ray's own code for titles looks there later
             before |= prepare()
             import_vllm()
         else:

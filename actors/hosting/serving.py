@@ -17,11 +17,13 @@ from typing import Any
 from actors.hosting.channel import Channel, Kind, Message
 from actors.hosting.raised import pack
 from rlsys.sampler.vllm.parent_process import end_with
+from rlsys.utils.process_title import find_title
 
 
 def main(descriptor: int, parent: int) -> None:
     """Serve the socket `descriptor` of the actor's process `parent`; end when the actor closes it or dies."""
     end_with(parent)
+    find_title()  # the body sets variables before vLLM names the engine's process
     serve(descriptor)
 
 

@@ -10,9 +10,11 @@ import sys
 import threading
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import setproctitle
 
 from rlsys.config import TurnSection
 from rlsys.environments.environment_pool import Environment
@@ -53,6 +55,13 @@ class Body:
             "output": [os.readlink(f"/proc/self/fd/{number}") for number in (1, 2)],
             "path": sys.path,
         }
+
+    async def title_after_assigning(self, name: str, title: str) -> str:
+        """What others see as this process's title."""
+        assert next(iter(os.environ)) == name, "the first variable"
+        os.environ[name] = "another value"
+        setproctitle.setproctitle(title)
+        return Path("/proc/self/cmdline").read_text().rstrip("\0")
 
     async def double(self, arrays: dict[str, Array]) -> dict[str, Array]:
         return {name: array * 2 for name, array in arrays.items()}

@@ -269,6 +269,29 @@ def test_a_host_process_ends_with_its_actor(suspended: bool) -> None:
     until_gone([pid], "the host process of a killed actor")
 
 
+ENGINE = """
+import asyncio
+from actors.hosting.host_process import HostProcess
+from tests.unit.actors.hosting.bodies import Body
+
+async def main():
+    host = HostProcess("sampler 0", Body, ["b"])
+    print(await host.call("title_after_assigning", "FIRST", "VLLM::EngineCore"))
+    await host.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("rays", [{}, {"SPT_NOENV": "1"}])
+def test_a_title_is_seen_whichever_variable_was_assigned(rays: dict[str, str]) -> None:
+    """An engine of this title is found with `ps`. Ray's workers begin with any variable, one of vLLM's perhaps."""
+    unset = {name: value for name, value in os.environ.items() if name != "SPT_NOENV"}
+    environment = {"FIRST": "", **unset, **rays, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    shown = to_end([sys.executable, "-c", ENGINE], env=environment).stdout
+    assert shown.splitlines()[-1] == "VLLM::EngineCore"
+
+
 @pytest.mark.parametrize("actor", ["actors.sampler_actor", "actors.service.sampler_service"])
 def test_an_actor_with_a_host_process_imports_neither_torch_nor_vllm(actor: str) -> None:
     program = f"import sys, {actor}; print([name for name in ('torch', 'vllm', 'transformers') if name in sys.modules])"
