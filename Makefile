@@ -56,7 +56,7 @@ unit: $(READY)
 soak: $(READY)
 	GRADING_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest tests/unit/math_grading/test_grading_fuzz.py
 	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest tests/unit/test_loop.py tests/unit/learner/test_prefix_sharing.py
-	$(BIN)/python -m pytest -m soak -rA tests/unit/math_grading tests/soak tests/ray tests/nodes tests/deploy tests/engine tests/serve
+	$(BIN)/python -m pytest -m soak -rA tests
 
 # Creates models/SmolLM2-135M-Instruct, the base of configs/*smollm2*; tests that need it are skipped without it.
 real-model: $(READY)
