@@ -19,6 +19,7 @@ from actors.service.fork_servers import DeploymentServers
 from actors.service.learner_service import ServiceLearner
 from actors.service.placement import actor_options
 from actors.service.sampler_service import ServiceSampler
+from rlsys.architectures.precision import rounding_note
 from rlsys.client.backend import About
 from rlsys.client.config import DeploymentSpec
 from rlsys.config.gpu_shares import may_share, start_in_order
@@ -90,7 +91,7 @@ def brought_up(
     spec: DeploymentSpec, learner: ActorHandle, samplers: Sequence[ActorHandle], note: Callable[[str], None]
 ) -> About:
     """Load the base in all actors, and have every sampler prove that adapters reach its forward pass. `note` says why
-    an actor's process was not forked although its node has a fork server."""
+    an actor's process was not forked although its node has a fork server, and which CPU computes in another dtype."""
     deadline = time.monotonic() + spec.start_timeout_s
     preloading = [(sampler, future_of(sampler.preload.remote(), "sampler: loading vLLM")) for sampler in samplers]
     loading = future_of(learner.start.remote(), "learner: loading the base")
@@ -110,10 +111,14 @@ def brought_up(
     proofs = [future_of(sampler.prove.remote(probe), "sampler: proving its adapters") for sampler in samplers]
     for proof in proofs:
         proof.result(deadline - time.monotonic())
-    unforked = [future_of(actor.not_forked.remote(), "actor: telling how it started") for actor in (learner, *samplers)]
+    told = [future_of(actor.started_as.remote(), "actor: telling how it started") for actor in (learner, *samplers)]
     future_of(learner.announce.remote(), "learner: opening").result(ASK_TIMEOUT_S)
-    for why in {each.result(ASK_TIMEOUT_S) for each in unforked} - {""}:
-        note(imports_by_itself(why))
+    cpus = ["the learner's CPU", *(f"the CPU of sampler {index}" for index in range(len(samplers)))]
+    for cpu, (why, computed) in zip(cpus, [each.result(ASK_TIMEOUT_S) for each in told], strict=True):
+        if why:
+            note(imports_by_itself(why))
+        if computed != spec.engine.model.dtype:
+            note(rounding_note(cpu, spec.engine.model.dtype, computed))
     return about
 
 

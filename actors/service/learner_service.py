@@ -13,6 +13,7 @@ import ray
 
 from actors.forking.client import why_not_forked
 from actors.service.learner_ranks import SeveralRanks
+from rlsys.architectures.precision import computing_dtype
 from rlsys.client.backend import About, Answer, ModelHandle, RunProgress, SnapshotHandle
 from rlsys.client.config import DeploymentSpec, HostSpec
 from rlsys.client.requests import Drop, Request
@@ -82,8 +83,9 @@ class ServiceLearner:
             self.loop.fail(ActorDiedError(str(error)))
             asyncio.get_running_loop().call_later(ANSWER_S, os._exit, 1)
 
-    async def not_forked(self) -> str:
-        return why_not_forked()
+    async def started_as(self) -> tuple[str, str]:
+        """Why this process was not forked although its node has a fork server, and the dtype of what it computes."""
+        return why_not_forked(), computing_dtype(self.spec.model.dtype, self.spec.learner.device)
 
     async def bring_up(self) -> About:
         """Start in the place of a dead learner, and let clients join. Several clients may ask: it is done once."""

@@ -13,6 +13,7 @@ from actors.forking.client import why_not_forked
 from actors.hosting.host_process import HostProcess, start_host
 from actors.hosting.snapshot_body import SnapshotBody
 from rlsys.answer_parts import AnswerParts, PartsRequest
+from rlsys.architectures.precision import computing_dtype
 from rlsys.client.backend import SampleAnswer
 from rlsys.client.config import SamplerSpec
 from rlsys.errors import DataLostError, SamplingError
@@ -34,7 +35,7 @@ class ServiceSampler:
     def __init__(self, spec: SamplerSpec, index: int) -> None:
         prepare_environment(spec.section, spec.device)
         self.host = start_host(f"sampler {index}", spec.device, SnapshotBody, spec, index)
-        self.leases, self.held = Leases(), HeldKeys()
+        self.spec, self.leases, self.held = spec, Leases(), HeldKeys()
         self.refs: dict[str, ray.ObjectRef[WeightUpdate]] = {}
         self.snapshot_cache = SnapshotCache(
             spec.section.max_live_adapters, self._load, self._unload, spec.room_timeout_s
@@ -53,9 +54,10 @@ class ServiceSampler:
         await self.start()
         await self.prove(probe)
 
-    async def not_forked(self) -> str:
+    async def started_as(self) -> tuple[str, str]:
+        """As the learner's, of this process or its host process."""
         host = self.host.not_forked if isinstance(self.host, HostProcess) else ""
-        return host or why_not_forked()
+        return host or why_not_forked(), computing_dtype(self.spec.model.dtype, self.spec.device)
 
     async def check(self) -> None:
         """

@@ -46,8 +46,8 @@ def _explain(detail: Mapping[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         keys = _keys(where[:-1])
         close = difflib.get_close_matches(where[-1], keys, n=1, cutoff=0.6)
-        nearest = f"did you mean {close[0]!r}? " if close else ""
-        return f"{dotted} is no key of {'.'.join(where[:-1]) or 'a server'!r}; {nearest}It takes {', '.join(keys)}"
+        nearest = f"did you mean {close[0]!r}? It" if close else "it"
+        return f"{dotted} is no key of {'.'.join(where[:-1]) or 'a server'!r}; {nearest} takes {', '.join(keys)}"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error" or isinstance(detail["input"], dict):
         return f"{dotted}: {message}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from actors.service.supervisor import CHECK_S
+from rlsys.architectures.precision import multiplies_bfloat16
 from tests.waiting import cpu_of, run
 
 PROGRAM = """
@@ -24,6 +25,7 @@ if __name__ == "__main__":
     config = rlsys.ServiceConfig(
         detached="mine",
         models={"micro": base},
+        dtype="bfloat16",
         max_length=96,
         cluster=ClusterSection(address=address),
         sampler=SamplerSection(num_cpus=0.5, kv_cache_gb=0.1, max_num_batched_tokens=512, max_num_seqs=16),
@@ -46,6 +48,8 @@ def test_a_detached_deployment_lives_until_rlsys_stop_and_then_gives_its_resourc
     (tmp_path / "program.py").write_text(PROGRAM)
     started = _run(sys.executable, str(tmp_path / "program.py"), ray_cluster, str(micro_base))
     assert started.returncode == 0, started.stderr
+    for cpu in ("the learner's CPU", "the CPU of sampler 0"):  # whoever starts it is told what it computes with
+        assert (f"{cpu} has no kernels for bfloat16: float32" in started.stderr) is not multiplies_bfloat16()
     wrong = _run(sys.executable, "-m", "rlsys", "stop", "yours")
     assert wrong.returncode == 1 and "no running job or deployment is named 'yours'" in wrong.stderr
     stopped = _run(sys.executable, "-m", "rlsys", "stop", "mine")
