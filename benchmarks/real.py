@@ -75,14 +75,15 @@ def prompts_of(folder: Path, gsm8k: Path | None, span: tuple[int, int] = PROMPT_
         train, held_out = (SourceSection(path=str(gsm8k / f"{part}.jsonl")) for part in ("train", "test"))
         section = TaskSection(name="gsm8k", train=train, eval=held_out)
     renderer = Renderer(load_tokenizer(folder), PromptSection(template=INSTRUCTION))
-    rows = [(problem, renderer.ids(problem.prompt)) for problem in tasks.build(section, 0).problems("train")]
+    known = tasks.build(section, 0).problems("train")
+    rows = list(zip(known, renderer.ids_of_each([problem.prompt for problem in known]), strict=True))
     kept = [(problem, ids) for problem, ids in rows if span[0] <= len(ids) <= span[1]]
     if not kept:
         lengths = sorted(len(ids) for _, ids in rows)
         raise SystemExit(f"{source}: prompts have {lengths[0]} to {lengths[-1]} tokens; wanted {span[0]} to {span[1]}")
-    tokens = iter([ids for _, ids in kept])
+    tokens = [ids for _, ids in kept]
     problems: Sequence[Problem] = [problem for problem, _ in kept]
-    return Prompts(source, renderer.render("{prompt}"), encode(problems, lambda _: next(tokens)))
+    return Prompts(source, renderer.render("{prompt}"), encode(problems, lambda _: tokens))
 
 
 def write_endless(model: Path, out: Path) -> Path:

@@ -18,7 +18,8 @@ from rlsys.errors import ConfigError
 from rlsys.rollouts import offsets_of, spans
 from rlsys.types import Array
 
-Encode = Callable[[str | Messages], Sequence[int]]  # a question, or messages -> prompt tokens
+# questions, or messages -> prompt tokens of each
+Encode = Callable[[Sequence[str | Messages]], Sequence[Sequence[int]]]
 EVAL_SEED = 99  # of every run: runs with other seeds are compared on the same held-out problems
 
 
@@ -109,14 +110,14 @@ def occurrences(problems: Array, before: Array | Sequence[int] = ()) -> Array:
 def encode(problems: Sequence[Problem], encode_fn: Encode, max_tokens: int | None = None) -> ProblemSet:
     """Tokenize problems; prompts of more than `max_tokens` are dropped, and ids number the remaining problems.
 
-    `encode_fn` returns the prompt tokens of a question, or of messages if the problem has them.
+    `encode_fn` returns the prompt tokens of each question, or of the messages if a problem has them.
 
     Raises:
         ConfigError: there are no problems, a prompt cannot be rendered or has no tokens, or all prompts are too long.
     """
     if not problems:
         raise ConfigError("task: found no problems; wanted at least 1")
-    rows = [np.asarray(_tokens(problem, i, encode_fn), dtype=np.int32) for i, problem in enumerate(problems)]
+    rows = [np.asarray(row, dtype=np.int32) for row in _tokens(problems, encode_fn)]
     lengths = [len(row) for row in rows]
     if 0 in lengths:
         i = lengths.index(0)
@@ -136,9 +137,19 @@ def encode(problems: Sequence[Problem], encode_fn: Encode, max_tokens: int | Non
     )
 
 
-def _tokens(problem: Problem, index: int, encode_fn: Encode) -> Sequence[int]:
+def _tokens(problems: Sequence[Problem], encode_fn: Encode) -> Sequence[Sequence[int]]:
+    questions = [problem.messages or problem.prompt for problem in problems]
     try:
-        return encode_fn(problem.messages or problem.prompt)
+        return encode_fn(questions)
+    except ConfigError:
+        for i, problem in enumerate(problems):  # which of them it is
+            _try_alone(problem, i, encode_fn)
+        raise
+
+
+def _try_alone(problem: Problem, index: int, encode_fn: Encode) -> None:
+    try:
+        encode_fn([problem.messages or problem.prompt])
     except ConfigError as error:
         if not problem.messages:
             raise

@@ -69,7 +69,7 @@ class Grader:
         """
         tokenizer = load_tokenizer(base)
         task = tasks.build(config.task, config.run.seed)
-        sets = problem_sets(task, Renderer(tokenizer, config.prompt).ids, config.prompt.max_tokens)
+        sets = problem_sets(task, Renderer(tokenizer, config.prompt).ids_of_each, config.prompt.max_tokens)
         problems = {"train": sets.train, "eval": sets.eval}
         _refuse_too_long(config, problems)
         _refuse_unknown_tokens(base, problems)

@@ -13,6 +13,7 @@ disjoint for every seed and size, also across runs and after a resume.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -37,10 +38,26 @@ Part = Literal["eval", "gate", "train", "supervised"]
 _PARTS: tuple[Part, ...] = ("eval", "gate", "train", "train", "train") + ("supervised",) * 5
 
 
+# By value: changes that keep it in range.
+_CHANGES = tuple(
+    [change for change in range(-MAX_OPERAND, MAX_OPERAND + 1) if change != 0 and 0 <= value + change <= MAX_VALUE]
+    for value in range(MAX_VALUE + 1)
+)
+
+
 class _Story(NamedTuple):
     prompt: str
-    steps: str  # one line per operation
-    answer: int
+    values: list[int]  # at the start and after each operation
+
+    @property
+    def steps(self) -> str:
+        """One line per operation."""
+        pairs = itertools.pairwise(self.values)
+        return "".join(f"{before}{after - before:+d}={after}\n" for before, after in pairs)
+
+    @property
+    def answer(self) -> int:
+        return self.values[-1]
 
 
 class Arithmetic:
@@ -127,11 +144,10 @@ def part_of(prompt: str) -> Part:
 def _story(rng: random.Random, operations: int) -> _Story:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     value = rng.randint(1, MAX_VALUE)
-    clauses, steps = [f"{name} has {value} {item}"], []
+    clauses, values = [f"{name} has {value} {item}"], [value]
     for _ in range(operations):
-        # all changes that keep the value in range are equally likely
-        change = rng.choice([c for c in range(-MAX_OPERAND, MAX_OPERAND + 1) if c != 0 and 0 <= value + c <= MAX_VALUE])
+        change = rng.choice(_CHANGES[value])  # all are equally likely
         clauses.append(rng.choice(GAINS if change > 0 else LOSSES).format(abs(change)))
-        steps.append(f"{value}{change:+d}={value + change}\n")
         value += change
-    return _Story(f"{', '.join(clauses)}. How many {item} does {name} have?\n", "".join(steps), value)
+        values.append(value)
+    return _Story(f"{', '.join(clauses)}. How many {item} does {name} have?\n", values)

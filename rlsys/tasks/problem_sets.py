@@ -31,7 +31,8 @@ class ProblemSets:
 def problem_sets(task: Task, encode_fn: Encode, max_tokens: int | None = None) -> ProblemSets:
     """Build the problem sets of a task.
 
-    `encode_fn` returns the prompt tokens of a question or of messages. Prompts of more than `max_tokens` are dropped.
+    `encode_fn` returns the prompt tokens of each question or list of messages. Prompts of more than `max_tokens` are
+    dropped.
 
     Raises:
         ConfigError: a split has no usable problem, or all training problems are also held-out problems.

@@ -76,8 +76,12 @@ class Renderer:
         Raises:
             ConfigError: messages without a chat template, or messages with a system message if the job has one too.
         """
-        text = self._marked_text(question)
-        return self._controls.ids(text) if self.chat else _ids_with_bos(self._tokenizer, self._controls, text)
+        return self.ids_of_each([question])[0]
+
+    def ids_of_each(self, questions: Sequence[str | Messages]) -> list[list[int]]:
+        """Return the prompts as token ids, as `ids` does, with few calls of the tokenizer."""
+        rows = self._controls.ids_of_each([self._marked_text(question) for question in questions])
+        return rows if self.chat else [_with_bos(self._tokenizer, ids) for ids in rows]
 
     def reply_ids(self, reply: str, last: int | None, ended: bool) -> list[int]:
         """Return the token ids between the model's last turn and its next turn.
@@ -224,7 +228,7 @@ def build_supervised_example(
             for text, is_assistant in _assistant_parts(tokenizer, protected, template_options or {}, date)
         ]
     else:
-        parts = [(_ids_with_bos(tokenizer, controls, ""), False)]
+        parts = [(_with_bos(tokenizer, controls.ids("")), False)]
         for message in protected:
             is_assistant = message["role"] == "assistant"
             ends = [eos_id(tokenizer)] if is_assistant else []
@@ -291,9 +295,9 @@ def _turn_stop(rendered: str, start: int, ends: set[str], is_last: bool) -> int 
     return min((position + length for position, length in positions if position >= 0), default=None)
 
 
-def _ids_with_bos(tokenizer: PreTrainedTokenizerBase, controls: ControlTokens, text: str) -> list[int]:
-    """Encode a text, with the BOS token if the tokenizer adds one and the text does not have it; never with EOS."""
-    ids, bos = controls.ids(text), tokenizer.bos_token_id
-    if bos is None or bos not in tokenizer.encode("")[:1] or ids[:1] == [bos]:
+def _with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Return the ids after the BOS token if the tokenizer adds one and they do not have it; never with EOS."""
+    bos = tokenizer.bos_token_id
+    if bos is None or ids[:1] == [bos] or bos not in tokenizer.encode("")[:1]:
         return ids
     return [bos, *ids]

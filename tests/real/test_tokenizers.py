@@ -195,7 +195,7 @@ def test_the_digest_of_problems_does_not_change_at_midnight(name: str) -> None:
         tokenizer = type(tokenizer).from_pretrained(tokenizer.name_or_path)
         tokenizer.chat_template = dated + load(name).chat_template
     digests = [
-        encode([Problem(QUESTION, "4")], Renderer(tokenizer, PromptSection(date=day)).ids).digest
+        encode([Problem(QUESTION, "4")], Renderer(tokenizer, PromptSection(date=day)).ids_of_each).digest
         for day in (DAY, DAY, "2026-02-04")
     ]
     assert digests[0] == digests[1] != digests[2]

@@ -67,9 +67,8 @@ def test_both_sides_of_a_real_grpo_step_read_the_same_prompt_tokens(tmp_path: Pa
 
 def test_sequences_of_a_grpo_step_share_their_groups_prompt_and_count_completions_alone(tiny_model: Models) -> None:
     random = np.random.default_rng(0)
-    problems = encode(
-        [Problem(str(i), "") for i in range(9)], lambda text: random.integers(1, 60, 6 + int(str(text))).tolist()
-    )
+    rows = [random.integers(1, 60, 6 + i).tolist() for i in range(9)]
+    problems = encode([Problem(str(i), "") for i in range(9)], lambda _: rows)
     learner = make(tiny_model(True))
     batch = as_grpo_has_them(learner, problems, 2, 5)
     assert batch.num_datums == 2 * GROUP and batch.columns["weights"].sum() == 2 * GROUP * 5

@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from rlsys.data.problems import Epochs, Problem, encode
 from rlsys.errors import ConfigError
 
 
-def letters(prompt: str | Messages) -> list[int]:
-    assert isinstance(prompt, str)
-    return [ord(character) for character in prompt]
+def letters(prompts: Sequence[str | Messages]) -> list[list[int]]:
+    assert all(isinstance(prompt, str) for prompt in prompts)
+    return [[ord(character) for character in str(prompt)] for prompt in prompts]
 
 
 WORDS = [Problem("ab", "1"), Problem("cde", "2"), Problem("f", "3"), Problem("ghij", "4")]
@@ -22,7 +23,7 @@ def test_encoded_prompts_lie_end_to_end() -> None:
     problems = encode(WORDS, letters)
     assert len(problems) == 4 and problems.answers == ("1", "2", "3", "4")
     assert problems.prompt_tokens.dtype == np.int32 and problems.prompt_offsets.dtype == np.int64
-    assert problems.prompt_tokens.tolist() == letters("abcdefghij")
+    assert problems.prompt_tokens.tolist() == letters(["abcdefghij"])[0]
     assert problems.prompt_offsets.tolist() == [0, 2, 5, 6, 10]
 
 
@@ -30,7 +31,7 @@ def test_encoded_prompts_lie_end_to_end() -> None:
 def test_select_gives_the_asked_prompts_in_the_asked_order(ids: list[int]) -> None:
     tokens, offsets = encode(WORDS, letters).select(np.array(ids, np.int64))
     prompts = [tokens[a:b].tolist() for a, b in itertools.pairwise(offsets)]
-    assert prompts == [letters(WORDS[i].prompt) for i in ids]
+    assert prompts == letters([WORDS[i].prompt for i in ids])
     assert tokens.dtype == np.int32 and offsets.dtype == np.int64
 
 
@@ -42,7 +43,7 @@ def test_a_prompt_without_tokens_is_refused_by_number() -> None:
 def test_longer_prompts_are_dropped_and_counted_and_ids_stay_dense() -> None:
     problems = encode(WORDS, letters, max_tokens=2)
     assert (problems.prompts, problems.answers, problems.dropped) == (("ab", "f"), ("1", "3"), 2)
-    assert problems.select([1])[0].tolist() == letters("f")
+    assert problems.select([1])[0].tolist() == letters(["f"])[0]
     assert encode(WORDS, letters, max_tokens=4).dropped == 0 == encode(WORDS, letters).dropped
 
 
@@ -59,7 +60,7 @@ def test_the_digest_is_of_texts_answers_and_tokens_in_their_order() -> None:
         encode(WORDS[:3], letters),
         encode([Problem("ab", "9"), *WORDS[1:]], letters),
         encode([Problem("ba", "1"), *WORDS[1:]], letters),
-        encode(WORDS, lambda prompt: [*letters(prompt), 0]),
+        encode(WORDS, lambda prompts: [[*row, 0] for row in letters(prompts)]),
         encode([Problem("a", "b1"), *WORDS[1:]], letters),
     ]
     assert len({digest, *(other.digest for other in others)}) == 7

@@ -36,9 +36,9 @@ def asked(*prompts: str) -> list[Problem]:
     return [Problem(prompt, str(i)) for i, prompt in enumerate(prompts)]
 
 
-def letters(prompt: str | Messages) -> list[int]:
-    assert isinstance(prompt, str)
-    return [ord(character) for character in prompt]
+def letters(prompts: Sequence[str | Messages]) -> list[list[int]]:
+    assert all(isinstance(prompt, str) for prompt in prompts)
+    return [[ord(character) for character in str(prompt)] for prompt in prompts]
 
 
 def test_what_is_held_out_is_left_out_of_training_and_counted() -> None:
@@ -86,7 +86,9 @@ def test_an_empty_split_is_refused(train: Sequence[Problem], held_out: Sequence[
 def test_the_same_question_is_held_out_whatever_system_prompt_it_has() -> None:
     system = Problem.of_messages((("system", "Be brief."), ("user", "A?")), "1")
     assert (system.prompt, len(system.messages)) == ("A?", 2)
-    sets = problem_sets(Listed([*asked("b"), system], asked("a")), lambda question: [len(question)])
+    sets = problem_sets(
+        Listed([*asked("b"), system], asked("a")), lambda questions: [[len(question)] for question in questions]
+    )
     assert sets.train.prompts == ("b",)
 
 
@@ -94,9 +96,9 @@ def test_messages_reach_the_renderer_and_their_text_the_records() -> None:
     said = (("user", "a?"), ("assistant", "b"), ("user", "c?"))
     seen: list[str | Messages] = []
 
-    def encoded(question: str | Messages) -> list[int]:
-        seen.append(question)
-        return [1]
+    def encoded(questions: Sequence[str | Messages]) -> list[list[int]]:
+        seen.extend(questions)
+        return [[1]] * len(questions)
 
     problem_sets(Listed([Problem.of_messages(said, "1")], asked("x")), encoded)
     assert seen == [said, "x"]

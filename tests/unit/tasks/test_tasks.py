@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import json
 import re
@@ -73,6 +74,17 @@ def test_the_same_seed_gives_the_same_task(quickstart: Arithmetic) -> None:
     assert again.problems("train") == quickstart.problems("train")
     assert again.supervised_examples(100, 0.5, 1) == quickstart.supervised_examples(100, 0.5, 1)
     assert again.supervised_examples(100, 0.5, 1) != quickstart.supervised_examples(100, 0.5, 2)
+
+
+def test_a_seed_gives_the_problems_that_it_always_gave() -> None:
+    """A run that goes on is refused with other problems, and results of other days are of these."""
+    section = TaskSection(name="arithmetic", min_operations=1, max_operations=8, train_problems=300, eval_problems=50)
+    task = Arithmetic(section, seed=7)
+    problems = [*task.problems("train"), *task.problems("eval")]
+    texts = [f"{problem.prompt}|{problem.answer}" for problem in problems]
+    texts += ["|".join(example) for example in task.supervised_examples(200, 0.5, seed=3)]
+    texts += [problem.prompt for problem in task.gate_problems(20)]
+    assert hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest() == "80c9a93810e497aa"
 
 
 def test_every_answer_follows_from_its_text_within_the_range(quickstart: Arithmetic) -> None:
@@ -305,7 +317,7 @@ def test_the_task_that_the_docs_show_is_a_task_in_under_twenty_lines(
     (tmp_path / "my_tasks.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     task = tasks.build(TaskSection(name="my_tasks:Doubling", train_problems=500), seed=0)
-    sets = problem_sets(task, lambda prompt: [ord(character) for character in str(prompt)])
+    sets = problem_sets(task, lambda prompts: [[ord(character) for character in str(prompt)] for prompt in prompts])
     assert (len(sets.train), len(sets.eval)) == (500, 100)
     assert task.grade("It is 14", sets.eval.answers[7]) == 1.0
     assert len(tasks.build(TaskSection(name="my_tasks:Doubling", options={"count": 7}), 0).problems("train")) == 7
@@ -348,7 +360,7 @@ def test_a_data_set_in_verls_form_is_rendered_as_its_messages_and_graded(tmp_pat
     columns = ColumnSection(prompt="prompt", answer="reward_model.ground_truth")
     task = tasks.build(TaskSection(name="dataset", columns=columns, **sources), seed=0)
     renderer = Renderer(tokenizer_of(CHATML), PromptSection())
-    sets = problem_sets(task, renderer.ids)
+    sets = problem_sets(task, renderer.ids_of_each)
     assert sets.train.prompts == ("0 + 0?", "1 + 1?", "2 + 2?", "3 + 3?")
     assert sets.eval.answers == ("8", "10")
     tokens, offsets = sets.train.select([2, 3])

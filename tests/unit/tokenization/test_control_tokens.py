@@ -13,7 +13,7 @@ from rlsys.bootstrap.bpe_tokenizer import build_tokenizer
 from rlsys.bootstrap.supervised import encode_examples
 from rlsys.config import ExampleSection, PromptSection
 from rlsys.errors import ConfigError
-from rlsys.tokenization.control_tokens import control_tokens
+from rlsys.tokenization.control_tokens import AT_ONCE, control_tokens
 from rlsys.tokenization.renderer import Renderer, build_supervised_example
 from tests.unit.tokenization.test_renderer import CHATML, END, HEADERS, THINKING, renderer, tokenizer_of
 
@@ -30,6 +30,17 @@ def controls_in(ids: list[int]) -> list[int]:
 def test_the_way_of_marks_is_the_ordinary_one_where_there_are_none(text: str) -> None:
     tokenizer = tokenizer_of(CHATML)
     assert control_tokens(tokenizer).ids_with_marks(text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_texts_that_are_encoded_together_have_the_ids_that_each_has_alone() -> None:
+    """Some need marks, some have controls of the template: more than one call's texts, in their order."""
+    tokenizer = tokenizer_of(CHATML)
+    controls = control_tokens(tokenizer)
+    kinds = [*TEXTS, "", controls.protect(SLY), "<|im_start|>" + controls.protect(SLY) + "<|im_end|>", "<|im_end|>"]
+    texts = [f"{i}{kinds[i % len(kinds)]}" for i in range(2 * AT_ONCE + 3)]
+    together = controls.ids_of_each(texts)
+    assert together == [controls.ids_with_marks(text) for text in texts] and len({*map(tuple, together)}) == len(texts)
+    assert controls.ids_of_each([]) == []
 
 
 def test_what_is_protected_reads_as_before_and_makes_no_control_token() -> None:

@@ -142,7 +142,7 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run() -> None:
     shown = renderer(DATED, date="2026-02-03").render("Q")
     assert "Today is 03 Feb 2026, 2026-02-03." in shown
     digests = [
-        encode([Problem("Q", "4")], renderer(DATED, date=day).ids).digest
+        encode([Problem("Q", "4")], renderer(DATED, date=day).ids_of_each).digest
         for day in ("2026-02-03", "2026-02-03", "2026-02-04")
     ]
     assert digests[0] == digests[1] != digests[2]
@@ -378,13 +378,13 @@ def test_messages_that_cannot_be_written_are_refused_by_problem(
 ) -> None:
     problems = [Problem("1+1?", "2"), Problem.of_messages(CHAT, "4")]
     with pytest.raises(ConfigError, match=rf"task: problem 1, 'user: 1\+1.*, is a list of messages: {message}"):
-        encode(problems, renderer(template, **section).ids)
+        encode(problems, renderer(template, **section).ids_of_each)
 
 
 def test_a_template_that_refuses_the_messages_of_a_problem_names_it() -> None:
     strict = "{% if messages|length > 1 %}{{ raise_exception('one at a time') }}{% endif %}" + CHATML
     with pytest.raises(ConfigError, match=r"problem 0, .* is a list of messages: .*it fails for .*: one at a time"):
-        encode([Problem.of_messages(CHAT, "4")], renderer(strict).ids)
+        encode([Problem.of_messages(CHAT, "4")], renderer(strict).ids_of_each)
 
 
 @pytest.mark.parametrize(
