@@ -22,6 +22,7 @@ from rlsys.utils.importing import without_collections
 from rlsys.utils.openmp import openmp_variables
 
 PRELOAD = (
+    "rlsys.sampler.vllm.engine_logging",  # first: vLLM has few loggers yet, and all its modules take what it replaces
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.model_executor.layers.quantization.online.base",  # imported by every loader of weights

@@ -45,6 +45,8 @@ PRIVATE_API = {
     "vllm.lora.model_manager:LRUCacheLoRAModelManager.remove_adapter": "adapter_id",
     # of the V1 and of the V2 model runner, of which vLLM takes the second on CUDA: the slots hang at its lora_manager
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model": "model vllm_config device",
+    "vllm.logger:configure_logging": "config",
+    "vllm.v1.engine.core:configure_logging": "config",
     "vllm.v1.engine.utils:get_mp_context": "",
     "vllm.v1.executor.multiproc_executor:MultiprocExecutor._init_executor": "",
     "vllm.lora.layers.base:BaseLayerWithLoRA.slice_lora_a": "lora_a",

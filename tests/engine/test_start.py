@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ import pytest
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.errors import ClusterError
 from rlsys.sampler.engine import Sampler
+from rlsys.sampler.engine_start import PRELOAD
 from rlsys.sampler.private_api import check_private_api
 from rlsys.sampler.vllm.model_classes import register_classes
 from rlsys.types import SamplingParams
@@ -34,6 +36,7 @@ from pathlib import Path
 import numpy as np
 from rlsys.config import ModelSection, SamplerSection
 from rlsys.sampler.engine import Sampler
+from rlsys.sampler.engine_start import PRELOAD
 from rlsys.types import SamplingParams
 
 async def main(folder):
@@ -177,6 +180,29 @@ def test_kernels_that_are_registered_before_a_fork_are_not_looked_for_again() ->
     assert isinstance(registered, KernelOverride)
     current_platform.register_triton_kernel_overrides()  # as each worker does
     assert ComputeSlotMappingKernel.kernel is registered
+
+
+def test_logging_is_configured_once_for_all_engines_that_are_forked_from_a_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm import logger
+    from vllm.config.logging import LoggingConfig
+    from vllm.v1.engine import core
+
+    import rlsys.sampler.vllm.engine_logging  # noqa: F401  configures
+
+    resets: list[object] = []
+    monkeypatch.setattr(logger, "dictConfig", resets.append)
+    logger.configure_logging(LoggingConfig())  # as each engine does
+    logger.configure_logging_if_needed(LoggingConfig())  # and its parent
+    assert resets == []
+    logger.configure_logging(LoggingConfig(log_level="DEBUG"))
+    assert len(resets) == 1
+    logger.configure_logging(LoggingConfig())
+    assert len(resets) == 2
+    # the engine takes what is replaced if its module is imported after this one
+    assert PRELOAD[0] == "rlsys.sampler.vllm.engine_logging"
+    assert "from vllm.logger import configure_logging" in inspect.getsource(core)
 
 
 def test_a_model_s_class_is_inspected_here_and_not_in_a_process_that_imports_vllm_again(
