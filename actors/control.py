@@ -1,88 +1,113 @@
-"""Requests to a running job (`rlsys scale`, `rlsys stop`): a named actor holds them until the driver reads them."""
+"""Requests to a running job (`rlsys scale`, `rlsys stop`): in the cluster's store until the job's driver reads them.
+
+    job/RUN/DRIVER               the run is going on; DRIVER: id of the driver's job of Ray's
+    ask/RUN/DRIVER/NUMBER        a request
+    answer/RUN/DRIVER/NUMBER     what the driver says to it
+
+Keys of drivers that have ended mean nothing, and whoever meets them deletes them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
+import random
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
 
+from actors.cluster import store
 from actors.cluster.ray_cluster import cluster
-from actors.control_actor import JobControl
-from actors.faults.actor_calls import wait
-from actors.forking.servers import NO_SERVERS, ForkServers, on_driver_node
 from rlsys.config import ClusterSection
 from rlsys.config.key_types import checked_address
-from rlsys.errors import ClusterError, ConfigError, RlsysError
+from rlsys.errors import ActorDiedError, ClusterError, ConfigError, RlsysError, StalledError
 from rlsys.run_state.run_info import INFO
 from rlsys.utils.env_variables import env_variable
 from rlsys.utils.shell_paths import command
 
-if TYPE_CHECKING:
-    from ray.actor import ActorHandle
-
-NAMESPACE = "rlsys"
-PREFIX = "job:"
-RELEASE_S, RELEASE_POLL_S = 15.0, 0.5
+LISTEN_S = 0.25  # between two looks of the driver
+POLL_S = 0.1  # between two looks of who waits for its answer
+RELEASE_S, RELEASE_POLL_S = 15.0, 0.5  # for a driver of the same name that is about to end
 ANSWER_TIMEOUT_S = 120.0  # the driver reads requests between its calls; only training a base from scratch takes longer
 
 
 class Control:
-    """The driver's end of JobControl: reads requests and answers them with `handlers`."""
+    """The driver's end: reads requests and answers them with `handlers`."""
 
-    def __init__(
-        self, run: str, handlers: Mapping[str, Callable[[int | None], str]], servers: ForkServers = NO_SERVERS
-    ) -> None:
+    def __init__(self, run: str, handlers: Mapping[str, Callable[[int | None], str]]) -> None:
         """
         Raises:
             ClusterError: a job of this name is already running on the cluster.
         """
         self.handlers = handlers
-        # Without a runtime_env the actor takes a worker that Ray keeps idle, where there is one.
-        has_environment = bool(ray.get_runtime_context().runtime_env)
-        self.actor = _register(run, servers.driver_node_options() if has_environment else on_driver_node())
-        self._next = self.actor.next.remote()
+        self._where = f"{run}/{ray.get_runtime_context().get_job_id()}"
+        self._next_look = 0.0
+        _register(run, self._where)
 
     def listen(self) -> None:
-        """Answer all requests received since the last call. Does not block."""
-        while ray.wait([self._next], timeout=0)[0]:
-            try:
-                number, kind, about = ray.get(self._next)
-            except RayActorError:  # Ray restarts the actor; requests that it held have failed at their callers
-                self._next = self.actor.next.remote()
-                return
-            text, failure = "", None
-            try:
-                text = self.handlers[kind](about)
-            except RlsysError as error:
-                failure = error
-            self.actor.answer.remote(number, text, failure)
-            self._next = self.actor.next.remote()
+        """Answer all requests received since the last call. Waits for the cluster's head node alone, and not for long:
+        without its answer the requests stay where they are."""
+        if time.monotonic() < self._next_look:
+            return
+        with suppress(ClusterError):
+            for key in store.keys(f"ask/{self._where}/"):
+                self._answer(key)
+        self._next_look = time.monotonic() + LISTEN_S
+
+    def _answer(self, key: str) -> None:
+        request = store.get(key)
+        if request is None:  # who asked has given up
+            return
+        store.delete(key)  # first: a request is carried out once
+        kind, about = json.loads(request)
+        text, failure = "", None
+        try:
+            text = self.handlers[kind](about)
+        except RlsysError as error:
+            failure = error
+        store.put("answer" + key.removeprefix("ask"), pickle.dumps((text, failure)))
 
     def close(self) -> None:
-        ray.kill(self.actor)
+        """The run is over. Answers stay for those who wait for them."""
+        with suppress(ClusterError):  # the keys mean nothing once this driver has ended
+            store.delete(f"job/{self._where}")
+            store.delete_all(f"ask/{self._where}/")
 
 
-def _register(run: str, options: Mapping[str, Any]) -> ActorHandle:
-    """Create the named actor. Retries for RELEASE_S: the name of a killed driver's actor is freed with a delay."""
+def _register(run: str, where: str) -> None:
+    """Retries for RELEASE_S: another driver may be about to end."""
     deadline = time.monotonic() + RELEASE_S
     while True:
-        try:
-            named = ray.remote(JobControl).options(name=PREFIX + run, namespace=NAMESPACE, max_restarts=-1, **options)
-            return named.remote()
-        except ValueError as error:
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"a job named {run!r} is already running on this cluster; choose another run.name, or stop the "
-                    f"running job with `{command('rlsys', 'stop', run)}`"
-                ) from error
-            time.sleep(RELEASE_POLL_S)
+        is_new = store.put(f"job/{where}", b"")
+        if is_new and _places(run) == [where]:
+            return
+        if is_new:  # of two that register at the same moment, one does so first the next time
+            store.delete(f"job/{where}")
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"a job named {run!r} is already running on this cluster; choose another run.name, or stop the "
+                f"running job with `{command('rlsys', 'stop', run)}`"
+            )
+        time.sleep(RELEASE_POLL_S * random.uniform(0.5, 1.5))
+
+
+def _places(run: str | None = None) -> list[str]:
+    """RUN/DRIVER of the runs that are going on, or of those of one name. Keys of ended drivers are deleted."""
+    found = []
+    for key in store.keys("job/" if run is None else f"job/{run}/"):
+        where = key.removeprefix("job/")
+        if store.has_living_driver(where.rpartition("/")[2]):
+            found.append(where)
+            continue
+        for prefix in ("ask", "answer"):
+            store.delete_all(f"{prefix}/{where}/")
+        store.delete(key)
+    return found
 
 
 @contextmanager
@@ -106,27 +131,46 @@ def reach(run: str | None, address: str | None) -> Iterator[str | None]:
 
 
 def ask(run: str, kind: str, about: int | None) -> str:
-    """Send a request to the driver of a running job and return its answer.
+    """Send a request to the driver of a running job and return its answer. `about`: what it asks for, such as the
+    number of samplers.
 
     Raises:
         ConfigError: no job of that name is running on this cluster.
+        ActorDiedError: the driver ended before it answered.
+        StalledError: no answer within the limit.
         RlsysError: the driver refused the request.
     """
+    where = next(iter(_places(run)), None)
+    if where is None:
+        raise ConfigError(f"no running job is named {run!r} on this cluster{_known()}")
+    number = f"{where}/{uuid.uuid4().hex}"
+    store.put(f"ask/{number}", json.dumps([kind, about]).encode())
     try:
-        actor = ray.get_actor(PREFIX + run, namespace=NAMESPACE)
-    except ValueError:
-        raise ConfigError(f"no running job is named {run!r} on this cluster{_known()}") from None
-    answer: str = wait(actor.ask.remote(kind, about), ANSWER_TIMEOUT_S, f"job {run!r}: answering {kind!r}")
-    return answer
+        text, failure = pickle.loads(_answer(run, kind, where, number))
+    finally:
+        store.delete(f"ask/{number}")
+        store.delete(f"answer/{number}")
+    if failure is not None:
+        raise failure
+    return str(text)
+
+
+def _answer(run: str, kind: str, where: str, number: str) -> bytes:
+    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    while time.monotonic() < deadline:
+        goes_on = store.get(f"job/{where}") is not None and store.has_living_driver(where.rpartition("/")[2])
+        answer = store.get(f"answer/{number}")  # after the look at its driver, which answers before it ends
+        if answer is not None:
+            return answer
+        if not goes_on:
+            raise ActorDiedError(f"job {run!r}: it ended before it answered {kind!r}")
+        time.sleep(POLL_S)
+    raise StalledError(f"job {run!r}: no answer to {kind!r} within {ANSWER_TIMEOUT_S:g} s")
 
 
 def running() -> list[str]:
     """Names of the jobs running on this cluster."""
-    return sorted(
-        actor["name"].removeprefix(PREFIX)
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["namespace"] == NAMESPACE and actor["name"].startswith(PREFIX)
-    )
+    return sorted({where.rpartition("/")[0] for where in _places()})
 
 
 def _known() -> str:

@@ -169,7 +169,7 @@ def _run(
             "scale": lambda wanted: actors.policy.samplers.membership.resize(wanted or 0),
             "stop": lambda _: interrupts.request(),
         }
-        control = Control(config.run.name, handlers, servers)
+        control = Control(config.run.name, handlers)
         stack.callback(control.close)
         actors = stack.enter_context(
             job_actors(

@@ -29,7 +29,6 @@ MIB = 2**20
 ROLES = {
     "ray::RewardActor": "reward actor",
     "ray::GroupAdvantageActor": "advantage actor",
-    "ray::JobControl": "control actor",
     "ray::LearnerActor": "learner",
     "ray::SamplerActor": "sampler",
     "VLLM::EngineCore": "engine",
