@@ -69,11 +69,13 @@ class Grader:
         """
         tokenizer = load_tokenizer(base)
         task = tasks.build(config.task, config.run.seed)
+        grade = config.rewards.function or task.grade
+        GraderPool.begin_imports(config.rewards, grade)
         sets = problem_sets(task, Renderer(tokenizer, config.prompt).ids_of_each, config.prompt.max_tokens)
         problems = {"train": sets.train, "eval": sets.eval}
         _refuse_too_long(config, problems)
         _refuse_unknown_tokens(base, problems)
-        pool = GraderPool(config.rewards, config.rewards.function or task.grade)
+        pool = GraderPool(config.rewards, grade)
         return cls(config, tokenizer, problems, pool, sets.metrics)
 
     def grade(self, split: str, rollouts: Rollouts) -> GroupGrades:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlsys.errors import ConfigError, GradingError, StalledError
-from rlsys.sandbox.process_pool import Call, Ending, ProcessPool, Worker, pickled
+from rlsys.sandbox.process_pool import Call, Ending, ProcessPool, Worker, begin_imports, pickled
 from rlsys.types import Array
 from rlsys.utils.import_path import import_by_path
 
@@ -59,6 +59,10 @@ class Grades:
         }
 
 
+def _modules(function: Grader | str) -> list[str]:
+    return [__name__, function.partition(":")[0] if isinstance(function, str) else function.__module__]
+
+
 def resolve(path: str) -> Grader:
     """Import the grader at 'package.module:function'.
 
@@ -84,9 +88,13 @@ class GraderPool:
         function = section.function or function
         self._section = section
         self._name = function if isinstance(function, str) else _name_of(function)
-        module = function.partition(":")[0] if isinstance(function, str) else function.__module__
         self._graded = 0
-        self._pool = ProcessPool(_worker(function), section.workers, section.timeout_s, [__name__, module])
+        self._pool = ProcessPool(_worker(function), section.workers, section.timeout_s, _modules(function))
+
+    @staticmethod
+    def begin_imports(section: RewardSection, function: Grader | str) -> None:
+        """Have what the pool's processes import imported in the background, for a pool of these arguments later on."""
+        begin_imports(_modules(section.function or function))
 
     def grade(
         self, completions: Sequence[str], answers: Sequence[str], problems: Sequence[str] | None = None

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from enum import Enum, auto
+from multiprocessing import forkserver
 from typing import Generic, TypeVar
 
 import pebble
@@ -66,7 +67,7 @@ class ProcessPool(Generic[Value]):
     def __init__(self, worker: Worker[Value], workers: int, timeout_s: float, preload: Sequence[str]) -> None:
         self._worker, self._workers, self._timeout_s = worker, workers, timeout_s
         self._context = multiprocessing.get_context("forkserver")  # fork would copy locks held by other threads
-        self._context.set_forkserver_preload([__name__, *preload])
+        begin_imports(preload)
         self._pool = self._start()
 
     def submit(self, *arguments: object) -> Call[Value]:
@@ -116,6 +117,13 @@ class ProcessPool(Generic[Value]):
         )
         assert pool.active  # reading `active` starts the processes: they import while the owner does other work
         return pool
+
+
+def begin_imports(preload: Sequence[str]) -> None:
+    """Start this process's fork server, which imports the modules, and return at once: a pool that is made later does
+    not wait for them. It has no effect if there is one already."""
+    multiprocessing.set_forkserver_preload([__name__, *preload])
+    forkserver.ensure_running()
 
 
 def pickled(function: Function, key: str, name: str, wanted: str) -> bytes:

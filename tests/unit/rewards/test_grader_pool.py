@@ -21,7 +21,7 @@ from rlsys.math_grading import answers
 from rlsys.math_grading.extraction import extract, plain_number
 from rlsys.rewards.grader_pool import ERROR, RIGHT, TIMEOUT, WRONG, GraderPool, Grades, resolve
 from tests.unit.rewards import sample_graders
-from tests.waiting import FAR_S, times, until, until_gone
+from tests.waiting import FAR_S, run, times, until, until_gone
 
 
 def timeout_s() -> float:
@@ -55,6 +55,43 @@ def test_an_empty_batch_has_no_grades(pool: GraderPool) -> None:
 
 def test_graders_run_in_a_process_of_their_own(pool: GraderPool) -> None:
     assert grade(pool, "pid").rewards[0] != np.float32(os.getpid() / 2**24)
+
+
+SLOW = """
+import os, pathlib, time
+time.sleep(1)
+with pathlib.Path(__file__).with_name("imports").open("a") as file:
+    file.write(f"{os.getpid()}\\n")
+
+def grade(completion, answer):
+    return float(completion == answer)
+"""
+EARLY = """
+import os, pathlib, sys, time
+from multiprocessing import forkserver
+from rlsys.config import RewardSection
+from rlsys.rewards.grader_pool import GraderPool
+
+if __name__ == "__main__":
+    section = RewardSection(function="slow:grade", workers=2)
+    GraderPool.begin_imports(section, "unused")
+    imports = pathlib.Path(sys.argv[1], "imports")
+    while not imports.exists():
+        time.sleep(0.05)
+    pool = GraderPool(section, "unused")
+    print(pool.grade(["1", "2", "3"], ["1", "2", "4"]).rewards.tolist())
+    elsewhere = {int(pid) for pid in imports.read_text().split()} - {os.getpid()}  # the path is resolved here too
+    print(elsewhere == {forkserver._forkserver._forkserver_pid})
+    pool.close()
+"""
+
+
+def test_a_grader_is_imported_before_its_pool_is_made_and_once_for_all_processes(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "early.py").write_text(EARLY)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    done = run([sys.executable, str(tmp_path / "early.py"), str(tmp_path)], env=environment)
+    assert done.stdout.splitlines() == ["[1.0, 1.0, 0.0]", "True"], done.stderr
 
 
 @pytest.mark.parametrize("hang", ["sleep", "long call into C"])
