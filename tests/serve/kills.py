@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,15 @@ def finished(server: Server, loops: Sequence[Loop]) -> list[list[dict[str, Any]]
     """The steps of each loop, once all have ended."""
     for loop in loops:
         sizes = [waiting.size_of(each.log) for each in loops]
-        code = waiting.exit_code(
-            loop.process, f"the loop {loop.name}", waiting.cpu_of(server.pid), *sizes, state=loop.log.read_text
+        waiting.until(
+            partial(has_ended, server, loop),
+            f"the loop {loop.name} to end",
+            waiting.cpu_of(server.pid),
+            *sizes,
+            state=loop.log.read_text,
         )
+        refuse_end(server)
+        code = loop.process.wait()
         assert code == 0, f"{loop.name}: {loop.log.read_text()[-3000:]}\n{server.log.read_text()[-3000:]}"
     return [loop.steps() for loop in loops]
 
@@ -68,6 +75,16 @@ def victims(server: Server, kind: str) -> list[psutil.Process]:
         except psutil.Error:
             continue
     return found
+
+
+def has_ended(server: Server, loop: Loop) -> bool:
+    """Whether one of the two has."""
+    return loop.process.poll() is not None or not waiting.is_alive(server.pid)
+
+
+def refuse_end(server: Server) -> None:
+    """Clients go on asking for a server that has ended, and write so: they would be waited for without an end."""
+    assert waiting.is_alive(server.pid), f"the server has ended: {server.log.read_text()[-3000:]}"
 
 
 def kill(server: Server, kind: str) -> int:
@@ -88,9 +105,10 @@ def after_a_step(server: Server, loop: Loop, seconds: float = 0.0) -> None:
     before = len(loop.steps())
     signs = (waiting.size_of(loop.log), waiting.cpu_of(server.pid))
     waiting.until(
-        lambda: len(loop.steps()) > before or loop.process.poll() is not None,
+        lambda: len(loop.steps()) > before or has_ended(server, loop),
         f"a step of {loop.name}",
         *signs,
         state=loop.log.read_text,
     )
+    refuse_end(server)
     time.sleep(seconds)
