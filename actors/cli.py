@@ -408,9 +408,11 @@ def scale(
     if samplers < 1:
         raise ConfigError(f"--samplers {samplers}: wanted at least 1")
 
-    from actors.control import ask, reach
+    from actors.reach import reach
 
     with reach(run, address) as name:
+        from actors.control import ask
+
         print(ask(name or run, "scale", samplers))
 
 
@@ -489,10 +491,12 @@ def stop(
     address: Annotated[str | None, ADDRESS] = None,
 ) -> None:  # fmt: skip
     """Stop a running job after its current step, or stop detached deployments of ServiceClient."""
-    from actors.control import ask, reach, running
-    from actors.service.deployment import stop as end
+    from actors.reach import reach
 
     with reach(name, address) as known:
+        from actors.control import ask, running
+        from actors.service.deployment import stop as end
+
         if known is not None and known in running():
             print(f"{known}: {ask(known, 'stop', None)}")
             return

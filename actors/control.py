@@ -10,27 +10,20 @@ Keys of drivers that have ended mean nothing, and whoever meets them deletes the
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import ray
 
 from actors.cluster import store
-from actors.cluster.ray_cluster import cluster
-from rlsys.config import ClusterSection
-from rlsys.config.key_types import checked_address
 from rlsys.errors import ActorDiedError, ClusterError, ConfigError, RlsysError, StalledError
-from rlsys.run_state.run_info import INFO
-from rlsys.utils.env_variables import env_variable
 from rlsys.utils.shell_paths import command
 
-LISTEN_S = 0.25  # between two looks of the driver
+LISTEN_S, RETRY_S = 0.25, 10.0  # between two looks of the driver, and after one that the head node did not answer
 POLL_S = 0.1  # between two looks of who waits for its answer
 RELEASE_S, RELEASE_POLL_S = 15.0, 0.5  # for a driver of the same name that is about to end
 ANSWER_TIMEOUT_S = 120.0  # the driver reads requests between its calls; only training a base from scratch takes longer
@@ -54,10 +47,13 @@ class Control:
         without its answer the requests stay where they are."""
         if time.monotonic() < self._next_look:
             return
-        with suppress(ClusterError):
+        pause = LISTEN_S
+        try:
             for key in store.keys(f"ask/{self._where}/"):
                 self._answer(key)
-        self._next_look = time.monotonic() + LISTEN_S
+        except ClusterError:
+            pause = RETRY_S
+        self._next_look = time.monotonic() + pause
 
     def _answer(self, key: str) -> None:
         request = store.get(key)
@@ -108,26 +104,6 @@ def _places(run: str | None = None) -> list[str]:
             store.delete_all(f"{prefix}/{where}/")
         store.delete(key)
     return found
-
-
-@contextmanager
-def reach(run: str | None, address: str | None) -> Iterator[str | None]:
-    """Join the Ray cluster of a run and yield the run's name. `run`: its name or directory.
-
-    Raises:
-        ClusterError: the cluster cannot be reached.
-    """
-    places = [Path(run), Path("runs") / run] if run else []
-    folder = next((place for place in places if (place / INFO).is_file()), None)
-    name = folder.name if folder else run
-    where = address or env_variable("RAY_ADDRESS")
-    if folder and not where:
-        info = json.loads((folder / INFO).read_bytes())
-        where = info.get("cluster")
-        if info.get("auth_mode") and env_variable("RAY_AUTH_MODE") is None:
-            os.environ["RAY_AUTH_MODE"] = info["auth_mode"]
-    with cluster(ClusterSection(address=checked_address(where) or "auto")):
-        yield name
 
 
 def ask(run: str, kind: str, about: int | None) -> str:

@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 from rlsys.errors import ClusterError
 
 NAMESPACE = b"rlsys"
-ANSWER_S = 5.0  # for one answer of the head node
+ANSWER_S = 3.0  # for one answer of the head node
 
 
 def put(key: str, value: bytes) -> bool:

@@ -22,7 +22,7 @@ from rlsys.config import JobConfig, dump_config, parse_config
 from rlsys.run_state.jsonl import read_metrics
 from tests.ray.conftest import JOB, WarmCluster
 from tests.ray.test_recovery import actors_of, engines, hosts
-from tests.waiting import TOO_SLOW, UP_ATTEMPTS, Sign, exit_code, size_of, until
+from tests.waiting import TOO_SLOW, UP_ATTEMPTS, Sign, exit_code, run, size_of, until
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,7 @@ class Interrupted:
     # Of processes on the tests' cluster, after step 2.
     parents: dict[str, set[int]] = field(default_factory=dict)
     grader_libraries: list[str] = field(default_factory=list)
+    scaled: str = ""  # what `rlsys scale` said, where the job has a Ray of its own
 
     def __post_init__(self) -> None:
         (self.folder / "job.yaml").write_text(dump_config(self.config))
@@ -84,7 +85,10 @@ def started(folder: Path, short_tmp: Path, base: Path, cluster: str | None) -> I
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     env |= {"HOME": str(folder), "RLSYS_TEST_MARK": str(folder)}
     env |= {"TMPDIR": str(short_tmp), "RAY_TMPDIR": tempfile.gettempdir()}
-    env |= {"RAY_ADDRESS": cluster} if cluster else {}
+    if cluster:
+        env["RAY_ADDRESS"] = cluster
+    else:
+        env.pop("RAY_AUTH_MODE", None)  # as users have it: Ray then makes a token for what it starts
     return Interrupted(config, folder, short_tmp, env)
 
 
@@ -111,6 +115,9 @@ def interrupted(
                         for actor in actors_of("RewardActor")
                         for each in actor.children(recursive=True)
                     ]
+                else:
+                    command = [sys.executable, "-m", "rlsys", "scale", str(job.config.run_dir), "--samplers", "1"]
+                    job.scaled = run(command, merged=True, env=job.environment).stdout
                 interrupt(job, number)
             for job in jobs.values():
                 exit_code(job.process, "the job", *job.signs, state=job.output.read_text)
@@ -134,6 +141,15 @@ def test_a_signal_finishes_the_step_saves_the_adapter_and_leaves_no_process(
     interrupted: dict[signal.Signals, Interrupted], number: signal.Signals
 ) -> None:
     check_ended(interrupted[number])
+
+
+def test_a_run_with_a_ray_of_its_own_is_reached_from_another_process_by_its_directory(
+    interrupted: dict[signal.Signals, Interrupted],
+) -> None:
+    """With the token that Ray makes for it, where nothing is said of one."""
+    job = interrupted[signal.SIGINT]
+    assert (job.folder / ".ray" / "auth_token").is_file()
+    assert job.scaled.splitlines()[-1] == "the job has 1 sampler already"
 
 
 def test_every_process_with_large_imports_of_a_job_on_a_warm_cluster_is_forked(

@@ -287,7 +287,7 @@ class Membership:
             raise ClusterError(f"--samplers {wanted}: wanted at least 1")
         staying = [member for member in self.members if not member.leaving]
         if wanted == len(staying):
-            return f"there are {wanted} samplers already"
+            return f"the job has {wanted} {'sampler' if wanted == 1 else 'samplers'} already"
         if wanted > len(staying):
             return self._grow(wanted - len(staying))
         for member in staying[wanted:]:
