@@ -556,14 +556,14 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # LANG=C cannot encode all generated text
     try:
         app(standalone_mode=True)
+    except RlsysError as error:  # first: StalledError is an OSError too, by way of TimeoutError
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:
         refused = refusal(error, Path.cwd())
         if refused is None:
             raise
         print(f"{StorageError.__name__}: {refused}", file=sys.stderr)
-        sys.exit(1)
-    except RlsysError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(1)
     finally:
         gc.freeze()  # at its exit the interpreter would search the objects of all imported modules for cycles
