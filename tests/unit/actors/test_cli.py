@@ -7,7 +7,6 @@ import pytest
 from actors import cli
 from rlsys import errors
 
-
 KINDS = [
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.RlsysError)
 ]  # some are also errors of Python's
