@@ -20,13 +20,12 @@ ON_cuda := model.dtype=bfloat16 learner.num_gpus=0.5 sampler.num_gpus=0.5 sample
 quickstart: $(READY)
 	PYTHONDONTWRITEBYTECODE= $(BIN)/rlsys train configs/quickstart.yaml $(ON_$(DEVICE)) --fresh
 
-# Unit tests share one server of forked programs. Three processes on two cores, since tests also wait, and two for the
-# others, whose Rays and engines are processes too; loadfile keeps the tests of a file, and what they share, in one process,
-# in the order of tests/unit/conftest.py. The other tests share a cluster, a server, a deployment and engines:
-# tests/conftest.py says which files one process runs. Bytecode is kept, whatever the environment says: without
-# it each of the many processes that tests start would compile its modules, and each of the three all tests. OMP_NUM_THREADS:
-# jobs and engines choose their own count. With vLLM's CUDA build, tests that start an engine on the CPU are skipped by name;
-# without a GPU, so are the tests marked gpu.
+# Unit tests share one server of forked programs, and begin in the order of tests/unit/conftest.py: three processes on two
+# cores, since tests also wait. The others share a cluster, a server, a deployment and engines, which are processes too:
+# two. loadfile keeps the tests of a file in one process, and tests/conftest.py those of files that share. Bytecode is
+# kept, whatever the environment says: without it each of the many processes that tests start would compile its modules,
+# and each of the three all tests. OMP_NUM_THREADS: jobs and engines choose their own count. With vLLM's CUDA build, tests
+# that start an engine on the CPU are skipped by name; without a GPU, so are the tests marked gpu.
 CRASHED = --max-worker-restart 0  # a crash ends the run: with a process in the place of the crashed one pytest-xdist can hang
 TEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 UNIT = OMP_NUM_THREADS=1 $(TEST) tests/unit -n 3 --dist loadfile --no-loadscope-reorder $(CRASHED) --durations 20

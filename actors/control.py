@@ -63,10 +63,15 @@ class Control:
         kind, about = json.loads(request)
         text, failure = "", None
         try:
-            text = self.handlers[kind](about)
+            text = self._handle(kind, about)
         except RlsysError as error:
             failure = error
         store.put("answer" + key.removeprefix("ask"), pickle.dumps((text, failure)))
+
+    def _handle(self, kind: str, about: int | None) -> str:
+        if kind not in self.handlers:  # of another version of rlsys: no reason for this run to end
+            raise ConfigError(f"this run takes no request {kind!r}; it takes {', '.join(self.handlers) or 'none'}")
+        return self.handlers[kind](about)
 
     def close(self) -> None:
         """The run is over. Answers stay for those who wait for them."""
@@ -122,7 +127,7 @@ def ask(run: str, kind: str, about: int | None) -> str:
     number = f"{where}/{uuid.uuid4().hex}"
     store.put(f"ask/{number}", json.dumps([kind, about]).encode())
     try:
-        text, failure = pickle.loads(_answer(run, kind, where, number))
+        text, failure = pickle.loads(_answer_to(kind, number))
     finally:
         store.delete(f"ask/{number}")
         store.delete(f"answer/{number}")
@@ -131,10 +136,12 @@ def ask(run: str, kind: str, about: int | None) -> str:
     return str(text)
 
 
-def _answer(run: str, kind: str, where: str, number: str) -> bytes:
+def _answer_to(kind: str, number: str) -> bytes:
+    """`number`: RUN/DRIVER/NUMBER of a request."""
+    run, driver, _ = number.split("/")
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while time.monotonic() < deadline:
-        goes_on = store.get(f"job/{where}") is not None and store.has_living_driver(where.rpartition("/")[2])
+        goes_on = store.get(f"job/{run}/{driver}") is not None and store.has_living_driver(driver)
         answer = store.get(f"answer/{number}")  # after the look at its driver, which answers before it ends
         if answer is not None:
             return answer

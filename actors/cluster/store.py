@@ -1,4 +1,8 @@
-"""The cluster's store of keys, which lives on Ray's head node: what processes of different jobs tell one another."""
+"""The cluster's store of keys, which lives on Ray's head node: what processes of different jobs tell one another.
+
+Each call has a time limit, for those who go on without an answer. `ray.experimental.internal_kv`, on the same keys,
+has none.
+"""
 
 from __future__ import annotations
 

@@ -87,6 +87,8 @@ def test_a_request_reaches_its_run_alone_and_answers_and_refusals_come_back() ->
         assert ask("one-two", "scale", 4) == "two" and seen == [4]
         with pytest.raises(ClusterError, match=r"^no room for 7$"):
             ask("one", "refuse", 7)
+        with pytest.raises(ConfigError, match=r"^this run takes no request 'pause'; it takes scale, refuse$"):
+            ask("one", "pause", None)
         assert running() == ["one", "one-two"]
         with pytest.raises(ConfigError, match="no running job is named 'on' on this cluster; running: one, one-two"):
             ask("on", "scale", 1)
