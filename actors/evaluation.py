@@ -16,6 +16,7 @@ from actors.cluster.ray_cluster import cluster, refuse_other_builds
 from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
 from actors.forking.job_server import ForkServer
+from actors.forking.model_check import check_job
 from actors.forking.servers import fork_servers
 from actors.job_actors import PolicyActors, policy_actors, retry
 from actors.stages.learner_group import LearnerGroup
@@ -27,7 +28,6 @@ from rlsys.errors import RlsysError
 from rlsys.evaluation.evaluate import EvalResult, evaluate_policy
 from rlsys.evaluation.policy_source import PolicySource
 from rlsys.evaluation.record import EvalRecord, GradedCompletion
-from rlsys.planning.model_folder import check_job
 from rlsys.protocols import Ref
 from rlsys.run_state.resume import Resume
 from rlsys.tracking.learning_checks import LearningChecks

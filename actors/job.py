@@ -21,6 +21,7 @@ from actors.control import Control
 from actors.faults.actor_logs import Failures
 from actors.faults.interrupts import Interrupts
 from actors.forking.job_server import ForkServer
+from actors.forking.model_check import check_job
 from actors.forking.servers import ForkServers, fork_servers
 from actors.job_actors import PolicyActors, advantage_actors, job_actors
 from actors.job_observer import JobObserver
@@ -33,9 +34,7 @@ from rlsys.config.relative_paths import resolve_paths
 from rlsys.data.problems import Epochs
 from rlsys.errors import RlsysError, RunExistsError, StorageError
 from rlsys.learner.checkpoint_files import CONFIG, MANIFEST, WEIGHTS
-from rlsys.planning.model_folder import check_job
 from rlsys.protocols import Ref, Stages
-from rlsys.report.page import write_report
 from rlsys.run_state.jsonl import ERRORS, read_metrics
 from rlsys.run_state.ledger import Ledger
 from rlsys.run_state.run_dir import RunStore
@@ -136,9 +135,10 @@ def _results(store: RunStore, failures: Failures, note: Callable[[str], None]) -
             reported = StorageError(refused)
         elif isinstance(error, RlsysError):
             reported = type(error)(failures.report(error))
-        for what, write in (("adapter", lambda: save_adapter(store)), ("report", lambda: write_report(store.run_dir))):
+        results: dict[str, Callable[[RunStore], None]] = {"adapter": save_adapter, "report": _write_report}
+        for what, write in results.items():
             try:
-                write()
+                write(store)
             except Exception as failure:
                 note(f"{store.run_dir}: the {what} cannot be written: {first_line(failure)}")
         if reported is error:
@@ -215,6 +215,12 @@ def _close(store: RunStore, tracker: Tracker, policy: PolicyActors) -> None:
     policy.ask_to_stop()
     tracker.adapter(store.run_dir / "adapter")
     tracker.finish()
+    _write_report(store)
+
+
+def _write_report(store: RunStore) -> None:
+    from rlsys.report.page import write_report  # imports jinja2, which a start does not wait for
+
     write_report(store.run_dir)
 
 
@@ -291,7 +297,7 @@ def _outcome_of_finished(store: RunStore, progress: Progress) -> Outcome:
         "over with --fresh"
     )
     save_adapter(store)
-    write_report(store.run_dir)
+    _write_report(store)
     return Outcome(
         run_dir=store.run_dir,
         steps=steps,

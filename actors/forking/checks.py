@@ -23,19 +23,28 @@ def fingerprint() -> str:
     digest = hashlib.sha256(f"{sys.version} {sys.byteorder}".encode())
     for name, file in sorted(_sources()):
         digest.update(f"{name} ".encode())
-        digest.update(hashlib.sha256(file.read_bytes()).digest())
+        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
     return digest.hexdigest()[:32]
 
 
-def _sources() -> Iterator[tuple[str, Path]]:
-    """All files of rlsys but bytecode: code reads YAML and templates beside it."""
-    parent = Path(__file__).parents[2]
+def source_files() -> dict[str, tuple[int, int]]:
+    """Modification time in ns and size of each file of `fingerprint`, which stays as it is while these do."""
+    found = {}
+    for _, file in _sources():
+        status = os.stat(file)
+        found[file] = status.st_mtime_ns, status.st_size
+    return found
+
+
+def _sources() -> Iterator[tuple[str, str]]:
+    """All files of rlsys but bytecode, with their names below its folder: code reads YAML and templates beside it."""
+    parent = str(Path(__file__).parents[2])
     for package in PACKAGES:
-        for folder, folders, names in os.walk(parent / package):
+        for folder, folders, names in os.walk(os.path.join(parent, package)):
             folders[:] = [name for name in folders if name != "__pycache__"]
             for name in names:
-                file = Path(folder, name)
-                yield str(file.relative_to(parent)), file
+                file = os.path.join(folder, name)
+                yield file[len(parent) + 1 :], file
 
 
 def loaded_files(began_ns: int) -> dict[str, tuple[int, int]]:

@@ -23,13 +23,19 @@ from actors.forking.client import Forked, NotForkedError
 from actors.forking.job_server import PREFIX, ForkServer
 from actors.forking.meanwhile import Meanwhile, answer_of, send_answer
 from rlsys.config import JobConfig
-from rlsys.planning.model_folder import check_job
 
 Check = Callable[[], tuple[str, ...]]
 ENTRY = f"{__name__}:serve"
 # OOM score of Ray's workers: a server of `rlsys warm` is a child of one, and can give its processes none that is lower.
 # A check that is killed is repeated.
 MOST_OOM = 1000
+
+
+def check_job(job: JobConfig) -> tuple[str, ...]:
+    """`rlsys.planning.model_folder.check_job`, imported by the process that checks."""
+    from rlsys.planning import model_folder
+
+    return model_folder.check_job(job)
 
 
 def model_check(job: JobConfig, server: ForkServer | None) -> Check:

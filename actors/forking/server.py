@@ -98,13 +98,14 @@ class Imports:
     environment: Mapping[str, str]  # before the imports
     added: Mapping[str, str]  # variables that the imports set
     fingerprint: str
+    sources: Mapping[str, tuple[int, int]]  # as the fingerprint found them
     files: Mapping[str, tuple[int, int]]
     surroundings: Mapping[str, Any]
 
     def refusal(self, request: Mapping[str, Any]) -> str | None:
         if request["fingerprint"] != self.fingerprint:
             return "the job's code differs from the server's"
-        if checks.fingerprint() != self.fingerprint:
+        if checks.source_files() != self.sources and checks.fingerprint() != self.fingerprint:
             return "the code has changed since the server imported it"
         if request["executable"] != sys.executable:
             return f"the server's Python is {sys.executable}, not {request['executable']}"
@@ -309,7 +310,7 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver
     gc.disable()
-    began_ns, code = time.time_ns(), checks.fingerprint()
+    began_ns, sources, code = time.time_ns(), checks.source_files(), checks.fingerprint()
     if _forked(folder):
         role = "actor"
         os.setpgid(0, 0)  # a terminal's signals are for the driver
@@ -336,7 +337,7 @@ def run(folder: str, parent: int, alive: int, listeners: Mapping[str, int], idle
             os.close(descriptor)
     files = checks.loaded_files(began_ns)
     added = {name: value for name, value in os.environ.items() if before.get(name) != value}
-    imports = Imports(role, before, added, code, files, client.surroundings())
+    imports = Imports(role, before, added, code, sources, files, client.surroundings())
     return Server(imports, socket.socket(fileno=listeners[role]), alive, idle_s, folder).serve()
 
 

@@ -21,7 +21,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from actors.forking import checks, client, model_check
 from actors.forking.job_server import ForkServer, ServerAddress, delete_abandoned
-from actors.forking.server import unreachable
+from actors.forking.server import Imports, unreachable
 from actors.hosting.host_process import HostProcess
 from rlsys.config import SamplerSection, parse_config
 from rlsys.errors import ActorDiedError, ConfigError
@@ -309,6 +309,28 @@ def test_files_of_imported_modules_are_compared_with_their_state_at_the_import(t
         assert checks.changed_file(checks.loaded_files(0)) is not None, "written while a server imported"
         package.unlink()
         assert checks.changed_file(files) == str(package)
+
+
+def test_a_server_forks_nothing_once_a_file_of_its_code_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "__file__", str(tmp_path / "actors" / "forking" / "checks.py"))
+    code, table = tmp_path / "actors" / "code.py", tmp_path / "rlsys" / "table.yaml"
+    for file in (code, table):
+        file.parent.mkdir()
+        file.write_text("a")
+    given = {"fingerprint": checks.fingerprint(), "executable": sys.executable, "environment": {}}
+    request = {**given, **client.surroundings()}
+    imports = Imports("actor", {}, {}, checks.fingerprint(), checks.source_files(), {}, client.surroundings())
+    assert imports.refusal(request) is None
+    os.utime(code, (1, 1))
+    assert imports.refusal(request) is None, "the same text"
+    for change in (lambda: table.write_text("bb"), table.unlink, lambda: (table.parent / "more.py").write_text("")):
+        change()
+        assert imports.refusal(request) == "the code has changed since the server imported it"
+        (table.parent / "more.py").unlink(missing_ok=True)
+        table.write_text("a")
+        assert imports.refusal(request) is None
 
 
 PROGRAM = """
