@@ -29,11 +29,12 @@ def fingerprint() -> str:
 
 def source_files() -> dict[str, tuple[int, int]]:
     """Modification time in ns and size of each file of `fingerprint`, which stays as it is while these do."""
-    found = {}
-    for _, file in _sources():
-        status = os.stat(file)
-        found[file] = status.st_mtime_ns, status.st_size
-    return found
+    return {file: _state(file) for _, file in _sources()}
+
+
+def _state(file: str) -> tuple[int, int]:
+    status = os.stat(file)
+    return status.st_mtime_ns, status.st_size
 
 
 def _sources() -> Iterator[tuple[str, str]]:
@@ -54,8 +55,8 @@ def loaded_files(began_ns: int) -> dict[str, tuple[int, int]]:
     for module in list(sys.modules.values()):
         file = module.__dict__.get("__file__") if isinstance(module, ModuleType) else None
         if isinstance(file, str) and file not in found and os.path.isabs(file):
-            status = os.stat(file)
-            found[file] = (status.st_mtime_ns, status.st_size) if status.st_mtime_ns < began_ns else (0, 0)
+            state = _state(file)
+            found[file] = state if state[0] < began_ns else (0, 0)
     return found
 
 
@@ -63,10 +64,10 @@ def changed_file(files: Mapping[str, tuple[int, int]]) -> str | None:
     """The first file that is not as it was."""
     for file, before in files.items():
         try:
-            status = os.stat(file)
+            state = _state(file)
         except OSError:
             return file
-        if (status.st_mtime_ns, status.st_size) != before:
+        if state != before:
             return file
     return None
 
